@@ -1,0 +1,152 @@
+"""Turns pydantic's complaints into lines that say where, what was found, what is allowed, and which key was meant."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import ValidationError
+
+from train.config_yaml import AmbiguousText, Document, Issue, KeyPath, dotted, shown
+
+Schema = dict[str, Any]
+
+
+def known_keys(schema: Schema) -> dict[str, Schema]:
+    """Each dotted key of a JSON Schema with its own schema; list positions are left out: `model.levels.layer`."""
+    found: dict[str, Schema] = {}
+
+    def walk(node: Schema, prefix: str) -> None:
+        if "$ref" in node:
+            return walk(schema["$defs"][node["$ref"].rsplit("/", 1)[1]], prefix)
+        for option in node.get("anyOf", ()):
+            walk(option, prefix)
+        if isinstance(items := node.get("items"), dict):
+            walk(items, prefix)
+        for name, inner in node.get("properties", {}).items():
+            found[f"{prefix}{name}"] = inner
+            walk(inner, f"{prefix}{name}.")
+        return None
+
+    walk(schema, "")
+    return found
+
+
+def allowed(schema: Schema) -> str:
+    """What a JSON Schema lets through, in words."""
+    if "allowed" in schema:
+        return str(schema["allowed"])
+    if "enum" in schema:
+        return _either(schema["enum"])
+    if "const" in schema:
+        return str(schema["const"])
+    if "anyOf" in schema:
+        return _either([allowed(option) for option in schema["anyOf"]])
+    kind = schema.get("type", "section")
+    if kind == "array":
+        return _allowed_list(schema)
+    if kind == "object":
+        return "a mapping of names to plain values"
+    names = {"boolean": "true or false", "integer": "a whole number", "string": "text", "section": "a group of keys"}
+    return names.get(kind, kind if kind == "null" else f"a {kind}") + _bounds(schema)
+
+
+def _allowed_list(schema: Schema) -> str:
+    if "prefixItems" in schema:
+        return f"a list of {len(schema['prefixItems'])}, each {allowed(schema['prefixItems'][0])}"
+    item = "of groups of keys" if "$ref" in schema["items"] else f"with each {allowed(schema['items'])}"
+    return f"a list {item}"
+
+
+def _bounds(schema: Schema) -> str:
+    words = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    found = [f"{sign} {schema[key]:g}" for key, sign in words.items() if key in schema]
+    return f" {' and '.join(found)}" if found else ""
+
+
+def _either(options: list[Any]) -> str:
+    *head, last = [str(option) for option in options]
+    return f"{', '.join(head)} or {last}" if head else last
+
+
+def distance(a: str, b: str) -> int:
+    """Edits that turn `a` into `b`: insert, delete, replace, swap neighbours (optimal string alignment)."""
+    before: list[int] = []
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        last, row = row, [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (x != y)))
+            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
+                row[j] = min(row[j], before[j - 2] + 1)
+        before = last
+    return row[-1]
+
+
+def nearest(key: str, known: dict[str, Schema]) -> str | None:
+    """The known dotted key that an unknown one most likely means, None if nothing is near."""
+    section, _, name = key.rpartition(".")
+
+    def score(candidate: str) -> float:
+        in_section, _, named = candidate.rpartition(".")
+        # A slip within the section is likelier than a key in the wrong section, unless the name is exact there.
+        return min(distance(name, named) + 1.5 * (in_section != section), distance(key, candidate))
+
+    best = min(known, key=score)
+    return best if score(best) <= max(1.5, len(name) / 3) else None
+
+
+def unknown_key(path: KeyPath, known: dict[str, Schema]) -> str:
+    """The message for a key that is not there."""
+    key = ".".join(str(part) for part in path if isinstance(part, str))
+    section, _, name = key.rpartition(".")
+    meant = nearest(key, known)
+    homes = sorted(k for k in known if k.rpartition(".")[2] == name and k != meant)
+    siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
+    message = f"unknown key; did you mean {meant}?" if meant else f"unknown key; known here: {', '.join(siblings)}"
+    return f"{message} ({shown(name)} is also at {_either(homes)})" if homes else message
+
+
+def explain(error: ValidationError, schema: Schema, document: Document) -> Iterator[Issue]:
+    """One issue for each wrong key; pydantic may report several for one value, once for each type it tried."""
+    known = known_keys(schema)
+    done: set[KeyPath] = set()
+    for problem in error.errors(include_url=False):
+        loc: KeyPath = problem["loc"]
+        missing = problem["type"] in ("missing", "rule")
+        path = loc if missing else _written_part(loc, document)
+        if path in done or any(path[:n] in document.refused for n in range(len(path) + 1)):
+            continue
+        done.add(path)
+        mark = document.marks[_written_part(path, document)]
+        key = dotted(path)
+        yield Issue(mark.place, key, _message(problem, path, known, document))
+
+
+def _written_part(loc: KeyPath, document: Document) -> KeyPath:
+    """`loc` as far as the file goes; behind that, pydantic names the types it tried."""
+    return next(loc[:n] for n in range(len(loc), -1, -1) if loc[:n] in document.marks)
+
+
+def _message(problem: Any, path: KeyPath, known: dict[str, Schema], document: Document) -> str:
+    key = ".".join(part for part in path if isinstance(part, str))
+    expected = allowed(known[key]) if key in known else "a plain value"
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        return unknown_key(path, known)
+    if kind == "missing":
+        return f"missing, and it has no default; give {expected}"
+    if kind in ("rule", "value_error"):
+        return str(problem["msg"]).removeprefix("Value error, ")
+    found = document.marks[path].text
+    return f"found {shown(found)}; allowed: {expected}{_hint(problem['input'], found, expected)}"
+
+
+def _hint(value: Any, written: str, expected: str) -> str:
+    if isinstance(value, AmbiguousText) and expected == "true or false":
+        return f" ({value} is text here)"
+    if isinstance(value, AmbiguousText):
+        return " (write plain decimal digits)"
+    if isinstance(value, str) and written[:1] in ("'", '"'):
+        return " (the quotes make it text)"
+    if isinstance(value, int | float) and expected.startswith(("text", "a path", "a folder")):
+        return f' (put it in quotes: "{written}")'
+    return ""

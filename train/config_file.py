@@ -1,0 +1,128 @@
+"""Reads a YAML file and `section.key=value` overrides into a Config, and reports everything that is wrong at once."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from train.config import Config
+from train.config_errors import explain, known_keys, unknown_key
+from train.config_yaml import COMMAND_LINE, ConfigError, Document, Issue, KeyPath, build, compose, dotted, shown
+
+SHORT_FLAGS = {
+    "batch_size": "data.batch_size",
+    "epochs": "training.epochs",
+    "data_path": "data.data_path",
+    "dataset": "data.dataset",
+}
+MAX_BYTES = 1_000_000  # a shard given by mistake is not read to its end
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The Config of a YAML file. Raises ConfigError: all errors, one on each line."""
+    return load_config_with_origins(path, overrides)[0]
+
+
+def load_config_with_origins(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
+    """The Config, and for each dotted key `default`, `file:line` or `command line`. Raises ConfigError."""
+    schema = Config.model_json_schema()
+    document = _read_document(path)
+    for override in overrides:
+        _apply(override, document, known_keys(schema))
+    config = None
+    try:
+        config = Config.model_validate(document.values)
+    except ValidationError as error:
+        document.issues.extend(explain(error, schema, document))
+    if config is None or document.issues:
+        raise ConfigError("\n".join(str(issue) for issue in sorted(document.issues, key=_reading_order)))
+    return config, {dotted(key): _origin(key, document) for key in _leaves(config, ())}
+
+
+def _read_document(path: Path) -> Document:
+    name = str(path)
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise ConfigError(f"{name}: there is no such file; the shipped ones are in configs/") from None
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot be opened: {error.strerror}") from error
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{name}:{line}: not a text file: byte {raw[error.start]:#04x} is not UTF-8") from None
+    if len(raw) > MAX_BYTES:
+        raise ConfigError(f"{name}: over {MAX_BYTES} bytes; that is no config file")
+    return _document(compose(text, name), name)
+
+
+def _document(node: yaml.Node | None, name: str) -> Document:
+    if node is None:
+        raise ConfigError(f"{name}:1: the file is empty; expected sections such as data: and training:")
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(
+            f"{name}:{node.start_mark.line + 1}: expected sections such as data: and training:, not a "
+            f"{'list' if isinstance(node, yaml.SequenceNode) else 'single value'}"
+        )
+    document = Document()
+    document.values = build(node, (), name, document)
+    return document
+
+
+def _apply(override: str, document: Document, known: dict[str, Any]) -> None:
+    """Writes `section.key=value` over the file's value."""
+    key, equals, text = override.partition("=")
+    path: KeyPath = tuple(key.split("."))
+    refuse = document.issues.append
+    parent = ".".join(key.split(".")[:-1])
+    if not equals or not key:
+        return refuse(Issue(COMMAND_LINE, shown(override), "expected section.key=value"))
+    if key not in known and known.get(parent, {}).get("type") != "object":
+        return refuse(Issue(COMMAND_LINE, shown(override), unknown_key(path, known)))
+    if any(k.startswith(f"{key}.") for k in known) and "$ref" in known[key]:
+        return refuse(Issue(COMMAND_LINE, shown(override), "is a group of keys; set them one by one"))
+    if path in document.marks and document.marks[path].place == COMMAND_LINE:
+        return refuse(Issue(COMMAND_LINE, shown(override), "given twice; remove one"))
+    try:
+        node = compose(text, COMMAND_LINE)
+    except ConfigError as error:
+        return refuse(Issue(COMMAND_LINE, shown(override), str(error).partition(": ")[2]))
+    if node is None:
+        return refuse(Issue(COMMAND_LINE, shown(override), "nothing is written after ="))
+    _forget(path, document)
+    home: Any = document.values
+    for part in path[:-1]:
+        home = home.setdefault(part, {})
+        if not isinstance(home, dict):
+            return None  # the file has no section here, and is told so
+    home[path[-1]] = build(node, path, COMMAND_LINE, document)
+    return None
+
+
+def _forget(path: KeyPath, document: Document) -> None:
+    for old in [mark for mark in document.marks if mark[: len(path)] == path]:
+        del document.marks[old]
+
+
+def _leaves(value: Any, path: KeyPath) -> Iterator[KeyPath]:
+    """Every key of a Config that holds a value of its own."""
+    inner = {name: getattr(value, name) for name in type(value).model_fields} if isinstance(value, BaseModel) else value
+    if isinstance(inner, dict) and inner:
+        for name, item in inner.items():
+            yield from _leaves(item, (*path, name))
+    else:
+        yield path
+
+
+def _origin(path: KeyPath, document: Document) -> str:
+    mark = document.marks.get(path)
+    return mark.place if mark else "default"
+
+
+def _reading_order(issue: Issue) -> tuple[bool, int]:
+    line = issue.place.rpartition(":")[2]
+    return (issue.place.startswith(COMMAND_LINE), int(line) if line.isdigit() else 0)
