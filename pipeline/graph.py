@@ -33,7 +33,8 @@ def build_graph(
 ) -> Pipeline:
     """Build the graph on `device` (`cpu` or `gpu`). Its outputs are V tensors `[B, 3, size, size] float32`, normalised.
 
-    `device_id` numbers the GPU. `source` is called once per batch for `graph_inputs` and raises StopIteration at the end. `mean` and `std` are in 0..1.
+    `device_id` numbers the GPU. `source` is called once per batch for `graph_inputs` and raises StopIteration at the
+    end. `mean` and `std` are in 0..1.
     """
     decoder = "mixed" if device == "gpu" else "cpu"
     offset, scale = [255 * value for value in mean], [255 * value for value in std]

@@ -169,10 +169,9 @@ class _Stream:
 
     def next(self) -> CropBatch:
         try:
-            if self.loader.device == "gpu":
-                outputs = self.graph.run(cuda_stream=torch.cuda.current_stream())
-            else:
-                outputs = self.graph.run()
+            # On a GPU the outputs are ready for the work that torch queues on its current stream.
+            stream = torch.cuda.current_stream() if self.loader.device == "gpu" else None
+            outputs = self.graph.run(cuda_stream=stream)
         except RuntimeError as error:
             raise ValueError(self._blame(str(error))) from None
         self.remaining -= 1
@@ -207,7 +206,8 @@ def _write_dali_indices(index: ShardIndex, rows: np.ndarray, folder: Path) -> tu
     """Write the rows, in their order, as DALI index files; a tar is listed once per run of its rows."""
     samples = index.samples[rows]
     breaks = np.flatnonzero(np.diff(samples["shard"])) + 1
-    tars, names = [], []
+    tars: list[str] = []
+    names: list[str] = []
     for part, run in zip(np.split(rows, breaks), np.split(samples, breaks), strict=True):
         lines = [
             f"{IMAGE} {offset} {size} {row}.{IMAGE}"

@@ -1,0 +1,82 @@
+"""The view term and SIGReg, in float32, equal on N ranks to one rank that holds the joined batch."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.nn.functional import all_reduce
+
+
+def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """The mean of a tensor over all ranks, with gradient; the tensor itself outside of distributed training."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return all_reduce(value) / dist.get_world_size()
+    return value
+
+
+class BatchStandardize(nn.Module):
+    """Batch normalisation with the statistics of the whole global batch, in training and evaluation alike.
+
+    `[n, D] -> [n, D]`. Unlike `nn.SyncBatchNorm` it also runs on CPUs, and it keeps no running averages: the projector it
+    serves is never used after training.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width)), eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.float()
+        mean = mean_over_ranks(x.mean(dim=0))
+        variance = mean_over_ranks((x - mean).square().mean(dim=0))
+        return (x - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+
+
+def view_loss(projections: torch.Tensor, num_global: int) -> torch.Tensor:
+    """Mean squared distance of every view to the mean of its image's global views (LeJEPA, arXiv 2511.08544, equation 5).
+
+    `projections`: `[B, V, P]`, globals first. Returns a scalar.
+    """
+    projections = projections.float()
+    centre = projections[:, :num_global].mean(dim=1, keepdim=True)
+    return (projections - centre).square().mean()
+
+
+class SIGReg(nn.Module):
+    """Sketched isotropic Gaussian regularisation: the Epps-Pulley statistic along random directions (arXiv 2511.08544).
+
+    The empirical characteristic function of each view's projections, along each direction, is compared with that of a
+    standard normal at `knots` points in 0..3, weighted by the normal's own; the integral is scaled by the number of samples.
+    """
+
+    points: torch.Tensor
+    normal: torch.Tensor
+    weights: torch.Tensor
+
+    def __init__(self, knots: int) -> None:
+        super().__init__()
+        points = torch.linspace(0, 3, knots)
+        normal = torch.exp(-points.square() / 2)
+        trapezoid = torch.full((knots,), 3 / (knots - 1))
+        trapezoid[[0, -1]] /= 2
+        self.register_buffer("points", points, persistent=False)
+        self.register_buffer("normal", normal, persistent=False)
+        # The integrand is even in t: twice the half line.
+        self.register_buffer("weights", 2 * trapezoid * normal, persistent=False)
+
+    def forward(self, projections: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+        """`projections`: `[B, V, P]`; `directions`: `[P, S]`, unit columns, the same on all ranks. Returns a scalar."""
+        samples = len(projections)
+        if dist.is_available() and dist.is_initialized():
+            samples *= dist.get_world_size()
+        with torch.autocast(projections.device.type, enabled=False):
+            angles = (projections.float() @ directions)[..., None] * self.points  # [B, V, S, knots]
+            real = mean_over_ranks(angles.cos().mean(dim=0))
+            imaginary = mean_over_ranks(angles.sin().mean(dim=0))
+            error = (real - self.normal).square() + imaginary.square()
+            return (error @ self.weights).mean() * samples
+
+
+def random_directions(width: int, count: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:
+    """`[width, count] float32`: directions uniform on the sphere, drawn on the device of `generator`."""
+    directions = torch.randn(width, count, generator=generator, device=device)
+    return directions / directions.norm(dim=0, keepdim=True)

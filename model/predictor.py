@@ -1,0 +1,78 @@
+"""The predictor: from the context's features to the features of queried cells, at every level at once."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from timm.models.eva import EvaBlock
+from torch import nn
+
+# Rotary wavelengths, in source images: from four images down to two of the finest cells a small local crop has.
+LONGEST, SHORTEST = 4.0, 1 / 16
+
+
+class Predictor(nn.Module):
+    """A narrow transformer over context tokens and one query per (level, cell), with one output head per level.
+
+    Positions are rotary, in the frame of the SOURCE image, and each token also carries the logarithm of its cell's size: so
+    crops of any place and scale share one coordinate system.
+
+    Raises ValueError when `width / num_heads` is not a multiple of four.
+    """
+
+    waves: torch.Tensor
+
+    def __init__(self, encoder_width: int, width: int, depth: int, num_heads: int, num_levels: int) -> None:
+        super().__init__()
+        head_width, rest = divmod(width, num_heads)
+        if rest or head_width % 4:
+            raise ValueError(
+                f"predictor width {width} over {num_heads} heads: the width of a head must be a multiple of 4"
+            )
+        self.enter = nn.Linear(encoder_width, width)
+        self.query = nn.Parameter(torch.empty(num_levels, width))
+        self.size_embed = nn.Linear(2, width)
+        self.blocks = nn.ModuleList(
+            [EvaBlock(width, num_heads, qkv_bias=False, num_prefix_tokens=0, rotate_half=True) for _ in range(depth)]
+        )
+        self.norm = nn.LayerNorm(width)
+        self.heads = nn.ModuleList([nn.Linear(width, encoder_width) for _ in range(num_levels)])
+        exponents = torch.arange(head_width // 4, dtype=torch.float32) / max(head_width // 4 - 1, 1)
+        waves = 2 * math.pi / (LONGEST * (SHORTEST / LONGEST) ** exponents)
+        self.register_buffer("waves", waves, persistent=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.query, std=0.02)
+
+    def forward(
+        self,
+        context: torch.Tensor,
+        context_places: torch.Tensor,
+        context_sizes: torch.Tensor,
+        query_places: Sequence[torch.Tensor],
+        query_sizes: Sequence[torch.Tensor],
+    ) -> list[torch.Tensor]:
+        """Predict the queried cells: one `[n, M_l, encoder_width]` per level.
+
+        `context`: `[n, K, encoder_width]`. `context_places`: `[n, K, 2]` and `query_places`: per level `[n, M_l, 2]`, y and x
+        in the source image. `context_sizes`, `query_sizes`: their cells' log sizes, `[n, K or M_l, 2]`.
+        """
+        tokens = [self.enter(context)]
+        for level, places in enumerate(query_places):
+            tokens.append(self.query[level].expand(*places.shape[:2], -1).to(tokens[0].dtype))
+        x = torch.cat(tokens, dim=1) + self.size_embed(torch.cat([context_sizes, *query_sizes], dim=1))
+        rope = self._rope(torch.cat([context_places, *query_places], dim=1))
+        for block in self.blocks:
+            x = block(x, rope=rope)
+        x = self.norm(x)
+        counts = [context.shape[1], *(places.shape[1] for places in query_places)]
+        return [head(part) for head, part in zip(self.heads, x.split(counts, dim=1)[1:], strict=True)]
+
+    def _rope(self, places: torch.Tensor) -> torch.Tensor:
+        """`[n, L, 2]` places -> `[n, 1, L, 2 * head_width]`: sines, then cosines, each laid out for half rotation."""
+        angles = (places[..., None] * self.waves).flatten(-2)
+        angles = torch.cat([angles, angles], dim=-1)
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)[:, None]
