@@ -171,7 +171,7 @@ class _Stream:
         try:
             # On a GPU the outputs are ready for the work that torch queues on its current stream.
             stream = torch.cuda.current_stream() if self.loader.device == "gpu" else None
-            outputs = self.graph.run(cuda_stream=stream)
+            outputs = self.graph.run(stream)
         except RuntimeError as error:
             raise ValueError(self._blame(str(error))) from None
         self.remaining -= 1

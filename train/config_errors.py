@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from train.config_yaml import AmbiguousText, Document, Issue, KeyPath, dotted, shown
+from train.config_yaml import COMMAND_LINE, AmbiguousText, Document, Issue, KeyPath, dotted, shown
 
 Schema = dict[str, Any]
 
@@ -17,7 +17,7 @@ def known_keys(schema: Schema) -> dict[str, Schema]:
     def walk(node: Schema, prefix: str) -> None:
         if "$ref" in node:
             return walk(schema["$defs"][node["$ref"].rsplit("/", 1)[1]], prefix)
-        for option in node.get("anyOf", ()):
+        for option in (*node.get("anyOf", ()), *node.get("allOf", ())):
             walk(option, prefix)
         if isinstance(items := node.get("items"), dict):
             walk(items, prefix)
@@ -28,6 +28,11 @@ def known_keys(schema: Schema) -> dict[str, Schema]:
 
     walk(schema, "")
     return found
+
+
+def is_section(schema: Schema) -> bool:
+    """Whether this key holds a group of keys; older pydantic wraps the reference to it in allOf."""
+    return "$ref" in schema or "allOf" in schema
 
 
 def allowed(schema: Schema) -> str:
@@ -84,6 +89,8 @@ def distance(a: str, b: str) -> int:
 def nearest(key: str, known: dict[str, Schema]) -> str | None:
     """The known dotted key that an unknown one most likely means, None if nothing is near."""
     section, _, name = key.rpartition(".")
+    if len(key) > 100:
+        return None
 
     def score(candidate: str) -> float:
         in_section, _, named = candidate.rpartition(".")
@@ -105,20 +112,35 @@ def unknown_key(path: KeyPath, known: dict[str, Schema]) -> str:
     return f"{message} ({shown(name)} is also at {_either(homes)})" if homes else message
 
 
-def explain(error: ValidationError, schema: Schema, document: Document) -> Iterator[Issue]:
+def explain(error: ValidationError, known: dict[str, Schema], document: Document) -> Iterator[tuple[KeyPath, Issue]]:
     """One issue for each wrong key; pydantic may report several for one value, once for each type it tried."""
-    known = known_keys(schema)
     done: set[KeyPath] = set()
     for problem in error.errors(include_url=False):
         loc: KeyPath = problem["loc"]
-        missing = problem["type"] in ("missing", "rule")
-        path = loc if missing else _written_part(loc, document)
-        if path in done or any(path[:n] in document.refused for n in range(len(path) + 1)):
-            continue
-        done.add(path)
-        mark = document.marks[_written_part(path, document)]
-        key = dotted(path)
-        yield Issue(mark.place, key, _message(problem, path, known, document))
+        path = loc if problem["type"] == "missing" else _written_part(loc, document)
+        refused = any(path[:n] in document.refused for n in range(len(path) + 1))
+        if problem["type"] != "rule" and path not in done and not refused:
+            done.add(path)
+            yield path, _issue(path, _message(problem, path, known, document), document)
+
+
+def broken_rules(
+    error: ValidationError, unsound: set[KeyPath], document: Document
+) -> Iterator[tuple[Issue, list[KeyPath]]]:
+    """The broken rules in `error` that are about sound keys only, each with its keys."""
+    for problem in error.errors(include_url=False):
+        if problem["type"] == "rule":
+            path, keys = problem["loc"], problem["ctx"]["keys"]
+            section = path[: -len(keys[0].split("."))]
+            involved: list[KeyPath] = [(*section, *key.split(".")) for key in keys]
+            if not any(a[: len(b)] == b[: len(a)] for a in involved for b in unsound):
+                yield _issue(path, problem["msg"], document), involved
+
+
+def _issue(path: KeyPath, message: str, document: Document) -> Issue:
+    mark = document.marks[_written_part(path, document)]
+    on_command_line = mark.place == COMMAND_LINE and path in document.marks
+    return Issue(mark.place, f"{dotted(path)}={shown(mark.text)}" if on_command_line else dotted(path), message)
 
 
 def _written_part(loc: KeyPath, document: Document) -> KeyPath:
@@ -134,7 +156,7 @@ def _message(problem: Any, path: KeyPath, known: dict[str, Schema], document: Do
         return unknown_key(path, known)
     if kind == "missing":
         return f"missing, and it has no default; give {expected}"
-    if kind in ("rule", "value_error"):
+    if kind == "value_error":
         return str(problem["msg"]).removeprefix("Value error, ")
     found = document.marks[path].text
     return f"found {shown(found)}; allowed: {expected}{_hint(problem['input'], found, expected)}"

@@ -1,6 +1,9 @@
 """Reads a YAML file and `section.key=value` overrides into a Config, and reports everything that is wrong at once."""
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from train.config import Config
-from train.config_errors import explain, known_keys, unknown_key
+from train.config_errors import broken_rules, explain, is_section, known_keys, nearest, unknown_key
 from train.config_yaml import COMMAND_LINE, ConfigError, Document, Issue, KeyPath, build, compose, dotted, shown
 
 SHORT_FLAGS = {
@@ -27,18 +30,57 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def load_config_with_origins(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
     """The Config, and for each dotted key `default`, `file:line` or `command line`. Raises ConfigError."""
-    schema = Config.model_json_schema()
     document = _read_document(path)
     for override in overrides:
-        _apply(override, document, known_keys(schema))
-    config = None
-    try:
-        config = Config.model_validate(document.values)
-    except ValidationError as error:
-        document.issues.extend(explain(error, schema, document))
+        _apply(override, document, known_keys(_schema()))
+    config = _validate(document)
     if config is None or document.issues:
         raise ConfigError("\n".join(str(issue) for issue in sorted(document.issues, key=_reading_order)))
     return config, {dotted(key): _origin(key, document) for key in _leaves(config, ())}
+
+
+@cache
+def _schema() -> dict[str, Any]:
+    return Config.model_json_schema()
+
+
+def _validate(document: Document) -> Config | None:
+    """The Config, or None and `document.issues` complete."""
+    known = known_keys(_schema())
+    try:
+        return Config.model_validate(document.values)
+    except ValidationError as error:
+        found = dict(explain(error, known, document))
+    document.issues.extend(found.values())
+    meant = (nearest(".".join(map(str, path)), known) for path in found)
+    unsound = document.refused | set(found) | {tuple(key.split(".")) for key in meant if key}
+    # pydantic asks a section's rules only once all its keys are sound, so ask again without the unsound ones.
+    broken: dict[Issue, list[KeyPath]] | None = None
+    while broken != {}:
+        try:
+            Config.model_validate(_without(unsound, document.values))
+            break
+        except ValidationError as error:
+            broken = dict(broken_rules(error, unsound, document))
+        document.issues.extend(broken)
+        unsound.update(*broken.values())
+    return None
+
+
+def _without(unsound: set[KeyPath], values: dict[str, Any]) -> dict[str, Any]:
+    """A copy of `values` with the unsound keys left to their defaults."""
+    kept = deepcopy(values)
+    for path in unsound:
+        *sections, name = takewhile(lambda part: isinstance(part, str), path)
+        home: Any = kept
+        for section in sections:
+            home = home.get(section) if isinstance(home, dict) else None
+        if isinstance(home, dict):
+            home.pop(name, None)
+    # Stand-ins where there is no default; no rule is about these keys.
+    kept.setdefault("data", {}).setdefault("data_path", "unknown")
+    kept.setdefault("logging", {}).setdefault("run_name", "unknown")
+    return kept
 
 
 def _read_document(path: Path) -> Document:
@@ -77,22 +119,20 @@ def _apply(override: str, document: Document, known: dict[str, Any]) -> None:
     """Writes `section.key=value` over the file's value."""
     key, equals, text = override.partition("=")
     path: KeyPath = tuple(key.split("."))
-    refuse = document.issues.append
-    parent = ".".join(key.split(".")[:-1])
+
+    def refuse(message: str) -> None:
+        document.issues.append(Issue(COMMAND_LINE, shown(override), message))
+
     if not equals or not key:
-        return refuse(Issue(COMMAND_LINE, shown(override), "expected section.key=value"))
-    if key not in known and known.get(parent, {}).get("type") != "object":
-        return refuse(Issue(COMMAND_LINE, shown(override), unknown_key(path, known)))
-    if any(k.startswith(f"{key}.") for k in known) and "$ref" in known[key]:
-        return refuse(Issue(COMMAND_LINE, shown(override), "is a group of keys; set them one by one"))
-    if path in document.marks and document.marks[path].place == COMMAND_LINE:
-        return refuse(Issue(COMMAND_LINE, shown(override), "given twice; remove one"))
+        return refuse("expected section.key=value")
+    if problem := _target_problem(path, document, known):
+        return refuse(problem)
     try:
         node = compose(text, COMMAND_LINE)
     except ConfigError as error:
-        return refuse(Issue(COMMAND_LINE, shown(override), str(error).partition(": ")[2]))
+        return refuse(str(error).partition(": ")[2])
     if node is None:
-        return refuse(Issue(COMMAND_LINE, shown(override), "nothing is written after ="))
+        return refuse("nothing is written after =")
     _forget(path, document)
     home: Any = document.values
     for part in path[:-1]:
@@ -101,6 +141,21 @@ def _apply(override: str, document: Document, known: dict[str, Any]) -> None:
             return None  # the file has no section here, and is told so
     home[path[-1]] = build(node, path, COMMAND_LINE, document)
     return None
+
+
+def _target_problem(path: KeyPath, document: Document, known: dict[str, Any]) -> str:
+    """Why an override cannot set the key at `path`; empty if it can."""
+    key, home = ".".join(map(str, path)), ".".join(map(str, path[:-1]))
+    is_entry = known.get(home, {}).get("type") == "object"
+    if key not in known and not is_entry:
+        return unknown_key(path, known)
+    if is_section(known.get(key, {})):
+        return "is a group of keys; set them one by one"
+    if home and not is_entry and not is_section(known[home]):
+        return f"is inside a list; give the whole of {home}"
+    if any(old[: len(path)] == path and mark.place == COMMAND_LINE for old, mark in document.marks.items()):
+        return "given twice; remove one"
+    return ""
 
 
 def _forget(path: KeyPath, document: Document) -> None:

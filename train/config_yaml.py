@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
-from pydantic import BeforeValidator
 
 KeyPath = tuple[str | int, ...]
 
@@ -58,7 +57,7 @@ class Document:
     values: dict[str, Any] = field(default_factory=dict)
     marks: dict[KeyPath, Mark] = field(default_factory=dict)
     issues: list[Issue] = field(default_factory=list)
-    refused: set[KeyPath] = field(default_factory=set)  # these have their issue already
+    refused: set[KeyPath] = field(default_factory=set)  # their issue is among `issues`
 
     def refuse(self, place: str, path: KeyPath, message: str) -> None:
         self.issues.append(Issue(place, dotted(path), message))
@@ -90,18 +89,6 @@ def resolve(text: str) -> Any:
     return text
 
 
-def _certain(value: Any) -> Any:
-    if isinstance(value, AmbiguousText):
-        raise ValueError(
-            f"{shown(value)} reads differently from one YAML to the next; write decimal digits, true or "
-            f'false, or quote it as text: "{shown(value)}"'
-        )
-    return value
-
-
-refuse_ambiguous = BeforeValidator(_certain)
-
-
 class _Composer(yaml.SafeLoader):
     """Nodes only: aliases, anchors and tags are refused, since each value is written once and out."""
 
@@ -109,20 +96,16 @@ class _Composer(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()
+        refused = ""
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-            raise yaml.composer.ComposerError(
-                None,
-                None,
-                "anchors (&) and aliases (*) are not read; write the value out or, if it is text, in quotes",
-                event.start_mark,
-            )
-        if event.tag is not None:
-            raise yaml.composer.ComposerError(
-                None, None, "tags (!) are not read; write the bare value or, if it is text, in quotes", event.start_mark
-            )
+            refused = "anchors (&) and aliases (*) are not read; write the value out or, if it is text, in quotes"
+        elif event.tag is not None:
+            refused = "tags (!) are not read; write the bare value or, if it is text, in quotes"
+        elif self.depth == MAX_DEPTH:
+            refused = f"nested more than {MAX_DEPTH} deep"
+        if refused:
+            raise yaml.composer.ComposerError(None, None, refused, event.start_mark)
         self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise yaml.composer.ComposerError(None, None, f"nested more than {MAX_DEPTH} deep", event.start_mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -138,17 +121,11 @@ def compose(text: str, name: str) -> yaml.Node | None:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = shown(", ".join(part for part in (error.context, error.problem) if part), 160)
-        raise ConfigError(
-            f"{name}:{mark.line + 1 if mark else 1}: cannot be read as YAML: {what}{_hint(what)}"
-        ) from error
+        line = mark.line + 1 if mark else 1
+        hint = "; indent with spaces, not tabs" if "'\\t'" in what else ""
+        raise ConfigError(f"{name}:{line}: cannot be read as YAML: {what}{hint}") from error
     except (ValueError, OverflowError) as error:  # PyYAML lets these out for escapes such as "\UFFFFFFFF"
         raise ConfigError(f"{name}:1: cannot be read as YAML: {shown(str(error), 160)}") from error
-
-
-def _hint(problem: str) -> str:
-    if "'\\t'" in problem:
-        return "; indent with spaces, not tabs"
-    return ""
 
 
 def build(node: yaml.Node, path: KeyPath, name: str, document: Document) -> Any:
@@ -172,13 +149,14 @@ def _build_mapping(node: yaml.MappingNode, path: KeyPath, name: str, document: D
     for key_node, value_node in node.value:
         here = _place(key_node, name)
         if not isinstance(key_node, yaml.ScalarNode):
-            document.refuse(here, path, f"{shown(_written(key_node))} is no key; keys are plain words")
+            document.refuse(here, (*path, _written(key_node)), "is no key; keys are plain words")
             continue
         inner = (*path, key_node.value)
         if key_node.value == "<<":
             document.refuse(here, inner, "merge keys are not read; write the values out")
         elif key_node.value in values:
-            document.refuse(here, inner, f"written twice, first at {document.marks[inner].place}; remove one")
+            twice = f"written twice, first at {document.marks[inner].place}; remove one"
+            document.issues.append(Issue(here, dotted(inner), twice))
         else:
             document.marks[inner] = Mark(here, _written(value_node))
             values[key_node.value] = build(value_node, inner, name, document)
@@ -192,11 +170,8 @@ def _place(node: yaml.Node, name: str) -> str:
 def _written(node: yaml.Node) -> str:
     if isinstance(node, yaml.MappingNode):
         return "a group of keys"
-    return (
-        node.start_mark.buffer[node.start_mark.pointer : node.end_mark.pointer].strip()
-        if node.start_mark.buffer
-        else ""
-    )
+    start, end = node.start_mark, node.end_mark
+    return start.buffer[start.pointer : end.pointer].strip() if start.buffer else ""
 
 
 class _Dumper(yaml.SafeDumper):

@@ -1,0 +1,164 @@
+"""The settings of a run turned into its objects: the one place where config keys meet arguments."""
+
+import os
+from typing import Any
+
+import torch
+
+from model.encoder import MultiCropEncoder
+from model.hjepa import HJEPA, Level, default_levels
+from model.masks import MultiCropMaskGenerator
+from pipeline.dataset import (
+    MultiCropDataset,
+    build_multicrop_dataloader,
+    build_multicrop_dataset,
+    centre_crop_dataset,
+    resolve_device,
+    split_folder,
+)
+from pipeline.index import open_index
+from pipeline.loader import MultiCropLoader
+from train.config import Config
+from train.loop import LoopSettings
+
+
+def torch_device(config: Config) -> torch.device:
+    return torch.device("cuda" if resolve_device(config.device) == "gpu" else "cpu")
+
+
+def torch_threads() -> int:
+    """Torch's share of the cores when it computes on the CPU next to DALI: what `default_threads` leaves."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, cores - cores // 2)
+
+
+def build_dataset(config: Config) -> MultiCropDataset:
+    data, crops, augmentation = config.data, config.data.multicrop, config.data.augmentation
+    num_global, num_local = data.crop_counts
+    return build_multicrop_dataset(
+        data.dataset,
+        data.data_path,
+        num_global_crops=num_global,
+        num_local_crops=num_local,
+        global_crop_size=crops.global_crop_size,
+        local_crop_size=crops.local_crop_size,
+        global_crop_scale=crops.global_crop_scale,
+        local_crop_scale=crops.local_crop_scale,
+        global_color_jitter=crops.global_color_jitter,
+        local_color_jitter=crops.local_color_jitter,
+        flip_prob=augmentation.flip_prob,
+        color_jitter_prob=augmentation.color_jitter_prob,
+        gray_prob=augmentation.gray_prob,
+        global_blur_prob=data.per_global(augmentation.global_blur_prob),
+        local_blur_prob=augmentation.local_blur_prob,
+        blur_sigma=augmentation.blur_sigma,
+        solarize_prob=data.per_global(augmentation.solarize_prob),
+        mean=augmentation.mean,
+        std=augmentation.std,
+    )
+
+
+def build_loader(config: Config, dataset: MultiCropDataset, batch_size: int, **changes: Any) -> MultiCropLoader:
+    """A loader with the run's device, seed and threads; `changes` override single arguments."""
+    arguments: dict[str, Any] = {
+        "seed": config.seed,
+        "device": config.device,
+        "num_workers": config.data.num_workers,
+        "prefetch": config.data.prefetch,
+    }
+    return build_multicrop_dataloader(dataset, batch_size, **(arguments | changes))
+
+
+def build_evaluation_loaders(config: Config) -> tuple[MultiCropLoader, MultiCropLoader]:
+    """Centre crops of the training and of the validation split, in stored order. FileNotFoundError when one is missing."""
+    loaders = []
+    for split in ("train", "val"):
+        folder = split_folder(config.data.dataset, config.data.data_path, split)
+        dataset = centre_crop_dataset(
+            open_index(folder),
+            config.data.multicrop.global_crop_size,
+            config.evaluation.crop_ratio,
+            config.data.augmentation.mean,
+            config.data.augmentation.std,
+        )
+        loaders.append(build_loader(config, dataset, config.evaluation.batch_size, shuffle=False, drop_last=False))
+    return loaders[0], loaders[1]
+
+
+def build_model(config: Config, device: torch.device) -> HJEPA:
+    """The model at its seeded initialisation."""
+    torch.manual_seed(config.seed)
+    crops, settings = config.data.multicrop, config.model
+    num_global, num_local = config.data.crop_counts
+    sizes = [crops.global_crop_size] + ([crops.local_crop_size] if num_local else [])
+    encoder = MultiCropEncoder(settings.encoder, sizes, **settings.encoder_kwargs)
+    model = HJEPA(
+        encoder,
+        build_levels(config, encoder.depth),
+        num_global_crops=num_global,
+        global_crop_size=crops.global_crop_size,
+        predictor_width=settings.predictor_width,
+        predictor_depth=settings.predictor_depth,
+        predictor_heads=settings.predictor_heads,
+        projector_hidden=settings.projector_hidden,
+        projector_dim=settings.projector_dim,
+        view_weight=config.loss.view_weight,
+        sigreg_weight=config.loss.sigreg_weight,
+        sigreg_knots=config.loss.sigreg_knots,
+    )
+    return model.to(device)
+
+
+def build_levels(config: Config, depth: int) -> tuple[Level, ...]:
+    """The configured levels, their layers counted from 0. Raises ValueError for a layer that the encoder does not have."""
+    if config.model.levels is None:
+        return default_levels(depth)
+    levels = []
+    for number, level in enumerate(config.model.levels):
+        if not -depth <= level.layer < depth:
+            raise ValueError(
+                f"model.levels.{number}.layer: {level.layer}, but the encoder has {depth} blocks: allowed are "
+                f"0..{depth - 1}, or -{depth}..-1 from the end"
+            )
+        levels.append(Level(level.layer % depth, level.stride, level.weight))
+    return tuple(levels)
+
+
+def build_masks(config: Config, model: HJEPA, device: torch.device) -> MultiCropMaskGenerator:
+    num_global, num_local = config.data.crop_counts
+    return MultiCropMaskGenerator(
+        config.masking.strategy,
+        num_global,
+        num_local,
+        grid=model.grid,
+        strides=tuple(level.stride for level in model.levels),
+        num_masks=config.masking.num_masks,
+        mask_scale=config.masking.mask_scale,
+        aspect_ratio=config.masking.aspect_ratio,
+        context_ratio=config.masking.context_ratio,
+        query_ratio=config.masking.query_ratio,
+        device=device,
+    )
+
+
+def loop_settings(config: Config, steps_per_epoch: int, device: torch.device) -> LoopSettings:
+    training = config.training
+    total = training.epochs * steps_per_epoch
+    return LoopSettings(
+        total_steps=min(total, training.max_steps or total),
+        warmup_steps=round(training.warmup_epochs * steps_per_epoch),
+        lr=training.lr,
+        final_lr=training.lr * training.final_lr_ratio,
+        ema_momentum=training.ema_momentum,
+        ema_final_momentum=training.ema_final_momentum,
+        grad_clip=training.grad_clip,
+        # bf16 only pays where the hardware multiplies in it: on CPUs it was slower than float32.
+        use_amp=training.use_amp and device.type == "cuda",
+        sigreg_slices=config.loss.sigreg_slices,
+        projector_dim=config.model.projector_dim,
+        seed=config.seed,
+        rank=0,
+        log_frequency=config.logging.log_frequency,
+        save_frequency=config.checkpoint.save_frequency,
+        probe_frequency=config.evaluation.eval_frequency * steps_per_epoch,
+    )

@@ -1,0 +1,79 @@
+"""Settings of the data: where it is, how many crops, and what is drawn for each."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from train.config_types import (
+    BrokenRule,
+    Count,
+    Flag,
+    JitterStrength,
+    PerGlobal,
+    Place,
+    Positive,
+    PositiveRange,
+    Section,
+    Share,
+    ShareRange,
+    Whole,
+)
+
+
+class MultiCrop(Section):
+    num_global_crops: Count = 2
+    num_local_crops: Whole = 6
+    global_crop_size: Count = 224
+    local_crop_size: Count = 96
+    global_crop_scale: ShareRange = (0.4, 1.0)
+    """Area of a crop as a share of its source image."""
+    local_crop_scale: ShareRange = (0.05, 0.4)
+    global_color_jitter: JitterStrength = 0.4
+    """Strength s: brightness and contrast s, saturation s/2, hue s/4."""
+    local_color_jitter: JitterStrength = 0.4
+
+
+class Augmentation(Section):
+    flip_prob: Share = 0.5
+    color_jitter_prob: Share = 0.8
+    gray_prob: Share = 0.2
+    global_blur_prob: PerGlobal = (1.0, 0.1)
+    """One for each global crop, or a single number for all."""
+    local_blur_prob: Share = 0.5
+    blur_sigma: PositiveRange = (0.1, 2.0)
+    solarize_prob: PerGlobal = (0.0, 0.2)
+    """One for each global crop, or a single number for all."""
+    mean: tuple[Share, Share, Share] = (0.485, 0.456, 0.406)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+
+
+class Data(Section):
+    dataset: Literal["imagenet", "cifar10", "cifar100", "fashion_mnist", "sample", "custom"] = "imagenet"
+    data_path: Place
+    """Folder that holds train/ and val/ with their shards."""
+    batch_size: Count = 64
+    """Images per rank."""
+    num_workers: Count | Literal["auto"] = "auto"
+    """CPU threads of DALI; auto shares out the cores."""
+    prefetch: Count = 2
+    """Batches made ahead."""
+    use_multicrop: Flag = True
+    """false: one global crop and no local ones, whatever multicrop counts."""
+    multicrop: MultiCrop = MultiCrop()
+    augmentation: Augmentation = Augmentation()
+
+    @property
+    def crop_counts(self) -> tuple[int, int]:
+        """(global, local) crops of each image."""
+        return (self.multicrop.num_global_crops, self.multicrop.num_local_crops) if self.use_multicrop else (1, 0)
+
+    def per_global(self, values: float | tuple[float, ...]) -> tuple[float, ...]:
+        """One value for each global crop."""
+        count = self.crop_counts[0]
+        return values[:count] if isinstance(values, tuple) else (values,) * count
+
+    def rules(self) -> Iterator[BrokenRule]:
+        count = self.crop_counts[0]
+        for key in ("global_blur_prob", "solarize_prob"):
+            if (given := len(self.per_global(getattr(self.augmentation, key)))) < count:
+                keys = (f"augmentation.{key}", "multicrop.num_global_crops", "use_multicrop")
+                yield keys, f"has {given} values for {count} global crops; give {count}, or one number for all"

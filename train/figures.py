@@ -1,0 +1,148 @@
+"""Pictures of a run: its crops, its masks and its curves."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("agg")
+
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+from model.masks import MaskPlan, level_grid
+from pipeline.batch import CropBatch
+from pipeline.index import ShardIndex
+from pipeline.plan import Plan
+
+GLOBAL_COLOUR, LOCAL_COLOUR = "#ffb000", "#00a6d6"
+
+
+def to_picture(crop: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """A normalised `[3, S, S]` crop as `[S, S, 3] float32` in 0..1."""
+    pixels = crop.float().cpu() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    return pixels.clamp(0, 1).permute(1, 2, 0).numpy()
+
+
+def draw_crops(
+    path: Path,
+    batch: CropBatch,
+    index: ShardIndex,
+    plan: Plan,
+    epoch: int,
+    num_global: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    count: int = 4,
+) -> None:
+    """One row per image: the source with the boxes of its crops, then the crops as the encoder gets them."""
+    count = min(count, len(batch.labels))
+    views = len(batch.crops)
+    sizes = [1.5] + [1.5 if v < num_global else 0.8 for v in range(views)]
+    figure, axes = plt.subplots(
+        count,
+        views + 1,
+        figsize=(1.4 * sum(sizes), 2.2 * count),
+        width_ratios=sizes,
+        squeeze=False,
+        layout="constrained",
+    )
+    for i in range(count):
+        position = int(batch.positions[i])
+        row = int(plan.rows(epoch, position, position + 1)[0])
+        source = Image.open(io.BytesIO(index.encoded(row))).convert("RGB")
+        axes[i, 0].imshow(source)
+        axes[i, 0].set_title(f"position {position}, {source.width}x{source.height}", fontsize=8)
+        for v in range(views):
+            y0, x0, y1, x1 = (batch.boxes[i, v].cpu() * torch.tensor([source.height, source.width] * 2)).tolist()
+            colour = GLOBAL_COLOUR if v < num_global else LOCAL_COLOUR
+            # Pixel i covers i - 0.5 .. i + 0.5 in matplotlib's coordinates.
+            corner = (x0 - 0.5, y0 - 0.5)
+            axes[i, 0].add_patch(Rectangle(corner, x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.5))
+            axes[i, v + 1].imshow(to_picture(batch.crops[v][i], mean, std))
+            kind = f"global {v}" if v < num_global else f"local {v - num_global}"
+            flipped = " (flipped)" if bool(batch.flips[i, v]) else ""
+            axes[i, v + 1].set_title(kind + flipped, fontsize=8, color=colour)
+    _finish(figure, axes, path)
+
+
+def draw_masks(
+    path: Path,
+    batch: CropBatch,
+    plan: MaskPlan,
+    grid: int,
+    strides: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    count: int = 4,
+) -> None:
+    """One row per global crop: the crop, what the student sees of it, and the cells to predict at each level."""
+    count, num_global = min(count, len(batch.labels)), plan.context.shape[1]
+    rows = [(i, g) for i in range(count) for g in range(num_global)]
+    columns = 2 + len(strides)
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(1.9 * columns, 2.05 * len(rows)), squeeze=False, layout="constrained"
+    )
+    for axis, (i, g) in zip(axes, rows, strict=True):
+        picture = to_picture(batch.crops[g][i], mean, std)
+        axis[0].imshow(picture)
+        axis[0].set_title(f"image {i}, global {g}", fontsize=8)
+        context = _cells(plan.context[i, g], grid, 1, picture.shape[0])
+        axis[1].imshow(np.where(context[..., None], picture, 0.5))
+        axis[1].set_title(f"context: {plan.context.shape[-1]} of {grid**2} tokens", fontsize=8)
+        for level, stride in enumerate(strides):
+            cells = _cells(plan.queries[level][i, g], grid, stride, picture.shape[0])
+            tint = np.array([1.0, 0.69, 0.0])
+            axis[2 + level].imshow(np.where(cells[..., None], 0.35 * picture + 0.65 * tint, picture))
+            title = f"level {level}: {plan.queries[level].shape[-1]} of {level_grid(grid, stride) ** 2} cells"
+            axis[2 + level].set_title(title, fontsize=8)
+    _finish(figure, axes, path)
+
+
+def _cells(chosen: torch.Tensor, grid: int, stride: int, size: int) -> np.ndarray:
+    """`[size, size] bool`: the pixels of the chosen cells of a level."""
+    side = level_grid(grid, stride)
+    cells = torch.zeros(side * side, dtype=torch.bool)
+    cells[chosen.cpu()] = True
+    patch = size // grid
+    return np.kron(cells.view(side, side).numpy(), np.ones((stride * patch,) * 2, dtype=bool))[:size, :size]
+
+
+def draw_curves(path: Path, metrics: list[dict[str, Any]]) -> None:
+    """Every loss, the collapse signals, the speed and the schedule over the steps of a run."""
+    levels = sorted(name for name in metrics[0] if name.startswith("level_"))
+    panels = [
+        ("loss", ["loss"]),
+        ("prediction, by level", levels),
+        ("view term", ["view"]),
+        ("SIGReg", ["sigreg"]),
+        ("RankMe of pooled features", ["rankme"]),
+        ("images/s", ["images_per_s"]),
+        ("data wait, % of the step", ["data_wait_percent"]),
+        ("learning rate", ["lr"]),
+    ]
+    figure, axes = plt.subplots(2, 4, figsize=(15, 6), layout="constrained")
+    steps = [line["step"] for line in metrics]
+    for axis, (title, names) in zip(axes.flat, panels, strict=True):
+        for name in names:
+            if name in metrics[0]:
+                axis.plot(steps, [line[name] for line in metrics], label=name, linewidth=1.2)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step", fontsize=8)
+        axis.grid(alpha=0.3)
+        if len(names) > 1:
+            axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _finish(figure: Any, axes: np.ndarray, path: Path) -> None:
+    for axis in axes.flat:
+        axis.set_axis_off()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,166 @@
+"""The training loop: load, mask, step, log, save."""
+
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from model.hjepa import HJEPA
+from model.losses import random_directions
+from model.masks import MultiCropMaskGenerator
+from pipeline.batch import CropBatch
+from pipeline.loader import MultiCropLoader
+from train.metrics import mean_std, rankme
+from train.optim import ema_momentum, learning_rate
+
+FEATURE_ROWS = 512  # pooled features that the collapse signals are computed on
+
+
+@dataclass
+class RunState:
+    """How far a run is; saved in every checkpoint."""
+
+    step: int = 0
+    images: int = 0
+    loss_first: float | None = None
+    loss_last: float | None = None
+    train_s: float = 0.0
+    wait_s: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """Plain numbers of the loop. Steps count optimiser updates; learning rates are per update."""
+
+    total_steps: int
+    warmup_steps: int
+    lr: float
+    final_lr: float
+    ema_momentum: float
+    ema_final_momentum: float
+    grad_clip: float | None
+    use_amp: bool
+    sigreg_slices: int
+    projector_dim: int
+    seed: int
+    rank: int
+    log_frequency: int
+    save_frequency: int
+    probe_frequency: int
+
+
+@dataclass
+class Tally:
+    """Sums of scalars on the device since the last logging step, so that only logging waits for the device."""
+
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    features: list[torch.Tensor] = field(default_factory=list)
+    steps: int = 0
+
+    def add(self, losses: dict[str, torch.Tensor], grad_norm: torch.Tensor) -> None:
+        features = losses.pop("features")
+        if sum(len(part) for part in self.features) < FEATURE_ROWS:
+            self.features.append(features)
+        for name, value in {**losses, "grad_norm": grad_norm}.items():
+            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value.detach()
+        self.steps += 1
+
+    def means(self) -> dict[str, float]:
+        features = torch.cat(self.features)
+        values = {name: float(total) / self.steps for name, total in self.sums.items()}
+        return values | {"rankme": rankme(features), "feature_std": mean_std(features)}
+
+
+def step_seed(seed: int, step: int, lane: int) -> int:
+    """A seed of its own for every step and lane: a resumed run draws what an uninterrupted one would."""
+    return ((seed * 1_000_003 + step) * 1_000_003 + lane) % 2**63
+
+
+def batches(loader: MultiCropLoader) -> Iterator[CropBatch]:
+    """Epoch after epoch, from where the loader stands."""
+    while True:
+        yield from loader
+
+
+def train_steps(
+    model: HJEPA,
+    masks: MultiCropMaskGenerator,
+    optimizer: torch.optim.Optimizer,
+    loader: MultiCropLoader,
+    state: RunState,
+    settings: LoopSettings,
+    *,
+    log: Callable[[dict[str, float]], None],
+    show: Callable[[], None],
+    probe: Callable[[], None],
+    save: Callable[[], None],
+    stop: Callable[[], bool],
+) -> None:
+    """Train from `state.step` to `settings.total_steps`, or until `stop()`; `state` moves along.
+
+    `log` gets the means since the last logging step, `show` is called every step, `probe` every
+    `probe_frequency` steps (0: never), and `save` every `save_frequency` steps and after the last.
+    """
+    device = masks.device
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    directions_generator = torch.Generator(device)
+    stream, tally, logged, logged_s = batches(loader), Tally(), state.images, state.train_s
+    waited_s = state.wait_s
+    model.train()
+    while state.step < settings.total_steps and not stop():
+        started = time.perf_counter()
+        batch = next(stream)
+        state.wait_s += time.perf_counter() - started
+
+        # Masks and dropout draw from the global generator, by step and rank; the directions must agree on all ranks.
+        torch.manual_seed(step_seed(settings.seed, state.step, settings.rank + 1))
+        directions_generator.manual_seed(step_seed(settings.seed, state.step, 0))
+        plan = masks(len(batch.labels), batch.boxes)
+        directions = random_directions(settings.projector_dim, settings.sigreg_slices, directions_generator, device)
+        lr = learning_rate(state.step, settings.total_steps, settings.warmup_steps, settings.lr, settings.final_lr)
+        momentum = ema_momentum(state.step, settings.total_steps, settings.ema_momentum, settings.ema_final_momentum)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.use_amp):
+            losses = model(batch.crops, batch.boxes, batch.flips, plan, directions)
+        losses["loss"].backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip or float("inf"))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        model.update_target(momentum)
+        tally.add(losses, grad_norm)
+
+        state.step += 1
+        state.images += len(batch.labels)
+        last = state.step == settings.total_steps
+        if state.step % settings.log_frequency == 0 or last or state.step == 1:
+            means = tally.means()
+            if state.loss_first is None:
+                state.loss_first = means["loss"]
+            state.loss_last = means["loss"]
+        state.train_s += time.perf_counter() - started
+        if state.step % settings.log_frequency == 0 or last:
+            elapsed = state.train_s - logged_s
+            means |= {"lr": lr, "ema_momentum": momentum, "images_per_s": (state.images - logged) / elapsed}
+            means["data_wait_percent"] = 100 * (state.wait_s - waited_s) / elapsed
+            log(means | {"peak_memory_bytes": peak_memory(device), "epoch": loader.state_dict()["epoch"]})
+            tally, logged, logged_s, waited_s = Tally(), state.images, state.train_s, state.wait_s
+        show()
+        if settings.probe_frequency and state.step % settings.probe_frequency == 0 and not last:
+            probe()
+        if state.step % settings.save_frequency == 0 or last:
+            save()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
