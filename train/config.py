@@ -21,15 +21,16 @@ from train.config_types import (
     Flag,
     FolderName,
     InnerShare,
+    Name,
     Place,
     Positive,
     PositiveRange,
+    RuledSection,
     Scalar,
     Section,
     Share,
     ShareRange,
     SomeShare,
-    Text,
     Whole,
 )
 from train.config_yaml import to_text
@@ -62,7 +63,7 @@ class Level(Section):
 
 
 class Model(Section):
-    encoder: Text = "vit_base_patch16_dinov3"
+    encoder: Name = "vit_base_patch16_dinov3"
     """A timm model name."""
     encoder_kwargs: dict[str, Scalar] = Field(default_factory=dict)
     """Passed on to timm.create_model."""
@@ -148,7 +149,7 @@ class Evaluation(Section):
     """Share of the shorter side that the centre crop keeps."""
 
 
-class Config(Section):
+class Config(RuledSection):
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """auto: the GPU when there is one, for DALI and torch alike."""
     seed: Whole = 0

@@ -1,6 +1,7 @@
 """Turns pydantic's complaints into lines that say where, what was found, what is allowed, and which key was meant."""
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 from pydantic import ValidationError
@@ -117,30 +118,31 @@ def explain(error: ValidationError, known: dict[str, Schema], document: Document
     done: set[KeyPath] = set()
     for problem in error.errors(include_url=False):
         loc: KeyPath = problem["loc"]
-        path = loc if problem["type"] == "missing" else _written_part(loc, document)
+        path = loc if _is_missing(problem) else _written_part(loc, document)
         refused = any(path[:n] in document.refused for n in range(len(path) + 1))
         if problem["type"] != "rule" and path not in done and not refused:
             done.add(path)
             yield path, _issue(path, _message(problem, path, known, document), document)
 
 
-def broken_rules(
-    error: ValidationError, unsound: set[KeyPath], document: Document
-) -> Iterator[tuple[Issue, list[KeyPath]]]:
-    """The broken rules in `error` that are about sound keys only, each with its keys."""
+def broken_rules(error: ValidationError, unsound: set[KeyPath], document: Document) -> Iterator[Issue]:
+    """The broken rules in `error`, less those about unsound keys."""
     for problem in error.errors(include_url=False):
         if problem["type"] == "rule":
-            path, keys = problem["loc"], problem["ctx"]["keys"]
-            section = path[: -len(keys[0].split("."))]
-            involved: list[KeyPath] = [(*section, *key.split(".")) for key in keys]
-            if not any(a[: len(b)] == b[: len(a)] for a in involved for b in unsound):
-                yield _issue(path, problem["msg"], document), involved
+            involved = map(tuple, problem["ctx"]["keys"])
+            if not any(a[: len(b)] == b[: len(a)] for a, b in product(involved, unsound)):
+                yield _issue(problem["loc"], problem["msg"], document)
 
 
 def _issue(path: KeyPath, message: str, document: Document) -> Issue:
     mark = document.marks[_written_part(path, document)]
     on_command_line = mark.place == COMMAND_LINE and path in document.marks
     return Issue(mark.place, f"{dotted(path)}={shown(mark.text)}" if on_command_line else dotted(path), message)
+
+
+def _is_missing(problem: Any) -> bool:
+    """Whether a key is missing; too short a list is an error of the list."""
+    return problem["type"] == "missing" and isinstance(problem["loc"][-1], str)
 
 
 def _written_part(loc: KeyPath, document: Document) -> KeyPath:
@@ -154,7 +156,7 @@ def _message(problem: Any, path: KeyPath, known: dict[str, Schema], document: Do
     kind = problem["type"]
     if kind == "extra_forbidden":
         return unknown_key(path, known)
-    if kind == "missing":
+    if _is_missing(problem):
         return f"missing, and it has no default; give {expected}"
     if kind == "value_error":
         return str(problem["msg"]).removeprefix("Value error, ")

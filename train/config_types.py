@@ -31,8 +31,8 @@ InnerShare = Annotated[StrictFloat, Field(gt=0, lt=1)]
 Beta = Annotated[StrictFloat, Field(ge=0, lt=1)]
 # Beyond 2 the hue shift (a quarter of the strength) would leave its range of -0.5..0.5.
 JitterStrength = Annotated[StrictFloat, Field(ge=0, le=2)]
-Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]
-Place = Annotated[Text, Field(json_schema_extra={"allowed": "a path"})]
+Name = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$", json_schema_extra={"allowed": "a name"})]
+Place = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$", json_schema_extra={"allowed": "a path"})]
 FolderName = Annotated[
     str,
     Field(
@@ -75,15 +75,27 @@ class Section(BaseModel):
         """Every rule between keys that does not hold; keys are named from this section on."""
         return iter(())
 
+    def broken_rules(self) -> Iterator[BrokenRule]:
+        """Those of this section and of the sections in it."""
+        yield from self.rules()
+        for name in type(self).model_fields:
+            if isinstance(section := getattr(self, name), Section):
+                for keys, text in section.broken_rules():
+                    yield tuple(f"{name}.{key}" for key in keys), text
+
+
+class RuledSection(Section):
+    """The root section. It alone asks for the rules, so that one pass over sound values finds every broken one."""
+
     @model_validator(mode="after")
     def _rules_hold(self) -> Self:
         broken: list[InitErrorDetails] = [
             {
-                "type": PydanticCustomError("rule", "{text}", {"text": text, "keys": keys}),
+                "type": PydanticCustomError("rule", "{text}", {"text": text, "keys": [k.split(".") for k in keys]}),
                 "loc": tuple(keys[0].split(".")),
                 "input": None,
             }
-            for keys, text in self.rules()
+            for keys, text in self.broken_rules()
         ]
         if broken:
             raise ValidationError.from_exception_data(type(self).__name__, broken)

@@ -117,7 +117,8 @@ def compose(text: str, name: str) -> yaml.Node | None:
         return _Composer(text).get_single_node()
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise ConfigError(f"{name}:{line}: not text: character {error.character!r} is not allowed in YAML") from error
+        character = f"character {chr(error.character)!a}"
+        raise ConfigError(f"{name}:{line}: not text: {character} is not allowed in YAML") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = shown(", ".join(part for part in (error.context, error.problem) if part), 160)
