@@ -1,0 +1,5 @@
+"""Tensors -> named losses."""
+
+from model.masks import MaskPlan, MultiCropMaskGenerator
+
+__all__ = ["MaskPlan", "MultiCropMaskGenerator"]

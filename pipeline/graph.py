@@ -8,20 +8,34 @@ from nvidia.dali import Pipeline, fn, pipeline_def, types
 from pipeline.draws import Draws, ViewRecipe
 
 IMAGE = "img"  # the component's name in the index files that the loader writes for DALI
+FLOATS = ("boxes", "colours", "sigmas")
 SOLARIZE = [value if value < 128 else 255 - value for value in range(256)]  # torchvision's threshold of 128
 
 
-def graph_inputs(draws: Draws) -> tuple[np.ndarray, ...]:
-    """The arrays that `build_graph`'s source must return for one batch, in the order that the graph reads them."""
-    flags = [draws.flips, draws.twists, draws.blurs, draws.solarizes]
-    values = [draws.boxes, draws.colours, draws.sigmas]
-    return (*[flag.astype(np.int32) for flag in flags], *values)
+def input_names(recipes: tuple[ViewRecipe, ...]) -> list[str]:
+    """The fields of `Draws` that a graph for these recipes reads, in its order."""
+    used = {
+        "flips": True,
+        "boxes": True,
+        "twists": any(recipe.jitter_prob > 0 or recipe.gray_prob > 0 for recipe in recipes),
+        "colours": any(recipe.jitter_prob > 0 or recipe.gray_prob > 0 for recipe in recipes),
+        "blurs": any(recipe.blur_prob > 0 for recipe in recipes),
+        "sigmas": any(recipe.blur_prob > 0 for recipe in recipes),
+        "solarizes": any(recipe.solarize_prob > 0 for recipe in recipes),
+    }
+    return [name for name, needed in used.items() if needed]
+
+
+def graph_inputs(draws: Draws, recipes: tuple[ViewRecipe, ...]) -> list[np.ndarray]:
+    """The arrays that `build_graph`'s source must return for one batch."""
+    arrays = (getattr(draws, name) for name in input_names(recipes))
+    return [array.astype(np.int32) if array.dtype == bool else array for array in arrays]
 
 
 def build_graph(
     tars: list[str],
     dali_indices: list[str],
-    source: Callable[[], tuple[np.ndarray, ...]],
+    source: Callable[[], list[np.ndarray]],
     recipes: tuple[ViewRecipe, ...],
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
@@ -37,6 +51,7 @@ def build_graph(
     end. `mean` and `std` are in 0..1.
     """
     decoder = "mixed" if device == "gpu" else "cpu"
+    names = input_names(recipes)
     offset, scale = [255 * value for value in mean], [255 * value for value in std]
 
     @pipeline_def(enable_conditionals=True)
@@ -46,35 +61,36 @@ def build_graph(
         )
         # make_shards bakes the EXIF orientation in; boxes are drawn for the stored height and width.
         image = fn.decoders.image(encoded, device=decoder, output_type=types.RGB, adjust_orientation=False)
-        flips, twists, blurs, solarizes, boxes, colours, sigmas = fn.external_source(
+        values = fn.external_source(
             source=source,
-            num_outputs=7,
-            dtype=[types.INT32] * 4 + [types.FLOAT] * 3,
-            ndim=[1, 1, 1, 1, 2, 2, 1],
+            num_outputs=len(names),
+            dtype=[types.FLOAT if name in FLOATS else types.INT32 for name in names],
+            ndim=[2 if name in ("boxes", "colours") else 1 for name in names],
         )
+        drawn = {name: values[i] for i, name in enumerate(names)}
         crops = []
         for v, recipe in enumerate(recipes):
             crop = fn.resize(
                 image,
                 size=(recipe.size, recipe.size),
-                roi_start=boxes[v, :2],
-                roi_end=boxes[v, 2:],
+                roi_start=drawn["boxes"][v, :2],
+                roi_end=drawn["boxes"][v, 2:],
                 interp_type=types.INTERP_LINEAR,
                 antialias=True,
             )
             if recipe.jitter_prob > 0 or recipe.gray_prob > 0:
                 # A conditional costs less on the CPU than an identity pass over the pixels.
-                if twists[v]:
-                    crop = _colour(crop, colours[v])
+                if drawn["twists"][v]:
+                    crop = _colour(crop, drawn["colours"][v])
             if recipe.blur_prob > 0:
-                if blurs[v]:
-                    crop = fn.gaussian_blur(crop, sigma=sigmas[v])
+                if drawn["blurs"][v]:
+                    crop = fn.gaussian_blur(crop, sigma=drawn["sigmas"][v])
             if recipe.solarize_prob > 0:
-                if solarizes[v]:
+                if drawn["solarizes"][v]:
                     crop = fn.lookup_table(crop, keys=list(range(256)), values=SOLARIZE, dtype=types.UINT8)
             crops.append(
                 fn.crop_mirror_normalize(
-                    crop, dtype=types.FLOAT, output_layout="CHW", mirror=flips[v], mean=offset, std=scale
+                    crop, dtype=types.FLOAT, output_layout="CHW", mirror=drawn["flips"][v], mean=offset, std=scale
                 )
             )
         return tuple(crops)

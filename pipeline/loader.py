@@ -17,7 +17,7 @@ from pipeline.index import ShardIndex
 from pipeline.plan import Plan
 
 # A graph lists the rows of as many whole epochs as fit in this, so that a small data set does not open a reader per epoch.
-WINDOW_ROWS = 200_000
+WINDOW_ROWS = 10_000
 
 
 class MultiCropLoader:
@@ -157,7 +157,7 @@ class _Stream:
             rows[k] = orders[epoch][np.minimum(np.arange(start, start + size), count - 1)]
         return rows
 
-    def _feed(self) -> tuple[np.ndarray, ...]:
+    def _feed(self) -> list[np.ndarray]:
         if self.fed == len(self.batches):
             raise StopIteration
         (epoch, start), rows = self.batches[self.fed], self.rows[self.fed]
@@ -165,7 +165,7 @@ class _Stream:
         loader, samples = self.loader, self.loader.index.samples[rows]
         draws = draw(loader.recipes, loader.seed, epoch, start, samples["height"], samples["width"])
         self.pending.append((rows, start, draws))
-        return graph_inputs(draws)
+        return graph_inputs(draws, loader.recipes)
 
     def next(self) -> CropBatch:
         try:

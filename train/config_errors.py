@@ -1,6 +1,7 @@
 """Turns pydantic's complaints into lines that say where, what was found, what is allowed, and which key was meant."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -73,6 +74,7 @@ def _either(options: list[Any]) -> str:
     return f"{', '.join(head)} or {last}" if head else last
 
 
+@lru_cache(maxsize=4096)
 def distance(a: str, b: str) -> int:
     """Edits that turn `a` into `b`: insert, delete, replace, swap neighbours (optimal string alignment)."""
     before: list[int] = []
@@ -90,22 +92,24 @@ def distance(a: str, b: str) -> int:
 def nearest(key: str, known: dict[str, Schema]) -> str | None:
     """The known dotted key that an unknown one most likely means, None if nothing is near."""
     section, _, name = key.rpartition(".")
-    if len(key) > 100:
-        return None
-
-    def score(candidate: str) -> float:
+    best, least = None, max(1.5, len(name) / 3)
+    for candidate in known:
         in_section, _, named = candidate.rpartition(".")
         # A slip within the section is likelier than a key in the wrong section, unless the name is exact there.
-        return min(distance(name, named) + 1.5 * (in_section != section), distance(key, candidate))
-
-    best = min(known, key=score)
-    return best if score(best) <= max(1.5, len(name) / 3) else None
+        elsewhere = min(1.5, distance(section, in_section)) if section != in_section else 0
+        if abs(len(name) - len(named)) + elsewhere <= least:  # no distance is less than that
+            score = distance(name, named) + elsewhere
+            if score < least or (score == least and best is None):
+                best, least = candidate, score
+    return best
 
 
 def unknown_key(path: KeyPath, known: dict[str, Schema]) -> str:
     """The message for a key that is not there."""
     key = ".".join(str(part) for part in path if isinstance(part, str))
     section, _, name = key.rpartition(".")
+    if key in known:
+        return f"unknown key: dots are for the command line; write {name} under {section}"
     meant = nearest(key, known)
     homes = sorted(k for k in known if k.rpartition(".")[2] == name and k != meant)
     siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]

@@ -26,7 +26,7 @@ class MetricsLog:
     def __init__(self, folder: Path, tensorboard: bool, start_step: int) -> None:
         self._path = folder / "metrics.jsonl"
         # A run killed after its last checkpoint repeats some steps: their old lines give way.
-        kept = [line for line in read_metrics(folder) if line["step"] < start_step]
+        kept = [line for line in read_metrics(folder) if line["step"] <= start_step]
         self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = self._path.open("a")
         self._writer: Any = None

@@ -114,7 +114,7 @@ def test_text_that_others_read_as_a_value_is_no_silent_string(text, write):
         ("training: {<<: {lr: 1}}", "training.<<: merge keys are not read; write the values out"),
         ("training: {[a]: 1}", "training.[a]: is no key; keys are plain words"),
         ("traning: {lr: 1}", "traning: unknown key; did you mean training?"),
-        ("training.lr: 1", "training.lr: unknown key"),
+        ("training.lr: 1", "training.lr: unknown key: dots are for the command line; write lr under training"),
         ("masking: {mask_scale: [0.3, 0.2]}", "masking.mask_scale: the first of [0.3, 0.2] is the greater"),
         (
             "model: {levels: [{layer: -1, strid: 1, weight: 1, stride: 1}]}",

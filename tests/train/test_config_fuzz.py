@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from train.config import Config
-from train.config_errors import known_keys
+from train.config_errors import known_keys, nearest
 from train.config_file import load_config_with_origins
 from train.config_yaml import ConfigError
 
@@ -189,13 +189,16 @@ def right_suggestions(cases: list[tuple[str, str]], path: Path) -> float:
 
 
 def test_a_one_letter_typo_in_a_key_is_answered_with_the_right_key(tmp_path):
-    cases = random.Random(0).sample(typos(), 300)
+    cases = random.Random(0).sample(typos(), 200)
     assert right_suggestions(cases, tmp_path / "run.yaml") >= 0.95
 
 
 @pytest.mark.slow
-def test_every_one_letter_typo_is_answered_with_the_right_key(tmp_path):
-    cases = typos()
-    share = right_suggestions(cases, tmp_path / "run.yaml")
-    print(f"\n{len(cases)} typos: {100 * share:.2f}% answered with the right key")
-    assert share >= 0.95
+def test_of_all_one_letter_typos_at_least_95_percent_are_answered_with_the_right_key():
+    known = known_keys(Config.model_json_schema())
+    answers = [(typo, nearest(typo, known) == key) for key, typo in typos()]
+    missed = [typo for typo, right in answers if not right]
+    print(
+        f"\n{len(answers)} typos: {100 - 100 * len(missed) / len(answers):.2f}% answered with the right key; not {missed}"
+    )
+    assert len(missed) <= 0.05 * len(answers)

@@ -1,0 +1,101 @@
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from train.checkpoint import (
+    DamagedCheckpointError,
+    list_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+    verify_checkpoint,
+)
+from train.optim import build_optimizer
+
+
+def trained(seed: int = 0, width: int = 16) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(8, width), nn.GELU(), nn.Linear(width, 2))
+    optimizer = build_optimizer(model, 0.1, (0.9, 0.95))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    for _ in range(3):
+        model(torch.randn(4, 8)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    model, optimizer = trained()
+    for step in (5, 10, 15, 20):
+        save_checkpoint(tmp_path, model, optimizer, {"step": step}, keep_last=3)
+    return tmp_path
+
+
+def test_what_was_saved_is_loaded_bit_for_bit_and_training_goes_on_equally(folder: Path) -> None:
+    model, optimizer = trained()
+    other, other_optimizer = trained(seed=1)
+    assert load_checkpoint(folder / "step_00000020", other, other_optimizer) == {"step": 20}
+    for _ in range(2):
+        batch = torch.randn(4, 8)
+        for net, opt in ((model, optimizer), (other, other_optimizer)):
+            opt.param_groups[0]["lr"] = opt.param_groups[1]["lr"] = 0.1
+            net(batch).square().sum().backward()
+            opt.step()
+            opt.zero_grad()
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_only_the_newest_are_kept_and_nothing_partial_stays(folder: Path) -> None:
+    assert [path.name for path in list_checkpoints(folder)] == ["step_00000010", "step_00000015", "step_00000020"]
+    assert sorted(path.name for path in folder.iterdir()) == ["step_00000010", "step_00000015", "step_00000020"]
+
+
+def test_every_bit_flip_and_truncation_is_detected_and_the_one_before_is_used(folder: Path, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    newest = folder / "step_00000020"
+    files = sorted(path.name for path in newest.iterdir())
+    for trial in range(80):
+        copy = tmp_path / f"trial-{trial}"
+        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("trial-*"))
+        path = copy / newest.name / files[trial % len(files)]
+        content = bytearray(path.read_bytes())
+        place = rng.randrange(len(content))
+        if trial % 3:
+            content[place] ^= 1 << rng.randrange(8)
+        else:
+            del content[place:]
+        path.write_bytes(content)
+        said: list[str] = []
+        with pytest.raises(DamagedCheckpointError):
+            verify_checkpoint(copy / newest.name)
+        assert newest_checkpoint(copy, said.append) == copy / "step_00000015"
+        assert len(said) == 1
+        assert "step_00000020" in said[0]
+        shutil.rmtree(copy)
+
+
+def test_a_missing_file_counts_as_damage(folder: Path) -> None:
+    (folder / "step_00000020" / "optimizer.safetensors").unlink()
+    assert newest_checkpoint(folder, lambda _: None) == folder / "step_00000015"
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_in_one_line(folder: Path) -> None:
+    model, optimizer = trained(width=12)
+    with pytest.raises(ValueError, match="belongs to another architecture") as caught:
+        load_checkpoint(folder / "step_00000020", model, optimizer)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_save_that_was_killed_leaves_the_others_alone(folder: Path) -> None:
+    partial = folder / ".step_00000025.partial"
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"half")
+    assert newest_checkpoint(folder, lambda _: None) == folder / "step_00000020"

@@ -1,0 +1,138 @@
+"""The command itself, run in this process on real shards, with real signals."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from train.run import main
+
+ROOT = Path(__file__).parents[2]
+TINY_ENCODER = (
+    "{img_size: 32, patch_size: 8, embed_dim: 16, depth: 2, num_heads: 2, init_values: 0.1, num_reg_tokens: 1}"
+)
+TINY = [
+    "device=cpu", "data.dataset=custom", "data.batch_size=8", "data.num_workers=1",
+    "data.multicrop.global_crop_size=32", "data.multicrop.local_crop_size=16",
+    "model.encoder=vit_small_patch16_dinov3", f"model.encoder_kwargs={TINY_ENCODER}",
+    "model.predictor_width=16", "model.predictor_depth=1", "model.predictor_heads=2",
+    "model.projector_hidden=16", "model.projector_dim=8", "loss.sigreg_slices=8", "logging.tensorboard=false",
+]  # fmt: skip
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def command(config: Path, data_path: Path, run_dir: Path, *changes: str) -> list[str]:
+    return [str(config), *TINY, f"data.data_path={data_path}", f"logging.run_dir={run_dir}", *changes]
+
+
+@pytest.mark.parametrize("config", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_config_takes_two_steps_at_reduced_size(config: Path, data_path: Path, tmp_path: Path) -> None:
+    assert main(command(config, data_path, tmp_path, "training.max_steps=2", "logging.run_name=two")) == 0
+    run = tmp_path / "two"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 2
+    assert summary["images"] == 16
+    assert set(summary["knn"]) == {"pixels", "colour_histogram", "random_init", "trained"}
+    assert {"images_per_s", "data_wait_percent", "loss_first", "loss_last", "rankme"} <= set(summary)
+    assert sorted(path.name for path in (run / "figures").iterdir()) == ["crops.png", "curves.png", "masks.png"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000002"]
+
+
+def interrupt_later(seconds: float) -> threading.Timer:
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    return timer
+
+
+def test_a_run_stopped_at_random_steps_and_resumed_ends_with_the_same_weights_bit_for_bit(
+    data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ROOT / "configs" / "quickstart.yaml"
+    settings = ["training.epochs=8", "checkpoint.save_frequency=7"]
+    assert main(command(config, data_path, tmp_path, *settings, "logging.run_name=whole")) == 0
+    rng, stops = random.Random(os.getpid()), 0
+    for _ in range(30):
+        timer = interrupt_later(rng.uniform(0.3, 1.5))
+        try:
+            code = main(command(config, data_path, tmp_path, *settings, "logging.run_name=parts"))
+        except KeyboardInterrupt:  # the signal came before the first or after the last step
+            continue
+        finally:
+            timer.cancel()
+        if code == 0:
+            break
+        assert code == 75
+        stops += 1
+    else:
+        pytest.fail("30 attempts were not enough")
+    assert stops >= 1, capsys.readouterr().out
+    newest = [max((tmp_path / name / "checkpoints").iterdir()) for name in ("whole", "parts")]
+    assert newest[0].name == newest[1].name == f"step_{8 * (103 // 8):08d}"
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        whole, parts = load_file(newest[0] / file), load_file(newest[1] / file)
+        assert whole.keys() == parts.keys()
+        assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+
+
+def test_a_finished_run_is_not_trained_again(data_path: Path, tmp_path: Path) -> None:
+    arguments = command(ROOT / "configs" / "quickstart.yaml", data_path, tmp_path, "training.max_steps=2")
+    assert main(arguments) == 0
+    checkpoint = tmp_path / "quickstart" / "checkpoints" / "step_00000002" / "model.safetensors"
+    before = checkpoint.stat().st_mtime_ns
+    assert main(arguments) == 0
+    assert checkpoint.stat().st_mtime_ns == before
+
+
+def test_a_folder_of_another_run_is_not_continued(
+    data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command(ROOT / "configs" / "quickstart.yaml", data_path, tmp_path, "training.max_steps=2")
+    assert main(arguments) == 0
+    assert main([*arguments, "masking.num_masks=2"]) == 2
+    assert "masking.num_masks: 4 -> 2" in capsys.readouterr().err
+
+
+def test_starting_over_moves_the_old_run_aside(data_path: Path, tmp_path: Path) -> None:
+    arguments = command(ROOT / "configs" / "quickstart.yaml", data_path, tmp_path, "training.max_steps=2")
+    assert main(arguments) == 0
+    assert main([*arguments, "checkpoint.resume=none"]) == 0
+    assert (tmp_path / "quickstart" / "checkpoints.old-1" / "step_00000002").is_dir()
+
+
+def test_without_data_one_line_says_what_is_missing_and_which_command_makes_it(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "train.run", str(ROOT / "configs" / "multicrop_training.yaml")],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "no imagenet shards" in result.stderr
+    assert "python tools/make_shards.py convert" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.encoder=resnet18", "not a timm Eva model"),
+        ("masking.context_ratio=0.01", "0 context and 8 query tokens of 16"),
+        ("model.levels=[{layer: 5, stride: 1, weight: 1.0}]", "the encoder has 2 blocks"),
+        ("data.batch_size=200", "103 samples are fewer than one global batch of 200"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_one_line_and_exit_code_2(
+    data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
+) -> None:
+    assert main(command(ROOT / "configs" / "quickstart.yaml", data_path, tmp_path, override)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
