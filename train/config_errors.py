@@ -169,12 +169,13 @@ def _message(problem: Any, path: KeyPath, known: dict[str, Schema], document: Do
 
 
 def _hint(value: Any, written: str, expected: str) -> str:
+    wants_text = expected.startswith(("a name", "a path", "a folder"))
     if isinstance(value, AmbiguousText) and expected == "true or false":
         return f" ({value} is text here)"
-    if isinstance(value, AmbiguousText):
+    if isinstance(value, AmbiguousText) and not wants_text:
         return " (write plain decimal digits)"
-    if isinstance(value, str) and written[:1] in ("'", '"'):
+    if isinstance(value, str) and written[:1] in ("'", '"') and not wants_text:
         return " (the quotes make it text)"
-    if isinstance(value, int | float) and expected.startswith(("text", "a path", "a folder")):
+    if isinstance(value, int | float) and wants_text:
         return f' (put it in quotes: "{written}")'
     return ""

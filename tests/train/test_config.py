@@ -132,6 +132,12 @@ def test_a_wrong_line_is_named_with_what_was_found_and_what_is_allowed(line, err
         assert found.startswith(f"run.yaml:3: {error}")
 
 
+def test_text_for_a_number_and_a_number_for_text_get_opposite_hints(write):
+    folder = "data: {data_path: shards}\nlogging: {run_name: %s}"
+    assert errors_of(write(folder % "2024"))[0].endswith('(put it in quotes: "2024")')
+    assert errors_of(write(folder % "'..'"))[0].endswith("(not starting with . or -)")
+
+
 def test_a_key_of_another_section_is_named_with_its_home(write):
     (error,) = errors_of(write(f"{LEAST}training: {{batch_size: 3}}"))
     assert error.endswith("did you mean data.batch_size? (batch_size is also at evaluation.batch_size)")
