@@ -11,7 +11,7 @@ import signal
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +42,7 @@ class ConvertOptions:
 
     seed: int = 0
     num_shards: int = 0
-    policy: ImagePolicy = ImagePolicy()
+    policy: ImagePolicy = field(default_factory=ImagePolicy)
     max_bad_fraction: float = 0.01
     workers: int = 1
     task_index: int = 0
@@ -180,15 +180,15 @@ def _check_rejects(plan: ShardPlan, rejects: int, options: ConvertOptions) -> No
     )
 
 
-def describe_plan(plan: ShardPlan, split: str, options: ConvertOptions) -> list[str]:
+def describe_plan(plan: ShardPlan, options: ConvertOptions) -> list[str]:
     """What a conversion would do, in lines; reads and checks a few images to guess the time."""
     catalogue = plan.source.catalogue
-    probe = plan.order[:64].tolist()
+    probe = [] if plan.source.layout == "parquet" else plan.order[:64].tolist()  # parquet has no cheap random reads
     start = time.perf_counter()
     for row in probe:
         with contextlib.suppress(ValueError):
             check_image(catalogue.read(row), catalogue.name(row), plan.policy)
-    seconds = (time.perf_counter() - start) / len(probe) * len(catalogue) / options.workers
+    seconds = (time.perf_counter() - start) / max(len(probe), 1) * len(catalogue) / options.workers
     existing = next(path for path in (plan.folder, *plan.folder.parents) if path.exists())
     # headers, padding, `cls` and `json` take about 3 KB an image
     need = catalogue.num_bytes() + 3_000 * len(catalogue)
@@ -197,6 +197,6 @@ def describe_plan(plan: ShardPlan, split: str, options: ConvertOptions) -> list[
         f"images   {len(catalogue):,} in {len(plan.source.classes):,} classes, {catalogue.num_bytes() / 1e6:,.1f} MB",
         f"shards   {plan.num_shards:,} of about {len(catalogue) // plan.num_shards:,} images: "
         f"{plan.folder / plan.shard_name(0)} ...",
-        f"time     about {seconds:,.0f} s with {options.workers} workers (guessed from {len(probe)} images)",
+        f"time     about {seconds:,.1f} s with {options.workers} workers (from {len(probe)} images, writing not included)",
         f"disk     about {need / 1e6:,.1f} MB needed, {shutil.disk_usage(existing).free / 1e6:,.1f} MB free",
     ]

@@ -1,12 +1,20 @@
 """Make, check and describe shards: `python tools/make_shards.py {sample,convert,index,verify,stats} --help`."""
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from tools.convert import ConvertOptions, Outcome, convert
+from tools.archives import check_official
+from tools.convert import ConvertOptions, Outcome, convert, describe_plan, make_plan
+from tools.image_check import VERIFY_LEVELS, ImagePolicy
+from tools.layout_parquet import empty_spools
+from tools.layouts import LAYOUTS, open_source
 from tools.photographs import NUM_SHARDS, photograph_source
+from tools.shard_writer import RECORD_FOLDER
+from tools.verify_shards import index_split, split_folders, stats_split, verify_split
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,7 +36,126 @@ def build_parser() -> argparse.ArgumentParser:
     sample = commands.add_parser("sample", help="cut the quickstart's tiles from photographs in installed packages")
     sample.add_argument("--out", type=Path, default=Path("shards/sample"), help="default: %(default)s")
     sample.set_defaults(run=run_sample)
+    add_convert(commands.add_parser("convert", help="turn a data set into verified, indexed shards"))
+    for name, run, what in (
+        ("verify", run_verify, "check sums, index and every image of finished shards"),
+        ("stats", run_stats, "sizes, classes, duplicates, mean and std of shards"),
+        ("index", run_index, "index a WebDataset that somebody else wrote"),
+    ):
+        command = commands.add_parser(name, help=what)
+        command.add_argument("folder", type=Path, help="a folder of tars, or one with such folders in it")
+        command.add_argument("--workers", type=positive, default=num_cores(), help="processes, default: the cores")
+        command.set_defaults(run=run)
     return parser
+
+
+def add_convert(command: argparse.ArgumentParser) -> None:
+    policy, options = ImagePolicy(), ConvertOptions()
+    command.add_argument("source", type=Path, help="archive, folder, or file to read")
+    command.add_argument("--out", type=Path, required=True, help="the shards go to OUT/SPLIT")
+    command.add_argument("--split", choices=("train", "val"), default="train")
+    command.add_argument("--layout", choices=("auto", *LAYOUTS), default="auto")
+    command.add_argument("--seed", type=int, default=options.seed, help="of the shuffle")
+    command.add_argument("--num-shards", type=positive, default=0, help="default: 256 MiB or 10,000 images each")
+    command.add_argument("--resize", type=positive, default=0, metavar="PIXELS", help="shorter side, never enlarged")
+    command.add_argument(
+        "--quality", type=int, choices=range(1, 101), metavar="1..100", help="of resized JPEGs, default 90"
+    )
+    command.add_argument("--verify", choices=VERIFY_LEVELS, default=policy.verify, help="default: %(default)s")
+    command.add_argument("--max-pixels", type=positive, default=policy.max_pixels, help="default: %(default)s")
+    command.add_argument("--max-bytes", type=positive, default=policy.max_bytes, help="per image, default: %(default)s")
+    command.add_argument(
+        "--max-bad-fraction", type=float, default=options.max_bad_fraction, help="default: %(default)s"
+    )
+    command.add_argument("--workers", type=positive, default=num_cores(), help="processes, default: the cores")
+    command.add_argument("--task-index", type=int, default=0, help="of a job array, from 0")
+    command.add_argument("--num-tasks", type=positive, default=1, help="size of the job array")
+    command.add_argument("--official", action="store_true", help="check the md5 of the official archives first")
+    command.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    command.set_defaults(run=run_convert)
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def num_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def run_convert(parsed: argparse.Namespace) -> None:
+    start = time.perf_counter()
+    options = convert_options(parsed)
+    if parsed.official:
+        print(f"md5 as published: {', '.join(check_official(parsed.source))}")
+    folder = parsed.out / parsed.split
+    spools = folder / RECORD_FOLDER / "spool"
+    source = open_source(parsed.source, parsed.split, parsed.layout, None if parsed.dry_run else spools)
+    lines = describe_plan(make_plan(source, folder, parsed.split, options), options)
+    if parsed.dry_run:
+        print("\n".join(lines))
+        return
+    print(lines[0], flush=True)
+    outcome = convert(source, folder, parsed.split, options)
+    if outcome.complete:
+        empty_spools(spools)
+    report(folder, len(source.catalogue), outcome, time.perf_counter() - start)
+
+
+def convert_options(parsed: argparse.Namespace) -> ConvertOptions:
+    """Rules between options. Raises ValueError for one that would have no effect."""
+    if parsed.quality and not parsed.resize:
+        raise ValueError("--quality has no effect without --resize: images keep their bytes")
+    if not 0 <= parsed.task_index < parsed.num_tasks:
+        raise ValueError(
+            f"--task-index {parsed.task_index} is outside 0..{parsed.num_tasks - 1} (--num-tasks {parsed.num_tasks})"
+        )
+    if not 0 <= parsed.max_bad_fraction <= 1:
+        raise ValueError(f"--max-bad-fraction {parsed.max_bad_fraction} is outside 0..1")
+    quality = parsed.quality or ImagePolicy().quality
+    policy = ImagePolicy(parsed.verify, parsed.resize, quality, parsed.max_pixels, parsed.max_bytes)
+    return ConvertOptions(
+        seed=parsed.seed,
+        num_shards=parsed.num_shards,
+        policy=policy,
+        max_bad_fraction=parsed.max_bad_fraction,
+        workers=parsed.workers,
+        task_index=parsed.task_index,
+        num_tasks=parsed.num_tasks,
+    )
+
+
+def run_verify(parsed: argparse.Namespace) -> int:
+    problems = []
+    for folder in split_folders(parsed.folder):
+        found = verify_split(folder, parsed.workers)
+        print(f"{folder}: {'whole' if not found else f'{len(found)} problems'}")
+        problems += found
+    for line in problems:
+        print(f"make_shards: {line}", file=sys.stderr)
+    return 2 if problems else 0
+
+
+def run_index(parsed: argparse.Namespace) -> None:
+    for folder in split_folders(parsed.folder):
+        print(f"{folder}: {index_split(folder, parsed.workers):,} samples indexed")
+
+
+def run_stats(parsed: argparse.Namespace) -> None:
+    for folder in split_folders(parsed.folder):
+        print(f"{folder}:")
+        for name, value in stats_split(folder, parsed.workers).items():
+            print(f"  {name:16} {shorten(value)}")
+
+
+def shorten(value: Any) -> str:
+    """A figure, or a dictionary of figures on one line, the first twelve of them."""
+    if not isinstance(value, dict):
+        return str(value)
+    parts = [f"{key} {number}" for key, number in value.items() if key != "first_groups"]
+    return ", ".join(parts[:12]) + (f", ... ({len(parts)} in all)" if len(parts) > 12 else "")
 
 
 def run_sample(parsed: argparse.Namespace) -> None:

@@ -39,7 +39,9 @@ def finish_split(plan: ShardPlan, split: str, seed: int) -> bool:
         files = {
             INFO_NAME: dump(_timm_info(plan.source.name, split, names, records)),
             MANIFEST_NAME: dump(_manifest(plan, split, seed, names, records)),
-            STATS_NAME: dump(describe_rows(rows, plan.source.classes) | _content_stats(plan, rows, records)),
+            STATS_NAME: dump(
+                describe_rows(rows, plan.source.classes) | _content_stats(plan.folder, names, rows, records)
+            ),
         }
         if rejected:
             files[REJECTED_NAME] = "".join(json.dumps(bad) + "\n" for bad in rejected).encode()
@@ -139,9 +141,11 @@ def _spread(values: np.ndarray) -> dict[str, float]:
     return {"min": int(values.min()), "median": float(np.median(values)), "max": int(values.max())}
 
 
-def _content_stats(plan: ShardPlan, rows: np.ndarray, records: list[ShardRecord]) -> dict[str, Any]:
+def _content_stats(folder: Path, names: list[str], rows: np.ndarray, records: list[ShardRecord]) -> dict[str, Any]:
     prints = np.concatenate([record.fingerprints for record in records])
-    return {"duplicates": find_duplicates(plan, rows, prints)} | mean_and_std([record.pixels for record in records])
+    return {"duplicates": find_duplicates(folder, names, rows, prints)} | mean_and_std(
+        [record.pixels for record in records]
+    )
 
 
 def mean_and_std(sums: list[list[list[int]]]) -> dict[str, Any]:
@@ -155,19 +159,19 @@ def mean_and_std(sums: list[list[list[int]]]) -> dict[str, Any]:
     return {"mean": [round(m, 6) for m in mean], "std": [round(s, 6) for s in std], "mean_std_pixels": count}
 
 
-def find_duplicates(plan: ShardPlan, rows: np.ndarray, prints: np.ndarray) -> dict[str, Any]:
+def find_duplicates(folder: Path, names: list[str], rows: np.ndarray, prints: np.ndarray) -> dict[str, Any]:
     """Images with the same bytes: fingerprints find them, the bytes confirm it. Lists the first hundred groups."""
     _, inverse, counts = np.unique(prints, return_inverse=True, return_counts=True)
     suspects = np.flatnonzero(counts[inverse] > 1)
     groups: dict[bytes, list[int]] = {}
     for row in suspects.tolist():
-        groups.setdefault(hashlib.sha256(_stored_bytes(plan, rows[row])).digest(), []).append(row)
+        groups.setdefault(hashlib.sha256(stored_bytes(folder, names, rows[row])).digest(), []).append(row)
     same = [group for group in groups.values() if len(group) > 1]
     listed = [[[int(rows["shard"][row]), int(rows["offset"][row])] for row in group] for group in same[:100]]
     return {"groups": len(same), "extra_images": sum(len(group) - 1 for group in same), "first_groups": listed}
 
 
-def _stored_bytes(plan: ShardPlan, row: np.void) -> bytes:
-    with (plan.folder / plan.shard_name(int(row["shard"]))).open("rb") as file:
+def stored_bytes(folder: Path, names: list[str], row: np.void) -> bytes:
+    with (folder / names[row["shard"]]).open("rb") as file:
         file.seek(int(row["offset"]))
         return file.read(int(row["size"]))
