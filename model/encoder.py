@@ -93,7 +93,8 @@ def create_vit(name: str, **timm_kwargs: object) -> Eva:
     usable = isinstance(attention, EvaAttention) and attention.qkv is not None and attention.gate is None
     if not usable or vit.rope is None or vit.rope_mixed or vit.pos_embed is not None or not vit.dynamic_img_size:
         raise ValueError(
-            f"encoder {name!r}: not a timm Eva model with rotary positions only. Use vit_{{small,base,large}}_patch16_dinov3 or another of timm.list_models('vit_*_dinov3*')"
+            f"encoder {name!r}: not a timm Eva model with rotary positions only. Use vit_{{small,base,large}}_patch16_dinov3, "
+            "or another of timm.list_models('vit_*_dinov3*')"
         )
     return vit
 

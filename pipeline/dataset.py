@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from pipeline.draws import ViewRecipe
-from pipeline.index import ShardIndex, open_index
+from pipeline.index import ShardIndex, open_index, split_folder
 from pipeline.loader import MultiCropLoader
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -25,21 +25,6 @@ class MultiCropDataset:
 
     def __len__(self) -> int:
         return len(self.index)
-
-
-def split_folder(dataset_name: str, data_path: Path | str, split: str) -> Path:
-    """The folder with the shards of `split`: `data_path/split`, or `data_path` itself when it holds tars.
-
-    Raises FileNotFoundError that names the command which makes the shards of `dataset_name`.
-    """
-    data_path = Path(data_path)
-    for folder in (data_path / split, data_path):
-        if any(folder.glob("*.tar")):
-            return folder
-    command = f"python tools/make_shards.py convert SOURCE --out {data_path} --split {split}"
-    if dataset_name == "sample":
-        command = f"python tools/make_shards.py sample --out {data_path}"
-    raise FileNotFoundError(f"{data_path / split}: no {dataset_name} shards (*.tar) here. Make them with `{command}`")
 
 
 def build_multicrop_dataset(

@@ -77,6 +77,21 @@ class ShardIndex:
         return f"{self.shard_path(sample['shard'])}: {self.key(row)} at byte {sample['offset']}"
 
 
+def split_folder(dataset_name: str, data_path: Path | str, split: str) -> Path:
+    """The folder with the shards of `split`: `data_path/split`, or `data_path` itself when it holds tars.
+
+    Raises FileNotFoundError that names the command which makes the shards of `dataset_name`.
+    """
+    data_path = Path(data_path)
+    for folder in (data_path / split, data_path):
+        if any(folder.glob("*.tar")):
+            return folder
+    command = f"python tools/make_shards.py convert SOURCE --out {data_path} --split {split}"
+    if dataset_name == "sample":
+        command = f"python tools/make_shards.py sample --out {data_path}"
+    raise FileNotFoundError(f"{data_path / split}: no {dataset_name} shards (*.tar) here. Make them with `{command}`")
+
+
 def save_index(folder: Path, shards: list[str], samples: np.ndarray) -> None:
     """Write `folder/index.npz` beside and rename it. The same input gives the same bytes."""
     temporary = folder / f".{INDEX_NAME}.partial"

@@ -14,9 +14,8 @@ from pipeline.dataset import (
     build_multicrop_dataset,
     centre_crop_dataset,
     resolve_device,
-    split_folder,
 )
-from pipeline.index import open_index
+from pipeline.index import open_index, split_folder
 from pipeline.loader import MultiCropLoader
 from train.config import Config
 from train.loop import LoopSettings

@@ -1,35 +1,15 @@
 """Train from one YAML file: `python -m train.run configs/multicrop_training.yaml [section.key=value ...]`."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
-from train.build import (
-    build_dataset,
-    build_loader,
-    build_masks,
-    build_model,
-    loop_settings,
-    torch_device,
-    torch_threads,
-)
-from train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from train.config import Config
+from pipeline.index import split_folder
 from train.config_file import SHORT_FLAGS, load_config
-from train.display import Display, summary_table
-from train.loop import RunState, train_steps
-from train.metrics import MetricsLog
-from train.optim import build_optimizer
-from train.probe import Probe
-from train.report import draw_figures, write_summary
-from train.run_folder import StopSignal, open_run_folder
 
-STOPPED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint; the same command goes on from it
 BAD_INPUT = 2
 
 
@@ -56,73 +36,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path, overrides = parse_arguments(arguments)
     console = Console(soft_wrap=True)
     try:
-        return run(load_config(path, overrides), console)
+        config = load_config(path, overrides)
+        split_folder(config.data.dataset, config.data.data_path, "train")
+        console.print("loading torch, DALI and timm ...", style="dim")
+        # Only now: they take about ten seconds, and a wrong setting should be told at once.
+        from train.session import run
+
+        return run(config, console)
     except (ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return BAD_INPUT
-
-
-def run(config: Config, console: Console) -> int:
-    """Train, evaluate and draw; returns the exit code."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("torchrun: several ranks are not supported yet; start one process")
-    device = torch_device(config)
-    if device.type == "cpu":
-        torch.set_num_threads(torch_threads())
-    dataset = build_dataset(config)
-    loader = build_loader(config, dataset, config.data.batch_size)
-    settings = loop_settings(config, len(loader), device)
-    model = build_model(config, device)
-    masks = build_masks(config, model, device)
-    optimizer = build_optimizer(model, config.training.weight_decay, config.training.betas)
-
-    folder = open_run_folder(config, console.print)
-    checkpoints = folder / "checkpoints"
-    probe = Probe(config, folder, model, console.print)
-    probe.measure_baselines()
-    state = RunState()
-    newest = None
-    if config.checkpoint.resume == "auto":
-        newest = newest_checkpoint(checkpoints, console.print)
-    elif config.checkpoint.resume != "none":
-        newest = Path(config.checkpoint.resume)
-    if newest is not None:
-        saved = load_checkpoint(newest, model, optimizer)
-        state = RunState(**saved["run"])
-        loader.load_state_dict(saved["loader"])
-        console.print(f"going on from {newest} (step {state.step} of {settings.total_steps})", highlight=False)
-
-    def save() -> None:
-        saved = {"step": state.step, "run": state.as_dict(), "loader": loader.state_dict()}
-        save_checkpoint(checkpoints, model, optimizer, saved, config.checkpoint.keep_last_n)
-
-    with (
-        StopSignal(console.print) as stop,
-        MetricsLog(folder, config.logging.tensorboard, state.step) as metrics,
-        Display(console, config.logging.run_name, state.step, settings.total_steps, len(loader)) as display,
-    ):
-        train_steps(
-            model,
-            masks,
-            optimizer,
-            loader,
-            state,
-            settings,
-            log=lambda values: metrics.write(state.step, values),
-            show=lambda: display.update(state),
-            probe=lambda: metrics.write(state.step, probe.online()),
-            save=save,
-            stop=lambda: stop.asked,
-        )
-        if state.step < settings.total_steps:
-            save()
-            console.print(f"stopped at step {state.step}; the same command goes on from there", highlight=False)
-            return STOPPED
-    summary = write_summary(folder, config, state, probe, model.encoder.width)
-    figures = draw_figures(folder, config, dataset, model, masks)
-    console.print(summary_table(summary))
-    console.print("pictures: " + ", ".join(os.path.relpath(figure) for figure in figures), highlight=False)
-    return 0
 
 
 if __name__ == "__main__":
