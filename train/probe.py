@@ -31,6 +31,7 @@ class Probe:
         if self._loaders is None:
             return
         if not self._file.exists():
+            self._say("measuring the baselines: raw pixels, colour histogram, random initialisation ...")
             scores = self._scores(
                 {"pixels": pixels, "colour_histogram": colour_histogram, "random_init": self._encoder()}
             )

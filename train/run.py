@@ -11,6 +11,7 @@ from pipeline.index import split_folder
 from train.config_file import SHORT_FLAGS, load_config
 
 BAD_INPUT = 2
+INTERRUPTED = 128 + 2  # the shell's number for SIGINT
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> tuple[Path, list[str]]:
@@ -46,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return BAD_INPUT
+    except KeyboardInterrupt:
+        # While training, a signal is caught and answered with a checkpoint; this one came before or after.
+        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

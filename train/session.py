@@ -57,6 +57,8 @@ def run(config: Config, console: Console) -> int:
         state = RunState(**saved["run"])
         loader.load_state_dict(saved["loader"])
         console.print(f"going on from {newest} (step {state.step} of {settings.total_steps})", highlight=False)
+        if state.step >= settings.total_steps:
+            console.print("this run is complete: a higher training.epochs goes on, checkpoint.resume=none starts over")
 
     def save() -> None:
         saved = {"step": state.step, "run": state.as_dict(), "loader": loader.state_dict()}
@@ -84,6 +86,7 @@ def run(config: Config, console: Console) -> int:
             save()
             console.print(f"stopped at step {state.step}; the same command goes on from there", highlight=False)
             return STOPPED
+    console.print("evaluating and drawing ...", style="dim")
     summary = write_summary(folder, config, state, probe, model.encoder.width)
     figures = draw_figures(folder, config, dataset, model, masks)
     console.print(summary_table(summary))
