@@ -1,0 +1,32 @@
+"""Measure the project: `python tools/bench.py {convert} [--json OUT]`. One subcommand per file `bench_*.py`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from tools import bench_convert
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Each subcommand prints its own table and returns the figures for `--json`."""
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in {"convert": bench_convert}.items():
+        command = commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
+        command.add_argument("--json", type=Path, metavar="OUT", help="write the figures here too")
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    parsed = parser.parse_args(arguments)
+    try:
+        figures = parsed.run(parsed)
+    except (ValueError, OSError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    if parsed.json:
+        parsed.json.write_text(json.dumps(figures, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
