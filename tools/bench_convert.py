@@ -39,9 +39,9 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         root = Path(folder)
         num_bytes = make_source(root / "source", parsed.images)
         rows = {name: measure(work, root, parsed) for name, work in WORK.items()}
-    print(
-        f"{parsed.images} JPEG of {WIDTH}x{HEIGHT}, {num_bytes / 1e6:.0f} MB, {parsed.workers} workers, in {parsed.folder or 'the temporary folder'}, cache warm"
-    )
+    place = parsed.folder or tempfile.gettempdir()
+    size = f"{WIDTH}x{HEIGHT}, {num_bytes / 1e6:.0f} MB"
+    print(f"{parsed.images} JPEG of {size}, {parsed.workers} workers, in {place}, cache warm")
     print(f"{'row':12} {'img/s':>8} {'MB/s':>7} {'/ shardwriter':>14} {'/ copy':>7}")
     for name, rate in rows.items():
         mb = rate * num_bytes / parsed.images / 1e6

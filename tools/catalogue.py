@@ -95,8 +95,9 @@ class Catalogue:
     def read(self, row: int) -> bytes:
         return self.containers[self.container[row]].read(self.offset[row], self.size[row], self.name(row))
 
-    def num_bytes(self) -> int:
-        return sum(self.size)
+    def num_bytes(self, max_bytes: int) -> int:
+        """Of all images that are not above the limit."""
+        return sum(size for size in self.size if size <= max_bytes)
 
     def digest(self) -> str:
         """What the shards depend on: order, sizes, labels and names, but not where the source lies."""

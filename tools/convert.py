@@ -1,6 +1,5 @@
 """Turn a source into shards: plan, write in parallel, continue after any interruption."""
 
-import contextlib
 import ctypes
 import errno
 import json
@@ -17,10 +16,19 @@ from pathlib import Path
 import numpy as np
 
 from tools.catalogue import Source
-from tools.image_check import ImagePolicy, check_image
+from tools.image_check import ImagePolicy
 from tools.progress import ShardProgress
 from tools.shard_report import finish_split
-from tools.shard_writer import RECORD_FOLDER, ShardPlan, ShardRecord, Tally, shard_is_whole, write_file, write_shard
+from tools.shard_writer import (
+    RECORD_FOLDER,
+    ShardPlan,
+    ShardRecord,
+    Tally,
+    check_one,
+    shard_is_whole,
+    write_file,
+    write_shard,
+)
 
 SHARD_BYTES = 256 << 20
 SHARD_SAMPLES = 10_000
@@ -55,7 +63,7 @@ def make_plan(source: Source, folder: Path, split: str, options: ConvertOptions)
     if total == 0:
         raise ValueError(f"{folder.name}: the source holds no images: check the path, --split and --layout")
     wanted = options.num_shards or max(
-        math.ceil(source.catalogue.num_bytes() / SHARD_BYTES), math.ceil(total / SHARD_SAMPLES)
+        math.ceil(source.catalogue.num_bytes(options.policy.max_bytes) / SHARD_BYTES), math.ceil(total / SHARD_SAMPLES)
     )
     num_shards = min(wanted, total)
     # Raw Philox output, unlike `permutation`, is promised to stay the same in every numpy release.
@@ -180,21 +188,25 @@ def _check_rejects(plan: ShardPlan, rejects: int, options: ConvertOptions) -> No
     )
 
 
+def describe_layout(source: Source) -> str:
+    return f"layout   {source.layout} ({'; '.join(source.notes)})"
+
+
 def describe_plan(plan: ShardPlan, options: ConvertOptions) -> list[str]:
     """What a conversion would do, in lines; reads and checks a few images to guess the time."""
     catalogue = plan.source.catalogue
     probe = [] if plan.source.layout == "parquet" else plan.order[:64].tolist()  # parquet has no cheap random reads
     start = time.perf_counter()
     for row in probe:
-        with contextlib.suppress(ValueError):
-            check_image(catalogue.read(row), catalogue.name(row), plan.policy)
+        check_one(plan, row)
     seconds = (time.perf_counter() - start) / max(len(probe), 1) * len(catalogue) / options.workers
     existing = next(path for path in (plan.folder, *plan.folder.parents) if path.exists())
     # headers, padding, `cls` and `json` take about 3 KB an image
-    need = catalogue.num_bytes() + 3_000 * len(catalogue)
+    num_bytes = catalogue.num_bytes(plan.policy.max_bytes)
+    need = num_bytes + 3_000 * len(catalogue)
     return [
-        f"layout   {plan.source.layout} ({'; '.join(plan.source.notes) or 'no notes'})",
-        f"images   {len(catalogue):,} in {len(plan.source.classes):,} classes, {catalogue.num_bytes() / 1e6:,.1f} MB",
+        describe_layout(plan.source),
+        f"images   {len(catalogue):,} in {len(plan.source.classes):,} classes, {num_bytes / 1e6:,.1f} MB",
         f"shards   {plan.num_shards:,} of about {len(catalogue) // plan.num_shards:,} images: "
         f"{plan.folder / plan.shard_name(0)} ...",
         f"time     about {seconds:,.1f} s with {options.workers} workers (from {len(probe)} images, writing not included)",

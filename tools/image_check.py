@@ -12,6 +12,7 @@ VERIFY_LEVELS = ("none", "header", "full")
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 JPEG_QUALITY = 95  # for images that must be written again
 ORIENTATION_TAG = 0x0112
+OTHER_FRAMES = frozenset(range(0xC3, 0xD0)) - {0xC4, 0xC8, 0xCC}  # lossless, hierarchical, arithmetic
 JPEG_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif")
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -90,9 +91,7 @@ def _plain_jpeg_size(content: bytes) -> tuple[int, int] | None:
             if size or precision != 8 or components not in (1, 3) or not height * width:
                 return None
             size = (height, width)
-        elif 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
-            return None
-        elif kind == 0xE1 and content[start : start + 4] == b"Exif":
+        elif kind in OTHER_FRAMES or (kind == 0xE1 and content[start : start + 4] == b"Exif"):
             return None
     return None
 

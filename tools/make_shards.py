@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.archives import check_official
-from tools.convert import ConvertOptions, Outcome, convert, describe_plan, make_plan
+from tools.convert import ConvertOptions, Outcome, convert, describe_layout, describe_plan, make_plan
 from tools.image_check import VERIFY_LEVELS, ImagePolicy
 from tools.layout_parquet import empty_spools
 from tools.layouts import LAYOUTS, open_source
@@ -93,11 +93,10 @@ def run_convert(parsed: argparse.Namespace) -> None:
     folder = parsed.out / parsed.split
     spools = folder / RECORD_FOLDER / "spool"
     source = open_source(parsed.source, parsed.split, parsed.layout, None if parsed.dry_run else spools)
-    lines = describe_plan(make_plan(source, folder, parsed.split, options), options)
     if parsed.dry_run:
-        print("\n".join(lines))
+        print("\n".join(describe_plan(make_plan(source, folder, parsed.split, options), options)))
         return
-    print(lines[0], flush=True)
+    print(describe_layout(source), flush=True)
     outcome = convert(source, folder, parsed.split, options)
     if outcome.complete:
         empty_spools(spools)

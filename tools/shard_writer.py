@@ -235,7 +235,7 @@ def write_shard(plan: ShardPlan, shard: int, tally: Tally) -> ShardRecord:
 
 
 def _check_batch(plan: ShardPlan, positions: range) -> list[CheckedImage | str]:
-    outcomes = [_check_one(plan, int(plan.order[position])) for position in positions]
+    outcomes = [check_one(plan, int(plan.order[position])) for position in positions]
     if plan.policy.verify == "full":
         from tools.decode_check import decode_errors  # DALI takes a second to import: only when asked for
 
@@ -247,7 +247,8 @@ def _check_batch(plan: ShardPlan, positions: range) -> list[CheckedImage | str]:
     return outcomes
 
 
-def _check_one(plan: ShardPlan, row: int) -> CheckedImage | str:
+def check_one(plan: ShardPlan, row: int) -> CheckedImage | str:
+    """The image as it is to be stored, or the reason to leave it out. Nothing above the limit is ever read."""
     catalogue = plan.source.catalogue
     if catalogue.size[row] > plan.policy.max_bytes:
         return f"{catalogue.size[row]:,} bytes, allowed {plan.policy.max_bytes:,} (--max-bytes)"

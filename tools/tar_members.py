@@ -42,8 +42,9 @@ def tar_members(path: Path, start: int = 0, stop: int | None = None) -> Iterator
             if kind in (b"x", b"L"):
                 long_name = _long_name(file, data, size, kind) or long_name
             elif kind not in (b"g", b"K"):
-                if kind in REGULAR and not block[:100].rstrip(b"\0").endswith(b"/"):
-                    yield TarMember(long_name or _short_name(block), data, size)
+                name = long_name or _short_name(block)
+                if kind in REGULAR and not name.endswith("/"):
+                    yield TarMember(name, data, size)
                 long_name = ""
             count += 1
             if count > MAX_MEMBERS:
