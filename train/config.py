@@ -47,12 +47,17 @@ class Masking(Section):
     """Share of a global crop's tokens that the encoder keeps."""
     query_ratio: SomeShare = 0.4
     """Share of a global crop's tokens that are predicted."""
+    exclude_covered: Flag = False
+    """Leave cells that a local crop or the context crop covers out of the loss; not for global_only."""
 
     def rules(self) -> Iterator[BrokenRule]:
         if self.context_ratio + self.query_ratio > 1 + 1e-9:
             total = f"{self.context_ratio} + {self.query_ratio}"
             keys = ("query_ratio", "context_ratio")
             yield keys, f"context_ratio + query_ratio = {total} is over 1, and no token is both; lower one"
+        if self.exclude_covered and self.strategy == "global_only":
+            keys = ("exclude_covered", "strategy")
+            yield keys, "true has no effect with global_only, whose predictor sees no other crop; write false"
 
 
 class Level(Section):
@@ -177,9 +182,11 @@ class Config(RuledSection):
             f"data.{key}" for key in ("multicrop.num_local_crops", "multicrop.num_global_crops", "use_multicrop")
         )
         strategy, patch = self.masking.strategy, self.model.patch_size
-        if strategy != "global_only" and sum(counts) == 1:
+        partners = {"global_with_local_context": counts[1], "cross_crop_prediction": sum(counts) - 1}
+        if not partners.get(strategy, 1):
             keys = ("masking.strategy", *count_keys)
-            yield keys, f"{strategy} needs a second crop; raise data.multicrop.num_local_crops, or choose global_only"
+            needed = "a local crop" if strategy == "global_with_local_context" else "a second crop"
+            yield keys, f"{strategy} needs {needed}; raise data.multicrop.num_local_crops, or choose global_only"
         for kind, count in zip(("global", "local"), counts, strict=True):
             size: int = getattr(self.data.multicrop, f"{kind}_crop_size")
             if count and patch and size % patch:
