@@ -53,6 +53,7 @@ class HJEPA(nn.Module):
         sigreg_weight: float,
         sigreg_knots: int,
         exclude_covered: bool = False,
+        grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -60,6 +61,7 @@ class HJEPA(nn.Module):
         self.levels = tuple(levels)
         self.num_global, self.grid = num_global_crops, global_crop_size // encoder.patch_size
         self.predictor = Predictor(encoder.width, predictor_width, predictor_depth, predictor_heads, len(self.levels))
+        self.encoder.grad_checkpointing = self.predictor.grad_checkpointing = grad_checkpointing
         self.projector: nn.Module | None = None
         self.exclude_covered = exclude_covered
         self.view_weight, self.sigreg_weight = view_weight, sigreg_weight

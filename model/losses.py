@@ -1,17 +1,33 @@
 """The prediction loss, the view term and SIGReg, in float32, equal on N ranks to one rank that holds the joined batch."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Every rank's result depends on every rank's input, so gradients are summed over the ranks too."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
 
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """The mean of a tensor over all ranks, with gradient; the tensor itself outside of distributed training."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return all_reduce(value) / dist.get_world_size()
+        return _SumOverRanks.apply(value) / dist.get_world_size()
     return value
 
 

@@ -7,6 +7,7 @@ import torch
 from timm.models.eva import EvaBlock
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 # Rotary wavelengths, in source images: from four images down to two of the finest cells a small local crop has.
 LONGEST, SHORTEST = 4.0, 1 / 16
@@ -18,6 +19,8 @@ class Predictor(nn.Module):
     Positions are rotary, in the frame of the SOURCE image, and each token also carries the logarithm of its cell's size: so
     crops of any place and scale share one coordinate system.
 
+    `grad_checkpointing`, an attribute, is as in `MultiCropEncoder`.
+
     Raises ValueError when `width / num_heads` is not a multiple of four.
     """
 
@@ -25,6 +28,7 @@ class Predictor(nn.Module):
 
     def __init__(self, encoder_width: int, width: int, depth: int, num_heads: int, num_levels: int) -> None:
         super().__init__()
+        self.grad_checkpointing = False
         head_width, rest = divmod(width, num_heads)
         if rest or head_width % 4:
             raise ValueError(
@@ -75,7 +79,10 @@ class Predictor(nn.Module):
         if real is not None:
             mask = F.pad(real.flatten(0, 1), (0, x.shape[1] - real.shape[2]), value=True)[:, None, None]
         for block in self.blocks:
-            x = block(x, rope=rope, attn_mask=mask)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope=rope, attn_mask=mask, use_reentrant=False)
+            else:
+                x = block(x, rope=rope, attn_mask=mask)
         x = self.norm(x)
         counts = [part.shape[1] for part in parts]
         return [head(part) for head, part in zip(self.heads, x.split(counts, dim=1)[1:], strict=True)]

@@ -105,6 +105,7 @@ def build_model(config: Config, device: torch.device) -> HJEPA:
         sigreg_weight=config.loss.sigreg_weight,
         sigreg_knots=config.loss.sigreg_knots,
         exclude_covered=config.masking.exclude_covered,
+        grad_checkpointing=settings.grad_checkpointing,
     )
     return model.to(device)
 

@@ -17,7 +17,7 @@ OPTIONS = {
 BATCH = 6
 
 
-def build(*, grad_checkpointing: bool = False, **changes: object) -> HJEPA:
+def build(**changes: object) -> HJEPA:
     """Globals of 6x6 and locals of 2x2 tokens, three blocks, three levels."""
     torch.manual_seed(0)
     encoder = MultiCropEncoder(
@@ -53,11 +53,11 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model() -> Callable[..., HJEPA]:
     return build
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_inputs() -> Callable[..., dict]:
     return draw_inputs
