@@ -9,6 +9,7 @@ from timm.layers import apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class MultiCropEncoder(nn.Module):
     """Encodes groups of crops in one pass; each group has one crop size and one number of tokens.
 
     Norms, projections and MLPs run once on the tokens of all groups together, attention once per group. With all tokens kept
-    the result equals timm's `forward_features`. `crop_sizes` are the sizes in pixels that `forward` will meet.
+    the result equals timm's `forward_features`. `crop_sizes` are the sizes in pixels that `forward` will meet. With
+    the attribute `grad_checkpointing` the backward pass computes the inside of each block again instead of keeping it.
 
     Raises ValueError for a timm model of another family than Eva with rotary positions, and for a size that the patch size
     does not divide.
@@ -34,6 +36,7 @@ class MultiCropEncoder(nn.Module):
 
     def __init__(self, name: str, crop_sizes: Sequence[int], **timm_kwargs: object) -> None:
         super().__init__()
+        self.grad_checkpointing = False
         self.vit = create_vit(name, **timm_kwargs)
         self.width, self.depth = self.vit.embed_dim, len(self.vit.blocks)
         self.num_prefix = self.vit.num_prefix_tokens
@@ -58,7 +61,10 @@ class MultiCropEncoder(nn.Module):
         packed = torch.cat([tokens.flatten(0, 1) for tokens, _ in embedded])
         taken: dict[int, list[torch.Tensor]] = {}
         for number, block in enumerate(self.vit.blocks):
-            packed = packed_block(block, packed, shapes, ropes)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                packed = checkpoint(packed_block, block, packed, shapes, ropes, use_reentrant=False)
+            else:
+                packed = packed_block(block, packed, shapes, ropes)
             if number in layers:
                 taken[number] = self._unpack(packed, shapes)
         tokens = self._unpack(self.vit.norm(packed), shapes)

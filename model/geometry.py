@@ -22,3 +22,14 @@ def log_cell_size(boxes: torch.Tensor, grid: int, stride: int = 1) -> torch.Tens
     """`[n, 2] float32`: natural logarithm of a cell's height and width as shares of the source image."""
     sides = boxes[:, 2:] - boxes[:, :2]
     return torch.log(sides * (stride / grid))
+
+
+def covered(places: torch.Tensor, boxes: torch.Tensor, partners: torch.Tensor) -> torch.Tensor:
+    """`[B, G, M] bool`: whether a place lies in the box of one of its crop's partners.
+
+    `places`: `[B, G, M, 2]`, y and x in the source image. `boxes`: `[B, V, 4]`. `partners`: `[B, G, V] bool`.
+    """
+    y, x = places[..., None].unbind(-2)  # [B, G, M, 1]
+    y0, x0, y1, x1 = boxes[:, None, None].unbind(-1)  # [B, 1, 1, V]
+    inside = (y0 <= y) & (y < y1) & (x0 <= x) & (x < x1)
+    return (inside & partners[:, :, None]).any(dim=-1)

@@ -1,6 +1,7 @@
 """The whole step as one module: crops in, named losses out."""
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from model.encoder import MultiCropEncoder
-from model.geometry import cell_centres, log_cell_size
-from model.losses import BatchStandardize, SIGReg, view_loss
+from model.geometry import cell_centres, covered, log_cell_size
+from model.losses import BatchStandardize, SIGReg, prediction_losses, view_loss, weighted_sum
 from model.masks import MaskPlan, pool_cells
 from model.predictor import Predictor
 
@@ -51,6 +52,8 @@ class HJEPA(nn.Module):
         view_weight: float,
         sigreg_weight: float,
         sigreg_knots: int,
+        exclude_covered: bool = False,
+        grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -58,7 +61,9 @@ class HJEPA(nn.Module):
         self.levels = tuple(levels)
         self.num_global, self.grid = num_global_crops, global_crop_size // encoder.patch_size
         self.predictor = Predictor(encoder.width, predictor_width, predictor_depth, predictor_heads, len(self.levels))
+        self.encoder.grad_checkpointing = self.predictor.grad_checkpointing = grad_checkpointing
         self.projector: nn.Module | None = None
+        self.exclude_covered = exclude_covered
         self.view_weight, self.sigreg_weight = view_weight, sigreg_weight
         if view_weight > 0 or sigreg_weight > 0:
             self.projector = nn.Sequential(
@@ -79,28 +84,27 @@ class HJEPA(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """The losses of one batch, scalars in float32: `loss`, `level_0` .., `view`, `sigreg`, and no_grad `features`.
 
+        Where the predictor sees other crops of the image, its partners, three more are reported: `covered_share`, the share of
+        the queried cells whose centre lies in a partner's box, and `inside` and `outside`, the weighted sum of the levels over
+        these cells and over the others. With `exclude_covered` the loss is over the others alone.
+
         `crops`: V tensors `[B, 3, S, S]`, globals first. `boxes`: `[B, V, 4]`, `flips`: `[B, V]`, as in `CropBatch`.
         `directions`: `[P, S]` of `random_directions`. `features`: `[B, D]`, pooled target features of the first global.
         """
         whole = torch.stack(list(crops[: self.num_global]), dim=1).flatten(0, 1)  # [B * G, 3, S, S]
-        keep = plan.context.flatten(0, 1)
-        groups: list[tuple[torch.Tensor, torch.Tensor | None]] = [(whole, keep)]
-        local = list(crops[self.num_global :])
-        if local:
-            groups.append((torch.stack(local, dim=1).flatten(0, 1), None))
-        student = self.encoder(groups)
+        groups: list[tuple[torch.Tensor, torch.Tensor | None]] = [(whole, plan.context.flatten(0, 1))]
+        # Without a view term and without partners nothing would come of the locals.
+        if len(crops) > self.num_global and (self.projector is not None or plan.partners is not None):
+            groups.append((torch.stack(list(crops[self.num_global :]), dim=1).flatten(0, 1), None))
+        student = [out.tokens for out in self.encoder(groups)]
         targets, pooled = self._targets(whole)
-        box, flip = boxes[:, : self.num_global].flatten(0, 1), flips[:, : self.num_global].flatten(0, 1)
-        predictions = self._predict(student[0].tokens, keep, box, flip, plan)
-        losses = {}
-        for rung, (prediction, target) in enumerate(zip(predictions, targets, strict=True)):
-            cells = plan.queries[rung].flatten(0, 1)
-            wanted = target.gather(1, cells[..., None].expand(-1, -1, target.shape[-1]))
-            losses[f"level_{rung}"] = F.smooth_l1_loss(prediction.float(), wanted)
-        weighted = [level.weight * losses[f"level_{rung}"] for rung, level in enumerate(self.levels)]
-        total = torch.stack(weighted).sum()
+        places = self._query_places(boxes, flips, plan)
+        errors = self._errors(self._predict(student, places, boxes, flips, plan), targets, plan)
+        weights = [level.weight for level in self.levels]
+        losses = prediction_losses(errors, weights, _inside(places, boxes, plan), self.exclude_covered)
+        total = weighted_sum(weights, [losses[f"level_{rung}"] for rung in range(len(weights))])
         if self.projector is not None:
-            summaries = [out.tokens.float().mean(dim=1).unflatten(0, (len(boxes), -1)) for out in student]
+            summaries = [tokens.float().mean(dim=1).unflatten(0, (len(boxes), -1)) for tokens in student]
             flat = torch.cat(summaries, dim=1)
             projections = self.projector(flat.flatten(0, 1)).float().unflatten(0, flat.shape[:2])
             losses["view"] = view_loss(projections, self.num_global)
@@ -109,6 +113,16 @@ class HJEPA(nn.Module):
         losses["loss"] = total
         losses["features"] = pooled.unflatten(0, (len(boxes), -1))[:, 0]
         return losses
+
+    def _errors(
+        self, predictions: list[torch.Tensor], targets: list[torch.Tensor], plan: MaskPlan
+    ) -> list[torch.Tensor]:
+        """Per level `[B * G, M_l] float32`: smooth L1 distance of each queried cell, mean over the width."""
+        errors = []
+        for prediction, target, queries in zip(predictions, targets, plan.queries, strict=True):
+            wanted = _pick(target, queries.flatten(0, 1))
+            errors.append(F.smooth_l1_loss(prediction.float(), wanted, reduction="none").mean(dim=-1))
+        return errors
 
     @torch.no_grad()
     def _targets(self, whole: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -121,16 +135,41 @@ class HJEPA(nn.Module):
             maps.append(pool_cells(grid, level.stride).flatten(2).transpose(1, 2))
         return maps, out.tokens.float().mean(dim=1)
 
+    def _query_places(self, boxes: torch.Tensor, flips: torch.Tensor, plan: MaskPlan) -> list[torch.Tensor]:
+        """Per level `[B * G, M_l, 2]`: the centres of the queried cells, in the source image."""
+        box, flip = boxes[:, : self.num_global].flatten(0, 1), flips[:, : self.num_global].flatten(0, 1)
+        return [
+            _pick(cell_centres(box, flip, self.grid, level.stride), queries.flatten(0, 1))
+            for level, queries in zip(self.levels, plan.queries, strict=True)
+        ]
+
     def _predict(
-        self, context: torch.Tensor, keep: torch.Tensor, box: torch.Tensor, flip: torch.Tensor, plan: MaskPlan
+        self,
+        student: list[torch.Tensor],
+        query_places: list[torch.Tensor],
+        boxes: torch.Tensor,
+        flips: torch.Tensor,
+        plan: MaskPlan,
     ) -> list[torch.Tensor]:
-        query_places, query_sizes = [], []
-        for rung, level in enumerate(self.levels):
-            cells = plan.queries[rung].flatten(0, 1)
-            query_places.append(_pick(cell_centres(box, flip, self.grid, level.stride), cells))
-            query_sizes.append(_spread(log_cell_size(box, self.grid, level.stride), cells))
-        places = _pick(cell_centres(box, flip, self.grid), keep)
-        return self.predictor(context, places, _spread(log_cell_size(box, self.grid), keep), query_places, query_sizes)
+        """Put the student's tokens of an image, globals first, in one row with their places, and ask the predictor."""
+        if plan.partners is None:
+            student = student[:1]  # no source names a local
+        tokens, places, sizes = [], [], []
+        ends = (self.num_global, boxes.shape[1])
+        for group, (part, end) in enumerate(zip(student, ends, strict=False)):
+            box, flip = (value[:, end - len(part) // len(boxes) : end].flatten(0, 1) for value in (boxes, flips))
+            grid = self.grid if group == 0 else math.isqrt(part.shape[1])
+            centres = cell_centres(box, flip, grid)
+            place = _pick(centres, plan.context.flatten(0, 1)) if group == 0 else centres
+            tokens.append(part.reshape(len(boxes), -1, part.shape[-1]))
+            places.append(place.reshape(len(boxes), -1, 2))
+            sizes.append(_spread(log_cell_size(box, grid), part.shape[1]).reshape(len(boxes), -1, 2))
+        query_sizes = [
+            _spread(log_cell_size(boxes[:, : self.num_global].flatten(0, 1), self.grid, level.stride), place.shape[1])
+            for level, place in zip(self.levels, query_places, strict=True)
+        ]
+        rows = [torch.cat(parts, dim=1) for parts in (tokens, places, sizes)]
+        return self.predictor(*rows, plan.sources, plan.real, query_places, query_sizes)
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
@@ -138,9 +177,17 @@ class HJEPA(nn.Module):
         torch._foreach_lerp_(list(self.target.parameters()), list(self.encoder.parameters()), 1 - momentum)
 
 
-def _pick(places: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
-    return places.gather(1, cells[..., None].expand(-1, -1, places.shape[-1]))
+def _inside(places: list[torch.Tensor], boxes: torch.Tensor, plan: MaskPlan) -> list[torch.Tensor] | None:
+    """Per level `[B * G, M_l] bool`: whether a partner's box holds the place; None without partners."""
+    if plan.partners is None:
+        return None
+    shape = plan.partners.shape[:2]
+    return [covered(place.unflatten(0, shape), boxes, plan.partners).flatten(0, 1) for place in places]
 
 
-def _spread(values: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
-    return values[:, None].expand(-1, cells.shape[1], -1)
+def _pick(rows: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+    return rows.gather(1, cells[..., None].expand(-1, -1, rows.shape[-1]))
+
+
+def _spread(values: torch.Tensor, count: int) -> torch.Tensor:
+    return values[:, None].expand(-1, count, -1)

@@ -1,16 +1,74 @@
-"""The view term and SIGReg, in float32, equal on N ranks to one rank that holds the joined batch."""
+"""The prediction loss, the view term and SIGReg, in float32, equal on N ranks to one rank that holds the joined batch."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Every rank's result depends on every rank's input, so gradients are summed over the ranks too."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
 
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """The mean of a tensor over all ranks, with gradient; the tensor itself outside of distributed training."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return all_reduce(value) / dist.get_world_size()
+        return _SumOverRanks.apply(value) / dist.get_world_size()
     return value
+
+
+def masked_mean(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """The mean of the chosen (`bool`, same shape) values; 0 when none is."""
+    return (values * chosen).sum() / chosen.sum().clamp(min=1)
+
+
+def joint_masked_mean(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """`masked_mean` such that its mean over the ranks is that of their joined values."""
+    count = mean_over_ranks(chosen.sum().float())
+    return (values * chosen).sum() / count.clamp(min=1e-6)
+
+
+def weighted_sum(weights: Sequence[float], values: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([weight * value for weight, value in zip(weights, values, strict=True)]).sum()
+
+
+def prediction_losses(
+    errors: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    inside: Sequence[torch.Tensor] | None = None,
+    exclude_covered: bool = False,
+) -> dict[str, torch.Tensor]:
+    """`level_0` ..: mean error by level. `errors`: per level `[n, M_l] float32`; `inside`: per level `[n, M_l] bool`.
+
+    With `inside` also, without gradient, `inside` and `outside`, weighted sums of the levels' means over these cells and the
+    others, and `covered_share`, how many are inside. `exclude_covered` leaves the cells inside out of `level_0` ..
+    """
+    if inside is None:
+        return {f"level_{rung}": error.mean() for rung, error in enumerate(errors)}
+    outside = [~part for part in inside]
+    losses = {}
+    for rung, error in enumerate(errors):
+        losses[f"level_{rung}"] = joint_masked_mean(error, outside[rung]) if exclude_covered else error.mean()
+    with torch.no_grad():
+        for name, chosen in (("inside", inside), ("outside", outside)):
+            means = [masked_mean(error, part) for error, part in zip(errors, chosen, strict=True)]
+            losses[name] = weighted_sum(weights, means)
+        losses["covered_share"] = torch.cat(list(inside), dim=1).float().mean()
+    return losses
 
 
 class BatchStandardize(nn.Module):

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from timm.models.eva import EvaBlock
 from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 # Rotary wavelengths, in source images: from four images down to two of the finest cells a small local crop has.
 LONGEST, SHORTEST = 4.0, 1 / 16
@@ -17,6 +19,8 @@ class Predictor(nn.Module):
     Positions are rotary, in the frame of the SOURCE image, and each token also carries the logarithm of its cell's size: so
     crops of any place and scale share one coordinate system.
 
+    `grad_checkpointing`, an attribute, is as in `MultiCropEncoder`.
+
     Raises ValueError when `width / num_heads` is not a multiple of four.
     """
 
@@ -24,6 +28,7 @@ class Predictor(nn.Module):
 
     def __init__(self, encoder_width: int, width: int, depth: int, num_heads: int, num_levels: int) -> None:
         super().__init__()
+        self.grad_checkpointing = False
         head_width, rest = divmod(width, num_heads)
         if rest or head_width % 4:
             raise ValueError(
@@ -49,26 +54,37 @@ class Predictor(nn.Module):
 
     def forward(
         self,
-        context: torch.Tensor,
-        context_places: torch.Tensor,
-        context_sizes: torch.Tensor,
+        tokens: torch.Tensor,
+        places: torch.Tensor,
+        sizes: torch.Tensor,
+        sources: torch.Tensor,
+        real: torch.Tensor | None,
         query_places: Sequence[torch.Tensor],
         query_sizes: Sequence[torch.Tensor],
     ) -> list[torch.Tensor]:
-        """Predict the queried cells: one `[n, M_l, encoder_width]` per level.
+        """Predict the queried cells of each of B x G crops: one `[B * G, M_l, encoder_width]` per level.
 
-        `context`: `[n, K, encoder_width]`. `context_places`: `[n, K, 2]` and `query_places`: per level `[n, M_l, 2]`, y and x
-        in the source image. `context_sizes`, `query_sizes`: their cells' log sizes, `[n, K or M_l, 2]`.
+        `tokens`: `[B, S, encoder_width]`, the encoded tokens of each image; `places`: `[B, S, 2]`, y and x in the source image;
+        `sizes`: `[B, S, 2]`, their cells' log sizes. `sources`: `[B, G, C] int64`, which of them each crop is predicted from;
+        `real`: `[B, G, C] bool`, false for those to be ignored, or None. `query_places`, `query_sizes`: per level
+        `[B * G, M_l, 2]`.
         """
-        tokens = [self.enter(context)]
-        for level, places in enumerate(query_places):
-            tokens.append(self.query[level].expand(*places.shape[:2], -1).to(tokens[0].dtype))
-        x = torch.cat(tokens, dim=1) + self.size_embed(torch.cat([context_sizes, *query_sizes], dim=1))
-        rope = self._rope(torch.cat([context_places, *query_places], dim=1))
+        context = _take(self.enter(tokens) + self.size_embed(sizes), sources)
+        parts = [context]
+        for level, size in enumerate(query_sizes):
+            parts.append(self.query[level].to(context.dtype) + self.size_embed(size))
+        x = torch.cat(parts, dim=1)
+        rope = self._rope(torch.cat([_take(places, sources), *query_places], dim=1))
+        mask = None
+        if real is not None:
+            mask = F.pad(real.flatten(0, 1), (0, x.shape[1] - real.shape[2]), value=True)[:, None, None]
         for block in self.blocks:
-            x = block(x, rope=rope)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope=rope, attn_mask=mask, use_reentrant=False)
+            else:
+                x = block(x, rope=rope, attn_mask=mask)
         x = self.norm(x)
-        counts = [context.shape[1], *(places.shape[1] for places in query_places)]
+        counts = [part.shape[1] for part in parts]
         return [head(part) for head, part in zip(self.heads, x.split(counts, dim=1)[1:], strict=True)]
 
     def _rope(self, places: torch.Tensor) -> torch.Tensor:
@@ -76,3 +92,9 @@ class Predictor(nn.Module):
         angles = (places[..., None] * self.waves).flatten(-2)
         angles = torch.cat([angles, angles], dim=-1)
         return torch.cat([angles.sin(), angles.cos()], dim=-1)[:, None]
+
+
+def _take(rows: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
+    """`[B, S, W]` rows at `[B, G, C]` -> `[B * G, C, W]`."""
+    taken = rows.gather(1, sources.flatten(1)[..., None].expand(-1, -1, rows.shape[-1]))
+    return taken.view(-1, sources.shape[2], rows.shape[-1])

@@ -104,6 +104,8 @@ def build_model(config: Config, device: torch.device) -> HJEPA:
         view_weight=config.loss.view_weight,
         sigreg_weight=config.loss.sigreg_weight,
         sigreg_knots=config.loss.sigreg_knots,
+        exclude_covered=config.masking.exclude_covered,
+        grad_checkpointing=settings.grad_checkpointing,
     )
     return model.to(device)
 
@@ -130,6 +132,7 @@ def build_masks(config: Config, model: HJEPA, device: torch.device) -> MultiCrop
         num_global,
         num_local,
         grid=model.grid,
+        local_grid=config.data.multicrop.local_crop_size // model.encoder.patch_size,
         strides=tuple(level.stride for level in model.levels),
         num_masks=config.masking.num_masks,
         mask_scale=config.masking.mask_scale,

@@ -6,13 +6,11 @@
 
 import argparse
 import json
-import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
-
-from pydantic import Field, StrictInt
+from typing import Any, Literal
 
 from train.config_data import Data
+from train.config_model import Loss, Masking, Model
 from train.config_types import (
     AtLeastZero,
     Beta,
@@ -20,81 +18,15 @@ from train.config_types import (
     Count,
     Flag,
     FolderName,
-    InnerShare,
-    Name,
     Place,
     Positive,
-    PositiveRange,
     RuledSection,
-    Scalar,
     Section,
     Share,
-    ShareRange,
     SomeShare,
     Whole,
 )
 from train.config_yaml import to_text
-
-
-class Masking(Section):
-    strategy: Literal["global_only", "global_with_local_context", "cross_crop_prediction"] = "global_only"
-    num_masks: Count = 4
-    """Target rectangles in each global crop."""
-    mask_scale: ShareRange = (0.15, 0.2)
-    """Area of a rectangle as a share of the crop."""
-    aspect_ratio: PositiveRange = (0.75, 1.5)
-    context_ratio: InnerShare = 0.4
-    """Share of a global crop's tokens that the encoder keeps."""
-    query_ratio: SomeShare = 0.4
-    """Share of a global crop's tokens that are predicted."""
-
-    def rules(self) -> Iterator[BrokenRule]:
-        if self.context_ratio + self.query_ratio > 1 + 1e-9:
-            total = f"{self.context_ratio} + {self.query_ratio}"
-            keys = ("query_ratio", "context_ratio")
-            yield keys, f"context_ratio + query_ratio = {total} is over 1, and no token is both; lower one"
-
-
-class Level(Section):
-    layer: StrictInt
-    """Encoder block whose output is the target; negative counts from the end."""
-    stride: Count
-    weight: Positive
-
-
-class Model(Section):
-    encoder: Name = "vit_base_patch16_dinov3"
-    """A timm model name."""
-    encoder_kwargs: dict[str, Scalar] = Field(default_factory=dict)
-    """Passed on to timm.create_model."""
-    predictor_width: Count = 384
-    predictor_depth: Count = 6
-    predictor_heads: Count = 6
-    levels: tuple[Level, ...] | None = None
-    """null: three levels spread over the depth, strides 1, 2, 4 and weights 1.0, 0.5, 0.25."""
-    projector_hidden: Count = 2048
-    projector_dim: Count = 256
-
-    @property
-    def patch_size(self) -> int | None:
-        """Pixels, where the settings tell it."""
-        named = re.search(r"patch(\d+)", self.encoder)
-        size = self.encoder_kwargs.get("patch_size", int(named[1]) if named else None)
-        return size if isinstance(size, int) and size > 0 else None
-
-    def rules(self) -> Iterator[BrokenRule]:
-        if self.predictor_width % self.predictor_heads:
-            keys = ("predictor_heads", "predictor_width")
-            yield keys, f"{self.predictor_heads} does not divide predictor_width = {self.predictor_width}"
-        if self.levels == ():
-            yield ("levels",), "is an empty list; write null for three default levels, or list some"
-
-
-class Loss(Section):
-    view_weight: AtLeastZero = 1.0
-    sigreg_weight: AtLeastZero = 0.05
-    sigreg_slices: Count = 256
-    sigreg_knots: Annotated[StrictInt, Field(ge=2)] = 17
 
 
 class Training(Section):
@@ -110,6 +42,8 @@ class Training(Section):
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     use_amp: Flag = True
     """bf16 autocast on a GPU."""
+    compile: Flag = False
+    """torch.compile the model's step: about a minute at the start, faster steps after it."""
     ema_momentum: Share = 0.996
     ema_final_momentum: Share = 1.0
     max_steps: Count | None = None
@@ -177,9 +111,11 @@ class Config(RuledSection):
             f"data.{key}" for key in ("multicrop.num_local_crops", "multicrop.num_global_crops", "use_multicrop")
         )
         strategy, patch = self.masking.strategy, self.model.patch_size
-        if strategy != "global_only" and sum(counts) == 1:
+        partners = {"global_with_local_context": counts[1], "cross_crop_prediction": sum(counts) - 1}
+        if not partners.get(strategy, 1):
             keys = ("masking.strategy", *count_keys)
-            yield keys, f"{strategy} needs a second crop; raise data.multicrop.num_local_crops, or choose global_only"
+            needed = "a local crop" if strategy == "global_with_local_context" else "a second crop"
+            yield keys, f"{strategy} needs {needed}; raise data.multicrop.num_local_crops, or choose global_only"
         for kind, count in zip(("global", "local"), counts, strict=True):
             size: int = getattr(self.data.multicrop, f"{kind}_crop_size")
             if count and patch and size % patch:

@@ -81,7 +81,10 @@ def draw_masks(
     std: Sequence[float],
     count: int = 4,
 ) -> None:
-    """One row per global crop: the crop, what the student sees of it, and the cells to predict at each level."""
+    """One row per global crop: the crop, what the student sees of it, and the cells to predict at each level.
+
+    Where the predictor sees other crops of the image, their outlines are drawn on the crop.
+    """
     count, num_global = min(count, len(batch.labels)), plan.context.shape[1]
     rows = [(i, g) for i in range(count) for g in range(num_global)]
     columns = 2 + len(strides)
@@ -91,7 +94,7 @@ def draw_masks(
     for axis, (i, g) in zip(axes, rows, strict=True):
         picture = to_picture(batch.crops[g][i], mean, std)
         axis[0].imshow(picture)
-        axis[0].set_title(f"image {i}, global {g}", fontsize=8)
+        axis[0].set_title(f"image {i}, global {g}{_draw_partners(axis[0], batch, plan, i, g)}", fontsize=8)
         context = _cells(plan.context[i, g], grid, 1, picture.shape[0])
         axis[1].imshow(np.where(context[..., None], picture, 0.5))
         axis[1].set_title(f"context: {plan.context.shape[-1]} of {grid**2} tokens", fontsize=8)
@@ -102,6 +105,27 @@ def draw_masks(
             title = f"level {level}: {plan.queries[level].shape[-1]} of {level_grid(grid, stride) ** 2} cells"
             axis[2 + level].set_title(title, fontsize=8)
     _finish(figure, axes, path)
+
+
+def _draw_partners(axis: Any, batch: CropBatch, plan: MaskPlan, i: int, g: int) -> str:
+    """Outline the crops that global `g` is predicted from, where they meet it; returns the end of its title."""
+    if plan.partners is None:
+        return ""
+    num_global, size, names = plan.context.shape[1], batch.crops[g].shape[-1], []
+    y0, x0, y1, x1 = batch.boxes[i, g].tolist()
+    for v in plan.partners[i, g].nonzero().flatten().tolist():
+        top, left, bottom, right = batch.boxes[i, v].tolist()
+        top, bottom = ((y - y0) / (y1 - y0) * size for y in (top, bottom))
+        left, right = ((x - x0) / (x1 - x0) * size for x in (left, right))
+        if bool(batch.flips[i, g]):
+            left, right = size - right, size - left
+        colour = GLOBAL_COLOUR if v < num_global else LOCAL_COLOUR
+        outline = Rectangle(
+            (left - 0.5, top - 0.5), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=2
+        )
+        axis.add_patch(outline)
+        names.append(f"global {v}" if v < num_global else f"local {v - num_global}")
+    return f" from {names[0]}" if len(names) == 1 else f" and {len(names)} locals"
 
 
 def _cells(chosen: torch.Tensor, grid: int, stride: int, size: int) -> np.ndarray:
@@ -118,7 +142,7 @@ def draw_curves(path: Path, metrics: list[dict[str, Any]]) -> None:
     levels = sorted(name for name in metrics[0] if name.startswith("level_"))
     panels = [
         ("loss", ["loss"]),
-        ("prediction, by level", levels),
+        ("prediction, by level", [*levels, "inside", "outside"]),
         ("view term", ["view"]),
         ("SIGReg", ["sigreg"]),
         ("RankMe of pooled features", ["rankme"]),

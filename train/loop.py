@@ -121,7 +121,7 @@ def train_steps(
         # Masks and dropout draw from the global generator, by step and rank; the directions must agree on all ranks.
         torch.manual_seed(step_seed(settings.seed, state.step, settings.rank + 1))
         directions_generator.manual_seed(step_seed(settings.seed, state.step, 0))
-        plan = masks(len(batch.labels), batch.boxes)
+        plan = masks(len(batch.labels))
         directions = random_directions(settings.projector_dim, settings.sigreg_slices, directions_generator, device)
         lr = learning_rate(state.step, settings.total_steps, settings.warmup_steps, settings.lr, settings.final_lr)
         momentum = ema_momentum(state.step, settings.total_steps, settings.ema_momentum, settings.ema_final_momentum)

@@ -52,7 +52,7 @@ def draw_figures(
     paths = [figures / name for name in ("crops.png", "masks.png", "curves.png")]
     draw_crops(paths[0], batch, dataset.index, loader.plan, 0, model.num_global, *normalisation)
     torch.manual_seed(step_seed(config.seed, 0, 1))
-    plan = masks(count, batch.boxes)
+    plan = masks(count)
     draw_masks(paths[1], batch, plan, model.grid, masks.strides, *normalisation, count=2)
     draw_curves(paths[2], [line for line in read_metrics(folder) if "loss" in line])
     return paths

@@ -40,6 +40,8 @@ def run(config: Config, console: Console) -> int:
     settings = loop_settings(config, len(loader), device)
     model = build_model(config, device)
     masks = build_masks(config, model, device)
+    if config.training.compile:
+        model.compile(dynamic=False)  # in place: the parameters keep their names
     optimizer = build_optimizer(model, config.training.weight_decay, config.training.betas)
 
     folder = open_run_folder(config, console.print)

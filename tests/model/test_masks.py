@@ -1,8 +1,10 @@
+import itertools
+
 import pytest
 import torch
 
 from model import MultiCropMaskGenerator
-from model.masks import level_grid, pool_cells
+from model.masks import STRATEGIES, level_grid, pool_cells
 
 
 @pytest.mark.parametrize(("grid", "context", "query"), [(14, 0.4, 0.4), (4, 0.5, 0.5), (16, 0.3, 0.6), (7, 0.1, 0.2)])
@@ -89,8 +91,105 @@ def test_the_same_seed_gives_the_same_plan() -> None:
         ({"context_ratio": 0.7, "query_ratio": 0.5}, "137 context and 98 query tokens of 196"),
         ({"grid": 2, "context_ratio": 0.1}, "0 context and 2 query tokens of 4"),
         ({"masking_strategy": "none"}, "allowed are global_only"),
+        ({"mask_scale": (0.2, 0.9)}, r"up to 16.3 x 15.3 tokens \(height x width\), larger than the 14x14 grid"),
+        ({"aspect_ratio": (0.1, 1.0)}, r"up to 6.3 x 19.8 tokens \(height x width\), larger than the 14x14 grid"),
+        ({"num_masks": 0}, "num_masks 0"),
+        (
+            {"masking_strategy": "global_with_local_context", "num_local_crops": 0},
+            "2 global and 0 local crops: it needs a global crop and a local crop",
+        ),
+        (
+            {"masking_strategy": "cross_crop_prediction", "num_global_crops": 1, "num_local_crops": 0},
+            "1 global and 0 local crops: it needs a global crop and another crop",
+        ),
+        ({"num_global_crops": 0}, "0 global and 6 local crops: it needs a global crop"),
     ],
 )
 def test_an_impossible_combination_is_refused_with_numbers(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MultiCropMaskGenerator(**options)
+
+
+def frequency_of_context(
+    masks: MultiCropMaskGenerator, placements: list[torch.Tensor], shares: list[float]
+) -> torch.Tensor:
+    """`[cells]`: how often each cell is context, for unions of rectangles (`[cells] bool`) with their probabilities.
+
+    Context is filled from the free cells in random order, then from the covered ones.
+    """
+    total = torch.zeros(masks.grid**2, dtype=torch.float64)
+    for union, share in zip(placements, shares, strict=True):
+        free = int((~union).sum())
+        total[~union] += share * min(1.0, masks.num_context / max(free, 1))
+        total[union] += share * max(0, masks.num_context - free) / max(int(union.sum()), 1)
+    return total
+
+
+def rectangles(grid: int, height: int, width: int) -> list[torch.Tensor]:
+    unions = []
+    for top, left in itertools.product(range(grid - height + 1), range(grid - width + 1)):
+        union = torch.zeros(grid, grid, dtype=torch.bool)
+        union[top : top + height, left : left + width] = True
+        unions.append(union.flatten())
+    return unions
+
+
+def drawn_frequency(masks: MultiCropMaskGenerator) -> torch.Tensor:
+    """`[cells]`: over 10,000 draws; every one has exactly K and M."""
+    torch.manual_seed(0)
+    tokens, count = masks.grid**2, torch.zeros(masks.grid**2)
+    for _ in range(10):
+        plan = masks(1000)
+        both = torch.cat([plan.context, plan.queries[0]], dim=-1).sort(dim=-1).values
+        assert bool((both.diff(dim=-1) > 0).all())
+        assert both.shape[-1] == masks.num_context + masks.num_queries
+        count += torch.bincount(plan.context.flatten(), minlength=tokens)
+    return count / (10_000 * masks.num_global_crops)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_context_frequencies_of_four_rectangles_are_the_enumerated_ones(strategy: str) -> None:
+    """All 9^4 placements of four 2x2 rectangles on a 4x4 grid."""
+    masks = MultiCropMaskGenerator(
+        strategy, 8, 2, grid=4, num_masks=4, mask_scale=(0.25, 0.25), aspect_ratio=(1.0, 1.0), local_grid=2
+    )
+    unions = [torch.stack(four).any(dim=0) for four in itertools.product(rectangles(4, 2, 2), repeat=4)]
+    expected = frequency_of_context(masks, unions, [9**-4.0] * len(unions))
+    assert float((drawn_frequency(masks) - expected).abs().max()) < 0.01
+
+
+def test_context_frequencies_of_one_rectangle_of_any_size_are_the_integrated_ones() -> None:
+    masks = MultiCropMaskGenerator(num_global_crops=8, num_masks=1, mask_scale=(0.15, 0.6), aspect_ratio=(0.75, 1.5))
+    middles = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    area = (0.15 + 0.45 * middles)[:, None] * 196
+    aspect = 0.75 * 2.0 ** middles[None]
+    sides = torch.stack([(area * aspect).sqrt().round(), (area / aspect).sqrt().round()], dim=-1).flatten(0, 1).long()
+    sizes, counts = sides.unique(dim=0, return_counts=True)
+    expected = torch.zeros(196, dtype=torch.float64)
+    for (height, width), count in zip(sizes.tolist(), counts.tolist(), strict=True):
+        unions = rectangles(14, height, width)
+        expected += count / 1e6 * frequency_of_context(masks, unions, [1 / len(unions)] * len(unions))
+    assert float((drawn_frequency(masks) - expected).abs().max()) < 0.01
+
+
+def test_each_other_crop_is_equally_often_the_one_to_predict_from() -> None:
+    torch.manual_seed(0)
+    plan = MultiCropMaskGenerator("cross_crop_prediction")(10_000)
+    assert bool((plan.partners.sum(dim=-1) == 1).all())
+    share = plan.partners.float().mean(dim=0)
+    expected = torch.full((2, 8), 1 / 7)
+    expected[0, 0] = expected[1, 1] = 0
+    assert float((share - expected).abs().max()) < 0.015
+
+
+@pytest.mark.parametrize(("context", "local_grid"), [(0.4, 6), (0.2, 6), (0.4, 4)])
+def test_cross_crop_sources_are_the_tokens_of_the_partner(context: float, local_grid: int) -> None:
+    masks = MultiCropMaskGenerator("cross_crop_prediction", 3, 4, context_ratio=context, local_grid=local_grid)
+    plan, num_local = masks(200), local_grid**2
+    owner = torch.tensor([0, 1, 2] * masks.num_context).sort().values.tolist()
+    owner += torch.tensor([3, 4, 5, 6] * num_local).sort().values.tolist()
+    for sample, target in itertools.product(range(200), range(3)):
+        real = plan.real[sample, target]
+        sources = plan.sources[sample, target][real].tolist()
+        partner = int(plan.partners[sample, target].nonzero())
+        assert sources == [token for token, crop in enumerate(owner) if crop == partner]

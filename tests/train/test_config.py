@@ -214,6 +214,8 @@ logging: {run_name: 2024}
         (["data.multicrop.global_crop_size=225"], "data.multicrop.global_crop_size"),
         (["model.encoder_kwargs={patch_size: 14}"], "data.multicrop.local_crop_size"),
         (["masking.strategy=cross_crop_prediction", "data.use_multicrop=false"], "masking.strategy"),
+        (["masking.strategy=global_with_local_context", "data.multicrop.num_local_crops=0"], "masking.strategy"),
+        (["masking.exclude_covered=true"], "masking.exclude_covered"),
     ],
 )
 def test_each_rule_between_keys_is_kept(overrides, key):

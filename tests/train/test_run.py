@@ -48,6 +48,19 @@ def test_every_shipped_config_takes_two_steps_at_reduced_size(config: Path, data
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000002"]
 
 
+@pytest.mark.parametrize("strategy", ["global_with_local_context", "cross_crop_prediction"])
+def test_every_strategy_trains_and_reports_what_its_other_crops_cover(
+    strategy: str, data_path: Path, tmp_path: Path
+) -> None:
+    changes = [f"masking.strategy={strategy}", "masking.exclude_covered=true", "training.max_steps=2"]
+    arguments = command(ROOT / "configs" / "quickstart.yaml", data_path, tmp_path, *changes)
+    assert main(arguments) == 0
+    line = json.loads((tmp_path / "quickstart" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert 0 < line["covered_share"] < 1
+    assert line["inside"] > 0
+    assert line["outside"] == pytest.approx(line["level_0"] + line["level_1"] / 2 + line["level_2"] / 4, rel=1e-4)
+
+
 def interrupt_at_step(run: Path, step: int) -> threading.Thread:
     """Send this process a SIGINT as soon as the run's log has reached `step`."""
 

@@ -1,0 +1,63 @@
+"""A small model and batches for it, shared by the tests of the whole step."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from model import MultiCropMaskGenerator
+from model.encoder import MultiCropEncoder
+from model.hjepa import HJEPA, default_levels
+from model.losses import random_directions
+
+OPTIONS = {
+    "num_global_crops": 2, "global_crop_size": 48, "predictor_width": 32, "predictor_depth": 2, "predictor_heads": 2,
+    "projector_hidden": 32, "projector_dim": 16, "view_weight": 1.0, "sigreg_weight": 0.1, "sigreg_knots": 17,
+}  # fmt: skip
+BATCH = 6
+
+
+def build(**changes: object) -> HJEPA:
+    """Globals of 6x6 and locals of 2x2 tokens, three blocks, three levels."""
+    torch.manual_seed(0)
+    encoder = MultiCropEncoder(
+        "vit_small_patch16_dinov3",
+        [48, 16],
+        img_size=48,
+        patch_size=8,
+        embed_dim=32,
+        depth=3,
+        num_heads=2,
+        init_values=0.1,
+    )
+    return HJEPA(encoder, default_levels(3), **{**OPTIONS, **changes})
+
+
+def draw_inputs(strategy: str = "global_only", num_global: int = 2, num_local: int = 4, seed: int = 1) -> dict:
+    torch.manual_seed(seed)
+    sizes = [48] * num_global + [16] * num_local
+    corners = torch.rand(BATCH, len(sizes), 2, 2).sort(dim=2).values
+    masks = MultiCropMaskGenerator(strategy, num_global, num_local, grid=6, local_grid=2)
+    return {
+        "crops": [torch.randn(BATCH, 3, size, size) for size in sizes],
+        "boxes": torch.cat([corners[:, :, 0], corners[:, :, 1] + 0.05], dim=-1).clamp(0, 1),
+        "flips": torch.rand(BATCH, len(sizes)) < 0.5,
+        "plan": masks(BATCH),
+        "directions": random_directions(16, 8, torch.Generator().manual_seed(0), torch.device("cpu")),
+    }
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Tensors this small are slower on several threads, above all next to other processes."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., HJEPA]:
+    return build
+
+
+@pytest.fixture(scope="session")
+def make_inputs() -> Callable[..., dict]:
+    return draw_inputs

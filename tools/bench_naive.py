@@ -1,0 +1,63 @@
+"""The step as a plain loop over crops: the reference that `bench.py step` compares with."""
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+from model.geometry import cell_centres, log_cell_size
+from model.hjepa import HJEPA
+from model.losses import view_loss
+from model.masks import MaskPlan, pool_cells
+
+
+def naive_losses(
+    model: HJEPA,
+    crops: Sequence[torch.Tensor],
+    boxes: torch.Tensor,
+    flips: torch.Tensor,
+    plan: MaskPlan,
+    directions: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """Eight forwards of student, target and predictor, one for each crop, whose masked tokens are zeroed and not dropped.
+
+    The predictor sees all of a crop's tokens and is asked for the plan's cells of a global, and for all cells of a local,
+    which has no mask. The same levels, view term and SIGReg as `HJEPA.forward`.
+    """
+    total, summaries = torch.zeros(()), []
+    for view, pixels in enumerate(crops):
+        grid = pixels.shape[-1] // model.encoder.patch_size
+        box, flip, is_global = boxes[:, view], flips[:, view], view < model.num_global
+        seen = torch.ones(len(boxes), grid * grid, 1)
+        if is_global:
+            seen = torch.zeros_like(seen).scatter_(1, plan.context[:, view, :, None], 1.0)
+        tokens = model.encoder([(_zeroed(pixels, seen, grid), None)])[0].tokens
+        summaries.append(tokens.float().mean(dim=1))
+        with torch.no_grad():
+            (out,) = model.target([(pixels, None)], layers=[level.layer for level in model.levels])
+        places, sizes, wanted = [], [], []
+        for rung, (level, layer) in enumerate(zip(model.levels, out.layers, strict=True)):
+            dense = F.layer_norm(layer.float(), layer.shape[-1:]).transpose(1, 2).unflatten(2, (grid, grid))
+            goal = pool_cells(dense, level.stride).flatten(2).transpose(1, 2)
+            every = torch.arange(goal.shape[1]).expand(len(boxes), -1)
+            cells = (plan.queries[rung][:, view] if is_global else every)[..., None]
+            places.append(cell_centres(box, flip, grid, level.stride).gather(1, cells.expand(-1, -1, 2)))
+            sizes.append(log_cell_size(box, grid, level.stride)[:, None].expand(-1, cells.shape[1], -1))
+            wanted.append(goal.gather(1, cells.expand(-1, -1, goal.shape[-1])))
+        sources = torch.arange(grid * grid).expand(len(boxes), 1, -1)
+        token_sizes = log_cell_size(box, grid)[:, None].expand(-1, grid * grid, -1)
+        answers = model.predictor(tokens, cell_centres(box, flip, grid), token_sizes, sources, None, places, sizes)
+        for level, answer, goal in zip(model.levels, answers, wanted, strict=True):
+            total = total + level.weight * F.smooth_l1_loss(answer.float(), goal) / len(crops)
+    if model.projector is not None:
+        flat = torch.stack(summaries, dim=1)
+        projections = model.projector(flat.flatten(0, 1)).float().unflatten(0, flat.shape[:2])
+        total = total + model.view_weight * view_loss(projections, model.num_global)
+        total = total + model.sigreg_weight * model.sigreg(projections, directions)
+    return {"loss": total}
+
+
+def _zeroed(pixels: torch.Tensor, seen: torch.Tensor, grid: int) -> torch.Tensor:
+    """The crop with the patches of unseen tokens black."""
+    mask = seen.view(len(pixels), 1, grid, grid)
+    return pixels * F.interpolate(mask, size=pixels.shape[-1], mode="nearest")
