@@ -43,7 +43,7 @@ class Training(Section):
     use_amp: Flag = True
     """bf16 autocast on a GPU."""
     compile: Flag = False
-    """torch.compile the model's step: about a minute at the start, faster steps after it."""
+    """torch.compile the model's step: it takes minutes at the start."""
     ema_momentum: Share = 0.996
     ema_final_momentum: Share = 1.0
     max_steps: Count | None = None
