@@ -1,6 +1,5 @@
 """The loader: an exact, resumable stream of `CropBatch` made by DALI."""
 
-import os
 import tempfile
 from collections import deque
 from collections.abc import Iterator
@@ -11,8 +10,9 @@ import torch
 from nvidia.dali import Pipeline
 
 from pipeline.batch import CropBatch
+from pipeline.dali_index import write_dali_indices
 from pipeline.draws import Draws, ViewRecipe, draw
-from pipeline.graph import IMAGE, build_graph, graph_inputs
+from pipeline.graph import build_graph, graph_inputs
 from pipeline.index import ShardIndex
 from pipeline.plan import Plan
 
@@ -134,7 +134,7 @@ class _Stream:
         self.fed = 0
         self.pending: deque[tuple[np.ndarray, int, Draws]] = deque()
         with tempfile.TemporaryDirectory(prefix="multicrop-hjepa-") as folder:
-            tars, indices = _write_dali_indices(loader.index, self.rows.reshape(-1), Path(folder))
+            tars, indices = write_dali_indices(loader.index, self.rows.reshape(-1), Path(folder))
             self.graph: Pipeline = build_graph(
                 tars,
                 indices,
@@ -200,21 +200,3 @@ class _Stream:
             )
         reason = message.split("encountered:")[-1].strip().splitlines()[0]
         return f"{index.folder}: DALI failed on one of {len(rows)} samples: {reason}"
-
-
-def _write_dali_indices(index: ShardIndex, rows: np.ndarray, folder: Path) -> tuple[list[str], list[str]]:
-    """Write the rows, in their order, as DALI index files; a tar is listed once per run of its rows."""
-    samples = index.samples[rows]
-    breaks = np.flatnonzero(np.diff(samples["shard"])) + 1
-    tars: list[str] = []
-    names: list[str] = []
-    for part, run in zip(np.split(rows, breaks), np.split(samples, breaks), strict=True):
-        lines = [
-            f"{IMAGE} {offset} {size} {row}.{IMAGE}"
-            for row, offset, size in zip(part.tolist(), run["offset"].tolist(), run["size"].tolist(), strict=True)
-        ]
-        path = folder / f"{len(tars):06d}.idx"
-        path.write_text(f"v1.2 {len(lines)}\n" + "\n".join(lines) + "\n")
-        tars.append(os.fspath(index.shard_path(run["shard"][0])))
-        names.append(os.fspath(path))
-    return tars, names
