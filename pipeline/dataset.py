@@ -10,6 +10,7 @@ import torch
 from pipeline.draws import ViewRecipe
 from pipeline.index import ShardIndex, open_index, split_folder
 from pipeline.loader import MultiCropLoader
+from pipeline.quarantine import Quarantine
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -115,11 +116,16 @@ def build_multicrop_dataloader(
     world_size: int = 1,
     shuffle: bool = True,
     drop_last: bool = True,
+    normalized: bool = True,
+    quarantine: Path | str | None = None,
+    max_bad_share: float = 0.01,
 ) -> MultiCropLoader:
     """A loader of `CropBatch`: `for crops, labels in loader`.
 
     `batch_size` is per rank. `device`: `gpu`, `cpu`, or `auto` for the GPU when torch sees one. `num_workers`: CPU threads of
-    DALI, `auto` for half of this process's cores.
+    DALI, `auto` for half of this process's cores. `normalized`: crops as float32, normalised by the data set's mean and std;
+    False: uint8. `quarantine`: the file in which samples that cannot be decoded are remembered; more than `max_bad_share` of
+    all samples is an error.
     """
     return MultiCropLoader(
         dataset.index,
@@ -136,6 +142,8 @@ def build_multicrop_dataloader(
         std=dataset.std,
         shuffle=shuffle,
         drop_last=drop_last,
+        normalized=normalized,
+        quarantine=Quarantine(dataset.index, Path(quarantine) if quarantine else None, max_bad_share),
     )
 
 
