@@ -90,7 +90,8 @@ def build_model(config: Config, device: torch.device) -> HJEPA:
     crops, settings = config.data.multicrop, config.model
     num_global, num_local = config.data.crop_counts
     sizes = [crops.global_crop_size] + ([crops.local_crop_size] if num_local else [])
-    encoder = MultiCropEncoder(settings.encoder, sizes, **settings.encoder_kwargs)
+    mean, std = config.data.augmentation.mean, config.data.augmentation.std
+    encoder = MultiCropEncoder(settings.encoder, sizes, mean=mean, std=std, **settings.encoder_kwargs)
     model = HJEPA(
         encoder,
         build_levels(config, encoder.depth),
