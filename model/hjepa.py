@@ -173,9 +173,18 @@ class HJEPA(nn.Module):
         return self.predictor(*rows, plan.sources, plan.real, query_places, query_sizes)
 
     @torch.no_grad()
-    def update_target(self, momentum: float) -> None:
-        """Move the target encoder towards the student: target = momentum * target + (1 - momentum) * student."""
-        torch._foreach_lerp_(list(self.target.parameters()), list(self.encoder.parameters()), 1 - momentum)
+    def update_target(self, momentum: float, skip: torch.Tensor | None = None) -> None:
+        """Move the target encoder towards the student: target = momentum * target + (1 - momentum) * student.
+
+        `skip`: `[] float32` on the device; where it is 1, the target stays as it is. The host never reads it.
+        """
+        targets: list[torch.Tensor] = list(self.target.parameters())
+        students: list[torch.Tensor] = list(self.encoder.parameters())
+        keep = torch.full((), momentum, device=targets[0].device)
+        if skip is not None:
+            keep = torch.where(skip > 0, 1.0, keep)
+        torch._foreach_mul_(targets, keep)
+        torch._foreach_add_(targets, list(torch._foreach_mul(students, 1 - keep)))
 
 
 def _join(crops: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -164,4 +164,5 @@ def loop_settings(config: Config, steps_per_epoch: int, device: torch.device) ->
         log_frequency=config.logging.log_frequency,
         save_frequency=config.checkpoint.save_frequency,
         probe_frequency=config.evaluation.eval_frequency * steps_per_epoch,
+        max_skipped_steps=training.max_skipped_steps,
     )

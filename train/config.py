@@ -48,6 +48,9 @@ class Training(Section):
     ema_final_momentum: Share = 1.0
     max_steps: Count | None = None
     """null: epochs decide."""
+    max_skipped_steps: Count = 20
+    """Steps in a row with a loss or gradient that is no finite number, until the run goes back to its last checkpoint; if they
+    come again, it stops. Each such step is left out."""
 
     def rules(self) -> Iterator[BrokenRule]:
         if self.warmup_epochs > self.epochs:

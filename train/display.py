@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from train.loop import RunState
+from train.state import RunState
 
 PLAIN_EVERY_S = 5.0
 
@@ -41,6 +41,10 @@ class Display:
         epoch, epochs = step / self._steps_per_epoch, self._total / self._steps_per_epoch
         speed, wait = state.images / state.train_s, 100 * state.wait_s / state.train_s
         figures = f"epoch {epoch:.1f}/{epochs:.4g} · loss {shown} · {speed:.0f} images/s · data wait {wait:.0f}%"
+        if state.skipped_steps:
+            figures += f" · {state.skipped_steps} steps left out"
+        if state.collapsed:
+            figures += " · COLLAPSE ALARM"
         if self._progress is not None:
             self._progress.update(self._task, completed=step, figures=figures)
             return
@@ -69,7 +73,12 @@ def summary_table(summary: dict[str, Any]) -> Table:
     table.add_row("images seen", f"{summary['images']:,}")
     table.add_row("images/s", f"{summary['images_per_s']:.0f}")
     table.add_row("data wait", f"{summary['data_wait_percent']:.1f} %")
-    table.add_row("loss, first -> last", f"{summary['loss_first']:.4f} -> {summary['loss_last']:.4f}")
+    if summary["loss_first"] is not None:
+        table.add_row("loss, first -> last", f"{summary['loss_first']:.4f} -> {summary['loss_last']:.4f}")
+    if summary["skipped_steps"]:
+        table.add_row("steps left out, not finite", f"{summary['skipped_steps']:,}")
+    if summary["collapse_alarms"]:
+        table.add_row("collapse alarms at steps", ", ".join(map(str, summary["collapse_alarms"])))
     names = {
         "pixels": "k-NN, raw pixels",
         "colour_histogram": "k-NN, colour histogram",

@@ -3,8 +3,7 @@
 import resource
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 
@@ -13,25 +12,12 @@ from model.losses import random_directions
 from model.masks import MultiCropMaskGenerator
 from pipeline.batch import CropBatch
 from pipeline.loader import MultiCropLoader
+from train.guard import CollapseAlarm, StepGuard
 from train.metrics import mean_std, rankme
 from train.optim import ema_momentum, learning_rate
+from train.state import RunState
 
 FEATURE_ROWS = 512  # pooled features that the collapse signals are computed on
-
-
-@dataclass
-class RunState:
-    """How far a run is; saved in every checkpoint."""
-
-    step: int = 0
-    images: int = 0
-    loss_first: float | None = None
-    loss_last: float | None = None
-    train_s: float = 0.0
-    wait_s: float = 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -53,6 +39,7 @@ class LoopSettings:
     log_frequency: int
     save_frequency: int
     probe_frequency: int
+    max_skipped_steps: int
 
 
 @dataclass
@@ -61,20 +48,30 @@ class Tally:
 
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     features: list[torch.Tensor] = field(default_factory=list)
-    steps: int = 0
+    counted: torch.Tensor | float = 0.0
 
-    def add(self, losses: dict[str, torch.Tensor], grad_norm: torch.Tensor) -> None:
+    def add(self, losses: dict[str, torch.Tensor], grad_norm: torch.Tensor, skip: torch.Tensor) -> None:
+        """Count one step, unless `skip` (`[]`, 1.0 or 0.0) says that it was left out."""
         features = losses.pop("features")
         if sum(len(part) for part in self.features) < FEATURE_ROWS:
             self.features.append(features)
         for name, value in {**losses, "grad_norm": grad_norm}.items():
-            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value.detach()
-        self.steps += 1
+            kept = torch.where(skip > 0, 0.0, value.detach())
+            self.sums[name] = self.sums[name] + kept if name in self.sums else kept
+        self.counted = self.counted + (1 - skip)
 
     def means(self) -> dict[str, float]:
+        """Of the steps that counted; without any, there are none."""
+        counted = float(self.counted)
+        return {name: float(total) / counted for name, total in self.sums.items()} if counted else {}
+
+    def signals(self) -> tuple[dict[str, float], int]:
+        """The collapse signals, and how many features they are of; features that are no numbers are left out."""
         features = torch.cat(self.features)
-        values = {name: float(total) / self.steps for name, total in self.sums.items()}
-        return values | {"rankme": rankme(features), "feature_std": mean_std(features)}
+        features = features[features.isfinite().all(dim=1)]
+        if len(features) < 2:
+            return {}, len(features)
+        return {"rankme": rankme(features), "feature_std": mean_std(features)}, len(features)
 
 
 def step_seed(seed: int, step: int, lane: int) -> int:
@@ -97,6 +94,7 @@ def train_steps(
     settings: LoopSettings,
     *,
     log: Callable[[dict[str, float]], None],
+    tell: Callable[[str], None],
     show: Callable[[], None],
     probe: Callable[[], None],
     save: Callable[[], None],
@@ -104,16 +102,20 @@ def train_steps(
 ) -> None:
     """Train from `state.step` to `settings.total_steps`, or until `stop()`; `state` moves along.
 
-    `log` gets the means since the last logging step, `show` is called every step, `probe` every
+    A step whose loss or gradient is not finite changes neither weights nor optimiser nor target. When `max_skipped_steps` of
+    them have come in a row, as counted at logging steps, the loop ends.
+
+    `log` gets the means since the last logging step, `tell` a line for the user, `show` is called every step, `probe` every
     `probe_frequency` steps (0: never), and `save` every `save_frequency` steps and after the last.
     """
     device = masks.device
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     directions_generator = torch.Generator(device)
+    guard, alarm = StepGuard(device, state), CollapseAlarm(model.encoder.width)
     stream, tally, logged, logged_s = batches(loader), Tally(), state.images, state.train_s
     waited_s = state.wait_s
     model.train()
-    while state.step < settings.total_steps and not stop():
+    while state.step < settings.total_steps and not gone_wrong(state, settings) and not stop():
         started = time.perf_counter()
         batch = next(stream)
         state.wait_s += time.perf_counter() - started
@@ -132,31 +134,46 @@ def train_steps(
             losses = model(batch.crops, batch.boxes, batch.flips, plan, directions)
         losses["loss"].backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip or float("inf"))
+        skip = guard.check(losses["loss"].detach(), grad_norm)
+        optimizer.found_inf = skip  # type: ignore[attr-defined]  # the fused kernel leaves all as it is where this is 1
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        model.update_target(momentum)
-        tally.add(losses, grad_norm)
+        model.update_target(momentum, skip)
+        tally.add(losses, grad_norm, skip)
 
         state.step += 1
         state.images += len(batch.labels)
         last = state.step == settings.total_steps
-        if state.step % settings.log_frequency == 0 or last or state.step == 1:
+        due = state.step % settings.log_frequency == 0 or last
+        if due or state.step == 1:
             means = tally.means()
-            if state.loss_first is None:
-                state.loss_first = means["loss"]
-            state.loss_last = means["loss"]
+            state.loss_last = means.get("loss", state.loss_last)
+            state.loss_first = state.loss_last if state.loss_first is None else state.loss_first
+            guard.read(state)
         state.train_s += time.perf_counter() - started
-        if state.step % settings.log_frequency == 0 or last:
+        if due:
+            signals, rows = tally.signals()
+            if signals and (alarm_text := alarm.check(state, signals, rows)):
+                tell(alarm_text)
             elapsed = state.train_s - logged_s
-            means |= {"lr": lr, "ema_momentum": momentum, "images_per_s": (state.images - logged) / elapsed}
-            means["data_wait_percent"] = 100 * (state.wait_s - waited_s) / elapsed
+            means |= signals | {"lr": lr, "ema_momentum": momentum, "images_per_s": (state.images - logged) / elapsed}
+            means |= {"data_wait_percent": 100 * (state.wait_s - waited_s) / elapsed}
+            means |= {"skipped_steps": state.skipped_steps, "collapse_alarm": float(state.collapsed)}
             log(means | {"peak_memory_bytes": peak_memory(device), "epoch": loader.state_dict()["epoch"]})
             tally, logged, logged_s, waited_s = Tally(), state.images, state.train_s, state.wait_s
         show()
         if settings.probe_frequency and state.step % settings.probe_frequency == 0 and not last:
             probe()
         if state.step % settings.save_frequency == 0 or last:
-            save()
+            guard.read(state)
+            if not gone_wrong(state, settings):
+                save()
+    guard.read(state)
+
+
+def gone_wrong(state: RunState, settings: LoopSettings) -> bool:
+    """Whether too many steps in a row had numbers that are not finite."""
+    return state.skipped_in_a_row >= settings.max_skipped_steps
 
 
 def peak_memory(device: torch.device) -> int:

@@ -12,9 +12,10 @@ from pipeline.dataset import MultiCropDataset
 from train.build import build_loader
 from train.config import Config
 from train.figures import draw_crops, draw_curves, draw_masks
-from train.loop import RunState, step_seed
+from train.loop import step_seed
 from train.metrics import read_metrics
 from train.probe import Probe
+from train.state import RunState
 
 PICTURED = 4  # images in crops.png and masks.png
 
@@ -34,6 +35,9 @@ def write_summary(folder: Path, config: Config, state: RunState, probe: Probe, w
         "rankme": probe.rankme,
         "width": width,
         "knn": knn,
+        "skipped_steps": state.skipped_steps,
+        "collapse_alarms": state.alarms,
+        "collapsed": state.collapsed,
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary

@@ -1,0 +1,25 @@
+"""How far a run is."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class RunState:
+    """Counts and marks of a run; saved in every checkpoint. Times are seconds, `images` counts over all ranks."""
+
+    step: int = 0
+    images: int = 0
+    loss_first: float | None = None
+    loss_last: float | None = None
+    train_s: float = 0.0
+    wait_s: float = 0.0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    first_feature_std: float | None = None
+    collapsed: bool = False
+    alarms: list[int] = field(default_factory=list)
+    """Steps at which the collapse alarm began to ring."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
