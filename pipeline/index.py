@@ -86,7 +86,7 @@ def split_folder(dataset_name: str, data_path: Path | str, split: str) -> Path |
     the shards of `dataset_name`, or the settings of S3.
     """
     if is_s3(data_path):
-        return _split_prefix(str(data_path).rstrip("/"), split)
+        return _split_prefix(str(data_path), split)
     data_path = Path(data_path)
     for folder in (data_path / split, data_path):
         if tar_names(folder):
@@ -98,7 +98,7 @@ def split_folder(dataset_name: str, data_path: Path | str, split: str) -> Path |
 
 
 def _split_prefix(prefix: str, split: str) -> str:
-    tried = [join(folder, INDEX_NAME) for folder in (f"{prefix}/{split}", prefix)]
+    tried = [join(folder, INDEX_NAME) for folder in (join(prefix, split), prefix)]
     for url in tried:
         try:
             read_ranges([url], [[(0, 4)]])

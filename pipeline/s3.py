@@ -70,7 +70,7 @@ def _dali() -> tuple[Any, Any]:
 
 def _checked(url: str) -> str:
     bucket, _, key = url.removeprefix(SCHEME).partition("/")
-    if not bucket or not key:
+    if not bucket or not key.strip("/"):
         raise FileNotFoundError(f"{url}: not a place on S3; write s3://BUCKET/PREFIX")
     return url
 

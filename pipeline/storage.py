@@ -5,7 +5,7 @@ import re
 import resource
 from pathlib import Path
 
-from pipeline.s3 import is_s3, read_ranges
+from pipeline.s3 import SCHEME, is_s3, read_ranges
 
 # File systems whose pages come over a network. Reads through a mapping go there page by page, plain reads in larger pieces.
 NETWORK_TYPES = frozenset(
@@ -18,7 +18,9 @@ MOUNTS = Path("/proc/self/mountinfo")
 
 def join(folder: Path | str, name: str) -> str:
     """The place of `name` in a folder, as DALI wants it."""
-    return f"{folder.rstrip('/')}/{name}" if isinstance(folder, str) and is_s3(folder) else os.path.join(folder, name)
+    if isinstance(folder, str) and is_s3(folder):
+        return f"{SCHEME}{folder.removeprefix(SCHEME).strip('/')}/{name}"
+    return os.path.join(folder, name)
 
 
 def read_range(place: str, offset: int, size: int) -> bytes:
