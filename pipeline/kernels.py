@@ -28,6 +28,7 @@ PARAMETERS = (
 Y0, X0, Y1, X1, FLIP, TWIST, BRIGHTNESS, CONTRAST, SATURATION, HUE, SIGMA, SOLARIZE = range(len(PARAMETERS))
 
 ZERO, HALF, WHITE = np.float32(0), np.float32(0.5), np.float32(255)
+PIECE = 1024
 GRAY = (0.299, 0.587, 0.114)  # the luma of ITU-R BT.601, which torchvision, Pillow and DALI share
 # RGB to YIQ and back as DALI rounds them, so that both backends turn hues alike.
 TO_YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.321), (0.211, -0.523, 0.311))
@@ -125,25 +126,30 @@ def weigh_rows(result: np.ndarray, lines: np.ndarray, start: int, weights: np.nd
 def twist_colours(crop: np.ndarray, brightness: float, contrast: float, saturation: float, hue: float) -> None:
     """Brightness, contrast around the mean gray, saturation and hue (degrees), in this order, in place."""
     flat = crop.reshape(3, crop.size // 3)
-    pixels = flat.shape[1]
-    bright = np.empty(256, np.int64)
-    for value in range(256):
-        bright[value] = int(min(value * brightness + HALF, WHITE))
     mean = 0.0
     for c in range(3):
-        total = 0
-        for i in range(pixels):
-            total += bright[flat[c, i]]
-        mean += GRAY[c] * total / pixels
-    level = np.empty(256, np.float32)
-    for value in range(256):
-        level[value] = math.floor(min(max((bright[value] - mean) * contrast + mean + 0.5, 0.0), 255.0))
-    m = colour_matrix(saturation, hue)
-    for i in range(pixels):
-        red, green, blue = level[flat[0, i]], level[flat[1, i]], level[flat[2, i]]
+        line, total = flat[c], np.int64(0)
+        for i in range(len(line)):
+            value = np.int32(min(np.float32(line[i]) * brightness + HALF, WHITE))
+            line[i] = np.uint8(value)
+            total += value
+        mean += GRAY[c] * total / len(line)
+    scale, shift = np.float32(contrast), np.float32(mean - contrast * mean)
+    matrix = colour_matrix(saturation, hue)
+    # In pieces that stay in the cache, channel by channel, so that several pixels are computed at once.
+    piece = np.empty((3, PIECE), np.float32)
+    for start in range(0, flat.shape[1], PIECE):
+        pixels = min(PIECE, flat.shape[1] - start)
         for c in range(3):
-            value = m[c, 0] * red + m[c, 1] * green + m[c, 2] * blue
-            flat[c, i] = np.uint8(min(max(value, ZERO), WHITE) + HALF)
+            line, values = flat[c, start : start + pixels], piece[c]
+            for i in range(pixels):
+                values[i] = min(max(np.float32(line[i]) * scale + shift, ZERO), WHITE)
+        red, green, blue = piece[0], piece[1], piece[2]
+        for c in range(3):
+            r, g, b, line = matrix[c, 0], matrix[c, 1], matrix[c, 2], flat[c, start : start + pixels]
+            for i in range(pixels):
+                value = r * red[i] + g * green[i] + b * blue[i]
+                line[i] = np.uint8(np.int32(min(max(value, ZERO), WHITE) + HALF))
 
 
 @njit(nogil=True, cache=True)
@@ -189,7 +195,7 @@ def blur(crop: np.ndarray, sigma: float) -> None:
                 for x in range(size):
                     result[x] += tap * shifted[x]
             for x in range(size):
-                crop[c, y, x] = np.uint8(result[x])
+                crop[c, y, x] = np.uint8(np.int32(result[x]))
 
 
 @njit(nogil=True, cache=True)

@@ -143,6 +143,10 @@ class MultiCropLoader:
             raise ValueError(f"{self.index.folder}: DALI failed on one of {len(unknown)} samples: {reason}") from None
         self.quarantine.add(faults)
 
+    def rows_at(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """`[stop - start] int64`: the index rows of the samples that stand at these positions, stand-ins included."""
+        return self.quarantine.replace(self.plan.rows(epoch, start, stop), self.seed, epoch, start)
+
     def places_from(self, epoch: int, position: int) -> Iterator[tuple[int, int]]:
         """Epoch and position of the global batches from there on, without end."""
         while True:

@@ -78,8 +78,7 @@ class Window:
             wanted = positions[here][:, None] + first + np.arange(loader.batch_size)
             wanted = np.minimum(wanted, count - 1)
             low, high = int(wanted.min()), int(wanted.max()) + 1
-            planned = loader.quarantine.replace(loader.plan.rows(epoch, low, high), loader.seed, epoch, low)
-            rows[here] = planned[wanted - low]
+            rows[here] = loader.rows_at(epoch, low, high)[wanted - low]
         return rows
 
     def _fitting_tars(self) -> int:

@@ -1,6 +1,7 @@
 """The settings of a run turned into its objects: the one place where config keys meet arguments."""
 
-import os
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,12 +14,17 @@ from pipeline.dataset import (
     build_multicrop_dataloader,
     build_multicrop_dataset,
     centre_crop_dataset,
+    default_threads,
+    own_cores,
     resolve_device,
 )
 from pipeline.index import open_index, split_folder
 from pipeline.loader import MultiCropLoader
+from pipeline.tuning import ReaderSettings, candidates, tune
 from train.config import Config
 from train.loop import LoopSettings
+
+HW_DECODER_LOAD = 0.65  # DALI's own default
 
 
 def torch_device(config: Config) -> torch.device:
@@ -27,8 +33,7 @@ def torch_device(config: Config) -> torch.device:
 
 def torch_threads() -> int:
     """Torch's share of the cores when it computes on the CPU next to DALI: what `default_threads` leaves."""
-    cores = len(os.sched_getaffinity(0))
-    return max(1, cores - cores // 2)
+    return max(1, own_cores() - default_threads())
 
 
 def build_dataset(config: Config) -> MultiCropDataset:
@@ -63,9 +68,40 @@ def build_loader(config: Config, dataset: MultiCropDataset, batch_size: int, **c
         "seed": config.seed,
         "device": config.device,
         "num_workers": config.data.num_workers,
+        "hw_decoder_load": HW_DECODER_LOAD if config.data.hw_decoder_load == "auto" else config.data.hw_decoder_load,
         "prefetch": config.data.prefetch,
+        "max_bad_share": config.data.max_bad_share,
     }
     return build_multicrop_dataloader(dataset, batch_size, **(arguments | changes))
+
+
+def tuned_reader(config: Config, dataset: MultiCropDataset, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Arguments for `build_loader` in place of `auto`: measured on a GPU, where the pipeline has the CPU to itself."""
+    data = config.data
+    if resolve_device(config.device) != "gpu" or "auto" not in (data.num_workers, data.hw_decoder_load):
+        return {}
+    settings = candidates(own_cores(), None if data.hw_decoder_load == "auto" else data.hw_decoder_load)
+    if data.num_workers != "auto":
+        settings = sorted({replace(each, num_threads=data.num_workers) for each in settings})
+    return _tune(config, dataset, settings, tell)
+
+
+def _tune(
+    config: Config, dataset: MultiCropDataset, settings: list[ReaderSettings], tell: Callable[[str], None]
+) -> dict[str, Any]:
+    def arguments(each: ReaderSettings) -> dict[str, Any]:
+        return {"num_workers": each.num_threads, "hw_decoder_load": each.hw_decoder_load}
+
+    chosen, rates = tune(
+        lambda each: build_loader(config, dataset, config.data.batch_size, normalized=False, **arguments(each)),
+        settings,
+    )
+    listed = ", ".join(f"{each.num_threads}/{each.hw_decoder_load:g}: {rate:,.0f}" for each, rate in rates.items())
+    tell(
+        f"data: {chosen.num_threads} DALI threads, JPEG engine {chosen.hw_decoder_load:.0%}, chosen by images/s of "
+        f"threads/engine: {listed}"
+    )
+    return arguments(chosen)
 
 
 def build_evaluation_loaders(config: Config) -> tuple[MultiCropLoader, MultiCropLoader]:

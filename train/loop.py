@@ -158,7 +158,9 @@ def train_steps(
             elapsed = state.train_s - logged_s
             means |= signals | {"lr": lr, "ema_momentum": momentum, "images_per_s": (state.images - logged) / elapsed}
             means |= {"data_wait_percent": 100 * (state.wait_s - waited_s) / elapsed}
+            state.bad_samples = len(loader.quarantine)
             means |= {"skipped_steps": state.skipped_steps, "collapse_alarm": float(state.collapsed)}
+            means |= {"bad_samples": state.bad_samples}
             log(means | {"peak_memory_bytes": peak_memory(device), "epoch": loader.state_dict()["epoch"]})
             tally, logged, logged_s, waited_s = Tally(), state.images, state.train_s, state.wait_s
         show()

@@ -11,6 +11,7 @@ from model.hjepa import HJEPA
 from model.masks import MultiCropMaskGenerator
 from pipeline.dataset import MultiCropDataset
 from pipeline.loader import MultiCropLoader
+from pipeline.quarantine import Quarantine
 from train.build import (
     build_dataset,
     build_loader,
@@ -19,6 +20,7 @@ from train.build import (
     loop_settings,
     torch_device,
     torch_threads,
+    tuned_reader,
 )
 from train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from train.config import Config
@@ -87,7 +89,8 @@ def prepare(config: Config, console: Console) -> Session:
     if device.type == "cpu":
         torch.set_num_threads(torch_threads())
     dataset = build_dataset(config)
-    loader = build_loader(config, dataset, config.data.batch_size)
+    reader = tuned_reader(config, dataset, console.print)
+    loader = build_loader(config, dataset, config.data.batch_size, normalized=False, **reader)
     settings = loop_settings(config, len(loader), device)
     model = build_model(config, device)
     masks = build_masks(config, model, device)
@@ -95,6 +98,7 @@ def prepare(config: Config, console: Console) -> Session:
         model.compile(dynamic=False)  # in place: the parameters keep their names
     optimizer = build_optimizer(model, config.training.weight_decay, config.training.betas)
     folder = open_run_folder(config, console.print)
+    loader.quarantine = Quarantine(dataset.index, folder / "quarantine.jsonl", config.data.max_bad_share)
     probe = Probe(config, folder, model, console.print)
     probe.measure_baselines()
     session = Session(
