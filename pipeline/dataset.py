@@ -11,6 +11,7 @@ from pipeline.draws import ViewRecipe
 from pipeline.index import ShardIndex, open_index, split_folder
 from pipeline.loader import MultiCropLoader
 from pipeline.quarantine import Quarantine
+from pipeline.storage import resolve_use_mmap
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -55,6 +56,8 @@ def build_multicrop_dataset(
 
     Sizes are pixels, scales shares of the image's area. A jitter strength s means brightness and contrast s, saturation s / 2
     and hue s / 4. `global_blur_prob` and `solarize_prob` hold one value per global crop; the last one serves any further crop.
+
+    `data_path` is a folder, or `s3://BUCKET/PREFIX` (right, but two requests per image: `pipeline.s3` says what it needs).
 
     Raises FileNotFoundError when there are no shards, ValueError when they do not fit their index.
     """
@@ -113,6 +116,7 @@ def build_multicrop_dataloader(
     num_workers: int | str = "auto",
     hw_decoder_load: float = 0.65,
     prefetch: int = 2,
+    use_mmap: bool | str = "auto",
     rank: int = 0,
     world_size: int = 1,
     shuffle: bool = True,
@@ -125,7 +129,8 @@ def build_multicrop_dataloader(
 
     `batch_size` is per rank. `device`: `gpu`, `cpu`, or `auto` for the GPU when torch sees one. `num_workers`: CPU threads of
     DALI, `auto` for half of this process's cores (`pipeline.tuning` measures what is best). `hw_decoder_load`: share of the JPEGs
-    that the GPU's own engine decodes. `normalized`: crops as float32, normalised by the data set's mean and std;
+    that the GPU's own engine decodes. `use_mmap`: read shards through memory mappings, `auto` for local disks alone.
+    `normalized`: crops as float32, normalised by the data set's mean and std;
     False: uint8. `quarantine`: the file in which samples that cannot be decoded are remembered; more than `max_bad_share` of
     all samples is an error.
     """
@@ -139,6 +144,7 @@ def build_multicrop_dataloader(
         num_threads=default_threads() if num_workers == "auto" else int(num_workers),
         hw_decoder_load=hw_decoder_load,
         prefetch=prefetch,
+        use_mmap=resolve_use_mmap(use_mmap, dataset.index.folder),
         rank=rank,
         world_size=world_size,
         mean=dataset.mean,

@@ -64,20 +64,25 @@ def build_graph(
     num_threads: int,
     prefetch: int,
     hw_decoder_load: float,
+    use_mmap: bool,
     compiled: bool,
 ) -> Pipeline:
     """Build the graph on `device` (`cpu` or `gpu`). Its outputs are V tensors `[B, 3, size, size] uint8`.
 
     `device_id` numbers the GPU. `source` is called once per batch for `graph_inputs` and raises StopIteration at the
-    end. `hw_decoder_load`: share of the images that the GPU's JPEG engine decodes, where it has one. `compiled` (CPU
-    only): crops by the compiled operator instead of DALI's own.
+    end. `hw_decoder_load`: share of the images that the GPU's JPEG engine decodes, where it has one. `use_mmap`: map the
+    tars. `compiled` (CPU only): crops by the compiled operator instead of DALI's own.
     """
     decoder = {"device": "mixed", "hw_decoder_load": hw_decoder_load} if device == "gpu" else {"device": "cpu"}
 
     @pipeline_def(enable_conditionals=True)
     def graph() -> tuple:
         encoded = fn.readers.webdataset(
-            paths=tars, index_paths=dali_indices, ext=[IMAGE], missing_component_behavior="error"
+            paths=tars,
+            index_paths=dali_indices,
+            ext=[IMAGE],
+            missing_component_behavior="error",
+            dont_use_mmap=not use_mmap,
         )
         # make_shards bakes the EXIF orientation in; boxes are drawn for the stored height and width.
         image = fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False, **decoder)

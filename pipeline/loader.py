@@ -11,7 +11,10 @@ from pipeline.draws import ViewRecipe
 from pipeline.index import ShardIndex
 from pipeline.plan import Plan
 from pipeline.quarantine import Quarantine, find_faults
-from pipeline.window import Builder, GraphFailed, Window
+from pipeline.storage import allow_open_files
+from pipeline.window import WINDOW_TARS, Builder, GraphFailed, Window
+
+OPEN_WINDOWS = 6  # of a run: one in use and one built ahead, for training and the two splits of the evaluation
 
 
 class MultiCropLoader:
@@ -42,6 +45,7 @@ class MultiCropLoader:
         num_threads: int = 2,
         prefetch: int = 2,
         hw_decoder_load: float = 0.65,
+        use_mmap: bool = True,
         rank: int = 0,
         world_size: int = 1,
         shuffle: bool = True,
@@ -64,6 +68,8 @@ class MultiCropLoader:
                 f"{index.folder}: {len(index)} samples are fewer than one global batch of {self.global_batch} "
                 f"(batch_size {batch_size} x {world_size} ranks). Lower data.batch_size"
             )
+        if not use_mmap:
+            allow_open_files(OPEN_WINDOWS * WINDOW_TARS)  # without a mapping every tar of a window stays open
         self.compiled = device == "cpu" if compiled is None else compiled
         self.graph_options: dict[str, Any] = {
             "device": device,
@@ -71,6 +77,7 @@ class MultiCropLoader:
             "num_threads": num_threads,
             "prefetch": prefetch,
             "hw_decoder_load": hw_decoder_load,
+            "use_mmap": use_mmap,
         }
         self._epoch = self._position = 0
         self._window: Window | None = None

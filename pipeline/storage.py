@@ -46,12 +46,12 @@ def resolve_use_mmap(use_mmap: bool | str, folder: Path | str) -> bool:
     return kind in LOCAL_FUSE or kind.partition(".")[0] not in NETWORK_TYPES
 
 
-def file_system(folder: Path | str, mounts: Path = MOUNTS) -> str:
+def file_system(folder: Path | str) -> str:
     """The type of the file system that `folder` lies on (`ext4`, `nfs4`, `fuse.sshfs`), "" where the system does not say."""
     place = os.path.realpath(folder)
     best, kind = "", ""
     try:
-        lines = mounts.read_text().splitlines()
+        lines = MOUNTS.read_text().splitlines()
     except OSError:
         return ""
     for line in lines:

@@ -70,6 +70,7 @@ def build_loader(config: Config, dataset: MultiCropDataset, batch_size: int, **c
         "num_workers": config.data.num_workers,
         "hw_decoder_load": HW_DECODER_LOAD if config.data.hw_decoder_load == "auto" else config.data.hw_decoder_load,
         "prefetch": config.data.prefetch,
+        "use_mmap": config.data.use_mmap,
         "max_bad_share": config.data.max_bad_share,
     }
     return build_multicrop_dataloader(dataset, batch_size, **(arguments | changes))

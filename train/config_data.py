@@ -50,7 +50,7 @@ class Augmentation(Section):
 class Data(Section):
     dataset: Literal["imagenet", "cifar10", "cifar100", "fashion_mnist", "sample", "custom"] = "imagenet"
     data_path: Place
-    """Folder that holds train/ and val/ with their shards."""
+    """Folder or s3:// prefix that holds train/ and val/ with their shards."""
     batch_size: Count = 64
     """Images per rank."""
     num_workers: Count | Literal["auto"] = "auto"
@@ -59,6 +59,8 @@ class Data(Section):
     """Share of the JPEGs that the GPU's own engine decodes, where it has one; auto measures at the start."""
     prefetch: Count = 2
     """Batches made ahead."""
+    use_mmap: Flag | Literal["auto"] = "auto"
+    """Read shards through memory mappings; auto: on local disks, not on network file systems."""
     max_bad_share: LessThanOne = 0.01
     """A run stops when more of the samples than this cannot be decoded; until then others stand in for them."""
     use_multicrop: Flag = True

@@ -24,6 +24,7 @@ FREE_KEYS = (
     "data.batch_size",
     "data.num_workers",
     "data.prefetch",
+    "data.use_mmap",
     "data.hw_decoder_load",
     "data.max_bad_share",
 )
