@@ -107,9 +107,7 @@ def _native_crop(
             table = [value if value < 128 else 255 - value for value in range(256)]
             crop = fn.lookup_table(crop, keys=list(range(256)), values=table, dtype=types.UINT8)
     flip = fn.random.coin_flip(probability=recipe.flip_prob)  # the operator takes an int32
-    return fn.crop_mirror_normalize(
-        crop, dtype=types.FLOAT, output_layout="CHW", mirror=flip, mean=offset, std=scale
-    )
+    return fn.crop_mirror_normalize(crop, dtype=types.FLOAT, output_layout="CHW", mirror=flip, mean=offset, std=scale)
 
 
 def _coin(probability: float) -> "types.DataNode":

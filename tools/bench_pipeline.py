@@ -53,7 +53,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--rows", help=f"comma-separated, of {', '.join(ROWS)}; default: all")
     command.add_argument("--threads", type=int, default=cores, help="worker threads or processes; default: the cores")
     command.add_argument("--batch", type=int, default=32, help="images in a batch; default: %(default)s")
-    command.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="gpu adds rows for the device")
+    command.add_argument(
+        "--device", choices=("auto", "cpu", "gpu"), default="auto", help="gpu adds rows for the device"
+    )
 
 
 def run(parsed: argparse.Namespace) -> list[dict[str, Any]]:
@@ -67,7 +69,9 @@ def run(parsed: argparse.Namespace) -> list[dict[str, Any]]:
         if parsed.shards:
             folder = split_folder("custom", parsed.shards, "train")
         else:
-            folder = photograph_shards(Path(temporary), max(NUM_PHOTOGRAPHS, GPU_BATCHES * parsed.batch), parsed.threads)
+            folder = photograph_shards(
+                Path(temporary), max(NUM_PHOTOGRAPHS, GPU_BATCHES * parsed.batch), parsed.threads
+            )
         setup = Setup(folder, parsed.batch, parsed.threads)
         work = {name: (ROWS[name], setup, parsed.images) for name in names}
         if resolve_device(parsed.device) == "gpu":

@@ -109,9 +109,7 @@ def _pil_transform(recipe: ViewRecipe, dataset: MultiCropDataset) -> v1.Compose:
 def _tensor_transform(recipe: ViewRecipe, dataset: MultiCropDataset) -> v2.Compose:
     assert recipe.scale is not None
     steps: list[Any] = [
-        v2.RandomResizedCrop(
-            recipe.size, recipe.scale, recipe.ratio, v2.InterpolationMode.BILINEAR, antialias=True
-        ),
+        v2.RandomResizedCrop(recipe.size, recipe.scale, recipe.ratio, v2.InterpolationMode.BILINEAR, antialias=True),
         v2.RandomHorizontalFlip(recipe.flip_prob),
         v2.RandomApply(
             [v2.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)], recipe.jitter_prob
