@@ -99,15 +99,23 @@ def _native_crop(
             saturation=(1 - gray) * (1 + jitter * _uniform(-recipe.saturation, recipe.saturation)),
             hue=jitter * _uniform(-360 * recipe.hue, 360 * recipe.hue),
         )
-    if recipe.blur_prob > 0:
-        if _coin(recipe.blur_prob):
-            crop = fn.gaussian_blur(crop, sigma=_uniform(*recipe.blur_sigma))
-    if recipe.solarize_prob > 0:
-        if _coin(recipe.solarize_prob):
-            table = [value if value < 128 else 255 - value for value in range(256)]
-            crop = fn.lookup_table(crop, keys=list(range(256)), values=table, dtype=types.UINT8)
+    crop = _blur(crop, recipe) if recipe.blur_prob > 0 else crop
+    crop = _solarize(crop, recipe) if recipe.solarize_prob > 0 else crop
     flip = fn.random.coin_flip(probability=recipe.flip_prob)  # the operator takes an int32
     return fn.crop_mirror_normalize(crop, dtype=types.FLOAT, output_layout="CHW", mirror=flip, mean=offset, std=scale)
+
+
+def _blur(crop: "types.DataNode", recipe: ViewRecipe) -> "types.DataNode":
+    if _coin(recipe.blur_prob):
+        crop = fn.gaussian_blur(crop, sigma=_uniform(*recipe.blur_sigma))
+    return crop
+
+
+def _solarize(crop: "types.DataNode", recipe: ViewRecipe) -> "types.DataNode":
+    if _coin(recipe.solarize_prob):
+        table = [value if value < 128 else 255 - value for value in range(256)]
+        crop = fn.lookup_table(crop, keys=list(range(256)), values=table, dtype=types.UINT8)
+    return crop
 
 
 def _coin(probability: float) -> "types.DataNode":

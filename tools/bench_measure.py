@@ -1,5 +1,6 @@
 """What the rows of `bench.py pipeline` are measured by: a process for each, its CPU clock, and rounds that take turns."""
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from tools.convert import die_with_parent
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,10 @@ class RowProcess:
 
     def __init__(self, name: str, row: Row, setup: Setup) -> None:
         self.name = name
-        context = multiprocessing.get_context("spawn")
+        # A fork saves each row the imports, seconds of them; but CUDA does not outlive one.
+        context = multiprocessing.get_context("spawn" if setup.device == "gpu" else "fork")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(row, setup, theirs))
+        self.process = context.Process(target=_serve, args=(row, setup, theirs))  # type: ignore[attr-defined]
         self.process.start()
         theirs.close()
 
@@ -91,17 +95,15 @@ class RowProcess:
         return result
 
     def close(self) -> None:
-        self.connection.close()
+        with contextlib.suppress(BrokenPipeError):  # its process may have died
+            self.connection.send(None)
         self.process.join()
 
 
 def _serve(row: Row, setup: Setup, connection: Connection) -> None:
+    die_with_parent()
     torch.set_num_threads(1)
-    while True:
-        try:
-            images = connection.recv()
-        except EOFError:
-            return
+    while (images := connection.recv()) is not None:
         try:
             connection.send(measure(row, setup, images))
         except (ValueError, OSError, RuntimeError) as error:

@@ -88,20 +88,36 @@ def draw_masks(
     figure, axes = plt.subplots(
         len(rows), columns, figsize=(1.9 * columns, 2.05 * len(rows)), squeeze=False, layout="constrained"
     )
-    for axis, (i, g) in zip(axes, rows, strict=True):
-        picture = to_picture(batch.crops[g][i], mean, std)
-        axis[0].imshow(picture)
-        axis[0].set_title(f"image {i}, global {g}{_draw_partners(axis[0], batch, plan, i, g)}", fontsize=8)
-        context = _cells(plan.context[i, g], grid, 1, picture.shape[0])
-        axis[1].imshow(np.where(context[..., None], picture, 0.5))
-        axis[1].set_title(f"context: {plan.context.shape[-1]} of {grid**2} tokens", fontsize=8)
-        for level, stride in enumerate(strides):
-            cells = _cells(plan.queries[level][i, g], grid, stride, picture.shape[0])
-            tint = np.array([1.0, 0.69, 0.0])
-            axis[2 + level].imshow(np.where(cells[..., None], 0.35 * picture + 0.65 * tint, picture))
-            title = f"level {level}: {plan.queries[level].shape[-1]} of {level_grid(grid, stride) ** 2} cells"
-            axis[2 + level].set_title(title, fontsize=8)
+    for row, (i, g) in zip(axes, rows, strict=True):
+        draw_global_masks(row, batch, plan, i, g, grid, strides, mean, std)
+        row[0].set_title(f"image {i}, {row[0].get_title()}", fontsize=8)
     _finish(figure, axes, path)
+
+
+def draw_global_masks(
+    axes: Sequence[Any],
+    batch: CropBatch,
+    plan: MaskPlan,
+    i: int,
+    g: int,
+    grid: int,
+    strides: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> None:
+    """One global crop on 2 + L axes: the crop, what the student sees of it, and the cells to predict at each level."""
+    picture = to_picture(batch.crops[g][i], mean, std)
+    axes[0].imshow(picture)
+    axes[0].set_title(f"global {g}{_draw_partners(axes[0], batch, plan, i, g)}", fontsize=8)
+    context = _cells(plan.context[i, g], grid, 1, picture.shape[0])
+    axes[1].imshow(np.where(context[..., None], picture, 0.5))
+    axes[1].set_title(f"context: {plan.context.shape[-1]} of {grid**2} tokens", fontsize=8)
+    for level, stride in enumerate(strides):
+        cells = _cells(plan.queries[level][i, g], grid, stride, picture.shape[0])
+        tint = np.array([1.0, 0.69, 0.0])
+        axes[2 + level].imshow(np.where(cells[..., None], 0.35 * picture + 0.65 * tint, picture))
+        title = f"level {level}: {plan.queries[level].shape[-1]} of {level_grid(grid, stride) ** 2} cells"
+        axes[2 + level].set_title(title, fontsize=8)
 
 
 def _draw_partners(axis: Any, batch: CropBatch, plan: MaskPlan, i: int, g: int) -> str:

@@ -1,0 +1,153 @@
+"""The preview against what a real training loop hands to a real model."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.dataset import MultiCropDataset
+from pipeline.index import open_index
+from tools.preview import main
+from tools.preview_replay import replay
+from train.build import build_dataset, build_loader, build_masks, build_model, loop_settings
+from train.config import Config
+from train.config_file import load_config
+from train.loop import RunState, train_steps
+from train.optim import build_optimizer
+
+CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+BATCH, STEPS_PER_EPOCH = 8, 12  # 103 samples: 7 are left out of each epoch
+
+
+def settings(data_path: Path, *changes: str) -> list[str]:
+    given = [
+        "data.dataset=custom", f"data.data_path={data_path}", f"data.batch_size={BATCH}", "data.num_workers=1",
+        "training.epochs=3", "data.augmentation.global_blur_prob=0.5", "data.augmentation.solarize_prob=0.5",
+        "model.predictor_depth=1", "model.encoder_kwargs.depth=2", *changes,
+    ]  # fmt: skip
+    return list({override.partition("=")[0]: override for override in given}.values())
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def trained_on(config: Config, dataset: MultiCropDataset, start: dict[str, int], steps: int) -> list[tuple]:
+    """What the model gets at each step of a training loop that goes on from `start`: crops, boxes, flips and masks."""
+    device, seen = torch.device("cpu"), []
+    loader = build_loader(config, dataset, config.data.batch_size)
+    loader.load_state_dict(start)
+    model = build_model(config, device)
+    masks = build_masks(config, model, device)
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[:4]))
+    step = start["epoch"] * len(loader) + start["position"] // loader.global_batch
+    train_steps(
+        model, masks, build_optimizer(model, 0.0, (0.9, 0.95)), loader, RunState(step),
+        loop_settings(config, len(loader), device),
+        log=lambda values: None, tell=print, show=lambda: None, probe=lambda: None, save=lambda: None,
+        stop=lambda: len(seen) == steps,
+    )  # fmt: skip
+    return seen
+
+
+@pytest.mark.parametrize("strategy", ["global_only", "cross_crop_prediction"])
+def test_the_preview_is_what_training_sees_there_bit_for_bit(strategy: str, data_path: Path) -> None:
+    config = load_config(CONFIG, settings(data_path, f"masking.strategy={strategy}"))
+    dataset = build_dataset(config)
+    # From the last steps of epoch 0, through the boundary, to the middle of epoch 1: steps 10 to 17.
+    steps = trained_on(config, dataset, {"epoch": 0, "position": 10 * BATCH}, 8)
+    for epoch, position, count in ((0, 87, 2), (1, 0, 1), (1, 29, 12)):
+        again = replay(config, epoch, position, count)
+        assert len(again.rows) == count
+        assert torch.equal(again.batch.positions, torch.arange(position, position + count))
+        for i in range(count):
+            step, slot = divmod(epoch * STEPS_PER_EPOCH * BATCH + position + i, BATCH)
+            crops, boxes, flips, masks = steps[step - 10]
+            for ours, theirs in zip(again.batch.crops, crops, strict=True):
+                assert torch.equal(ours[i], theirs[slot])
+            assert torch.equal(again.batch.boxes[i], boxes[slot])
+            assert torch.equal(again.batch.flips[i], flips[slot])
+            for ours, theirs in zip(mask_tensors(again.masks), mask_tensors(masks), strict=True):
+                assert torch.equal(ours[i], theirs[slot])
+
+
+def mask_tensors(plan: Any) -> list[torch.Tensor]:
+    optional = [tensor for tensor in (plan.real, plan.partners) if tensor is not None]
+    return [plan.context, *plan.queries, plan.sources, *optional]
+
+
+def test_on_several_ranks_a_position_has_the_masks_of_the_rank_that_gets_it(data_path: Path) -> None:
+    config = load_config(CONFIG, settings(data_path))
+    dataset = build_dataset(config)
+    alone, second = replay(config, 0, 9, 1), replay(config, 0, 9, 1, world_size=2)
+    loader = build_loader(config, dataset, BATCH, rank=1, world_size=2)
+    assert next(iter(loader)).positions[1] == 9
+    assert "step 0 (rank 1, image 1 of its batch)" in second.captions[0]
+    assert "step 1 (rank 0, image 1 of its batch)" in alone.captions[0]
+    assert torch.equal(alone.batch.crops[0], second.batch.crops[0])
+    assert not torch.equal(alone.masks.context, second.masks.context)
+
+
+def test_the_command_names_each_sample_and_draws_it(
+    data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "sheet.png"
+    arguments = [str(CONFIG), "--epoch", "1", "--position", "37", "--out", str(out), *settings(data_path)]
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    index = open_index(data_path / "train")
+    config = load_config(CONFIG, settings(data_path))
+    rows = build_loader(config, build_dataset(config), BATCH).plan.rows(1, 37, 39)
+    for i, row in enumerate(rows):
+        sample = index.samples[row]
+        assert lines[i] == (
+            f"epoch 1, position {37 + i}, step {12 + 4} (rank 0, image {5 + i} of its batch): "
+            f"shard {index.shards[sample['shard']]}, member {index.key(row)}, label {sample['label']}"
+        )
+    assert lines[2] == f"drawn in {out}"
+    pixels = np.asarray(Image.open(out).convert("RGB"))
+    assert pixels.shape[1] > 1000
+    assert pixels.std() > 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--epoch", "3"], "--epoch 3: the run has 3 epochs, allowed are 0..2"),
+        (["--epoch", "-1"], "--epoch -1"),
+        (["--position", "96"], "an epoch trains on 96 of 103 samples, allowed are 0..95 (the last 7 fill no batch"),
+        (["--position", "500"], "--position 500: an epoch trains on 96 of 103 samples, allowed are 0..95"),
+        (["--position", "-1"], "--position -1"),
+        (["--count", "0"], "--count 0: must be at least 1"),
+        (["--world-size", "0"], "--world-size 0: must be at least 1"),
+        (["--epoch", "1", "training.max_steps=5"], "step 12 is past the run's 5 steps"),
+        (["training.epoch=1"], "training.epoch"),
+    ],
+)
+def test_a_place_that_training_never_reaches_is_one_clear_line(
+    arguments: list[str], said: str, data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "sheet.png"
+    assert main([str(CONFIG), "--out", str(out), *arguments, *settings(data_path)]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_the_last_samples_of_an_epoch_are_fewer_than_asked_for(data_path: Path) -> None:
+    assert len(replay(load_config(CONFIG, settings(data_path)), 0, 94, 8).rows) == 2
+
+
+def test_a_single_crop_without_locals_is_drawn_too(data_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sheet.png"
+    arguments = settings(data_path, "data.use_multicrop=false", "loss.view_weight=0", "loss.sigreg_weight=0")
+    assert main([str(CONFIG), "--count", "1", "--out", str(out), *arguments]) == 0
+    assert out.exists()

@@ -1,0 +1,50 @@
+"""Draw the crops, boxes and masks of any config: `python tools/preview.py CONFIG [--epoch E] [--position P]`.
+
+What is drawn is what training sees there: the stream is a function of (shards, seed, epoch, position), and a step's masks of
+(seed, step, rank). For the same bits, run it on the kind of device that training uses.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.index import split_folder
+from train.config_file import load_config
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="preview", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("config", type=Path, help="a run's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument("--epoch", type=int, default=0, help="counted from 0; default: %(default)s")
+    parser.add_argument("--position", type=int, default=0, help="the first sample's place in the epoch; default: 0")
+    parser.add_argument("--count", type=int, default=2, help="samples, one below the other; default: %(default)s")
+    parser.add_argument("--world-size", type=int, default=1, help="ranks of the training run; default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("preview.png"), metavar="PNG", help="default: %(default)s")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = parse_arguments(arguments)
+    try:
+        config = load_config(given.config, given.overrides)
+        split_folder(config.data.dataset, config.data.data_path, "train")
+        # Only now: torch, DALI and timm take seconds to import, and a wrong setting should be told at once.
+        from tools.preview_replay import replay
+        from tools.preview_sheet import draw_sheet
+
+        seen = replay(config, given.epoch, given.position, given.count, given.world_size)
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        draw_sheet(given.out, seen)
+    except (ValueError, OSError) as error:
+        print(f"preview: {error}", file=sys.stderr)
+        return 2
+    for caption in seen.captions:
+        print(caption)
+    print(f"drawn in {given.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
