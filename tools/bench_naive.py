@@ -25,11 +25,12 @@ def naive_losses(
     The predictor sees all of a crop's tokens and is asked for the plan's cells of a global, and for all cells of a local,
     which has no mask; its blocks are timm's own. The same levels, view term and SIGReg as `HJEPA.forward`.
     """
-    total, summaries = torch.zeros(()), []
+    device = boxes.device
+    total, summaries = torch.zeros((), device=device), []
     for view, pixels in enumerate(crops):
         grid = pixels.shape[-1] // model.encoder.patch_size
         box, flip, is_global = boxes[:, view], flips[:, view], view < model.num_global
-        seen = torch.ones(len(boxes), grid * grid, 1)
+        seen = torch.ones(len(boxes), grid * grid, 1, device=device)
         if is_global:
             seen = torch.zeros_like(seen).scatter_(1, plan.context[:, view, :, None], 1.0)
         tokens = model.encoder([(_zeroed(pixels, seen, grid), None)])[0].tokens
@@ -40,7 +41,7 @@ def naive_losses(
         for rung, (level, layer) in enumerate(zip(model.levels, out.layers, strict=True)):
             dense = F.layer_norm(layer.float(), layer.shape[-1:]).transpose(1, 2).unflatten(2, (grid, grid))
             goal = pool_cells(dense, level.stride).flatten(2).transpose(1, 2)
-            every = torch.arange(goal.shape[1]).expand(len(boxes), -1)
+            every = torch.arange(goal.shape[1], device=device).expand(len(boxes), -1)
             cells = (plan.queries[rung][:, view] if is_global else every)[..., None]
             places.append(cell_centres(box, flip, grid, level.stride).gather(1, cells.expand(-1, -1, 2)))
             sizes.append(log_cell_size(box, grid, level.stride)[:, None].expand(-1, cells.shape[1], -1))
@@ -67,7 +68,8 @@ def _predict(
 ) -> list[torch.Tensor]:
     """`Predictor.forward` for one crop from all its tokens, every block on every token."""
     rows = [predictor.enter(tokens) + predictor.size_embed(token_sizes)]
-    rows += [query + predictor.size_embed(size) for query, size in zip(predictor.query, query_sizes, strict=True)]
+    queries = predictor.query.to(rows[0].dtype)
+    rows += [query + predictor.size_embed(size) for query, size in zip(queries, query_sizes, strict=True)]
     x, rope = torch.cat(rows, dim=1), predictor._rope(torch.cat([places, *query_places], dim=1))
     for block in predictor.blocks:
         x = block(x, rope=rope)
