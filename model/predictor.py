@@ -1,9 +1,10 @@
 """The predictor: from the context's features to the features of queried cells, at every level at once."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from timm.layers import apply_rot_embed_cat
 from timm.models.eva import EvaBlock
 from torch import nn
 from torch.nn import functional as F
@@ -17,7 +18,7 @@ class Predictor(nn.Module):
     """A narrow transformer over context tokens and one query per (level, cell), with one output head per level.
 
     Positions are rotary, in the frame of the SOURCE image, and each token also carries the logarithm of its cell's size: so
-    crops of any place and scale share one coordinate system.
+    crops of any place and scale share one coordinate system. The last block computes the queries alone.
 
     `grad_checkpointing`, an attribute, is as in `MultiCropEncoder`.
 
@@ -78,20 +79,39 @@ class Predictor(nn.Module):
         mask = None
         if real is not None:
             mask = F.pad(real.flatten(0, 1), (0, x.shape[1] - real.shape[2]), value=True)[:, None, None]
-        for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope=rope, attn_mask=mask, use_reentrant=False)
-            else:
-                x = block(x, rope=rope, attn_mask=mask)
-        x = self.norm(x)
-        counts = [part.shape[1] for part in parts]
-        return [head(part) for head, part in zip(self.heads, x.split(counts, dim=1)[1:], strict=True)]
+        for block in self.blocks[:-1]:
+            x = self._run(block, x, rope, mask)
+        # Nobody reads what the last block would make of the context.
+        x = self.norm(self._run(_last_block, self.blocks[-1], x, rope, mask, context.shape[1]))
+        counts = [part.shape[1] for part in parts[1:]]
+        return [head(part) for head, part in zip(self.heads, x.split(counts, dim=1), strict=True)]
+
+    def _run(self, function: Callable[..., torch.Tensor], *arguments: object) -> torch.Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *arguments, use_reentrant=False)
+        return function(*arguments)
 
     def _rope(self, places: torch.Tensor) -> torch.Tensor:
         """`[n, L, 2]` places -> `[n, 1, L, 2 * head_width]`: sines, then cosines, each laid out for half rotation."""
         angles = (places[..., None] * self.waves).flatten(-2)
         angles = torch.cat([angles, angles], dim=-1)
         return torch.cat([angles.sin(), angles.cos()], dim=-1)[:, None]
+
+
+def _last_block(
+    block: EvaBlock, x: torch.Tensor, rope: torch.Tensor, mask: torch.Tensor | None, start: int
+) -> torch.Tensor:
+    """`[n, L, W] -> [n, L - start, W]`: what `EvaBlock.forward` gives for the tokens from `start` on, which see all."""
+    attention, width = block.attn, x.shape[-1]
+    normed, weight = block.norm1(x), attention.qkv.weight
+    heads = (attention.num_heads, width // attention.num_heads)
+    q = F.linear(normed[:, start:], weight[:width]).unflatten(2, heads).transpose(1, 2)
+    k, v = F.linear(normed, weight[width:]).unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4)
+    q = apply_rot_embed_cat(q, rope[:, :, start:], half=True).type_as(v)
+    k = apply_rot_embed_cat(k, rope, half=True).type_as(v)
+    seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    x = x[:, start:] + attention.proj(seen)
+    return x + block.mlp(block.norm2(x))
 
 
 def _take(rows: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from model.geometry import cell_centres, log_cell_size
 from model.hjepa import HJEPA
 from model.losses import view_loss
 from model.masks import MaskPlan, pool_cells
+from model.predictor import Predictor
 
 
 def naive_losses(
@@ -22,13 +23,14 @@ def naive_losses(
     """Eight forwards of student, target and predictor, one for each crop, whose masked tokens are zeroed and not dropped.
 
     The predictor sees all of a crop's tokens and is asked for the plan's cells of a global, and for all cells of a local,
-    which has no mask. The same levels, view term and SIGReg as `HJEPA.forward`.
+    which has no mask; its blocks are timm's own. The same levels, view term and SIGReg as `HJEPA.forward`.
     """
-    total, summaries = torch.zeros(()), []
+    device = boxes.device
+    total, summaries = torch.zeros((), device=device), []
     for view, pixels in enumerate(crops):
         grid = pixels.shape[-1] // model.encoder.patch_size
         box, flip, is_global = boxes[:, view], flips[:, view], view < model.num_global
-        seen = torch.ones(len(boxes), grid * grid, 1)
+        seen = torch.ones(len(boxes), grid * grid, 1, device=device)
         if is_global:
             seen = torch.zeros_like(seen).scatter_(1, plan.context[:, view, :, None], 1.0)
         tokens = model.encoder([(_zeroed(pixels, seen, grid), None)])[0].tokens
@@ -39,14 +41,13 @@ def naive_losses(
         for rung, (level, layer) in enumerate(zip(model.levels, out.layers, strict=True)):
             dense = F.layer_norm(layer.float(), layer.shape[-1:]).transpose(1, 2).unflatten(2, (grid, grid))
             goal = pool_cells(dense, level.stride).flatten(2).transpose(1, 2)
-            every = torch.arange(goal.shape[1]).expand(len(boxes), -1)
+            every = torch.arange(goal.shape[1], device=device).expand(len(boxes), -1)
             cells = (plan.queries[rung][:, view] if is_global else every)[..., None]
             places.append(cell_centres(box, flip, grid, level.stride).gather(1, cells.expand(-1, -1, 2)))
             sizes.append(log_cell_size(box, grid, level.stride)[:, None].expand(-1, cells.shape[1], -1))
             wanted.append(goal.gather(1, cells.expand(-1, -1, goal.shape[-1])))
-        sources = torch.arange(grid * grid).expand(len(boxes), 1, -1)
         token_sizes = log_cell_size(box, grid)[:, None].expand(-1, grid * grid, -1)
-        answers = model.predictor(tokens, cell_centres(box, flip, grid), token_sizes, sources, None, places, sizes)
+        answers = _predict(model.predictor, tokens, cell_centres(box, flip, grid), token_sizes, places, sizes)
         for level, answer, goal in zip(model.levels, answers, wanted, strict=True):
             total = total + level.weight * F.smooth_l1_loss(answer.float(), goal) / len(crops)
     if model.projector is not None:
@@ -55,6 +56,25 @@ def naive_losses(
         total = total + model.view_weight * view_loss(projections, model.num_global)
         total = total + model.sigreg_weight * model.sigreg(projections, directions)
     return {"loss": total}
+
+
+def _predict(
+    predictor: Predictor,
+    tokens: torch.Tensor,
+    places: torch.Tensor,
+    token_sizes: torch.Tensor,
+    query_places: list[torch.Tensor],
+    query_sizes: list[torch.Tensor],
+) -> list[torch.Tensor]:
+    """`Predictor.forward` for one crop from all its tokens, every block on every token."""
+    rows = [predictor.enter(tokens) + predictor.size_embed(token_sizes)]
+    queries = predictor.query.to(rows[0].dtype)
+    rows += [query + predictor.size_embed(size) for query, size in zip(queries, query_sizes, strict=True)]
+    x, rope = torch.cat(rows, dim=1), predictor._rope(torch.cat([places, *query_places], dim=1))
+    for block in predictor.blocks:
+        x = block(x, rope=rope)
+    parts = predictor.norm(x).split([row.shape[1] for row in rows], dim=1)[1:]
+    return [head(part) for head, part in zip(predictor.heads, parts, strict=True)]
 
 
 def _zeroed(pixels: torch.Tensor, seen: torch.Tensor, grid: int) -> torch.Tensor:

@@ -1,7 +1,8 @@
+import pytest
 import torch
 from torch.nn import functional as F
 
-from model.predictor import Predictor
+from model.predictor import Predictor, _last_block
 
 
 def predictor(width: int = 32, depth: int = 2, encoder_width: int = 8) -> Predictor:
@@ -33,6 +34,23 @@ def test_sources_that_fill_up_are_ignored() -> None:
     expected = model(tokens, places, sizes, sources, None, queries, query_sizes)
     for ours, theirs in zip(model(tokens, places, sizes, padded, real, queries, query_sizes), expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_last_block_equals_timms_on_the_queries_in_value_and_gradient(masked: bool) -> None:
+    model = predictor()
+    block, x, rope = model.blocks[-1], torch.randn(3, 11, 32), model._rope(torch.rand(3, 11, 2))
+    mask = (torch.rand(3, 1, 1, 11) < 0.7) | (torch.arange(11) >= 7) if masked else None
+    runs = {"timm": lambda x: block(x, rope=rope, attn_mask=mask)[:, 7:]}
+    runs["ours"] = lambda x: _last_block(block, x, rope, mask, 7)
+    results = {}
+    for name, run in runs.items():
+        leaf = x.clone().requires_grad_()
+        block.zero_grad(set_to_none=True)
+        answer = run(leaf)
+        answer.square().sum().backward()
+        results[name] = [answer.detach(), leaf.grad, *[parameter.grad for parameter in block.parameters()]]
+    torch.testing.assert_close(results["ours"], results["timm"], atol=1e-5, rtol=1e-5)
 
 
 def test_it_learns_an_answer_that_depends_on_relative_position_alone() -> None:
