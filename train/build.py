@@ -13,22 +13,26 @@ from pipeline.dataset import (
     build_multicrop_dataloader,
     build_multicrop_dataset,
     centre_crop_dataset,
-    resolve_device,
+    default_threads,
 )
 from pipeline.index import open_index, split_folder
 from pipeline.loader import MultiCropLoader
 from train.config import Config
+from train.distributed import Ranks
 from train.loop import LoopSettings
 
-
-def torch_device(config: Config) -> torch.device:
-    return torch.device("cuda" if resolve_device(config.device) == "gpu" else "cpu")
+ALONE = Ranks()
 
 
-def torch_threads() -> int:
-    """Torch's share of the cores when it computes on the CPU next to DALI: what `default_threads` leaves."""
-    cores = len(os.sched_getaffinity(0))
+def torch_threads(ranks: Ranks) -> int:
+    """Torch's share of the cores when it computes on the CPU next to DALI: what `dali_threads` leaves."""
+    cores = len(os.sched_getaffinity(0)) // ranks.local_world_size
     return max(1, cores - cores // 2)
+
+
+def dali_threads(config: Config, ranks: Ranks) -> int:
+    workers = config.data.num_workers
+    return workers if isinstance(workers, int) else max(1, default_threads() // ranks.local_world_size)
 
 
 def build_dataset(config: Config) -> MultiCropDataset:
@@ -57,15 +61,33 @@ def build_dataset(config: Config) -> MultiCropDataset:
     )
 
 
-def build_loader(config: Config, dataset: MultiCropDataset, batch_size: int, **changes: Any) -> MultiCropLoader:
+def build_loader(
+    config: Config, dataset: MultiCropDataset, batch_size: int, ranks: Ranks = ALONE, **changes: Any
+) -> MultiCropLoader:
     """A loader with the run's device, seed and threads; `changes` override single arguments."""
     arguments: dict[str, Any] = {
         "seed": config.seed,
         "device": config.device,
-        "num_workers": config.data.num_workers,
+        "device_id": ranks.local_rank,
+        "num_workers": dali_threads(config, ranks),
         "prefetch": config.data.prefetch,
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
     }
     return build_multicrop_dataloader(dataset, batch_size, **(arguments | changes))
+
+
+def build_training_loader(config: Config, dataset: MultiCropDataset, ranks: Ranks) -> MultiCropLoader:
+    """Raises ValueError when the data set is smaller than one step."""
+    loader = build_loader(config, dataset, config.data.batch_size, ranks)
+    needed = loader.global_batch * config.training.accumulation_steps
+    if len(dataset) < needed:
+        raise ValueError(
+            f"{dataset.index.folder}: {len(dataset)} samples are fewer than one step of {needed} (batch_size "
+            f"{config.data.batch_size} x {ranks.world_size} ranks x {config.training.accumulation_steps} accumulation "
+            "steps). Lower data.batch_size or training.accumulation_steps"
+        )
+    return loader
 
 
 def build_evaluation_loaders(config: Config) -> tuple[MultiCropLoader, MultiCropLoader]:
@@ -143,8 +165,9 @@ def build_masks(config: Config, model: HJEPA, device: torch.device) -> MultiCrop
     )
 
 
-def loop_settings(config: Config, steps_per_epoch: int, device: torch.device) -> LoopSettings:
+def loop_settings(config: Config, batches_per_epoch: int, device: torch.device, ranks: Ranks = ALONE) -> LoopSettings:
     training = config.training
+    steps_per_epoch = batches_per_epoch // training.accumulation_steps
     total = training.epochs * steps_per_epoch
     return LoopSettings(
         total_steps=min(total, training.max_steps or total),
@@ -159,7 +182,7 @@ def loop_settings(config: Config, steps_per_epoch: int, device: torch.device) ->
         sigreg_slices=config.loss.sigreg_slices,
         projector_dim=config.model.projector_dim,
         seed=config.seed,
-        rank=0,
+        accumulation_steps=training.accumulation_steps,
         log_frequency=config.logging.log_frequency,
         save_frequency=config.checkpoint.save_frequency,
         probe_frequency=config.evaluation.eval_frequency * steps_per_epoch,

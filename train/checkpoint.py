@@ -27,7 +27,7 @@ def save_checkpoint(
 
     The files are flushed to disk before the rename: a checkpoint folder either does not exist or is whole.
     """
-    final = folder / f"step_{state['step']:08d}"
+    final = checkpoint_path(folder, state["step"])
     temporary = folder / f".{final.name}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -46,9 +46,17 @@ def save_checkpoint(
     return final
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}"
+
+
+def checkpoint_step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    return sorted(folder.glob("step_*"))
+    return sorted(folder.glob("step_" + "[0-9]" * 8))
 
 
 def verify_checkpoint(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Train from one YAML file: `python -m train.run configs/multicrop_training.yaml [section.key=value ...]`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from rich.console import Console
 
 from pipeline.index import split_folder
 from train.config_file import SHORT_FLAGS, load_config
+from train.config_yaml import ConfigError
 
 BAD_INPUT = 2
 INTERRUPTED = 128 + 2  # the shell's number for SIGINT
@@ -39,13 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config(path, overrides)
         split_folder(config.data.dataset, config.data.data_path, "train")
-        console.print("loading torch, DALI and timm ...", style="dim")
+        if os.environ.get("RANK", "0") == "0":
+            console.print("loading torch, DALI and timm ...", style="dim")
         # Only now: they take about ten seconds, and a wrong setting should be told at once.
         from train.session import run
 
         return run(config, console)
     except (ValueError, FileNotFoundError) as error:
-        print(error, file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, ConfigError):
+            print(error, file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         # While training, a signal is caught and answered with a checkpoint; this one came before or after.

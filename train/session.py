@@ -1,6 +1,9 @@
 """One run, from its settings to its pictures. `train/run.py` is the command in front of it."""
 
 import os
+import sys
+import traceback
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,28 +12,35 @@ from rich.console import Console
 
 from model.hjepa import HJEPA
 from model.masks import MultiCropMaskGenerator
-from pipeline.dataset import MultiCropDataset
+from pipeline.dataset import MultiCropDataset, resolve_device
 from pipeline.loader import MultiCropLoader
 from train.build import (
     build_dataset,
-    build_loader,
     build_masks,
     build_model,
+    build_training_loader,
     loop_settings,
-    torch_device,
     torch_threads,
 )
-from train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from train.checkpoint import (
+    checkpoint_path,
+    checkpoint_step,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from train.config import Config
 from train.display import Display, summary_table
+from train.distributed import Ranks, Watchdog, joined, ranks_from_environment, replicated
 from train.loop import LoopSettings, gone_wrong, train_steps
 from train.metrics import MetricsLog
 from train.optim import build_optimizer
 from train.probe import Probe
 from train.report import draw_figures, write_summary
-from train.run_folder import StopSignal, open_run_folder
+from train.run_folder import StopSignal, open_run_folder, run_folder
 from train.state import RunState
 
+LOST = 1  # another rank died or hangs
 STOPPED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint; the same command goes on from it
 DIVERGED = 3  # too many steps without finite numbers; the last checkpoint is sound
 
@@ -41,14 +51,16 @@ class Session:
 
     config: Config
     console: Console
+    ranks: Ranks
     folder: Path
     dataset: MultiCropDataset
     loader: MultiCropLoader
     model: HJEPA
+    replica: torch.nn.Module
     masks: MultiCropMaskGenerator
     optimizer: torch.optim.Optimizer
     settings: LoopSettings
-    probe: Probe
+    probe: Probe | None
     state: RunState
 
     @property
@@ -59,8 +71,10 @@ class Session:
         self.console.print(text, highlight=False)
 
     def save(self) -> None:
-        saved = {"step": self.state.step, "run": self.state.as_dict(), "loader": self.loader.state_dict()}
-        save_checkpoint(self.checkpoints, self.model, self.optimizer, saved, self.config.checkpoint.keep_last_n)
+        """On the first rank alone."""
+        if self.ranks.is_first:
+            saved = {"step": self.state.step, "run": self.state.as_dict(), "loader": self.loader.state_dict()}
+            save_checkpoint(self.checkpoints, self.model, self.optimizer, saved, self.config.checkpoint.keep_last_n)
 
     def restore(self, path: Path) -> None:
         """Raises ValueError when the checkpoint is damaged or of another architecture."""
@@ -72,33 +86,45 @@ class Session:
 
 
 def run(config: Config, console: Console) -> int:
-    """Train, evaluate and draw; returns the exit code."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("torchrun: several ranks are not supported yet; start one process")
-    session = prepare(config, console)
-    with StopSignal(console.print) as stop:
-        code = train(session, stop)
-    return code if code else finish(session)
+    """Train, evaluate and draw; returns the exit code. On rank 0 alone there is something to see."""
+    ranks, kind = ranks_from_environment(), resolve_device(config.device)
+    if not ranks.is_first:
+        console.quiet = True
+    with joined(ranks, kind):
+        session = prepare(config, console, ranks, ranks.device(kind))
+        with StopSignal(console.print) as stop:
+            try:
+                code = train(session, stop)
+            except RuntimeError:
+                if ranks.world_size == 1:
+                    raise
+                # Most likely another rank has died, and its own message says why; where this one stood may help as well.
+                traceback.print_exc()
+                print(f"rank {ranks.rank}: lost the others at step {session.state.step}", file=sys.stderr)
+                return LOST
+    return code if code or not ranks.is_first else finish(session)
 
 
-def prepare(config: Config, console: Console) -> Session:
+def prepare(config: Config, console: Console, ranks: Ranks, device: torch.device) -> Session:
     """Build every part, measure the baselines and load the checkpoint to go on from."""
-    device = torch_device(config)
     if device.type == "cpu":
-        torch.set_num_threads(torch_threads())
+        torch.set_num_threads(torch_threads(ranks))
     dataset = build_dataset(config)
-    loader = build_loader(config, dataset, config.data.batch_size)
+    loader = build_training_loader(config, dataset, ranks)
     settings = loop_settings(config, len(loader), device)
     model = build_model(config, device)
     masks = build_masks(config, model, device)
     if config.training.compile:
         model.compile(dynamic=False)  # in place: the parameters keep their names
     optimizer = build_optimizer(model, config.training.weight_decay, config.training.betas)
-    folder = open_run_folder(config, console.print)
-    probe = Probe(config, folder, model, console.print)
-    probe.measure_baselines()
+    folder, probe = run_folder(config), None
+    if ranks.is_first:
+        open_run_folder(config, console.print)
+        probe = Probe(config, folder, model, console.print)
+        probe.measure_baselines()
     session = Session(
-        config, console, folder, dataset, loader, model, masks, optimizer, settings, probe, RunState()
+        config, console, ranks, folder, dataset, loader, model, replicated(model, ranks), masks, optimizer, settings, probe,
+        RunState(),
     )  # fmt: skip
     if (start := start_from(session)) is not None:
         session.restore(start)
@@ -110,8 +136,15 @@ def prepare(config: Config, console: Console) -> Session:
 def start_from(session: Session) -> Path | None:
     resume = session.config.checkpoint.resume
     if resume == "auto":
-        return newest_checkpoint(session.checkpoints, session.say)
+        return newest(session)
     return None if resume == "none" else Path(resume)
+
+
+def newest(session: Session) -> Path | None:
+    """The newest sound checkpoint, which rank 0 chooses."""
+    path = newest_checkpoint(session.checkpoints, session.say) if session.ranks.is_first else None
+    step = session.ranks.from_first(-1 if path is None else checkpoint_step(path))
+    return None if step < 0 else checkpoint_path(session.checkpoints, step)
 
 
 def train(session: Session, stop: StopSignal) -> int:
@@ -122,20 +155,21 @@ def train(session: Session, stop: StopSignal) -> int:
         state = session.state
         if not gone_wrong(state, session.settings):
             break
-        newest = newest_checkpoint(session.checkpoints, session.say)
+        last_sound = newest(session)
         bad = f"step {state.step}: {state.skipped_in_a_row} steps in a row without a finite loss and gradient"
-        if newest is None or newest == gone_back_to:
-            again = " again" if newest else ""
+        if last_sound is None or last_sound == gone_back_to:
+            again = " again" if last_sound else ""
             session.say(
                 f"{bad}{again}; stopped. No weight was touched by them. Lower training.lr or training.grad_clip, lengthen "
                 "training.warmup_epochs, or set training.use_amp=false; the same command then goes on"
             )
             return DIVERGED
         session.say(f"{bad}; going back to the last checkpoint")
-        gone_back_to = newest
-        session.restore(newest)
+        gone_back_to = last_sound
+        session.restore(last_sound)
     if state.step < session.settings.total_steps:
         session.save()
+        session.ranks.any(False)  # torchrun gives the others half a minute once one rank has left
         session.say(f"stopped at step {state.step}; the same command goes on from there")
         return STOPPED
     return 0
@@ -143,30 +177,52 @@ def train(session: Session, stop: StopSignal) -> int:
 
 def train_once(session: Session, stop: StopSignal) -> None:
     """Until the end, a stop, or numbers gone wrong."""
-    config, state, total = session.config, session.state, session.settings.total_steps
+    config, state, settings, ranks = session.config, session.state, session.settings, session.ranks
+    first = ranks.is_first
+    per_epoch = len(session.loader) // settings.accumulation_steps
     with (
-        MetricsLog(session.folder, config.logging.tensorboard, state.step) as metrics,
-        Display(session.console, config.logging.run_name, state.step, total, len(session.loader)) as display,
+        MetricsLog(session.folder, config.logging.tensorboard, state.step) if first else nullcontext() as metrics,
+        Display(session.console, config.logging.run_name, state.step, settings.total_steps, per_epoch) as display,
+        Watchdog(ranks, config.training.timeout_s) as watchdog,
     ):
+
+        def log(values: dict[str, float]) -> None:
+            if metrics is not None:
+                metrics.write(state.step, values)
+
+        def probe() -> None:
+            watchdog.rest()
+            if session.probe is not None:
+                log(session.probe.online())
+            ranks.any(False)
+            watchdog.beat()
+
+        def stop_now() -> bool:
+            watchdog.beat()
+            return ranks.any(stop.asked)
+
         train_steps(
             session.model,
+            session.replica,
             session.masks,
             session.optimizer,
             session.loader,
             state,
-            session.settings,
-            log=lambda values: metrics.write(state.step, values),
+            settings,
+            ranks,
+            log=log,
             tell=session.say,
             show=lambda: display.update(state),
-            probe=lambda: metrics.write(state.step, session.probe.online()),
+            probe=probe,
             save=session.save,
-            stop=lambda: stop.asked,
+            stop=stop_now,
         )
 
 
 def finish(session: Session) -> int:
-    """Evaluate and draw."""
+    """Evaluate and draw, on rank 0."""
     session.console.print("evaluating and drawing ...", style="dim")
+    assert session.probe is not None
     summary = write_summary(session.folder, session.config, session.state, session.probe, session.model.encoder.width)
     figures = draw_figures(session.folder, session.config, session.dataset, session.model, session.masks)
     session.console.print(summary_table(summary))

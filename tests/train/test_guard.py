@@ -11,7 +11,7 @@ import torch
 from model.hjepa import HJEPA
 from model.losses import random_directions
 from tests.train.test_run import ROOT, command
-from train.build import build_dataset, build_loader, build_masks, build_model, loop_settings
+from train.build import ALONE, build_dataset, build_loader, build_masks, build_model, loop_settings
 from train.config import Config
 from train.config_file import load_config
 from train.guard import CollapseAlarm
@@ -94,7 +94,8 @@ def test_twenty_steps_that_are_not_finite_leave_the_weights_as_if_their_updates_
     optimizer = build_optimizer(model, 0.05, (0.9, 0.95))
     poison(model, kind)
     train_steps(
-        model, build_masks(config, model, device), optimizer, loader, state, loop_settings(config, len(loader), device),
+        model, model, build_masks(config, model, device), optimizer, loader, state,
+        loop_settings(config, len(loader), device), ALONE,
         log=lines.append, tell=print, show=lambda: None, probe=lambda: None,
         save=lambda: saved.append(state.skipped_steps), stop=lambda: False,
     )  # fmt: skip
