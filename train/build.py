@@ -186,5 +186,6 @@ def loop_settings(config: Config, batches_per_epoch: int, device: torch.device, 
         log_frequency=config.logging.log_frequency,
         save_frequency=config.checkpoint.save_frequency,
         probe_frequency=config.evaluation.eval_frequency * steps_per_epoch,
+        save_probed=config.checkpoint.keep_best_n > 0,
         max_skipped_steps=training.max_skipped_steps,
     )

@@ -67,6 +67,8 @@ class Checkpoint(Section):
     save_frequency: Count = 1000
     """In steps."""
     keep_last_n: Count = 3
+    keep_best_n: Whole = 0
+    """More that are kept: those of the best k-NN measured during the run or, with eval_frequency 0, of the lowest loss."""
     resume: Literal["auto", "none"] | Place = "auto"
     """auto: go on from the run folder's newest checkpoint; none: start over; or the path of a checkpoint."""
 

@@ -40,6 +40,7 @@ class LoopSettings:
     log_frequency: int
     save_frequency: int
     probe_frequency: int
+    save_probed: bool
     max_skipped_steps: int
 
 
@@ -117,7 +118,7 @@ def train_steps(
 
     `replica` is what `replicated` makes of `model`. `stop` must answer alike on all ranks. `log` gets the means since the last
     logging step, `tell` a line for the user, `show` is called every step, `probe` every `probe_frequency` steps (0: never), and
-    `save` every `save_frequency` steps and after the last.
+    `save` every `save_frequency` steps, after the last and, with `save_probed`, after each `probe`.
     """
     device, parts = masks.device, settings.accumulation_steps
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -176,9 +177,10 @@ def train_steps(
             log(means | {"peak_memory_bytes": peak_memory(device), "epoch": loader.state_dict()["epoch"]})
             tally = Tally()
         show()
-        if settings.probe_frequency and state.step % settings.probe_frequency == 0 and not last:
+        probed = bool(settings.probe_frequency) and state.step % settings.probe_frequency == 0 and not last
+        if probed:
             probe()
-        if state.step % settings.save_frequency == 0 or last:
+        if state.step % settings.save_frequency == 0 or last or (probed and settings.save_probed):
             guard.read(state)
             if not gone_wrong(state, settings):
                 save()

@@ -1,6 +1,7 @@
 """Collapse signals, and the run's record of numbers."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,7 +24,8 @@ def mean_std(features: torch.Tensor) -> float:
 class MetricsLog:
     """Appends one JSON object per logging step to `folder/metrics.jsonl`, and the same scalars to TensorBoard."""
 
-    def __init__(self, folder: Path, tensorboard: bool, start_step: int) -> None:
+    def __init__(self, folder: Path, tensorboard: bool, start_step: int, say: Callable[[str], None]) -> None:
+        self._say, self._told = say, False
         self._path = folder / "metrics.jsonl"
         # A run killed after its last checkpoint repeats some steps: their old lines give way.
         kept = [line for line in read_metrics(folder) if line["step"] <= start_step]
@@ -37,18 +39,29 @@ class MetricsLog:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+        try:
+            self._file.flush()  # what a full disk refuses stays in the buffer, and is tried again
+            if self._writer is not None:
+                for name, value in values.items():
+                    self._writer.add_scalar(name, value, step)
+        except OSError as error:
+            self._tell(error)
+
+    def _tell(self, error: OSError) -> None:
+        if not self._told:
+            self._say(f"{self._path}: cannot be written ({error}); training goes on")
+        self._told = True
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        try:
+            self._file.close()
+            if self._writer is not None:
+                self._writer.close()
+        except OSError as error:
+            self._tell(error)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -27,8 +27,9 @@ from train.checkpoint import (
     checkpoint_step,
     load_checkpoint,
     newest_checkpoint,
-    save_checkpoint,
+    take_snapshot,
 )
+from train.checkpoint_writer import CheckpointWriter
 from train.config import Config
 from train.display import Display, summary_table
 from train.distributed import Ranks, Watchdog, joined, ranks_from_environment, replicated
@@ -42,6 +43,7 @@ from train.state import RunState
 
 LOST = 1  # another rank died or hangs
 STOPPED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint; the same command goes on from it
+NOT_WRITTEN = 4  # the disk refused the last checkpoint or the summary
 DIVERGED = 3  # too many steps without finite numbers; the last checkpoint is sound
 
 
@@ -61,6 +63,7 @@ class Session:
     optimizer: torch.optim.Optimizer
     settings: LoopSettings
     probe: Probe | None
+    writer: CheckpointWriter
     state: RunState
 
     @property
@@ -71,10 +74,22 @@ class Session:
         self.console.print(text, highlight=False)
 
     def save(self) -> None:
-        """On the first rank alone."""
+        """On the first rank alone; the files are written while training goes on."""
         if self.ranks.is_first:
-            saved = {"step": self.state.step, "run": self.state.as_dict(), "loader": self.loader.state_dict()}
-            save_checkpoint(self.checkpoints, self.model, self.optimizer, saved, self.config.checkpoint.keep_last_n)
+            state = self.state
+            saved = {
+                "step": state.step,
+                "run": state.as_dict(),
+                "loader": self.loader.state_dict(),
+                "score": self.score(),
+            }
+            self.writer.write(take_snapshot(self.model, self.optimizer, saved))
+
+    def score(self) -> float | None:
+        """By which the best checkpoints are kept: the k-NN measured at this step or, in a run that measures none, the loss."""
+        if self.settings.probe_frequency:
+            return self.state.knn if self.state.knn_step == self.state.step else None
+        return None if self.state.loss_last is None else -self.state.loss_last
 
     def restore(self, path: Path) -> None:
         """Raises ValueError when the checkpoint is damaged or of another architecture."""
@@ -122,9 +137,11 @@ def prepare(config: Config, console: Console, ranks: Ranks, device: torch.device
         open_run_folder(config, console.print)
         probe = Probe(config, folder, model, console.print)
         probe.measure_baselines()
+    keep = (config.checkpoint.keep_last_n, config.checkpoint.keep_best_n)
+    writer = CheckpointWriter(folder / "checkpoints", *keep, console.print)
     session = Session(
         config, console, ranks, folder, dataset, loader, model, replicated(model, ranks), masks, optimizer, settings, probe,
-        RunState(),
+        writer, RunState(),
     )  # fmt: skip
     if (start := start_from(session)) is not None:
         session.restore(start)
@@ -142,6 +159,7 @@ def start_from(session: Session) -> Path | None:
 
 def newest(session: Session) -> Path | None:
     """The newest sound checkpoint, which rank 0 chooses."""
+    session.writer.wait()
     path = newest_checkpoint(session.checkpoints, session.say) if session.ranks.is_first else None
     step = session.ranks.from_first(-1 if path is None else checkpoint_step(path))
     return None if step < 0 else checkpoint_path(session.checkpoints, step)
@@ -169,9 +187,11 @@ def train(session: Session, stop: StopSignal) -> int:
         session.restore(last_sound)
     if state.step < session.settings.total_steps:
         session.save()
+        session.writer.wait()
         session.ranks.any(False)  # torchrun gives the others half a minute once one rank has left
         session.say(f"stopped at step {state.step}; the same command goes on from there")
         return STOPPED
+    session.writer.wait()
     return 0
 
 
@@ -181,7 +201,9 @@ def train_once(session: Session, stop: StopSignal) -> None:
     first = ranks.is_first
     per_epoch = len(session.loader) // settings.accumulation_steps
     with (
-        MetricsLog(session.folder, config.logging.tensorboard, state.step) if first else nullcontext() as metrics,
+        MetricsLog(session.folder, config.logging.tensorboard, state.step, session.say)
+        if first
+        else nullcontext() as metrics,
         Display(session.console, config.logging.run_name, state.step, settings.total_steps, per_epoch) as display,
         Watchdog(ranks, config.training.timeout_s) as watchdog,
     ):
@@ -193,7 +215,9 @@ def train_once(session: Session, stop: StopSignal) -> None:
         def probe() -> None:
             watchdog.rest()
             if session.probe is not None:
-                log(session.probe.online())
+                figures = session.probe.online()
+                state.knn, state.knn_step = figures.get("knn"), state.step
+                log(figures)
             ranks.any(False)
             watchdog.beat()
 
@@ -223,8 +247,13 @@ def finish(session: Session) -> int:
     """Evaluate and draw, on rank 0."""
     session.console.print("evaluating and drawing ...", style="dim")
     assert session.probe is not None
-    summary = write_summary(session.folder, session.config, session.state, session.probe, session.model.encoder.width)
-    figures = draw_figures(session.folder, session.config, session.dataset, session.model, session.masks)
+    folder, state = session.folder, session.state
+    try:
+        summary = write_summary(folder, session.config, state, session.probe, session.model.encoder.width)
+        figures = draw_figures(folder, session.config, session.dataset, session.model, session.masks)
+    except OSError as error:
+        session.say(f"{folder}: the summary could not be written ({error}); the same command tries again")
+        return NOT_WRITTEN
     session.console.print(summary_table(summary))
     session.say("pictures: " + ", ".join(os.path.relpath(figure) for figure in figures))
-    return 0
+    return 0 if checkpoint_path(session.checkpoints, state.step).exists() else NOT_WRITTEN

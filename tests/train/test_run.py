@@ -3,17 +3,21 @@
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from train.checkpoint import verify_checkpoint
 from train.run import main
 
 ROOT = Path(__file__).parents[2]
@@ -115,6 +119,39 @@ def test_a_folder_of_another_run_is_not_continued(
     assert main(arguments) == 0
     assert main([*arguments, "masking.num_masks=2"]) == 2
     assert "masking.num_masks: 4 -> 2" in capsys.readouterr().err
+
+
+@contextmanager
+def sizes_limited(most: int) -> Iterator[None]:
+    """While open, no file of this process may grow beyond `most` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_refuses_a_checkpoint_is_told_and_training_goes_on_with_the_last_good_one_intact(
+    data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command(
+        ROOT / "configs" / "quickstart.yaml", data_path, tmp_path, "training.max_steps=4", "checkpoint.save_frequency=2"
+    )
+    assert main(arguments) == 0
+    more = [argument.replace("max_steps=4", "max_steps=7") for argument in arguments]
+    with sizes_limited(60_000):
+        assert main(more) == 4
+    said = capsys.readouterr().out
+    for step in (6, 7):
+        assert f"step {step} could not be saved" in said
+    assert said.count("the last one is step_00000004. Training goes on") == 2
+    assert "the same command tries again" in said
+    checkpoints = tmp_path / "quickstart" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000002", "step_00000004"]
+    verify_checkpoint(checkpoints / "step_00000004")
+    assert main(more) == 0
+    assert (checkpoints / "step_00000007").is_dir()
 
 
 def test_starting_over_moves_the_old_run_aside(data_path: Path, tmp_path: Path) -> None:
