@@ -32,21 +32,27 @@ def open_run_folder(config: Config, say: Callable[[str], None]) -> Path:
     With `resume: none` an earlier run's checkpoints are moved aside. Otherwise a folder of a run with other settings raises
     ValueError, which lists them.
     """
+    check_run_folder(config)
     folder = run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = folder / "config.yaml"
     if config.checkpoint.resume == "none":
         _move_aside(folder, say)
-    elif settings.exists() and (folder / "checkpoints").exists():
+    (folder / "config.yaml").write_text(config.to_yaml())
+    (folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
+    return folder
+
+
+def check_run_folder(config: Config) -> None:
+    """Raise ValueError if the run's folder holds a run with other settings that this one would go on with."""
+    folder = run_folder(config)
+    settings = folder / "config.yaml"
+    if config.checkpoint.resume != "none" and settings.exists() and (folder / "checkpoints").exists():
         changes = _changes(yaml.safe_load(settings.read_text()), config.resolved)
         if changes:
             raise ValueError(
                 f"{folder}: holds a run with other settings ({'; '.join(changes)}). Choose another logging.run_name, or "
                 "checkpoint.resume=none to start over"
             )
-    settings.write_text(config.to_yaml())
-    (folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
-    return folder
 
 
 def _move_aside(folder: Path, say: Callable[[str], None]) -> None:

@@ -34,6 +34,7 @@ from train.config import Config
 from train.display import Display, summary_table
 from train.distributed import Ranks, Watchdog, joined, ranks_from_environment, replicated
 from train.loop import LoopSettings, gone_wrong, train_steps
+from train.memory import is_out_of_memory, out_of_memory_advice
 from train.metrics import MetricsLog
 from train.optim import build_optimizer
 from train.probe import Probe
@@ -103,14 +104,16 @@ class Session:
 def run(config: Config, console: Console) -> int:
     """Train, evaluate and draw; returns the exit code. On rank 0 alone there is something to see."""
     ranks, kind = ranks_from_environment(), resolve_device(config.device)
-    if not ranks.is_first:
-        console.quiet = True
     with joined(ranks, kind):
         session = prepare(config, console, ranks, ranks.device(kind))
         with StopSignal(console.print) as stop:
             try:
                 code = train(session, stop)
-            except RuntimeError:
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise ValueError(
+                        out_of_memory_advice(config, ranks.device(kind), session.settings.use_amp)
+                    ) from None
                 if ranks.world_size == 1:
                     raise
                 # Most likely another rank has died, and its own message says why; where this one stood may help as well.
