@@ -11,6 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 
 @dataclass(frozen=True)
 class EncoderOutput:
@@ -26,6 +28,10 @@ class EncoderOutput:
 class MultiCropEncoder(nn.Module):
     """Encodes groups of crops in one pass; each group has one crop size and one number of tokens.
 
+    Crops of `uint8`, 0..255, are normalised here with `mean` and `std` of each channel, given for pixels in 0..1; crops of a
+    floating type are taken as normalised. Either may have its channels last in memory, which is the fast way. Pixels of tokens
+    that are not kept are neither normalised nor embedded.
+
     Norms, projections and MLPs run once on the tokens of all groups together, attention once per group. With all tokens kept
     the result equals timm's `forward_features`. `crop_sizes` are the sizes in pixels that `forward` will meet. With
     the attribute `grad_checkpointing` the backward pass computes the inside of each block again instead of keeping it.
@@ -34,13 +40,29 @@ class MultiCropEncoder(nn.Module):
     does not divide.
     """
 
-    def __init__(self, name: str, crop_sizes: Sequence[int], **timm_kwargs: object) -> None:
+    offset: torch.Tensor
+    spread: torch.Tensor
+
+    def __init__(
+        self,
+        name: str,
+        crop_sizes: Sequence[int],
+        /,
+        *,
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+        **timm_kwargs: object,
+    ) -> None:
         super().__init__()
         self.grad_checkpointing = False
         self.vit = create_vit(name, **timm_kwargs)
         self.width, self.depth = self.vit.embed_dim, len(self.vit.blocks)
         self.num_prefix = self.vit.num_prefix_tokens
         self.patch_size = self.vit.patch_embed.patch_size[0]
+        # One value for each number of a patch, not for each channel: adding rows of three is slow on CPUs. Not in the state,
+        # which stays that of the timm model.
+        for buffer, values in (("offset", mean), ("spread", std)):
+            self.register_buffer(buffer, 255 * torch.tensor(values).repeat(self.patch_size**2), persistent=False)
         for size in set(crop_sizes):
             if size % self.patch_size:
                 raise ValueError(f"crop size {size}: not a multiple of the patch size {self.patch_size} of {name}")
@@ -51,7 +73,7 @@ class MultiCropEncoder(nn.Module):
     def forward(
         self, groups: Sequence[tuple[torch.Tensor, torch.Tensor | None]], layers: Sequence[int] = ()
     ) -> list[EncoderOutput]:
-        """Encode `(crops [n, 3, S, S], keep [n, K] int64 or None for all tokens)` groups.
+        """Encode `(crops [n, 3, S, S] uint8 or float, keep [n, K] int64 or None for all tokens)` groups.
 
         `layers` numbers blocks from 0; their outputs are returned in the order asked for.
         """
@@ -75,11 +97,16 @@ class MultiCropEncoder(nn.Module):
 
     def _embed(self, crops: torch.Tensor, keep: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Patch tokens of one group with the prefix tokens in front, and the rotary table of its patch tokens."""
-        tokens = self.vit.patch_embed(crops).flatten(1, 2)
-        rope = getattr(self, f"rope_{crops.shape[-1]}")
+        patches, rope = patchify(crops, self.patch_size), getattr(self, f"rope_{crops.shape[-1]}")
         if keep is not None:
-            tokens = tokens.gather(1, keep[..., None].expand(-1, -1, tokens.shape[-1]))
+            patches = patches.gather(1, keep[..., None].expand(-1, -1, patches.shape[-1]))
             rope = rope[keep][:, None]  # one table per sample, shared by the heads
+        if patches.dtype == torch.uint8:
+            patches = (patches - self.offset).div_(self.spread)
+        # timm's convolution, whose steps are as long as its kernel, as the matrix product that it is.
+        projection = self.vit.patch_embed.proj
+        weight = projection.weight.permute(0, 2, 3, 1).flatten(1)
+        tokens = self.vit.patch_embed.norm(F.linear(patches, weight, projection.bias))
         prefix = [token for token in (self.vit.cls_token, self.vit.reg_token) if token is not None]
         tokens = torch.cat([*(token.expand(len(crops), -1, -1) for token in prefix), tokens], dim=1)
         return self.vit.norm_pre(self.vit.pos_drop(tokens)), rope
@@ -89,7 +116,13 @@ class MultiCropEncoder(nn.Module):
         return [part.unflatten(0, shape)[:, self.num_prefix :] for part, shape in zip(parts, shapes, strict=True)]
 
 
-def create_vit(name: str, **timm_kwargs: object) -> Eva:
+def patchify(crops: torch.Tensor, size: int) -> torch.Tensor:
+    """`[n, 3, S, S] -> [n, (S / size)^2, size * size * 3]`, same dtype: patches row by row, pixels row by row, channels last."""
+    grid = crops.permute(0, 2, 3, 1).unflatten(2, (-1, size)).unflatten(1, (-1, size))
+    return grid.transpose(2, 3).flatten(3).flatten(1, 2)
+
+
+def create_vit(name: str, /, **timm_kwargs: object) -> Eva:
     """`timm.create_model(name, pretrained=False, num_classes=0, ...)`, checked to be one that token subsets can be run on."""
     try:
         vit = timm.create_model(name, pretrained=False, num_classes=0, **timm_kwargs)

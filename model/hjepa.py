@@ -88,14 +88,15 @@ class HJEPA(nn.Module):
         the queried cells whose centre lies in a partner's box, and `inside` and `outside`, the weighted sum of the levels over
         these cells and over the others. With `exclude_covered` the loss is over the others alone.
 
-        `crops`: V tensors `[B, 3, S, S]`, globals first. `boxes`: `[B, V, 4]`, `flips`: `[B, V]`, as in `CropBatch`.
-        `directions`: `[P, S]` of `random_directions`. `features`: `[B, D]`, pooled target features of the first global.
+        `crops`: V tensors `[B, 3, S, S]`, globals first, uint8 or already normalised, as in `MultiCropEncoder`.
+        `boxes`: `[B, V, 4]`, `flips`: `[B, V]`, as in `CropBatch`. `directions`: `[P, S]` of `random_directions`.
+        `features`: `[B, D]`, pooled target features of the first global.
         """
-        whole = torch.stack(list(crops[: self.num_global]), dim=1).flatten(0, 1)  # [B * G, 3, S, S]
+        whole = _join(crops[: self.num_global])
         groups: list[tuple[torch.Tensor, torch.Tensor | None]] = [(whole, plan.context.flatten(0, 1))]
         # Without a view term and without partners nothing would come of the locals.
         if len(crops) > self.num_global and (self.projector is not None or plan.partners is not None):
-            groups.append((torch.stack(list(crops[self.num_global :]), dim=1).flatten(0, 1), None))
+            groups.append((_join(crops[self.num_global :]), None))
         student = [out.tokens for out in self.encoder(groups)]
         targets, pooled = self._targets(whole)
         places = self._query_places(boxes, flips, plan)
@@ -184,6 +185,11 @@ class HJEPA(nn.Module):
             keep = torch.where(skip > 0, 1.0, keep)
         torch._foreach_mul_(targets, keep)
         torch._foreach_add_(targets, list(torch._foreach_mul(students, 1 - keep)))
+
+
+def _join(crops: Sequence[torch.Tensor]) -> torch.Tensor:
+    """V tensors `[B, 3, S, S]` -> `[B * V, 3, S, S]`, image by image, channels last in memory."""
+    return torch.stack([crop.permute(0, 2, 3, 1) for crop in crops], dim=1).flatten(0, 1).permute(0, 3, 1, 2)
 
 
 def _inside(places: list[torch.Tensor], boxes: torch.Tensor, plan: MaskPlan) -> list[torch.Tensor] | None:

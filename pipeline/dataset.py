@@ -10,6 +10,7 @@ import torch
 from pipeline.draws import ViewRecipe
 from pipeline.index import ShardIndex, open_index, split_folder
 from pipeline.loader import MultiCropLoader
+from pipeline.quarantine import Quarantine
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -110,16 +111,23 @@ def build_multicrop_dataloader(
     device: str = "auto",
     device_id: int = 0,
     num_workers: int | str = "auto",
+    hw_decoder_load: float = 0.65,
     prefetch: int = 2,
     rank: int = 0,
     world_size: int = 1,
     shuffle: bool = True,
     drop_last: bool = True,
+    normalized: bool = True,
+    quarantine: Path | str | None = None,
+    max_bad_share: float = 0.01,
 ) -> MultiCropLoader:
     """A loader of `CropBatch`: `for crops, labels in loader`.
 
     `batch_size` is per rank. `device`: `gpu`, `cpu`, or `auto` for the GPU when torch sees one. `num_workers`: CPU threads of
-    DALI, `auto` for half of this process's cores.
+    DALI, `auto` for half of this process's cores (`pipeline.tuning` measures what is best). `hw_decoder_load`: share of the JPEGs
+    that the GPU's own engine decodes. `normalized`: crops as float32, normalised by the data set's mean and std;
+    False: uint8. `quarantine`: the file in which samples that cannot be decoded are remembered; more than `max_bad_share` of
+    all samples is an error.
     """
     return MultiCropLoader(
         dataset.index,
@@ -129,6 +137,7 @@ def build_multicrop_dataloader(
         device=resolve_device(device),
         device_id=device_id,
         num_threads=default_threads() if num_workers == "auto" else int(num_workers),
+        hw_decoder_load=hw_decoder_load,
         prefetch=prefetch,
         rank=rank,
         world_size=world_size,
@@ -136,6 +145,8 @@ def build_multicrop_dataloader(
         std=dataset.std,
         shuffle=shuffle,
         drop_last=drop_last,
+        normalized=normalized,
+        quarantine=Quarantine(dataset.index, Path(quarantine) if quarantine else None, max_bad_share),
     )
 
 
@@ -146,6 +157,11 @@ def resolve_device(device: str) -> str:
     return "gpu" if torch.cuda.is_available() else "cpu"
 
 
+def own_cores() -> int:
+    """The cores that this process may use, shared out among the ranks of this machine that torchrun started."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def default_threads() -> int:
-    """Half of the cores that this process may use, at least one: the other half is left to torch and its data movement."""
-    return max(1, len(os.sched_getaffinity(0)) // 2)
+    """Half of this process's cores, at least one: the other half is left to torch and its data movement."""
+    return max(1, own_cores() // 2)

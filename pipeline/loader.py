@@ -1,23 +1,17 @@
 """The loader: an exact, resumable stream of `CropBatch` made by DALI."""
 
-import os
-import tempfile
-from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import Pipeline
 
 from pipeline.batch import CropBatch
-from pipeline.draws import Draws, ViewRecipe, draw
-from pipeline.graph import IMAGE, build_graph, graph_inputs
+from pipeline.draws import ViewRecipe
 from pipeline.index import ShardIndex
 from pipeline.plan import Plan
-
-# A graph lists the rows of as many whole epochs as fit in this, so that a small data set does not open a reader per epoch.
-WINDOW_ROWS = 10_000
+from pipeline.quarantine import Quarantine, find_faults
+from pipeline.window import Builder, GraphFailed, Window
 
 
 class MultiCropLoader:
@@ -27,7 +21,11 @@ class MultiCropLoader:
     its slice. Every rank takes the same number of steps. With `drop_last` the `N mod G` positions at the end of an epoch are
     left out (other samples in each epoch), without it the last batch is shorter.
 
-    Raises ValueError for a data set smaller than one global batch, and for a sample that cannot be decoded.
+    `normalized=False` yields crops as uint8, for a model that normalises them itself: a quarter of the memory to move. A sample
+    that cannot be decoded goes into `quarantine` and another one stands in for it, at this position alone. `compiled` chooses
+    the CPU's compiled operator (None: on the CPU).
+
+    Raises ValueError for a data set smaller than one global batch, and when the quarantine is full.
     """
 
     def __init__(
@@ -36,33 +34,47 @@ class MultiCropLoader:
         recipes: tuple[ViewRecipe, ...],
         batch_size: int,
         *,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
         seed: int = 0,
         device: str = "cpu",
         device_id: int = 0,
         num_threads: int = 2,
         prefetch: int = 2,
+        hw_decoder_load: float = 0.65,
         rank: int = 0,
         world_size: int = 1,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
         shuffle: bool = True,
         drop_last: bool = True,
+        normalized: bool = True,
+        quarantine: Quarantine | None = None,
+        compiled: bool | None = None,
     ) -> None:
         if device == "gpu" and not torch.cuda.is_available():
             raise ValueError("device gpu: torch sees no CUDA GPU. Use device cpu, or check the driver with nvidia-smi")
         self.index, self.recipes, self.batch_size = index, recipes, batch_size
-        self.seed, self.device, self.device_id = seed, device, device_id
+        self.seed, self.device = seed, device
         self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
+        self.mean, self.std, self.normalized = mean, std, normalized
         self.plan = Plan(index.sizes(), seed, shuffle)
+        self.quarantine = Quarantine(index) if quarantine is None else quarantine
         self.global_batch = batch_size * world_size
         if drop_last and len(index) < self.global_batch:
             raise ValueError(
                 f"{index.folder}: {len(index)} samples are fewer than one global batch of {self.global_batch} "
                 f"(batch_size {batch_size} x {world_size} ranks). Lower data.batch_size"
             )
-        self._graph_options = {"num_threads": num_threads, "prefetch": prefetch, "mean": mean, "std": std}
+        self.compiled = device == "cpu" if compiled is None else compiled
+        self.graph_options: dict[str, Any] = {
+            "device": device,
+            "device_id": device_id,
+            "num_threads": num_threads,
+            "prefetch": prefetch,
+            "hw_decoder_load": hw_decoder_load,
+        }
         self._epoch = self._position = 0
-        self._stream: tuple[tuple[int, int], _Stream] | None = None  # the (epoch, position) it will yield next
+        self._window: Window | None = None
+        self._builder: Builder | None = None
 
     def __len__(self) -> int:
         """Steps of a whole epoch."""
@@ -102,119 +114,41 @@ class MultiCropLoader:
 
     def _next_batch(self) -> CropBatch:
         here = (self._epoch, self._position)
-        if self._stream is None or self._stream[0] != here or self._stream[1].remaining == 0:
-            self._stream = None  # free the old graph before the new one is built
-            self._stream = (here, _Stream(self, *here, self._graph_options))
-        stream = self._stream[1]
-        batch = stream.next()
-        position = self._position + self.global_batch
-        last = self._steps(position) == 0
-        self._stream = ((self._epoch + 1, 0) if last else (self._epoch, position), stream)
-        return batch
+        while True:
+            window = self._window = self._window_at(here)
+            if self._builder is None and 2 * window.taken >= len(window.places):
+                self._builder = Builder(self, window.following)
+            try:
+                return window.next()
+            except GraphFailed as error:
+                # The graph is lost with its batches in flight; the next one begins at this batch, without the bad samples.
+                self._window = None
+                self._set_aside(window.rows_in_flight(), str(error))
 
-    def batches_from(self, epoch: int, position: int) -> Iterator[tuple[int, int]]:
-        """The (epoch, first position) of this rank's batches from there on, up to the end of one graph's window."""
-        rows = 0
-        while rows == 0 or rows + len(self.index) <= WINDOW_ROWS:
-            steps = self._steps(position)
-            starts = position + np.arange(steps) * self.global_batch + self.rank * self.batch_size
-            yield from ((epoch, int(start)) for start in starts)
-            rows += len(self.index)
+    def _window_at(self, here: tuple[int, int]) -> Window:
+        """The window whose next batch begins at `here`: the one in use, the one built ahead, or a new one."""
+        if self._window is not None and self._window.here == here:
+            return self._window
+        self._window = None  # free the old graph before the new one is filled
+        builder, self._builder = self._builder, None
+        ahead = builder.result() if builder is not None else None
+        return ahead if ahead is not None and ahead.here == here else Window(self, *here)
+
+    def _set_aside(self, rows: np.ndarray, dali_says: str) -> None:
+        """Quarantine those of the rows that do not decode. ValueError when it is none of them that DALI failed on."""
+        unknown = [row for row in np.unique(rows).tolist() if row not in self.quarantine.reasons]
+        faults = find_faults(self.index, unknown, self.device)
+        if not faults:
+            reason = dali_says.split("encountered:")[-1].strip().splitlines()[0]
+            raise ValueError(f"{self.index.folder}: DALI failed on one of {len(unknown)} samples: {reason}") from None
+        self.quarantine.add(faults)
+
+    def rows_at(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """`[stop - start] int64`: the index rows of the samples that stand at these positions, stand-ins included."""
+        return self.quarantine.replace(self.plan.rows(epoch, start, stop), self.seed, epoch, start)
+
+    def places_from(self, epoch: int, position: int) -> Iterator[tuple[int, int]]:
+        """Epoch and position of the global batches from there on, without end."""
+        while True:
+            yield from ((epoch, position + k * self.global_batch) for k in range(self._steps(position)))
             epoch, position = epoch + 1, 0
-
-
-class _Stream:
-    """One DALI graph and the batches it was built for."""
-
-    def __init__(self, loader: MultiCropLoader, epoch: int, position: int, options: dict) -> None:
-        self.loader = loader
-        self.batches = list(loader.batches_from(epoch, position))
-        self.remaining = len(self.batches)
-        self.rows = self._all_rows()
-        self.fed = 0
-        self.pending: deque[tuple[np.ndarray, int, Draws]] = deque()
-        with tempfile.TemporaryDirectory(prefix="multicrop-hjepa-") as folder:
-            tars, indices = _write_dali_indices(loader.index, self.rows.reshape(-1), Path(folder))
-            self.graph: Pipeline = build_graph(
-                tars,
-                indices,
-                self._feed,
-                loader.recipes,
-                device=loader.device,
-                device_id=loader.device_id,
-                batch_size=loader.batch_size,
-                **options,
-            )
-
-    def _all_rows(self) -> np.ndarray:
-        """`[num_batches, B] int64`: the index row of every sample; past the end of the epoch its last row is repeated."""
-        size, count = self.loader.batch_size, len(self.loader.index)
-        rows = np.empty((len(self.batches), size), np.int64)
-        orders: dict[int, np.ndarray] = {}
-        for k, (epoch, start) in enumerate(self.batches):
-            if epoch not in orders:
-                orders = {epoch: self.loader.plan.rows(epoch, 0, count)}
-            rows[k] = orders[epoch][np.minimum(np.arange(start, start + size), count - 1)]
-        return rows
-
-    def _feed(self) -> list[np.ndarray]:
-        if self.fed == len(self.batches):
-            raise StopIteration
-        (epoch, start), rows = self.batches[self.fed], self.rows[self.fed]
-        self.fed += 1
-        loader, samples = self.loader, self.loader.index.samples[rows]
-        draws = draw(loader.recipes, loader.seed, epoch, start, samples["height"], samples["width"])
-        self.pending.append((rows, start, draws))
-        return graph_inputs(draws, loader.recipes)
-
-    def next(self) -> CropBatch:
-        try:
-            # On a GPU the outputs are ready for the work that torch queues on its current stream.
-            stream = torch.cuda.current_stream() if self.loader.device == "gpu" else None
-            outputs = self.graph.run(stream)
-        except RuntimeError as error:
-            raise ValueError(self._blame(str(error))) from None
-        self.remaining -= 1
-        rows, start, draws = self.pending.popleft()
-        valid = min(len(rows), len(self.loader.index) - start)
-        # as_tensor and DLPack share DALI's memory, which lives as long as the tensor does.
-        crops = [torch.from_dlpack(output.as_tensor())[:valid] for output in outputs]
-        samples = self.loader.index.samples[rows[:valid]]
-        sides = np.stack([samples["height"], samples["width"]] * 2, axis=1).astype(np.float32)
-        parts = (
-            samples["label"].astype(np.int64),
-            draws.boxes[:valid] / sides[:, None],
-            draws.flips[:valid],
-            np.arange(start, start + valid),
-        )
-        return CropBatch(crops, *(torch.from_numpy(part).to(crops[0].device, non_blocking=True) for part in parts))
-
-    def _blame(self, message: str) -> str:
-        """DALI's error as one line. It does not say which sample it was, so the batches in flight are decoded once more."""
-        index = self.loader.index
-        rows = np.concatenate([rows for rows, _, _ in self.pending])
-        bad = [index.describe(row) for row in rows if not index.decodes(row)]
-        if bad:
-            return (
-                f"cannot decode {'; '.join(bad)}. Find every damaged sample with `python tools/make_shards.py verify`"
-            )
-        reason = message.split("encountered:")[-1].strip().splitlines()[0]
-        return f"{index.folder}: DALI failed on one of {len(rows)} samples: {reason}"
-
-
-def _write_dali_indices(index: ShardIndex, rows: np.ndarray, folder: Path) -> tuple[list[str], list[str]]:
-    """Write the rows, in their order, as DALI index files; a tar is listed once per run of its rows."""
-    samples = index.samples[rows]
-    breaks = np.flatnonzero(np.diff(samples["shard"])) + 1
-    tars: list[str] = []
-    names: list[str] = []
-    for part, run in zip(np.split(rows, breaks), np.split(samples, breaks), strict=True):
-        lines = [
-            f"{IMAGE} {offset} {size} {row}.{IMAGE}"
-            for row, offset, size in zip(part.tolist(), run["offset"].tolist(), run["size"].tolist(), strict=True)
-        ]
-        path = folder / f"{len(tars):06d}.idx"
-        path.write_text(f"v1.2 {len(lines)}\n" + "\n".join(lines) + "\n")
-        tars.append(os.fspath(index.shard_path(run["shard"][0])))
-        names.append(os.fspath(path))
-    return tars, names

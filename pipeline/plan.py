@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# The last word of a Philox counter names the stream, so that the order and the augmentation draws never share numbers.
-ORDER_STREAM, DRAW_STREAM = 1, 2
+# The last word of a Philox counter names the stream: order, augmentation draws and stand-ins never share numbers.
+ORDER_STREAM, DRAW_STREAM, STAND_IN_STREAM = 1, 2, 3
 
 
 def random_words(seed: int, epoch: int, counter: tuple[int, int], stream: int, count: int) -> np.ndarray:

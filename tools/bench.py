@@ -1,18 +1,18 @@
-"""Measure the project: `python tools/bench.py {convert,step} [--json OUT]`. One subcommand per file `bench_*.py`."""
+"""Measure the project: `python tools/bench.py {convert,pipeline,step} [--json OUT]`. One subcommand per file `bench_*.py`."""
 
 import argparse
 import json
 import sys
 from pathlib import Path
 
-from tools import bench_convert, bench_step
+from tools import bench_convert, bench_pipeline, bench_step
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Each subcommand prints its own table and returns the figures for `--json`."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, module in {"convert": bench_convert, "step": bench_step}.items():
+    for name, module in {"convert": bench_convert, "pipeline": bench_pipeline, "step": bench_step}.items():
         command = commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
         command.add_argument("--json", type=Path, metavar="OUT", help="write the figures here too")
         module.add_arguments(command)

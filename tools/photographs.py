@@ -48,7 +48,7 @@ def photograph_source(split: str) -> Source:
     """
     tiles, labels = [], []
     for label, (folder, file, _, _) in enumerate(PHOTOGRAPHS):
-        pixels = np.asarray(Image.open(_package_file(folder, file)).convert("RGB"))
+        pixels = np.asarray(Image.open(photograph_path(folder, file)).convert("RGB"))
         places = tile_places(pixels.shape[0], pixels.shape[1], split, seed=label)
         tiles += [pixels[y : y + TILE, x : x + TILE] for y, x in places]
         labels += [label] * len(places)
@@ -73,7 +73,7 @@ def tile_places(height: int, width: int, split: str, seed: int) -> list[tuple[in
     return [(int(place) // columns, first + int(place) % columns) for place in chosen]
 
 
-def _package_file(folder: str, file: str) -> Path:
+def photograph_path(folder: str, file: str) -> Path:
     package, _, below = folder.partition("/")
     spec = find_spec(package)  # finds the package without importing it
     if spec is None or not spec.submodule_search_locations:

@@ -1,6 +1,7 @@
 """The settings of a run turned into its objects: the one place where config keys meet arguments."""
 
-import os
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,25 +15,23 @@ from pipeline.dataset import (
     build_multicrop_dataset,
     centre_crop_dataset,
     default_threads,
+    own_cores,
+    resolve_device,
 )
 from pipeline.index import open_index, split_folder
 from pipeline.loader import MultiCropLoader
+from pipeline.tuning import ReaderSettings, candidates, tune
 from train.config import Config
 from train.distributed import Ranks
 from train.loop import LoopSettings
 
 ALONE = Ranks()
+HW_DECODER_LOAD = 0.65  # DALI's own default
 
 
-def torch_threads(ranks: Ranks) -> int:
-    """Torch's share of the cores when it computes on the CPU next to DALI: what `dali_threads` leaves."""
-    cores = len(os.sched_getaffinity(0)) // ranks.local_world_size
-    return max(1, cores - cores // 2)
-
-
-def dali_threads(config: Config, ranks: Ranks) -> int:
-    workers = config.data.num_workers
-    return workers if isinstance(workers, int) else max(1, default_threads() // ranks.local_world_size)
+def torch_threads() -> int:
+    """Torch's share of the cores when it computes on the CPU next to DALI: what `default_threads` leaves."""
+    return max(1, own_cores() - default_threads())
 
 
 def build_dataset(config: Config) -> MultiCropDataset:
@@ -69,17 +68,21 @@ def build_loader(
         "seed": config.seed,
         "device": config.device,
         "device_id": ranks.local_rank,
-        "num_workers": dali_threads(config, ranks),
+        "num_workers": config.data.num_workers,
+        "hw_decoder_load": HW_DECODER_LOAD if config.data.hw_decoder_load == "auto" else config.data.hw_decoder_load,
         "prefetch": config.data.prefetch,
+        "max_bad_share": config.data.max_bad_share,
         "rank": ranks.rank,
         "world_size": ranks.world_size,
     }
     return build_multicrop_dataloader(dataset, batch_size, **(arguments | changes))
 
 
-def build_training_loader(config: Config, dataset: MultiCropDataset, ranks: Ranks) -> MultiCropLoader:
-    """Raises ValueError when the data set is smaller than one step."""
-    loader = build_loader(config, dataset, config.data.batch_size, ranks)
+def build_training_loader(
+    config: Config, dataset: MultiCropDataset, ranks: Ranks = ALONE, **changes: Any
+) -> MultiCropLoader:
+    """Crops as uint8, which the model normalises. Raises ValueError when the data set is smaller than one step."""
+    loader = build_loader(config, dataset, config.data.batch_size, ranks, normalized=False, **changes)
     needed = loader.global_batch * config.training.accumulation_steps
     if len(dataset) < needed:
         raise ValueError(
@@ -88,6 +91,41 @@ def build_training_loader(config: Config, dataset: MultiCropDataset, ranks: Rank
             "steps). Lower data.batch_size or training.accumulation_steps"
         )
     return loader
+
+
+def tuned_reader(
+    config: Config, dataset: MultiCropDataset, tell: Callable[[str], None], ranks: Ranks = ALONE
+) -> dict[str, Any]:
+    """Arguments for `build_loader` in place of `auto`: measured on a GPU, where the pipeline has the CPU to itself."""
+    data = config.data
+    if resolve_device(config.device) != "gpu" or "auto" not in (data.num_workers, data.hw_decoder_load):
+        return {}
+    settings = candidates(own_cores(), None if data.hw_decoder_load == "auto" else data.hw_decoder_load)
+    if data.num_workers != "auto":
+        settings = sorted({replace(each, num_threads=data.num_workers) for each in settings})
+    return _tune(config, dataset, settings, tell, ranks)
+
+
+def _tune(
+    config: Config,
+    dataset: MultiCropDataset,
+    settings: list[ReaderSettings],
+    tell: Callable[[str], None],
+    ranks: Ranks = ALONE,
+) -> dict[str, Any]:
+    def arguments(each: ReaderSettings) -> dict[str, Any]:
+        return {"num_workers": each.num_threads, "hw_decoder_load": each.hw_decoder_load}
+
+    chosen, rates = tune(
+        lambda each: build_training_loader(config, dataset, ranks, **arguments(each)),
+        settings,
+    )
+    listed = ", ".join(f"{each.num_threads}/{each.hw_decoder_load:g}: {rate:,.0f}" for each, rate in rates.items())
+    tell(
+        f"data: {chosen.num_threads} DALI threads, JPEG engine {chosen.hw_decoder_load:.0%}, chosen by images/s of "
+        f"threads/engine: {listed}"
+    )
+    return arguments(chosen)
 
 
 def build_evaluation_loaders(config: Config) -> tuple[MultiCropLoader, MultiCropLoader]:
@@ -112,7 +150,8 @@ def build_model(config: Config, device: torch.device) -> HJEPA:
     crops, settings = config.data.multicrop, config.model
     num_global, num_local = config.data.crop_counts
     sizes = [crops.global_crop_size] + ([crops.local_crop_size] if num_local else [])
-    encoder = MultiCropEncoder(settings.encoder, sizes, **settings.encoder_kwargs)
+    mean, std = config.data.augmentation.mean, config.data.augmentation.std
+    encoder = MultiCropEncoder(settings.encoder, sizes, mean=mean, std=std, **settings.encoder_kwargs)
     model = HJEPA(
         encoder,
         build_levels(config, encoder.depth),

@@ -8,6 +8,7 @@ from train.config_types import (
     Count,
     Flag,
     JitterStrength,
+    LessThanOne,
     PerGlobal,
     Place,
     Positive,
@@ -53,9 +54,13 @@ class Data(Section):
     batch_size: Count = 64
     """Images per rank."""
     num_workers: Count | Literal["auto"] = "auto"
-    """CPU threads of DALI; auto shares out the cores."""
+    """CPU threads of DALI; auto measures at the start on a GPU, and leaves torch half of the cores on a CPU."""
+    hw_decoder_load: Share | Literal["auto"] = "auto"
+    """Share of the JPEGs that the GPU's own engine decodes, where it has one; auto measures at the start."""
     prefetch: Count = 2
     """Batches made ahead."""
+    max_bad_share: LessThanOne = 0.01
+    """A run stops when more of the samples than this cannot be decoded; until then others stand in for them."""
     use_multicrop: Flag = True
     """false: one global crop and no local ones, whatever multicrop counts."""
     multicrop: MultiCrop = MultiCrop()

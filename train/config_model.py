@@ -79,6 +79,8 @@ class Model(Section):
         if self.predictor_width % self.predictor_heads:
             keys = ("predictor_heads", "predictor_width")
             yield keys, f"{self.predictor_heads} does not divide predictor_width = {self.predictor_width}"
+        for name in sorted({"mean", "std"} & self.encoder_kwargs.keys()):
+            yield ("encoder_kwargs",), f"{name} is none of timm's; write data.augmentation.{name}"
         if self.levels == ():
             yield ("levels",), "is an empty list; write null for three default levels, or list some"
 

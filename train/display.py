@@ -41,6 +41,8 @@ class Display:
         epoch, epochs = step / self._steps_per_epoch, self._total / self._steps_per_epoch
         speed, wait = state.images / state.train_s, 100 * state.wait_s / state.train_s
         figures = f"epoch {epoch:.1f}/{epochs:.4g} · loss {shown} · {speed:.0f} images/s · data wait {wait:.0f}%"
+        if state.bad_samples:
+            figures += f" · {state.bad_samples} bad samples replaced"
         if state.skipped_steps:
             figures += f" · {state.skipped_steps} steps left out"
         if state.collapsed:
@@ -75,6 +77,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
     table.add_row("data wait", f"{summary['data_wait_percent']:.1f} %")
     if summary["loss_first"] is not None:
         table.add_row("loss, first -> last", f"{summary['loss_first']:.4f} -> {summary['loss_last']:.4f}")
+    if summary["bad_samples"]:
+        table.add_row("bad samples, replaced", f"{summary['bad_samples']:,}, see quarantine.jsonl")
     if summary["skipped_steps"]:
         table.add_row("steps left out, not finite", f"{summary['skipped_steps']:,}")
     if summary["collapse_alarms"]:

@@ -18,7 +18,6 @@ from PIL import Image
 from model.masks import MaskPlan, level_grid
 from pipeline.batch import CropBatch
 from pipeline.index import ShardIndex
-from pipeline.plan import Plan
 
 GLOBAL_COLOUR, LOCAL_COLOUR = "#ffb000", "#00a6d6"
 
@@ -33,14 +32,13 @@ def draw_crops(
     path: Path,
     batch: CropBatch,
     index: ShardIndex,
-    plan: Plan,
-    epoch: int,
+    rows: Sequence[int] | np.ndarray,
     num_global: int,
     mean: Sequence[float],
     std: Sequence[float],
     count: int = 4,
 ) -> None:
-    """One row per image: the source with the boxes of its crops, then the crops as the encoder gets them."""
+    """One row per image, `rows` of the index: the source with the boxes of its crops, then the crops as the encoder gets them."""
     count = min(count, len(batch.labels))
     views = len(batch.crops)
     sizes = [1.5] + [1.5 if v < num_global else 0.8 for v in range(views)]
@@ -54,8 +52,7 @@ def draw_crops(
     )
     for i in range(count):
         position = int(batch.positions[i])
-        row = int(plan.rows(epoch, position, position + 1)[0])
-        source = Image.open(io.BytesIO(index.encoded(row))).convert("RGB")
+        source = Image.open(io.BytesIO(index.encoded(int(rows[i])))).convert("RGB")
         axes[i, 0].imshow(source)
         axes[i, 0].set_title(f"position {position}, {source.width}x{source.height}", fontsize=8)
         for v in range(views):

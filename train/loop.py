@@ -173,7 +173,9 @@ def train_steps(
             if signals and (alarm_text := alarm.check(state, signals, rows)):
                 tell(alarm_text)
             means |= signals | {"lr": lr, "ema_momentum": momentum, **speed.since_last(state)}
+            state.bad_samples = len(loader.quarantine)
             means |= {"skipped_steps": state.skipped_steps, "collapse_alarm": float(state.collapsed)}
+            means["bad_samples"] = state.bad_samples
             log(means | {"peak_memory_bytes": peak_memory(device), "epoch": loader.state_dict()["epoch"]})
             tally = Tally()
         show()

@@ -35,6 +35,7 @@ def write_summary(folder: Path, config: Config, state: RunState, probe: Probe, w
         "rankme": probe.rankme,
         "width": width,
         "knn": knn,
+        "bad_samples": state.bad_samples,
         "skipped_steps": state.skipped_steps,
         "collapse_alarms": state.alarms,
         "collapsed": state.collapsed,
@@ -54,7 +55,7 @@ def draw_figures(
     batch = next(iter(loader))
     normalisation = (dataset.mean, dataset.std)
     paths = [figures / name for name in ("crops.png", "masks.png", "curves.png")]
-    draw_crops(paths[0], batch, dataset.index, loader.plan, 0, model.num_global, *normalisation)
+    draw_crops(paths[0], batch, dataset.index, loader.rows_at(0, 0, count), model.num_global, *normalisation)
     torch.manual_seed(step_seed(config.seed, 0, 1))
     plan = masks(count)
     draw_masks(paths[1], batch, plan, model.grid, masks.strides, *normalisation, count=2)

@@ -19,7 +19,15 @@ from train.config import Config
 PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda120", "numpy", "multicrop-hjepa")
 # What may differ between a run and its continuation: the rest decides what the weights mean.
 FREE_SECTIONS = ("device", "training.", "checkpoint.", "logging.", "evaluation.")
-FREE_KEYS = (*FREE_SECTIONS, "data.data_path", "data.batch_size", "data.num_workers", "data.prefetch")
+FREE_KEYS = (
+    *FREE_SECTIONS,
+    "data.data_path",
+    "data.batch_size",
+    "data.num_workers",
+    "data.prefetch",
+    "data.hw_decoder_load",
+    "data.max_bad_share",
+)
 
 
 def run_folder(config: Config) -> Path:

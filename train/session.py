@@ -14,6 +14,7 @@ from model.hjepa import HJEPA
 from model.masks import MultiCropMaskGenerator
 from pipeline.dataset import MultiCropDataset, resolve_device
 from pipeline.loader import MultiCropLoader
+from pipeline.quarantine import Quarantine
 from train.build import (
     build_dataset,
     build_masks,
@@ -21,6 +22,7 @@ from train.build import (
     build_training_loader,
     loop_settings,
     torch_threads,
+    tuned_reader,
 )
 from train.checkpoint import (
     checkpoint_path,
@@ -126,9 +128,10 @@ def run(config: Config, console: Console) -> int:
 def prepare(config: Config, console: Console, ranks: Ranks, device: torch.device) -> Session:
     """Build every part, measure the baselines and load the checkpoint to go on from."""
     if device.type == "cpu":
-        torch.set_num_threads(torch_threads(ranks))
+        torch.set_num_threads(torch_threads())
     dataset = build_dataset(config)
-    loader = build_training_loader(config, dataset, ranks)
+    reader = tuned_reader(config, dataset, console.print, ranks)
+    loader = build_training_loader(config, dataset, ranks, **reader)
     settings = loop_settings(config, len(loader), device)
     model = build_model(config, device)
     masks = build_masks(config, model, device)
@@ -146,7 +149,10 @@ def prepare(config: Config, console: Console, ranks: Ranks, device: torch.device
         config, console, ranks, folder, dataset, loader, model, replicated(model, ranks), masks, optimizer, settings, probe,
         writer, RunState(),
     )  # fmt: skip
-    if (start := start_from(session)) is not None:
+    start = start_from(session)
+    # Now that rank 0 has made the folder.
+    loader.quarantine = Quarantine(dataset.index, folder / "quarantine.jsonl", config.data.max_bad_share)
+    if start is not None:
         session.restore(start)
         if session.state.step >= settings.total_steps:
             session.say("this run is complete: a higher training.epochs goes on, checkpoint.resume=none starts over")
@@ -155,6 +161,7 @@ def prepare(config: Config, console: Console, ranks: Ranks, device: torch.device
 
 def start_from(session: Session) -> Path | None:
     resume = session.config.checkpoint.resume
+    session.ranks.any(False)  # until rank 0 has made the run's folder
     if resume == "auto":
         return newest(session)
     return None if resume == "none" else Path(resume)

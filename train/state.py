@@ -14,6 +14,7 @@ class RunState:
     loss_last: float | None = None
     train_s: float = 0.0
     wait_s: float = 0.0
+    bad_samples: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     first_feature_std: float | None = None

@@ -78,6 +78,7 @@ def test_the_trained_encoder_loads_back_with_timm_alone() -> None:
         ("vit_tiny_patch16_224", {}, "not a timm Eva model"),
         ("no_such_model", {}, "timm cannot build encoder 'no_such_model'"),
         ("vit_tiny_patch16_dinov3_qkvb", {"no_such_option": 1}, "timm cannot build encoder"),
+        ("vit_tiny_patch16_dinov3_qkvb", {"name": "x"}, "timm cannot build encoder"),
     ],
 )
 def test_an_unusable_encoder_is_refused_in_one_line(name: str, kwargs: dict, message: str) -> None:

@@ -212,6 +212,7 @@ logging: {run_name: 2024}
         (["model.predictor_heads=7"], "model.predictor_heads"),
         (["training.epochs=5"], "training.warmup_epochs"),
         (["data.multicrop.global_crop_size=225"], "data.multicrop.global_crop_size"),
+        (["model.encoder_kwargs.mean=0.5"], "model.encoder_kwargs"),
         (["model.encoder_kwargs={patch_size: 14}"], "data.multicrop.local_crop_size"),
         (["masking.strategy=cross_crop_prediction", "data.use_multicrop=false"], "masking.strategy"),
         (["masking.strategy=global_with_local_context", "data.multicrop.num_local_crops=0"], "masking.strategy"),

@@ -1,0 +1,131 @@
+"""Samples that cannot be decoded: found once, remembered, and replaced without moving any other sample."""
+
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from pipeline.index import ShardIndex
+from pipeline.plan import STAND_IN_STREAM, random_words
+
+LISTED = 10  # bad samples that an error line names
+
+
+class Quarantine:
+    """The bad rows of one index, with the reason for each.
+
+    `path`: a file of JSON lines `{shard, key, offset, reason}` that is read at the start and appended to, one line per sample;
+    None keeps them in memory alone. `max_share`: more than this share of all samples is an error.
+    """
+
+    def __init__(self, index: ShardIndex, path: Path | None = None, max_share: float = 0.01) -> None:
+        self.index, self.path, self.max_share = index, path, max_share
+        self.reasons: dict[int, str] = {}
+        self._sorted = np.empty(0, np.int64)
+        self.reload()
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+    def reload(self) -> None:
+        """Read what this run, or another rank of it, has found so far. Lines about other data are passed over."""
+        if self.path is None or not self.path.exists():
+            return
+        numbers = {name: i for i, name in enumerate(self.index.shards)}
+        places: dict[tuple[int, int], str] = {}
+        for line in self.path.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+                places[numbers[entry["shard"]], int(entry["offset"])] = str(entry["reason"])
+            except (ValueError, KeyError, TypeError):
+                continue  # cut off in the middle by a crash, or of another data set
+        samples = self.index.samples
+        for row in np.flatnonzero(np.isin(samples["offset"], [offset for _, offset in places])).tolist():
+            reason = places.get((int(samples["shard"][row]), int(samples["offset"][row])))
+            if reason is not None:
+                self.reasons.setdefault(row, reason)
+        self._sorted = np.array(sorted(self.reasons), np.int64)
+
+    def add(self, found: dict[int, str]) -> None:
+        """Remember the rows with their reasons. Raises ValueError when there are more than `max_share` allows."""
+        self.reload()  # another rank may have named them already
+        new = {row: reason for row, reason in found.items() if row not in self.reasons}
+        self.reasons |= new
+        self._sorted = np.array(sorted(self.reasons), np.int64)
+        if self.path is not None and new:
+            with self.path.open("a") as file:
+                file.write("".join(json.dumps(self._entry(row)) + "\n" for row in new))
+        allowed = int(self.max_share * len(self.index))
+        if len(self) > allowed:
+            listed = [f"{self.index.describe(row)} ({reason})" for row, reason in list(self.reasons.items())[-LISTED:]]
+            where = f"all are listed in {self.path}" if self.path else f"the last {len(listed)} follow"
+            raise ValueError(
+                f"{self.index.folder}: {len(self)} samples cannot be decoded, more than the {allowed} that "
+                f"data.max_bad_share {self.max_share:g} allows; {where}: {'; '.join(listed)}. Mend the shards "
+                "(`python tools/make_shards.py verify` names every damaged sample) or raise data.max_bad_share"
+            )
+
+    def _entry(self, row: int) -> dict[str, str | int]:
+        sample = self.index.samples[row]
+        return {
+            "shard": self.index.shards[sample["shard"]],
+            "key": self.index.key(row),
+            "offset": int(sample["offset"]),
+            "reason": self.reasons[row],
+        }
+
+    def replace(self, rows: np.ndarray, seed: int, epoch: int, start: int) -> np.ndarray:
+        """`rows` at the positions `start..start + len(rows)` with a stand-in for each bad one.
+
+        The stand-in is the first good one of a random sequence that belongs to the position, so it does not depend on what
+        was known to be bad and when: any run over the same shards sees the same samples.
+        """
+        bad = np.flatnonzero(np.isin(rows, self._sorted)) if len(self) else ()
+        if not len(bad):
+            return rows
+        rows = rows.copy()
+        for place in bad:
+            block = 0
+            while int(rows[place]) in self.reasons:
+                words = random_words(seed, epoch, (block, start + int(place)), STAND_IN_STREAM, 4)
+                candidates = (int(word % np.uint64(len(self.index))) for word in words)
+                rows[place] = next((row for row in candidates if row not in self.reasons), rows[place])
+                block += 1
+        return rows
+
+
+def find_faults(index: ShardIndex, rows: Iterable[int], device: str) -> dict[int, str]:
+    """Those of the rows that DALI's decoder refuses, one by one, each with a reason in words."""
+    # Only needed when something is broken, and slow to import.
+    import nvidia.dali.experimental.dynamic as dali
+    from nvidia.dali import types
+
+    faults = {}
+    for row in rows:
+        try:
+            encoded = index.encoded(row)
+        except OSError as error:
+            faults[row] = f"cannot be read: {error}"
+            continue
+        try:
+            dali.decoders.image(np.frombuffer(encoded, np.uint8), device=device, output_type=types.RGB).evaluate()
+        except (RuntimeError, ValueError) as error:
+            faults[row] = _reason(encoded, str(error))
+    return faults
+
+
+def _reason(encoded: bytes, dali_says: str) -> str:
+    if not encoded:
+        return "empty file"
+    if not any(encoded):
+        return "filled with zeros"
+    try:
+        Image.open(io.BytesIO(encoded)).load()
+    except UnidentifiedImageError:
+        return "not an image"
+    except (OSError, ValueError, SyntaxError) as error:
+        return str(error)
+    return f"DALI refuses it: {dali_says.strip().splitlines()[0]}"

@@ -1,0 +1,227 @@
+"""Damaged samples at run time: named, replaced, remembered, and nothing else moves."""
+
+import io
+import json
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import build_multicrop_dataloader, build_multicrop_dataset
+from pipeline.index import SAMPLE_DTYPE, ShardIndex, open_index, save_index
+from pipeline.loader import MultiCropLoader
+from pipeline.quarantine import Quarantine, find_faults
+from tests.conftest import photographs
+
+BATCH, COUNT = 8, 320
+
+
+def png(content: bytes) -> bytes:
+    image = io.BytesIO()
+    Image.open(io.BytesIO(content)).save(image, "PNG")
+    return image.getvalue()
+
+
+def segment(content: bytes, marker: int) -> int:
+    """Where the JPEG segment with this marker begins."""
+    return content.index(bytes([0xFF, marker]))
+
+
+def gif(content: bytes) -> bytes:
+    image = io.BytesIO()
+    Image.open(io.BytesIO(content)).resize((16, 16)).save(image, "GIF")
+    return image.getvalue()
+
+
+def png_with(content: bytes, width: int) -> bytes:
+    """A PNG whose header claims another width, with a right checksum."""
+    whole = png(content)
+    header = b"IHDR" + struct.pack(">I", width) + whole[20:29]
+    return whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:]
+
+
+DEFECTS: dict[str, Callable[[bytes], bytes]] = {
+    "no bytes": lambda content: b"",
+    "one byte": lambda content: content[:1],
+    "the signature alone": lambda content: content[:3],
+    "cut in the header": lambda content: content[:200],
+    "cut in half": lambda content: content[: len(content) // 2],
+    "zeros": lambda content: bytes(len(content)),
+    "zeros after the header": lambda content: content[: segment(content, 0xDB)] + bytes(2000),
+    "noise": lambda content: np.random.default_rng(0).bytes(len(content)),
+    "text": lambda content: b"404 Not Found\n" * 40,
+    "a web page": lambda content: b"<!DOCTYPE html><html><body>Forbidden</body></html>" * 9,
+    "a GIF": gif,
+    "no quantisation tables": lambda content: content.replace(b"\xff\xdb", b"\xff\xee"),
+    "no frame header": lambda content: content.replace(b"\xff\xc0", b"\xff\xee"),
+    "no scan": lambda content: content[: segment(content, 0xDA)] + b"\xff\xd9",
+    "a PNG cut in half": lambda content: png(content)[: len(png(content)) // 2],
+    "a PNG without its end": lambda content: png(content)[:-400],
+    "a PNG of noise": lambda content: png(content)[:60] + np.random.default_rng(1).bytes(400),
+}
+
+
+def write_raw(folder: Path, contents: list[bytes], sizes: list[tuple[int, int]]) -> ShardIndex:
+    """A shard and an index of any bytes, damaged ones too: `(width, height)` are what they were before the damage."""
+    import tarfile
+
+    folder.mkdir(parents=True)
+    rows = []
+    with tarfile.open(folder / "000000.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for i, (content, (width, height)) in enumerate(zip(contents, sizes, strict=True)):
+            info = tarfile.TarInfo(f"{i:06d}.jpg")
+            info.size = len(content)
+            rows.append((0, tar.offset + tarfile.BLOCKSIZE, len(content), i % 5, height, width))
+            tar.addfile(info, io.BytesIO(content))
+    save_index(folder, ["000000.tar"], np.array(rows, SAMPLE_DTYPE))
+    return open_index(folder)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> tuple[list[bytes], list[tuple[int, int]]]:
+    contents, sizes = [], []
+    for picture in photographs(COUNT):
+        image = io.BytesIO()
+        picture.save(image, "JPEG")
+        contents.append(image.getvalue())
+        sizes.append(picture.size)
+    return contents, sizes
+
+
+@pytest.fixture(scope="module")
+def damaged(
+    tmp_path_factory: pytest.TempPathFactory, pictures: tuple[list[bytes], list[tuple[int, int]]]
+) -> tuple[Path, list[int]]:
+    """5 % of the samples, one of each kind of defect; returns the data path and their rows."""
+    contents, sizes = pictures
+    rows = np.random.default_rng(3).permutation(COUNT)[: len(DEFECTS)].tolist()
+    broken = list(contents)
+    for row, defect in zip(rows, DEFECTS.values(), strict=True):
+        broken[row] = defect(contents[row])
+    data_path = tmp_path_factory.mktemp("damaged")
+    write_raw(data_path / "train", broken, sizes)
+    return data_path, sorted(rows)
+
+
+def loader_of(data_path: Path, quarantine: Path | None = None, **options: object) -> MultiCropLoader:
+    dataset = build_multicrop_dataset("custom", data_path, num_local_crops=1, global_crop_size=32, local_crop_size=16)
+    defaults = {"device": "cpu", "num_workers": 1, "max_bad_share": 0.1, "normalized": False}
+    return build_multicrop_dataloader(dataset, BATCH, quarantine=quarantine, **{**defaults, **options})
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_each_defect_is_one(tmp_path: Path, pictures: tuple[list[bytes], list[tuple[int, int]]], defect: str) -> None:
+    contents, sizes = pictures
+    index = write_raw(tmp_path / "train", [contents[0], DEFECTS[defect](contents[1])], sizes[:2])
+    faults = find_faults(index, [0, 1], "cpu")
+    assert list(faults) == [1]
+    assert faults[1]
+    assert "\n" not in faults[1]
+    assert "0x" not in faults[1]
+
+
+def test_an_epoch_names_every_damaged_sample_and_sees_every_good_one(
+    damaged: tuple[Path, list[int]], pictures: tuple[list[bytes], list[tuple[int, int]]], tmp_path: Path
+) -> None:
+    data_path, bad = damaged
+    path = tmp_path / "quarantine.jsonl"
+    loader = loader_of(data_path, path)
+    batches = list(loader)
+    index = loader.index
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sorted(entry["offset"] for entry in entries) == index.samples["offset"][bad].tolist()
+    assert {entry["key"] for entry in entries} == {f"{row:06d}.jpg" for row in bad}
+    assert {entry["shard"] for entry in entries} == {"000000.tar"}
+    assert len(loader.quarantine) == len(bad)
+    # The good samples stand where they would without the damage, with the same crops.
+    write_raw(tmp_path / "whole" / "train", *pictures)
+    planned = loader.plan.rows(0, 0, COUNT)
+    good = torch.from_numpy(~np.isin(planned, bad))
+    for v in range(3):
+        crops = torch.cat([batch.crops[v] for batch in batches])
+        whole = torch.cat([batch.crops[v] for batch in loader_of(tmp_path / "whole")])
+        assert torch.equal(crops[good], whole[good])
+        assert not torch.equal(crops[~good], whole[~good])
+    # Every position is there, and no stand-in is a damaged sample.
+    assert torch.cat([batch.positions for batch in batches]).tolist() == list(range(COUNT))
+    labels = torch.cat([batch.labels for batch in batches])
+    np.testing.assert_array_equal(labels[good], index.samples["label"][planned][good])
+
+
+def test_crops_do_not_depend_on_when_the_damage_was_found(damaged: tuple[Path, list[int]], tmp_path: Path) -> None:
+    data_path, bad = damaged
+    first = list(loader_of(data_path, tmp_path / "a.jsonl"))
+    known = list(loader_of(data_path, tmp_path / "a.jsonl"))  # the file is read: nothing is found again
+    alone = loader_of(data_path)
+    alone.load_state_dict({"epoch": 0, "position": 15 * BATCH})
+    late = list(alone)  # its first damage is that of the middle of the epoch
+    assert len((tmp_path / "a.jsonl").read_text().splitlines()) == len(bad)
+    for v in range(3):
+        for i in range(len(first)):
+            assert torch.equal(first[i].crops[v], known[i].crops[v])
+            if i >= 15:
+                assert torch.equal(first[i].crops[v], late[i - 15].crops[v])
+
+
+def test_the_next_epoch_remembers(damaged: tuple[Path, list[int]], tmp_path: Path) -> None:
+    loader = loader_of(damaged[0], tmp_path / "q.jsonl")
+    list(loader)
+    written = (tmp_path / "q.jsonl").read_text()
+    list(loader)
+    assert (tmp_path / "q.jsonl").read_text() == written
+
+
+def test_two_ranks_name_a_sample_once(damaged: tuple[Path, list[int]], tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    loaders = [loader_of(damaged[0], path, rank=rank, world_size=2) for rank in range(2)]
+    for _ in range(2):
+        for loader in loaders:
+            list(loader)
+    keys = [json.loads(line)["key"] for line in path.read_text().splitlines()]
+    assert len(keys) == len(set(keys)) == len(damaged[1])
+
+
+def test_more_than_the_allowed_share_stops_with_the_list(damaged: tuple[Path, list[int]], tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    with pytest.raises(ValueError, match=r"more than the 3 that data.max_bad_share 0.01 allows") as caught:
+        list(loader_of(damaged[0], path, max_bad_share=0.01))
+    assert "000000.tar: 0" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(path.read_text().splitlines()) > 3
+
+
+def test_a_shard_of_nothing_but_damage_is_survived(
+    tmp_path: Path, pictures: tuple[list[bytes], list[tuple[int, int]]]
+) -> None:
+    contents, sizes = pictures
+    folder = tmp_path / "train"
+    write_raw(folder, contents, sizes)
+    whole = open_index(folder)
+    shutil.copy(folder / "000000.tar", folder / "000001.tar")
+    second = whole.samples.copy()[:40]
+    second["shard"] = 1
+    save_index(folder, ["000000.tar", "000001.tar"], np.concatenate([whole.samples, second]))
+    with (folder / "000001.tar").open("r+b") as file:
+        for row in second:
+            file.seek(int(row["offset"]))
+            file.write(bytes(int(row["size"])))
+    loader = loader_of(tmp_path, max_bad_share=0.2)
+    batches = list(loader)
+    assert len(batches) == (COUNT + 40) // BATCH
+    assert set(loader.quarantine.reasons.values()) == {"filled with zeros"}
+    assert len(loader.quarantine) >= 40 - (COUNT + 40) % BATCH
+
+
+def test_lines_about_other_data_and_half_a_line_are_passed_over(index: ShardIndex, tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    offset = int(index.samples["offset"][5])
+    entry = {"shard": index.shards[0], "key": "x", "offset": offset, "reason": "empty file"}
+    other = {**entry, "shard": "of-another-set.tar"}
+    path.write_text(json.dumps(other) + "\n" + json.dumps(entry) + "\n" + '{"shard": "pho')
+    assert Quarantine(index, path).reasons == {5: "empty file"}
