@@ -18,6 +18,7 @@ from train.config_types import (
     Count,
     Flag,
     FolderName,
+    Name,
     Place,
     Positive,
     RuledSection,
@@ -73,6 +74,12 @@ class Checkpoint(Section):
     """auto: go on from the run folder's newest checkpoint; none: start over; or the path of a checkpoint."""
 
 
+class Wandb(Section):
+    enabled: Flag = False
+    """Also log to Weights & Biases, if `wandb` is installed."""
+    project: Name = "hjepa"
+
+
 class Logging(Section):
     run_name: FolderName
     """The run's folder inside run_dir."""
@@ -80,6 +87,7 @@ class Logging(Section):
     log_frequency: Count = 10
     """In steps."""
     tensorboard: Flag = True
+    wandb: Wandb = Wandb()
 
 
 class Evaluation(Section):

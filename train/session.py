@@ -3,104 +3,30 @@
 import os
 import sys
 import traceback
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
-from model.hjepa import HJEPA
-from model.masks import MultiCropMaskGenerator
-from pipeline.dataset import MultiCropDataset, resolve_device
-from pipeline.loader import MultiCropLoader
-from pipeline.quarantine import Quarantine
-from train.build import (
-    build_dataset,
-    build_masks,
-    build_model,
-    build_training_loader,
-    loop_settings,
-    torch_threads,
-    tuned_reader,
-)
+from pipeline.dataset import resolve_device
 from train.checkpoint import (
     checkpoint_path,
-    checkpoint_step,
-    load_checkpoint,
-    newest_checkpoint,
-    take_snapshot,
 )
-from train.checkpoint_writer import CheckpointWriter
 from train.config import Config
 from train.display import Display, summary_table
-from train.distributed import Ranks, Watchdog, joined, ranks_from_environment, replicated
-from train.loop import LoopSettings, gone_wrong, train_steps
+from train.distributed import Watchdog, joined, ranks_from_environment
+from train.loop import gone_wrong, train_steps
 from train.memory import is_out_of_memory, out_of_memory_advice
 from train.metrics import MetricsLog
-from train.optim import build_optimizer
-from train.probe import Probe
-from train.report import draw_figures, write_summary
-from train.run_folder import StopSignal, open_run_folder, run_folder
-from train.state import RunState
+from train.pictures import draw_figures, read_picture
+from train.prepare import Session, newest, prepare
+from train.report import write_report, write_summary
+from train.run_folder import StopSignal
 
 LOST = 1  # another rank died or hangs
 STOPPED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint; the same command goes on from it
 NOT_WRITTEN = 4  # the disk refused the last checkpoint or the summary
 DIVERGED = 3  # too many steps without finite numbers; the last checkpoint is sound
-
-
-@dataclass
-class Session:
-    """The parts of a run; `state` is replaced when a checkpoint is loaded."""
-
-    config: Config
-    console: Console
-    ranks: Ranks
-    folder: Path
-    dataset: MultiCropDataset
-    loader: MultiCropLoader
-    model: HJEPA
-    replica: torch.nn.Module
-    masks: MultiCropMaskGenerator
-    optimizer: torch.optim.Optimizer
-    settings: LoopSettings
-    probe: Probe | None
-    writer: CheckpointWriter
-    state: RunState
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    def say(self, text: str) -> None:
-        self.console.print(text, highlight=False)
-
-    def save(self) -> None:
-        """On the first rank alone; the files are written while training goes on."""
-        if self.ranks.is_first:
-            state = self.state
-            saved = {
-                "step": state.step,
-                "run": state.as_dict(),
-                "loader": self.loader.state_dict(),
-                "score": self.score(),
-            }
-            self.writer.write(take_snapshot(self.model, self.optimizer, saved))
-
-    def score(self) -> float | None:
-        """By which the best checkpoints are kept: the k-NN measured at this step or, in a run that measures none, the loss."""
-        if self.settings.probe_frequency:
-            return self.state.knn if self.state.knn_step == self.state.step else None
-        return None if self.state.loss_last is None else -self.state.loss_last
-
-    def restore(self, path: Path) -> None:
-        """Raises ValueError when the checkpoint is damaged or of another architecture."""
-        saved = load_checkpoint(path, self.model, self.optimizer)
-        self.state = RunState(**saved["run"])
-        self.state.skipped_in_a_row = 0  # or a run that ended for it could never be tried again
-        self.loader.load_state_dict(saved["loader"])
-        self.say(f"going on from {path} (step {self.state.step} of {self.settings.total_steps})")
 
 
 def run(config: Config, console: Console) -> int:
@@ -122,57 +48,11 @@ def run(config: Config, console: Console) -> int:
                 traceback.print_exc()
                 print(f"rank {ranks.rank}: lost the others at step {session.state.step}", file=sys.stderr)
                 return LOST
-    return code if code or not ranks.is_first else finish(session)
-
-
-def prepare(config: Config, console: Console, ranks: Ranks, device: torch.device) -> Session:
-    """Build every part, measure the baselines and load the checkpoint to go on from."""
-    if device.type == "cpu":
-        torch.set_num_threads(torch_threads())
-    dataset = build_dataset(config)
-    reader = tuned_reader(config, dataset, console.print, ranks)
-    loader = build_training_loader(config, dataset, ranks, **reader)
-    settings = loop_settings(config, len(loader), device)
-    model = build_model(config, device)
-    masks = build_masks(config, model, device)
-    if config.training.compile:
-        model.compile(dynamic=False)  # in place: the parameters keep their names
-    optimizer = build_optimizer(model, config.training.weight_decay, config.training.betas)
-    folder, probe = run_folder(config), None
-    if ranks.is_first:
-        open_run_folder(config, console.print)
-        probe = Probe(config, folder, model, console.print)
-        probe.measure_baselines()
-    keep = (config.checkpoint.keep_last_n, config.checkpoint.keep_best_n)
-    writer = CheckpointWriter(folder / "checkpoints", *keep, console.print)
-    session = Session(
-        config, console, ranks, folder, dataset, loader, model, replicated(model, ranks), masks, optimizer, settings, probe,
-        writer, RunState(),
-    )  # fmt: skip
-    start = start_from(session)
-    # Now that rank 0 has made the folder.
-    loader.quarantine = Quarantine(dataset.index, folder / "quarantine.jsonl", config.data.max_bad_share)
-    if start is not None:
-        session.restore(start)
-        if session.state.step >= settings.total_steps:
-            session.say("this run is complete: a higher training.epochs goes on, checkpoint.resume=none starts over")
-    return session
-
-
-def start_from(session: Session) -> Path | None:
-    resume = session.config.checkpoint.resume
-    session.ranks.any(False)  # until rank 0 has made the run's folder
-    if resume == "auto":
-        return newest(session)
-    return None if resume == "none" else Path(resume)
-
-
-def newest(session: Session) -> Path | None:
-    """The newest sound checkpoint, which rank 0 chooses."""
-    session.writer.wait()
-    path = newest_checkpoint(session.checkpoints, session.say) if session.ranks.is_first else None
-    step = session.ranks.from_first(-1 if path is None else checkpoint_step(path))
-    return None if step < 0 else checkpoint_path(session.checkpoints, step)
+    code = code if code or not ranks.is_first else finish(session)
+    session.tell_status({0: "complete", STOPPED: "stopped", DIVERGED: "diverged"}.get(code, "failed"))
+    if session.wandb is not None:
+        session.wandb.finish(exit_code=code)
+    return code
 
 
 def train(session: Session, stop: StopSignal) -> int:
@@ -208,12 +88,9 @@ def train(session: Session, stop: StopSignal) -> int:
 def train_once(session: Session, stop: StopSignal) -> None:
     """Until the end, a stop, or numbers gone wrong."""
     config, state, settings, ranks = session.config, session.state, session.settings, session.ranks
-    first = ranks.is_first
     per_epoch = len(session.loader) // settings.accumulation_steps
     with (
-        MetricsLog(session.folder, config.logging.tensorboard, state.step, session.say)
-        if first
-        else nullcontext() as metrics,
+        open_metrics(session) as metrics,
         Display(session.console, config.logging.run_name, state.step, settings.total_steps, per_epoch) as display,
         Watchdog(ranks, config.training.timeout_s) as watchdog,
     ):
@@ -228,8 +105,14 @@ def train_once(session: Session, stop: StopSignal) -> None:
                 figures = session.probe.online()
                 state.knn, state.knn_step = figures.get("knn"), state.step
                 log(figures)
+                show_pictures(session, metrics)
             ranks.any(False)
             watchdog.beat()
+
+        def show() -> None:
+            display.update(state)
+            if session.heartbeat is not None:
+                session.heartbeat.beat(state)
 
         def stop_now() -> bool:
             watchdog.beat()
@@ -246,11 +129,27 @@ def train_once(session: Session, stop: StopSignal) -> None:
             ranks,
             log=log,
             tell=session.say,
-            show=lambda: display.update(state),
+            show=show,
             probe=probe,
             save=session.save,
             stop=stop_now,
         )
+
+
+def open_metrics(session: Session) -> AbstractContextManager[MetricsLog | None]:
+    if not session.ranks.is_first:
+        return nullcontext()
+    tensorboard = session.config.logging.tensorboard
+    return MetricsLog(session.folder, tensorboard, session.state.step, session.say, session.wandb)
+
+
+def show_pictures(session: Session, metrics: MetricsLog | None) -> list[Path]:
+    """Draw the pictures of the run as it is now, and put them into its log."""
+    figures = draw_figures(session.folder, session.config, session.dataset, session.model, session.masks)
+    if metrics is not None:
+        for figure in figures:
+            metrics.picture(session.state.step, figure.stem, read_picture(figure))
+    return figures
 
 
 def finish(session: Session) -> int:
@@ -258,12 +157,16 @@ def finish(session: Session) -> int:
     session.console.print("evaluating and drawing ...", style="dim")
     assert session.probe is not None
     folder, state = session.folder, session.state
+    session.tell_status("evaluating")
     try:
-        summary = write_summary(folder, session.config, state, session.probe, session.model.encoder.width)
-        figures = draw_figures(folder, session.config, session.dataset, session.model, session.masks)
+        with open_metrics(session) as metrics:
+            summary = write_summary(folder, session.config, state, session.probe, session.model.encoder.width)
+            figures = show_pictures(session, metrics)
+        write_report(folder, summary, figures)
     except OSError as error:
         session.say(f"{folder}: the summary could not be written ({error}); the same command tries again")
         return NOT_WRITTEN
     session.console.print(summary_table(summary))
     session.say("pictures: " + ", ".join(os.path.relpath(figure) for figure in figures))
+    session.say(f"report: {os.path.relpath(folder / 'report.md')}")
     return 0 if checkpoint_path(session.checkpoints, state.step).exists() else NOT_WRITTEN

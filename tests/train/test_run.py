@@ -48,7 +48,13 @@ def test_every_shipped_config_takes_two_steps_at_reduced_size(config: Path, data
     assert summary["images"] == 16
     assert set(summary["knn"]) == {"pixels", "colour_histogram", "random_init", "trained"}
     assert {"images_per_s", "data_wait_percent", "loss_first", "loss_last", "rankme"} <= set(summary)
-    assert sorted(path.name for path in (run / "figures").iterdir()) == ["crops.png", "curves.png", "masks.png"]
+    figures = ["crops.png", "curves.png", "features.png", "masks.png"]
+    assert sorted(path.name for path in (run / "figures").iterdir()) == figures
+    report = (run / "report.md").read_text()
+    assert all(f"](figures/{name})" in report for name in figures)
+    assert f"| k-NN, trained encoder | {summary['knn']['trained']:.1f} % |" in report
+    heartbeat = json.loads((run / "heartbeat.json").read_text())
+    assert (heartbeat["status"], heartbeat["step"], heartbeat["total_steps"]) == ("complete", 2, 2)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000002"]
 
 
