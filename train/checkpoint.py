@@ -70,8 +70,7 @@ def _write_files(folder: Path, snapshot: Snapshot) -> None:
     for name, tensors in ((MODEL, snapshot.model), (OPTIMIZER, snapshot.optimizer)):
         save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, folder / name)
     (folder / STATE).write_text(json.dumps(snapshot.state, indent=1))
-    sums = {name: _sha256(folder / name) for name in (MODEL, OPTIMIZER, STATE)}
-    (folder / MANIFEST).write_text(json.dumps({"format": 1, "sha256": sums}, indent=1))
+    (folder / MANIFEST).write_text(_manifest(_sums(folder)))
     for path in (*folder.iterdir(), folder):
         _flush(path)
 
@@ -107,14 +106,22 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Raise DamagedCheckpointError unless every file is there and matches its checksum."""
+    """Raise DamagedCheckpointError unless every file is there and the manifest is, to the byte, the one they make."""
     try:
-        sums = json.loads((path / MANIFEST).read_text())["sha256"]
-        wrong = [name for name in (MODEL, OPTIMIZER, STATE) if _sha256(path / name) != sums[name]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        written, sums = (path / MANIFEST).read_bytes(), _sums(path)
+    except OSError as error:
         raise DamagedCheckpointError(f"{path}: unreadable ({error})") from None
-    if wrong:
-        raise DamagedCheckpointError(f"{path}: {', '.join(wrong)} does not match the checksum in {MANIFEST}")
+    if written != _manifest(sums).encode():
+        wrong = [name for name, checksum in sums.items() if checksum.encode() not in written]
+        raise DamagedCheckpointError(f"{path}: damaged: {', '.join(wrong or [MANIFEST])}")
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    return {name: _sha256(folder / name) for name in (MODEL, OPTIMIZER, STATE)}
+
+
+def _manifest(sums: dict[str, str]) -> str:
+    return json.dumps({"format": 1, "sha256": sums}, indent=1)
 
 
 def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:

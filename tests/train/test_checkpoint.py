@@ -110,6 +110,15 @@ def test_every_bit_flip_and_truncation_is_detected_and_the_one_before_is_used(fo
         shutil.rmtree(copy)
 
 
+def test_every_single_bit_of_the_manifest_counts(folder: Path) -> None:
+    manifest = folder / "step_00000020" / "manifest.json"
+    whole = manifest.read_bytes()
+    for bit in range(8 * len(whole)):
+        manifest.write_bytes(whole[: bit // 8] + bytes([whole[bit // 8] ^ 1 << bit % 8]) + whole[bit // 8 + 1 :])
+        with pytest.raises(DamagedCheckpointError):
+            verify_checkpoint(manifest.parent)
+
+
 def test_a_missing_file_counts_as_damage(folder: Path) -> None:
     (folder / "step_00000020" / "optimizer.safetensors").unlink()
     assert newest_checkpoint(folder, lambda _: None) == folder / "step_00000015"

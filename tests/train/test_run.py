@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -71,14 +72,14 @@ def test_every_strategy_trains_and_reports_what_its_other_crops_cover(
     assert line["outside"] == pytest.approx(line["level_0"] + line["level_1"] / 2 + line["level_2"] / 4, rel=1e-4)
 
 
-def interrupt_at_step(run: Path, step: int) -> threading.Thread:
-    """Send this process a SIGINT as soon as the run's log has reached `step`."""
+def interrupt_at_step(run: Path, step: int, number: signal.Signals) -> threading.Thread:
+    """Send this process a signal as soon as the run's log has reached `step`."""
 
     def watch() -> None:
         log = run / "metrics.jsonl"
         while not log.exists() or log.read_text().count("\n") < step:
             time.sleep(0.005)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -93,8 +94,9 @@ def test_a_run_stopped_at_random_steps_and_resumed_ends_with_the_same_weights_bi
     total = 8 * (103 // 8)
     assert main(command(config, data_path, tmp_path, *settings, "logging.run_name=whole")) == 0
     # Apart, so that no signal finds its step already logged and comes before the run is ready for it.
-    for step in (random.randint(1, 15), random.randint(35, 50), random.randint(70, 80)):
-        watcher = interrupt_at_step(tmp_path / "parts", step)
+    steps = (random.randint(1, 15), random.randint(35, 50), random.randint(70, 80))
+    for step, number in zip(steps, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), strict=True):
+        watcher = interrupt_at_step(tmp_path / "parts", step, number)
         assert main(command(config, data_path, tmp_path, *settings, "logging.run_name=parts")) == 75, step
         watcher.join()
     assert main(command(config, data_path, tmp_path, *settings, "logging.run_name=parts")) == 0
@@ -107,6 +109,19 @@ def test_a_run_stopped_at_random_steps_and_resumed_ends_with_the_same_weights_bi
     lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "parts")]
     losses = [[(line["step"], line["loss"]) for line in map(json.loads, part)] for part in lines]
     assert losses[0] == losses[1]
+
+
+def test_a_second_ctrl_c_leaves_at_once_unless_it_is_the_first_passed_on_twice() -> None:
+    text = (
+        "import os, signal, time\n"
+        "from train.run_folder import StopSignal\n"
+        "with StopSignal(print) as stop:\n"
+        "    for wait in (0, 0, 1.2):\n"
+        "        time.sleep(wait); os.kill(os.getpid(), signal.SIGINT); print(stop.asked, flush=True)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 130
+    assert result.stdout.splitlines()[1:] == ["True", "True"]
 
 
 def test_a_finished_run_is_not_trained_again(data_path: Path, tmp_path: Path) -> None:
@@ -184,6 +199,11 @@ def test_without_data_one_line_says_what_is_missing_and_which_command_makes_it(t
         ("model.encoder=resnet18", "timm cannot build encoder 'resnet18'"),
         ("masking.context_ratio=0.01", "0 context and 8 query tokens of 16"),
         ("model.levels=[{layer: 5, stride: 1, weight: 1.0}]", "the encoder has 2 blocks"),
+        pytest.param(
+            "logging.wandb.enabled=true",
+            "the package wandb is not installed",
+            marks=pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed"),
+        ),
         ("data.batch_size=200", "103 samples are fewer than one global batch of 200"),
     ],
 )
