@@ -22,13 +22,11 @@ from pipeline.index import open_index, split_folder
 from pipeline.loader import MultiCropLoader
 from pipeline.tuning import ReaderSettings, candidates, tune
 from train.config import Config
+from train.distributed import Ranks
 from train.loop import LoopSettings
 
+ALONE = Ranks()
 HW_DECODER_LOAD = 0.65  # DALI's own default
-
-
-def torch_device(config: Config) -> torch.device:
-    return torch.device("cuda" if resolve_device(config.device) == "gpu" else "cpu")
 
 
 def torch_threads() -> int:
@@ -62,21 +60,43 @@ def build_dataset(config: Config) -> MultiCropDataset:
     )
 
 
-def build_loader(config: Config, dataset: MultiCropDataset, batch_size: int, **changes: Any) -> MultiCropLoader:
+def build_loader(
+    config: Config, dataset: MultiCropDataset, batch_size: int, ranks: Ranks = ALONE, **changes: Any
+) -> MultiCropLoader:
     """A loader with the run's device, seed and threads; `changes` override single arguments."""
     arguments: dict[str, Any] = {
         "seed": config.seed,
         "device": config.device,
+        "device_id": ranks.local_rank,
         "num_workers": config.data.num_workers,
         "hw_decoder_load": HW_DECODER_LOAD if config.data.hw_decoder_load == "auto" else config.data.hw_decoder_load,
         "prefetch": config.data.prefetch,
         "use_mmap": config.data.use_mmap,
         "max_bad_share": config.data.max_bad_share,
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
     }
     return build_multicrop_dataloader(dataset, batch_size, **(arguments | changes))
 
 
-def tuned_reader(config: Config, dataset: MultiCropDataset, tell: Callable[[str], None]) -> dict[str, Any]:
+def build_training_loader(
+    config: Config, dataset: MultiCropDataset, ranks: Ranks = ALONE, **changes: Any
+) -> MultiCropLoader:
+    """Crops as uint8, which the model normalises. Raises ValueError when the data set is smaller than one step."""
+    loader = build_loader(config, dataset, config.data.batch_size, ranks, normalized=False, **changes)
+    needed = loader.global_batch * config.training.accumulation_steps
+    if len(dataset) < needed:
+        raise ValueError(
+            f"{dataset.index.folder}: {len(dataset)} samples are fewer than one step of {needed} (batch_size "
+            f"{config.data.batch_size} x {ranks.world_size} ranks x {config.training.accumulation_steps} accumulation "
+            "steps). Lower data.batch_size or training.accumulation_steps"
+        )
+    return loader
+
+
+def tuned_reader(
+    config: Config, dataset: MultiCropDataset, tell: Callable[[str], None], ranks: Ranks = ALONE
+) -> dict[str, Any]:
     """Arguments for `build_loader` in place of `auto`: measured on a GPU, where the pipeline has the CPU to itself."""
     data = config.data
     if resolve_device(config.device) != "gpu" or "auto" not in (data.num_workers, data.hw_decoder_load):
@@ -84,17 +104,21 @@ def tuned_reader(config: Config, dataset: MultiCropDataset, tell: Callable[[str]
     settings = candidates(own_cores(), None if data.hw_decoder_load == "auto" else data.hw_decoder_load)
     if data.num_workers != "auto":
         settings = sorted({replace(each, num_threads=data.num_workers) for each in settings})
-    return _tune(config, dataset, settings, tell)
+    return _tune(config, dataset, settings, tell, ranks)
 
 
 def _tune(
-    config: Config, dataset: MultiCropDataset, settings: list[ReaderSettings], tell: Callable[[str], None]
+    config: Config,
+    dataset: MultiCropDataset,
+    settings: list[ReaderSettings],
+    tell: Callable[[str], None],
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     def arguments(each: ReaderSettings) -> dict[str, Any]:
         return {"num_workers": each.num_threads, "hw_decoder_load": each.hw_decoder_load}
 
     chosen, rates = tune(
-        lambda each: build_loader(config, dataset, config.data.batch_size, normalized=False, **arguments(each)),
+        lambda each: build_training_loader(config, dataset, ranks, **arguments(each)),
         settings,
     )
     listed = ", ".join(f"{each.num_threads}/{each.hw_decoder_load:g}: {rate:,.0f}" for each, rate in rates.items())
@@ -181,8 +205,9 @@ def build_masks(config: Config, model: HJEPA, device: torch.device) -> MultiCrop
     )
 
 
-def loop_settings(config: Config, steps_per_epoch: int, device: torch.device) -> LoopSettings:
+def loop_settings(config: Config, batches_per_epoch: int, device: torch.device, ranks: Ranks = ALONE) -> LoopSettings:
     training = config.training
+    steps_per_epoch = batches_per_epoch // training.accumulation_steps
     total = training.epochs * steps_per_epoch
     return LoopSettings(
         total_steps=min(total, training.max_steps or total),
@@ -197,9 +222,10 @@ def loop_settings(config: Config, steps_per_epoch: int, device: torch.device) ->
         sigreg_slices=config.loss.sigreg_slices,
         projector_dim=config.model.projector_dim,
         seed=config.seed,
-        rank=0,
+        accumulation_steps=training.accumulation_steps,
         log_frequency=config.logging.log_frequency,
         save_frequency=config.checkpoint.save_frequency,
         probe_frequency=config.evaluation.eval_frequency * steps_per_epoch,
+        save_probed=config.checkpoint.keep_best_n > 0,
         max_skipped_steps=training.max_skipped_steps,
     )

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,46 +21,107 @@ class DamagedCheckpointError(ValueError):
     """A checkpoint whose files do not match their checksums."""
 
 
-def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep_last: int
-) -> Path:
-    """Write `folder/step_00001234` (`state["step"]`), keep the newest `keep_last`, and return its path.
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint will hold: copies, so that training may go on while they are written."""
+
+    model: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    state: dict[str, Any]
+
+
+def take_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Snapshot:
+    """`state` is JSON with a `step`, and a `score` by which the best are kept (higher is better) or null.
+
+    The copies stay on their device, which takes milliseconds where the way to the host would take seconds; if there is no
+    room for them, they go to the host at once.
+    """
+    parts = (dict(model.state_dict()), _optimizer_tensors(optimizer))
+    try:
+        tensors, moments = ({name: value.detach().clone() for name, value in part.items()} for part in parts)
+    except torch.OutOfMemoryError:
+        tensors, moments = ({name: value.detach().cpu() for name, value in part.items()} for part in parts)
+    return Snapshot(tensors, moments, json.loads(json.dumps(state)))
+
+
+def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
+    """Write `folder/step_00001234` and return its path. Raises OSError, and then leaves nothing behind.
 
     The files are flushed to disk before the rename: a checkpoint folder either does not exist or is whole.
     """
-    final = folder / f"step_{state['step']:08d}"
+    final = checkpoint_path(folder, snapshot.state["step"])
     temporary = folder / f".{final.name}.partial"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, temporary / MODEL)
-    save_file(_optimizer_tensors(optimizer), temporary / OPTIMIZER)
-    (temporary / STATE).write_text(json.dumps(state, indent=1))
-    sums = {name: _sha256(temporary / name) for name in (MODEL, OPTIMIZER, STATE)}
-    (temporary / MANIFEST).write_text(json.dumps({"format": 1, "sha256": sums}, indent=1))
-    for path in (*temporary.iterdir(), temporary):
-        _flush(path)
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    _flush(folder)
-    for old in list_checkpoints(folder)[:-keep_last]:
-        shutil.rmtree(old)
+    for left_behind in folder.glob(".step_*.partial"):  # by a process that was killed
+        shutil.rmtree(left_behind, ignore_errors=True)
+    try:
+        _write_files(temporary, snapshot)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        _flush(folder)
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return final
+
+
+def _write_files(folder: Path, snapshot: Snapshot) -> None:
+    folder.mkdir(parents=True)
+    for name, tensors in ((MODEL, snapshot.model), (OPTIMIZER, snapshot.optimizer)):
+        save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, folder / name)
+    (folder / STATE).write_text(json.dumps(snapshot.state, indent=1))
+    (folder / MANIFEST).write_text(_manifest(_sums(folder)))
+    for path in (*folder.iterdir(), folder):
+        _flush(path)
+
+
+def prune_checkpoints(folder: Path, keep_last: int, keep_best: int) -> None:
+    """Delete all but the newest `keep_last` and the `keep_best` of the highest score."""
+    paths = list_checkpoints(folder)
+    scores = {path: score for path in paths if (score := _score(path)) is not None}
+    best = sorted(scores, key=lambda path: (scores[path], path.name))[::-1][:keep_best]
+    for path in paths[:-keep_last]:
+        if path not in best:
+            shutil.rmtree(path)
+
+
+def _score(path: Path) -> float | None:
+    try:
+        return json.loads((path / STATE).read_text())["score"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # damaged: it may go
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}"
+
+
+def checkpoint_step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    return sorted(folder.glob("step_*"))
+    return sorted(folder.glob("step_" + "[0-9]" * 8))
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Raise DamagedCheckpointError unless every file is there and matches its checksum."""
+    """Raise DamagedCheckpointError unless every file is there and the manifest is, to the byte, the one they make."""
     try:
-        sums = json.loads((path / MANIFEST).read_text())["sha256"]
-        wrong = [name for name in (MODEL, OPTIMIZER, STATE) if _sha256(path / name) != sums[name]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        written, sums = (path / MANIFEST).read_bytes(), _sums(path)
+    except OSError as error:
         raise DamagedCheckpointError(f"{path}: unreadable ({error})") from None
-    if wrong:
-        raise DamagedCheckpointError(f"{path}: {', '.join(wrong)} does not match the checksum in {MANIFEST}")
+    if written != _manifest(sums).encode():
+        wrong = [name for name, checksum in sums.items() if checksum.encode() not in written]
+        raise DamagedCheckpointError(f"{path}: damaged: {', '.join(wrong or [MANIFEST])}")
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    return {name: _sha256(folder / name) for name in (MODEL, OPTIMIZER, STATE)}
+
+
+def _manifest(sums: dict[str, str]) -> str:
+    return json.dumps({"format": 1, "sha256": sums}, indent=1)
 
 
 def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
@@ -94,7 +156,7 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tens
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             for key, value in optimizer.state[parameter].items():
-                tensors[f"{name}/{key}"] = value.contiguous()
+                tensors[f"{name}/{key}"] = value
     return tensors
 
 

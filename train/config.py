@@ -18,6 +18,7 @@ from train.config_types import (
     Count,
     Flag,
     FolderName,
+    Name,
     Place,
     Positive,
     RuledSection,
@@ -33,6 +34,9 @@ class Training(Section):
     epochs: Count = 100
     lr: Positive = 5e-4
     """The peak, for the batch as given: it is not rescaled."""
+    accumulation_steps: Count = 1
+    """Batches of each rank in one step. Prediction losses are as with so many times the ranks; the view term's standardisation
+    and SIGReg, which compare images with one another, see one batch of all ranks at a time."""
     warmup_epochs: AtLeastZero = 10
     final_lr_ratio: Share = 0.0
     """The last learning rate as a share of the peak."""
@@ -48,6 +52,8 @@ class Training(Section):
     ema_final_momentum: Share = 1.0
     max_steps: Count | None = None
     """null: epochs decide."""
+    timeout_s: Positive = 900.0
+    """On several ranks: after so long without a step, the run ends and shows where each rank stands."""
     max_skipped_steps: Count = 20
     """Steps in a row with a loss or gradient that is no finite number, until the run goes back to its last checkpoint; if they
     come again, it stops. Each such step is left out."""
@@ -62,8 +68,16 @@ class Checkpoint(Section):
     save_frequency: Count = 1000
     """In steps."""
     keep_last_n: Count = 3
+    keep_best_n: Whole = 0
+    """More that are kept: those of the best k-NN measured during the run or, with eval_frequency 0, of the lowest loss."""
     resume: Literal["auto", "none"] | Place = "auto"
     """auto: go on from the run folder's newest checkpoint; none: start over; or the path of a checkpoint."""
+
+
+class Wandb(Section):
+    enabled: Flag = False
+    """Also log to Weights & Biases, if `wandb` is installed."""
+    project: Name = "hjepa"
 
 
 class Logging(Section):
@@ -73,6 +87,7 @@ class Logging(Section):
     log_frequency: Count = 10
     """In steps."""
     tensorboard: Flag = True
+    wandb: Wandb = Wandb()
 
 
 class Evaluation(Section):

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from train.config import Config
+from train.config_datasets import is_dataset_default, with_dataset_defaults
 from train.config_errors import broken_rules, explain, is_section, known_keys, nearest, unknown_key
 from train.config_yaml import COMMAND_LINE, ConfigError, Document, Issue, KeyPath, build, compose, dotted, shown
 
@@ -19,6 +20,7 @@ SHORT_FLAGS = {
     "epochs": "training.epochs",
     "data_path": "data.data_path",
     "dataset": "data.dataset",
+    "resume": "checkpoint.resume",
 }
 MAX_BYTES = 100_000  # a shard given by mistake is not read to its end
 
@@ -36,7 +38,18 @@ def load_config_with_origins(path: Path, overrides: Sequence[str] = ()) -> tuple
     config = _validate(document)
     if config is None or document.issues:
         raise ConfigError("\n".join(str(issue) for issue in sorted(document.issues, key=_reading_order)))
-    return config, {dotted(key): _origin(key, document) for key in _leaves(config, ())}
+    return config, {dotted(key): _origin(key, document, config.data.dataset) for key in _leaves(config, ())}
+
+
+def annotated(config: Config, origins: dict[str, str]) -> str:
+    """`config.to_yaml()` with a comment behind each value that says where it comes from; it reads back equal."""
+    lines = config.to_yaml().splitlines()
+    document = _document(compose("\n".join(lines), ""), "")
+    for path, mark in document.marks.items():
+        if (key := dotted(path)) in origins:
+            row = int(mark.place.rpartition(":")[2]) - 1
+            lines[row] = f"{lines[row]:<44}  # {origins[key]}"
+    return "\n".join(lines)
 
 
 @cache
@@ -48,14 +61,14 @@ def _validate(document: Document) -> Config | None:
     """The Config, or None and `document.issues` complete."""
     known = known_keys(_schema())
     try:
-        return Config.model_validate(document.values)
+        return Config.model_validate(with_dataset_defaults(document.values))
     except ValidationError as error:
         found = dict(explain(error, known, document))
     document.issues.extend(found.values())
     meant = (nearest(".".join(map(str, path)), known) for path in found)
     unsound = document.refused | set(found) | {tuple(key.split(".")) for key in meant if key}
     try:  # rules are asked only when all keys are sound, so ask again without the unsound ones
-        Config.model_validate(_without(unsound, document.values))
+        Config.model_validate(_without(unsound, with_dataset_defaults(document.values)))
     except ValidationError as error:
         document.issues.extend(broken_rules(error, unsound, document))
     return None
@@ -167,9 +180,10 @@ def _leaves(value: Any, path: KeyPath) -> Iterator[KeyPath]:
         yield path
 
 
-def _origin(path: KeyPath, document: Document) -> str:
-    mark = document.marks.get(path)
-    return mark.place if mark else "default"
+def _origin(path: KeyPath, document: Document, dataset: str) -> str:
+    if mark := document.marks.get(path):
+        return mark.place
+    return f"default of {dataset}" if is_dataset_default(dataset, path) else "default"
 
 
 def _reading_order(issue: Issue) -> tuple[bool, int]:

@@ -67,31 +67,42 @@ class Display:
             self._progress.stop()
 
 
+KNN_NAMES = {
+    "pixels": "k-NN, raw pixels",
+    "colour_histogram": "k-NN, colour histogram",
+    "random_init": "k-NN, random initialisation",
+    "trained": "k-NN, trained encoder",
+}
+
+
+def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a person wants to know of `summary`, which is what summary.json holds."""
+    rows = [
+        ("images seen", f"{summary['images']:,}"),
+        ("images/s", f"{summary['images_per_s']:.0f}"),
+        ("data wait", f"{summary['data_wait_percent']:.1f} %"),
+    ]
+    if summary["loss_first"] is not None:
+        rows.append(("loss, first -> last", f"{summary['loss_first']:.4f} -> {summary['loss_last']:.4f}"))
+    if summary["bad_samples"]:
+        rows.append(("bad samples, replaced", f"{summary['bad_samples']:,}, see quarantine.jsonl"))
+    if summary["skipped_steps"]:
+        rows.append(("steps left out, not finite", f"{summary['skipped_steps']:,}"))
+    if summary["collapse_alarms"]:
+        rows.append(("collapse alarms at steps", ", ".join(map(str, summary["collapse_alarms"]))))
+    if summary["knn"] is not None:
+        rows.append(("RankMe of the trained features", f"{summary['rankme']:.1f} of {summary['width']}"))
+        rows += [(name, f"{summary['knn'][key]:.1f} %") for key, name in KNN_NAMES.items()]
+    return rows
+
+
 def summary_table(summary: dict[str, Any]) -> Table:
-    """The run in one table; `summary` is what summary.json holds."""
+    """The run in one table."""
     table = Table(title=f"{summary['run_name']}: {summary['steps']} steps", title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
-    table.add_row("images seen", f"{summary['images']:,}")
-    table.add_row("images/s", f"{summary['images_per_s']:.0f}")
-    table.add_row("data wait", f"{summary['data_wait_percent']:.1f} %")
-    if summary["loss_first"] is not None:
-        table.add_row("loss, first -> last", f"{summary['loss_first']:.4f} -> {summary['loss_last']:.4f}")
-    if summary["bad_samples"]:
-        table.add_row("bad samples, replaced", f"{summary['bad_samples']:,}, see quarantine.jsonl")
-    if summary["skipped_steps"]:
-        table.add_row("steps left out, not finite", f"{summary['skipped_steps']:,}")
-    if summary["collapse_alarms"]:
-        table.add_row("collapse alarms at steps", ", ".join(map(str, summary["collapse_alarms"])))
-    names = {
-        "pixels": "k-NN, raw pixels",
-        "colour_histogram": "k-NN, colour histogram",
-        "random_init": "k-NN, random initialisation",
-        "trained": "k-NN, trained encoder",
-    }
-    if summary["knn"] is not None:
-        table.add_row("RankMe of the trained features", f"{summary['rankme']:.1f} of {summary['width']}")
-        table.add_section()
-        for key, name in names.items():
-            table.add_row(name, f"{summary['knn'][key]:.1f} %")
+    rows = summary_rows(summary)
+    for number, row in enumerate(rows, 1):
+        is_last_before_knn = number < len(rows) and rows[number][0] == KNN_NAMES["pixels"]
+        table.add_row(*row, end_section=is_last_before_knn)
     return table

@@ -150,6 +150,24 @@ def _cells(chosen: torch.Tensor, grid: int, stride: int, size: int) -> np.ndarra
     return np.kron(cells.view(side, side).numpy(), np.ones((stride * patch,) * 2, dtype=bool))[:size, :size]
 
 
+def draw_features(
+    path: Path,
+    crops: torch.Tensor,
+    colours: torch.Tensor,
+    grid: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> None:
+    """Crops `[n, 3, S, S]` above their tokens' features as colours, `[n, grid * grid, 3]` in 0..1."""
+    figure, axes = plt.subplots(2, len(crops), figsize=(2.2 * len(crops), 4.6), squeeze=False, layout="constrained")
+    for column, (crop, colour) in enumerate(zip(crops, colours, strict=True)):
+        axes[0, column].imshow(to_picture(crop, mean, std))
+        axes[1, column].imshow(colour.unflatten(0, (grid, grid)).numpy(), interpolation="nearest")
+    axes[0, 0].set_title("crop", fontsize=8)
+    axes[1, 0].set_title("features: 3 principal components", fontsize=8)
+    _finish(figure, axes, path)
+
+
 def draw_curves(path: Path, metrics: list[dict[str, Any]]) -> None:
     """Every loss, the collapse signals, the speed and the schedule over the steps of a run."""
     levels = sorted(name for name in metrics[0] if name.startswith("level_"))

@@ -13,9 +13,9 @@ class StepGuard:
         self._skipped = torch.tensor(float(state.skipped_steps), device=device, dtype=torch.float64)
         self._in_a_row = torch.tensor(float(state.skipped_in_a_row), device=device)
 
-    def check(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
-        """`[] float32`: 1.0 if either is infinite or not a number, on any rank, else 0.0. Counts the step."""
-        skip = (~(loss.isfinite() & grad_norm.isfinite())).float()
+    def check(self, losses: list[torch.Tensor], grad_norm: torch.Tensor) -> torch.Tensor:
+        """`[] float32`: 1.0 if one of them is infinite or not a number, on any rank, else 0.0. Counts the step."""
+        skip = 1 - torch.stack([*losses, grad_norm]).detach().isfinite().all().float()
         if dist.is_initialized():
             dist.all_reduce(skip, dist.ReduceOp.MAX)  # a rank that alone left out a step would part from the others
         self._skipped += skip

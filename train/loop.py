@@ -12,6 +12,7 @@ from model.losses import random_directions
 from model.masks import MultiCropMaskGenerator
 from pipeline.batch import CropBatch
 from pipeline.loader import MultiCropLoader
+from train.distributed import Ranks, gradients_kept_back
 from train.guard import CollapseAlarm, StepGuard
 from train.metrics import mean_std, rankme
 from train.optim import ema_momentum, learning_rate
@@ -35,10 +36,11 @@ class LoopSettings:
     sigreg_slices: int
     projector_dim: int
     seed: int
-    rank: int
+    accumulation_steps: int
     log_frequency: int
     save_frequency: int
     probe_frequency: int
+    save_probed: bool
     max_skipped_steps: int
 
 
@@ -50,23 +52,26 @@ class Tally:
     features: list[torch.Tensor] = field(default_factory=list)
     counted: torch.Tensor | float = 0.0
 
-    def add(self, losses: dict[str, torch.Tensor], grad_norm: torch.Tensor, skip: torch.Tensor) -> None:
-        """Count one step, unless `skip` (`[]`, 1.0 or 0.0) says that it was left out."""
-        features = losses.pop("features")
-        if sum(len(part) for part in self.features) < FEATURE_ROWS:
-            self.features.append(features)
-        for name, value in {**losses, "grad_norm": grad_norm}.items():
-            kept = torch.where(skip > 0, 0.0, value.detach())
+    def add(self, parts: list[dict[str, torch.Tensor]], grad_norm: torch.Tensor, skip: torch.Tensor) -> None:
+        """Count one step of several batches' losses, unless `skip` (`[]`, 1.0 or 0.0) says that it was left out."""
+        for losses in parts:
+            features = losses.pop("features")
+            if sum(len(part) for part in self.features) < FEATURE_ROWS:
+                self.features.append(features)
+        means = {name: sum(losses[name].detach() for losses in parts) / len(parts) for name in parts[0]}
+        for name, value in {**means, "grad_norm": grad_norm}.items():
+            kept = torch.where(skip > 0, 0.0, value)
             self.sums[name] = self.sums[name] + kept if name in self.sums else kept
         self.counted = self.counted + (1 - skip)
 
-    def means(self) -> dict[str, float]:
-        """Of the steps that counted; without any, there are none."""
+    def means(self, ranks: Ranks) -> dict[str, float]:
+        """Over the steps that counted and all ranks; without such steps, there are none."""
+        totals = ranks.mean(torch.stack(list(self.sums.values())))
         counted = float(self.counted)
-        return {name: float(total) / counted for name, total in self.sums.items()} if counted else {}
+        return {name: float(total) / counted for name, total in zip(self.sums, totals, strict=True) if counted}
 
     def signals(self) -> tuple[dict[str, float], int]:
-        """The collapse signals, and how many features they are of; features that are no numbers are left out."""
+        """This rank's collapse signals, and how many features they are of; features that are no numbers are left out."""
         features = torch.cat(self.features)
         features = features[features.isfinite().all(dim=1)]
         if len(features) < 2:
@@ -79,19 +84,25 @@ def step_seed(seed: int, step: int, lane: int) -> int:
     return ((seed * 1_000_003 + step) * 1_000_003 + lane) % 2**63
 
 
-def batches(loader: MultiCropLoader) -> Iterator[CropBatch]:
-    """Epoch after epoch, from where the loader stands."""
+def batches(loader: MultiCropLoader, per_step: int = 1) -> Iterator[CropBatch]:
+    """Epoch after epoch, from where the loader stands. The last ones of an epoch are left out if they do not fill a step."""
     while True:
-        yield from loader
+        left = (len(loader.index) - loader.state_dict()["position"]) // loader.global_batch
+        usable = left // per_step * per_step
+        for number, batch in enumerate(loader):
+            if number < usable:
+                yield batch
 
 
 def train_steps(
     model: HJEPA,
+    replica: torch.nn.Module,
     masks: MultiCropMaskGenerator,
     optimizer: torch.optim.Optimizer,
     loader: MultiCropLoader,
     state: RunState,
     settings: LoopSettings,
+    ranks: Ranks,
     *,
     log: Callable[[dict[str, float]], None],
     tell: Callable[[str], None],
@@ -105,36 +116,43 @@ def train_steps(
     A step whose loss or gradient is not finite changes neither weights nor optimiser nor target. When `max_skipped_steps` of
     them have come in a row, as counted at logging steps, the loop ends.
 
-    `log` gets the means since the last logging step, `tell` a line for the user, `show` is called every step, `probe` every
-    `probe_frequency` steps (0: never), and `save` every `save_frequency` steps and after the last.
+    `replica` is what `replicated` makes of `model`. `stop` must answer alike on all ranks. `log` gets the means since the last
+    logging step, `tell` a line for the user, `show` is called every step, `probe` every `probe_frequency` steps (0: never), and
+    `save` every `save_frequency` steps, after the last and, with `save_probed`, after each `probe`.
     """
-    device = masks.device
+    device, parts = masks.device, settings.accumulation_steps
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     directions_generator = torch.Generator(device)
     guard, alarm = StepGuard(device, state), CollapseAlarm(model.encoder.width)
-    stream, tally, logged, logged_s = batches(loader), Tally(), state.images, state.train_s
-    waited_s = state.wait_s
+    stream, tally, speed = batches(loader, parts), Tally(), Speed(state)
     model.train()
     while state.step < settings.total_steps and not gone_wrong(state, settings) and not stop():
         started = time.perf_counter()
-        batch = next(stream)
-        state.wait_s += time.perf_counter() - started
-
-        # Masks and dropout draw from the global generator, by step and rank; the directions must agree on all ranks.
-        torch.manual_seed(step_seed(settings.seed, state.step, settings.rank + 1))
+        # The directions must agree on all ranks.
         directions_generator.manual_seed(step_seed(settings.seed, state.step, 0))
-        plan = masks(len(batch.labels))
         directions = random_directions(settings.projector_dim, settings.sigreg_slices, directions_generator, device)
         lr = learning_rate(state.step, settings.total_steps, settings.warmup_steps, settings.lr, settings.final_lr)
         momentum = ema_momentum(state.step, settings.total_steps, settings.ema_momentum, settings.ema_final_momentum)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.use_amp):
-            losses = model(batch.crops, batch.boxes, batch.flips, plan, directions)
-        losses["loss"].backward()
+        losses = []
+        for part in range(parts):
+            waiting = time.perf_counter()
+            batch = next(stream)
+            state.wait_s += time.perf_counter() - waiting
+            # Masks and dropout draw from the global generator: by step, and by where the batch lies in the step.
+            torch.manual_seed(step_seed(settings.seed, state.step, part * ranks.world_size + ranks.rank + 1))
+            plan = masks(len(batch.labels))
+            with (
+                gradients_kept_back(replica, part < parts - 1),
+                torch.autocast(device.type, torch.bfloat16, enabled=settings.use_amp),
+            ):
+                losses.append(replica(batch.crops, batch.boxes, batch.flips, plan, directions))
+            (losses[-1]["loss"] / parts).backward()
+            state.images += len(batch.labels) * ranks.world_size
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip or float("inf"))
-        skip = guard.check(losses["loss"].detach(), grad_norm)
+        skip = guard.check([part["loss"] for part in losses], grad_norm)
         optimizer.found_inf = skip  # type: ignore[attr-defined]  # the fused kernel leaves all as it is where this is 1
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -142,11 +160,10 @@ def train_steps(
         tally.add(losses, grad_norm, skip)
 
         state.step += 1
-        state.images += len(batch.labels)
         last = state.step == settings.total_steps
         due = state.step % settings.log_frequency == 0 or last
         if due or state.step == 1:
-            means = tally.means()
+            means = tally.means(ranks)
             state.loss_last = means.get("loss", state.loss_last)
             state.loss_first = state.loss_last if state.loss_first is None else state.loss_first
             guard.read(state)
@@ -155,22 +172,34 @@ def train_steps(
             signals, rows = tally.signals()
             if signals and (alarm_text := alarm.check(state, signals, rows)):
                 tell(alarm_text)
-            elapsed = state.train_s - logged_s
-            means |= signals | {"lr": lr, "ema_momentum": momentum, "images_per_s": (state.images - logged) / elapsed}
-            means |= {"data_wait_percent": 100 * (state.wait_s - waited_s) / elapsed}
+            means |= signals | {"lr": lr, "ema_momentum": momentum, **speed.since_last(state)}
             state.bad_samples = len(loader.quarantine)
             means |= {"skipped_steps": state.skipped_steps, "collapse_alarm": float(state.collapsed)}
-            means |= {"bad_samples": state.bad_samples}
+            means["bad_samples"] = state.bad_samples
             log(means | {"peak_memory_bytes": peak_memory(device), "epoch": loader.state_dict()["epoch"]})
-            tally, logged, logged_s, waited_s = Tally(), state.images, state.train_s, state.wait_s
+            tally = Tally()
         show()
-        if settings.probe_frequency and state.step % settings.probe_frequency == 0 and not last:
+        probed = bool(settings.probe_frequency) and state.step % settings.probe_frequency == 0 and not last
+        if probed:
             probe()
-        if state.step % settings.save_frequency == 0 or last:
+        if state.step % settings.save_frequency == 0 or last or (probed and settings.save_probed):
             guard.read(state)
             if not gone_wrong(state, settings):
                 save()
     guard.read(state)
+
+
+class Speed:
+    """Images per second and the share of time spent waiting for data, from one logging step to the next."""
+
+    def __init__(self, state: RunState) -> None:
+        self._before = (state.images, state.train_s, state.wait_s)
+
+    def since_last(self, state: RunState) -> dict[str, float]:
+        now = (state.images, state.train_s, state.wait_s)
+        images, train_s, wait_s = (new - old for new, old in zip(now, self._before, strict=True))
+        self._before = now
+        return {"images_per_s": images / train_s, "data_wait_percent": 100 * wait_s / train_s}
 
 
 def gone_wrong(state: RunState, settings: LoopSettings) -> bool:

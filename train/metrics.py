@@ -1,10 +1,12 @@
 """Collapse signals, and the run's record of numbers."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 
 
@@ -21,9 +23,15 @@ def mean_std(features: torch.Tensor) -> float:
 
 
 class MetricsLog:
-    """Appends one JSON object per logging step to `folder/metrics.jsonl`, and the same scalars to TensorBoard."""
+    """Appends one JSON object per logging step to `folder/metrics.jsonl`; the same scalars go to TensorBoard and wandb.
 
-    def __init__(self, folder: Path, tensorboard: bool, start_step: int) -> None:
+    `wandb`: a run of that package, or None.
+    """
+
+    def __init__(
+        self, folder: Path, tensorboard: bool, start_step: int, say: Callable[[str], None], wandb: Any = None
+    ) -> None:
+        self._say, self._told, self._wandb = say, False, wandb
         self._path = folder / "metrics.jsonl"
         # A run killed after its last checkpoint repeats some steps: their old lines give way.
         kept = [line for line in read_metrics(folder) if line["step"] <= start_step]
@@ -37,18 +45,39 @@ class MetricsLog:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+        try:
+            self._file.flush()  # what a full disk refuses stays in the buffer, and is tried again
+            if self._writer is not None:
+                for name, value in values.items():
+                    self._writer.add_scalar(name, value, step)
+        except OSError as error:
+            self._tell(error)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """Show `[H, W, 3] uint8` in TensorBoard."""
+        try:
+            if self._writer is not None:
+                self._writer.add_image(name, pixels, step, dataformats="HWC")
+        except OSError as error:
+            self._tell(error)
+
+    def _tell(self, error: OSError) -> None:
+        if not self._told:
+            self._say(f"{self._path}: cannot be written ({error}); training goes on")
+        self._told = True
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        try:
+            self._file.close()
+            if self._writer is not None:
+                self._writer.close()
+        except OSError as error:
+            self._tell(error)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -61,3 +90,16 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return lines
+
+
+def open_wandb(enabled: bool, project: str, run_name: str, folder: Path, settings: dict[str, Any]) -> Any:
+    """A wandb run that goes on when the run does, or None. ValueError if the package is not there."""
+    if not enabled:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(
+            "logging.wandb.enabled: the package wandb is not installed; `pip install wandb`, or write false"
+        ) from None
+    return wandb.init(project=project, name=run_name, id=run_name, resume="allow", dir=folder, config=settings)

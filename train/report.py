@@ -1,23 +1,13 @@
-"""What a run leaves behind at its end: summary.json and the pictures."""
+"""What a run leaves behind at its end: summary.json and report.md."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from model.hjepa import HJEPA
-from model.masks import MultiCropMaskGenerator
-from pipeline.dataset import MultiCropDataset
-from train.build import build_loader
 from train.config import Config
-from train.figures import draw_crops, draw_curves, draw_masks
-from train.loop import step_seed
-from train.metrics import read_metrics
+from train.display import summary_rows
 from train.probe import Probe
 from train.state import RunState
-
-PICTURED = 4  # images in crops.png and masks.png
 
 
 def write_summary(folder: Path, config: Config, state: RunState, probe: Probe, width: int) -> dict[str, Any]:
@@ -44,20 +34,25 @@ def write_summary(folder: Path, config: Config, state: RunState, probe: Probe, w
     return summary
 
 
-def draw_figures(
-    folder: Path, config: Config, dataset: MultiCropDataset, model: HJEPA, masks: MultiCropMaskGenerator
-) -> list[Path]:
-    """Draw crops.png and masks.png of the first positions of epoch 0, exactly as trained on, and curves.png."""
-    figures = folder / "figures"
-    figures.mkdir(exist_ok=True)
-    count = min(PICTURED, len(dataset))
-    loader = build_loader(config, dataset, count)
-    batch = next(iter(loader))
-    normalisation = (dataset.mean, dataset.std)
-    paths = [figures / name for name in ("crops.png", "masks.png", "curves.png")]
-    draw_crops(paths[0], batch, dataset.index, loader.rows_at(0, 0, count), model.num_global, *normalisation)
-    torch.manual_seed(step_seed(config.seed, 0, 1))
-    plan = masks(count)
-    draw_masks(paths[1], batch, plan, model.grid, masks.strides, *normalisation, count=2)
-    draw_curves(paths[2], [line for line in read_metrics(folder) if "loss" in line])
-    return paths
+def write_report(folder: Path, summary: dict[str, Any], figures: list[Path]) -> Path:
+    """report.md: the run on one page, next to summary.json."""
+    rows = [f"| {name} | {value} |" for name, value in summary_rows(summary)]
+    shown = [f"## {figure.stem}\n\n![{figure.stem}](figures/{figure.name})\n" for figure in figures]
+    path = folder / "report.md"
+    path.write_text(
+        "\n".join(
+            [
+                f"# {summary['run_name']}",
+                "",
+                f"{summary['steps']:,} steps. Settings: [config.yaml](config.yaml); machine and packages: "
+                "[environment.json](environment.json); every logged number: [metrics.jsonl](metrics.jsonl).",
+                "",
+                "| | |",
+                "|---|---|",
+                *rows,
+                "",
+                *shown,
+            ]
+        )
+    )
+    return path

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import signal
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -30,27 +31,37 @@ FREE_KEYS = (
 )
 
 
+def run_folder(config: Config) -> Path:
+    return Path(config.logging.run_dir) / config.logging.run_name
+
+
 def open_run_folder(config: Config, say: Callable[[str], None]) -> Path:
     """Make `run_dir/run_name` with its config.yaml and environment.json.
 
     With `resume: none` an earlier run's checkpoints are moved aside. Otherwise a folder of a run with other settings raises
     ValueError, which lists them.
     """
-    folder = Path(config.logging.run_dir) / config.logging.run_name
+    check_run_folder(config)
+    folder = run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = folder / "config.yaml"
     if config.checkpoint.resume == "none":
         _move_aside(folder, say)
-    elif settings.exists() and (folder / "checkpoints").exists():
+    (folder / "config.yaml").write_text(config.to_yaml())
+    (folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
+    return folder
+
+
+def check_run_folder(config: Config) -> None:
+    """Raise ValueError if the run's folder holds a run with other settings that this one would go on with."""
+    folder = run_folder(config)
+    settings = folder / "config.yaml"
+    if config.checkpoint.resume != "none" and settings.exists() and (folder / "checkpoints").exists():
         changes = _changes(yaml.safe_load(settings.read_text()), config.resolved)
         if changes:
             raise ValueError(
                 f"{folder}: holds a run with other settings ({'; '.join(changes)}). Choose another logging.run_name, or "
                 "checkpoint.resume=none to start over"
             )
-    settings.write_text(config.to_yaml())
-    (folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
-    return folder
 
 
 def _move_aside(folder: Path, say: Callable[[str], None]) -> None:
@@ -94,10 +105,11 @@ def environment() -> dict[str, Any]:
 
 
 class StopSignal:
-    """While open, SIGINT, SIGTERM and SIGUSR1 only set `asked`; a second SIGINT leaves at once."""
+    """While open, SIGINT, SIGTERM and SIGUSR1 only set `asked`; a second SIGINT, a second later, leaves at once."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.asked = False
+        self._asked_at = 0.0
         self._say = say
         self._before: dict[int, Any] = {}
 
@@ -107,9 +119,13 @@ class StopSignal:
         return self
 
     def _ask(self, number: int, _: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
-            os._exit(128 + number)
-        self.asked = True
+        now = time.monotonic()
+        if self.asked:
+            # Under torchrun, one Ctrl-C arrives twice: from the terminal, and passed on.
+            if number == signal.SIGINT and now - self._asked_at > 1:
+                os._exit(128 + number)
+            return
+        self.asked, self._asked_at = True, now
         self._say(f"{signal.Signals(number).name}: finishing the step and saving; Ctrl-C leaves at once")
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:

@@ -1,121 +1,58 @@
 """One run, from its settings to its pictures. `train/run.py` is the command in front of it."""
 
 import os
-from dataclasses import dataclass
+import sys
+import traceback
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
-from model.hjepa import HJEPA
-from model.masks import MultiCropMaskGenerator
-from pipeline.dataset import MultiCropDataset
-from pipeline.loader import MultiCropLoader
-from pipeline.quarantine import Quarantine
-from train.build import (
-    build_dataset,
-    build_loader,
-    build_masks,
-    build_model,
-    loop_settings,
-    torch_device,
-    torch_threads,
-    tuned_reader,
+from pipeline.dataset import resolve_device
+from train.checkpoint import (
+    checkpoint_path,
 )
-from train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from train.config import Config
 from train.display import Display, summary_table
-from train.loop import LoopSettings, gone_wrong, train_steps
+from train.distributed import Watchdog, joined, ranks_from_environment
+from train.loop import gone_wrong, train_steps
+from train.memory import is_out_of_memory, out_of_memory_advice
 from train.metrics import MetricsLog
-from train.optim import build_optimizer
-from train.probe import Probe
-from train.report import draw_figures, write_summary
-from train.run_folder import StopSignal, open_run_folder
-from train.state import RunState
+from train.pictures import draw_figures, read_picture
+from train.prepare import Session, newest, prepare
+from train.report import write_report, write_summary
+from train.run_folder import StopSignal
 
+LOST = 1  # another rank died or hangs
 STOPPED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint; the same command goes on from it
+NOT_WRITTEN = 4  # the disk refused the last checkpoint or the summary
 DIVERGED = 3  # too many steps without finite numbers; the last checkpoint is sound
 
 
-@dataclass
-class Session:
-    """The parts of a run; `state` is replaced when a checkpoint is loaded."""
-
-    config: Config
-    console: Console
-    folder: Path
-    dataset: MultiCropDataset
-    loader: MultiCropLoader
-    model: HJEPA
-    masks: MultiCropMaskGenerator
-    optimizer: torch.optim.Optimizer
-    settings: LoopSettings
-    probe: Probe
-    state: RunState
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    def say(self, text: str) -> None:
-        self.console.print(text, highlight=False)
-
-    def save(self) -> None:
-        saved = {"step": self.state.step, "run": self.state.as_dict(), "loader": self.loader.state_dict()}
-        save_checkpoint(self.checkpoints, self.model, self.optimizer, saved, self.config.checkpoint.keep_last_n)
-
-    def restore(self, path: Path) -> None:
-        """Raises ValueError when the checkpoint is damaged or of another architecture."""
-        saved = load_checkpoint(path, self.model, self.optimizer)
-        self.state = RunState(**saved["run"])
-        self.state.skipped_in_a_row = 0  # or a run that ended for it could never be tried again
-        self.loader.load_state_dict(saved["loader"])
-        self.say(f"going on from {path} (step {self.state.step} of {self.settings.total_steps})")
-
-
 def run(config: Config, console: Console) -> int:
-    """Train, evaluate and draw; returns the exit code."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("torchrun: several ranks are not supported yet; start one process")
-    session = prepare(config, console)
-    with StopSignal(console.print) as stop:
-        code = train(session, stop)
-    return code if code else finish(session)
-
-
-def prepare(config: Config, console: Console) -> Session:
-    """Build every part, measure the baselines and load the checkpoint to go on from."""
-    device = torch_device(config)
-    if device.type == "cpu":
-        torch.set_num_threads(torch_threads())
-    dataset = build_dataset(config)
-    reader = tuned_reader(config, dataset, console.print)
-    loader = build_loader(config, dataset, config.data.batch_size, normalized=False, **reader)
-    settings = loop_settings(config, len(loader), device)
-    model = build_model(config, device)
-    masks = build_masks(config, model, device)
-    if config.training.compile:
-        model.compile(dynamic=False)  # in place: the parameters keep their names
-    optimizer = build_optimizer(model, config.training.weight_decay, config.training.betas)
-    folder = open_run_folder(config, console.print)
-    loader.quarantine = Quarantine(dataset.index, folder / "quarantine.jsonl", config.data.max_bad_share)
-    probe = Probe(config, folder, model, console.print)
-    probe.measure_baselines()
-    session = Session(
-        config, console, folder, dataset, loader, model, masks, optimizer, settings, probe, RunState()
-    )  # fmt: skip
-    if (start := start_from(session)) is not None:
-        session.restore(start)
-        if session.state.step >= settings.total_steps:
-            session.say("this run is complete: a higher training.epochs goes on, checkpoint.resume=none starts over")
-    return session
-
-
-def start_from(session: Session) -> Path | None:
-    resume = session.config.checkpoint.resume
-    if resume == "auto":
-        return newest_checkpoint(session.checkpoints, session.say)
-    return None if resume == "none" else Path(resume)
+    """Train, evaluate and draw; returns the exit code. On rank 0 alone there is something to see."""
+    ranks, kind = ranks_from_environment(), resolve_device(config.device)
+    with joined(ranks, kind):
+        session = prepare(config, console, ranks, ranks.device(kind))
+        with StopSignal(console.print) as stop:
+            try:
+                code = train(session, stop)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise ValueError(
+                        out_of_memory_advice(config, ranks.device(kind), session.settings.use_amp)
+                    ) from None
+                if ranks.world_size == 1:
+                    raise
+                # Most likely another rank has died, and its own message says why; where this one stood may help as well.
+                traceback.print_exc()
+                print(f"rank {ranks.rank}: lost the others at step {session.state.step}", file=sys.stderr)
+                return LOST
+    code = code if code or not ranks.is_first else finish(session)
+    session.tell_status({0: "complete", STOPPED: "stopped", DIVERGED: "diverged"}.get(code, "failed"))
+    if session.wandb is not None:
+        session.wandb.finish(exit_code=code)
+    return code
 
 
 def train(session: Session, stop: StopSignal) -> int:
@@ -126,53 +63,110 @@ def train(session: Session, stop: StopSignal) -> int:
         state = session.state
         if not gone_wrong(state, session.settings):
             break
-        newest = newest_checkpoint(session.checkpoints, session.say)
+        last_sound = newest(session)
         bad = f"step {state.step}: {state.skipped_in_a_row} steps in a row without a finite loss and gradient"
-        if newest is None or newest == gone_back_to:
-            again = " again" if newest else ""
+        if last_sound is None or last_sound == gone_back_to:
+            again = " again" if last_sound else ""
             session.say(
                 f"{bad}{again}; stopped. No weight was touched by them. Lower training.lr or training.grad_clip, lengthen "
                 "training.warmup_epochs, or set training.use_amp=false; the same command then goes on"
             )
             return DIVERGED
         session.say(f"{bad}; going back to the last checkpoint")
-        gone_back_to = newest
-        session.restore(newest)
+        gone_back_to = last_sound
+        session.restore(last_sound)
     if state.step < session.settings.total_steps:
         session.save()
+        session.writer.wait()
+        session.ranks.any(False)  # torchrun gives the others half a minute once one rank has left
         session.say(f"stopped at step {state.step}; the same command goes on from there")
         return STOPPED
+    session.writer.wait()
     return 0
 
 
 def train_once(session: Session, stop: StopSignal) -> None:
     """Until the end, a stop, or numbers gone wrong."""
-    config, state, total = session.config, session.state, session.settings.total_steps
+    config, state, settings, ranks = session.config, session.state, session.settings, session.ranks
+    per_epoch = len(session.loader) // settings.accumulation_steps
     with (
-        MetricsLog(session.folder, config.logging.tensorboard, state.step) as metrics,
-        Display(session.console, config.logging.run_name, state.step, total, len(session.loader)) as display,
+        open_metrics(session) as metrics,
+        Display(session.console, config.logging.run_name, state.step, settings.total_steps, per_epoch) as display,
+        Watchdog(ranks, config.training.timeout_s) as watchdog,
     ):
+
+        def log(values: dict[str, float]) -> None:
+            if metrics is not None:
+                metrics.write(state.step, values)
+
+        def probe() -> None:
+            watchdog.rest()
+            if session.probe is not None:
+                figures = session.probe.online()
+                state.knn, state.knn_step = figures.get("knn"), state.step
+                log(figures)
+                show_pictures(session, metrics)
+            ranks.any(False)
+            watchdog.beat()
+
+        def show() -> None:
+            display.update(state)
+            if session.heartbeat is not None:
+                session.heartbeat.beat(state)
+
+        def stop_now() -> bool:
+            watchdog.beat()
+            return ranks.any(stop.asked)
+
         train_steps(
             session.model,
+            session.replica,
             session.masks,
             session.optimizer,
             session.loader,
             state,
-            session.settings,
-            log=lambda values: metrics.write(state.step, values),
+            settings,
+            ranks,
+            log=log,
             tell=session.say,
-            show=lambda: display.update(state),
-            probe=lambda: metrics.write(state.step, session.probe.online()),
+            show=show,
+            probe=probe,
             save=session.save,
-            stop=lambda: stop.asked,
+            stop=stop_now,
         )
 
 
-def finish(session: Session) -> int:
-    """Evaluate and draw."""
-    session.console.print("evaluating and drawing ...", style="dim")
-    summary = write_summary(session.folder, session.config, session.state, session.probe, session.model.encoder.width)
+def open_metrics(session: Session) -> AbstractContextManager[MetricsLog | None]:
+    if not session.ranks.is_first:
+        return nullcontext()
+    tensorboard = session.config.logging.tensorboard
+    return MetricsLog(session.folder, tensorboard, session.state.step, session.say, session.wandb)
+
+
+def show_pictures(session: Session, metrics: MetricsLog | None) -> list[Path]:
+    """Draw the pictures of the run as it is now, and put them into its log."""
     figures = draw_figures(session.folder, session.config, session.dataset, session.model, session.masks)
+    if metrics is not None:
+        for figure in figures:
+            metrics.picture(session.state.step, figure.stem, read_picture(figure))
+    return figures
+
+
+def finish(session: Session) -> int:
+    """Evaluate and draw, on rank 0."""
+    session.console.print("evaluating and drawing ...", style="dim")
+    assert session.probe is not None
+    folder, state = session.folder, session.state
+    session.tell_status("evaluating")
+    try:
+        with open_metrics(session) as metrics:
+            summary = write_summary(folder, session.config, state, session.probe, session.model.encoder.width)
+            figures = show_pictures(session, metrics)
+        write_report(folder, summary, figures)
+    except OSError as error:
+        session.say(f"{folder}: the summary could not be written ({error}); the same command tries again")
+        return NOT_WRITTEN
     session.console.print(summary_table(summary))
     session.say("pictures: " + ", ".join(os.path.relpath(figure) for figure in figures))
-    return 0
+    session.say(f"report: {os.path.relpath(folder / 'report.md')}")
+    return 0 if checkpoint_path(session.checkpoints, state.step).exists() else NOT_WRITTEN

@@ -21,6 +21,9 @@ class RunState:
     collapsed: bool = False
     alarms: list[int] = field(default_factory=list)
     """Steps at which the collapse alarm began to ring."""
+    knn: float | None = None
+    """Percent, at the latest measurement during the run."""
+    knn_step: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,5 +1,6 @@
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,14 @@ from torch import nn
 
 from train.checkpoint import (
     DamagedCheckpointError,
+    checkpoint_step,
     list_checkpoints,
     load_checkpoint,
     newest_checkpoint,
-    save_checkpoint,
+    prune_checkpoints,
+    take_snapshot,
     verify_checkpoint,
+    write_checkpoint,
 )
 from train.optim import build_optimizer
 
@@ -34,14 +38,15 @@ def trained(seed: int = 0, width: int = 16) -> tuple[nn.Module, torch.optim.Opti
 def folder(tmp_path: Path) -> Path:
     model, optimizer = trained()
     for step in (5, 10, 15, 20):
-        save_checkpoint(tmp_path, model, optimizer, {"step": step}, keep_last=3)
+        write_checkpoint(tmp_path, take_snapshot(model, optimizer, {"step": step, "score": None}))
+        prune_checkpoints(tmp_path, keep_last=3, keep_best=0)
     return tmp_path
 
 
 def test_what_was_saved_is_loaded_bit_for_bit_and_training_goes_on_equally(folder: Path) -> None:
     model, optimizer = trained()
     other, other_optimizer = trained(seed=1)
-    assert load_checkpoint(folder / "step_00000020", other, other_optimizer) == {"step": 20}
+    assert load_checkpoint(folder / "step_00000020", other, other_optimizer) == {"step": 20, "score": None}
     for _ in range(2):
         batch = torch.randn(4, 8)
         for net, opt in ((model, optimizer), (other, other_optimizer)):
@@ -56,6 +61,29 @@ def test_what_was_saved_is_loaded_bit_for_bit_and_training_goes_on_equally(folde
 def test_only_the_newest_are_kept_and_nothing_partial_stays(folder: Path) -> None:
     assert [path.name for path in list_checkpoints(folder)] == ["step_00000010", "step_00000015", "step_00000020"]
     assert sorted(path.name for path in folder.iterdir()) == ["step_00000010", "step_00000015", "step_00000020"]
+
+
+def test_the_best_are_kept_beside_the_newest_and_a_damaged_score_counts_for_nothing(tmp_path: Path) -> None:
+    snapshot = take_snapshot(*trained(), {"step": 0, "score": None})
+    for step, score in enumerate([0.1, 0.9, None, 0.7, 0.9, 0.2, 0.3]):
+        write_checkpoint(tmp_path, replace(snapshot, state={"step": step, "score": score}))
+    prune_checkpoints(tmp_path, keep_last=2, keep_best=3)
+    assert [checkpoint_step(path) for path in list_checkpoints(tmp_path)] == [1, 3, 4, 5, 6]
+    (tmp_path / "step_00000001" / "state.json").write_text("{")
+    prune_checkpoints(tmp_path, keep_last=1, keep_best=3)
+    assert [checkpoint_step(path) for path in list_checkpoints(tmp_path)] == [3, 4, 6]
+
+
+def test_a_snapshot_is_of_its_moment_whatever_training_does_while_it_is_written(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    snapshot = take_snapshot(model, optimizer, {"step": 1, "score": None})
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    other, _ = trained(seed=1)
+    load_checkpoint(write_checkpoint(tmp_path, snapshot), other)
+    for name, value in other.state_dict().items():
+        assert torch.equal(value, before[name])
 
 
 def test_every_bit_flip_and_truncation_is_detected_and_the_one_before_is_used(folder: Path, tmp_path: Path) -> None:
@@ -80,6 +108,15 @@ def test_every_bit_flip_and_truncation_is_detected_and_the_one_before_is_used(fo
         assert len(said) == 1
         assert "step_00000020" in said[0]
         shutil.rmtree(copy)
+
+
+def test_every_single_bit_of_the_manifest_counts(folder: Path) -> None:
+    manifest = folder / "step_00000020" / "manifest.json"
+    whole = manifest.read_bytes()
+    for bit in range(8 * len(whole)):
+        manifest.write_bytes(whole[: bit // 8] + bytes([whole[bit // 8] ^ 1 << bit % 8]) + whole[bit // 8 + 1 :])
+        with pytest.raises(DamagedCheckpointError):
+            verify_checkpoint(manifest.parent)
 
 
 def test_a_missing_file_counts_as_damage(folder: Path) -> None:

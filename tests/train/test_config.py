@@ -271,7 +271,7 @@ def test_overrides_replace_what_the_file_says_even_if_that_was_wrong(write):
 
 
 def test_the_short_flags_of_the_guide_are_known_keys():
-    assert set(SHORT_FLAGS) == {"batch_size", "epochs", "data_path", "dataset"}
+    assert set(SHORT_FLAGS) == {"batch_size", "epochs", "data_path", "dataset", "resume"}
     assert set(SHORT_FLAGS.values()) <= set(known_keys(Config.model_json_schema()))
 
 

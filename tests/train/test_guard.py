@@ -11,7 +11,7 @@ import torch
 from model.hjepa import HJEPA
 from model.losses import random_directions
 from tests.train.test_run import ROOT, command
-from train.build import build_dataset, build_loader, build_masks, build_model, loop_settings
+from train.build import ALONE, build_dataset, build_masks, build_model, build_training_loader, loop_settings
 from train.config import Config
 from train.config_file import load_config
 from train.guard import CollapseAlarm
@@ -65,7 +65,7 @@ def reference(config: Config) -> HJEPA:
     device = torch.device("cpu")
     model = build_model(config, device)
     masks = build_masks(config, model, device)
-    loader = build_loader(config, build_dataset(config), config.data.batch_size)
+    loader = build_training_loader(config, build_dataset(config))
     optimizer, settings = build_optimizer(model, 0.05, (0.9, 0.95)), loop_settings(config, len(loader), device)
     for step, batch in zip(range(STEPS), batches(loader), strict=False):
         torch.manual_seed(step_seed(config.seed, step, 1))
@@ -90,11 +90,12 @@ def test_twenty_steps_that_are_not_finite_leave_the_weights_as_if_their_updates_
 ) -> None:
     device, state, lines, saved = torch.device("cpu"), RunState(), [], []
     model = build_model(config, device)
-    loader = build_loader(config, build_dataset(config), config.data.batch_size)
+    loader = build_training_loader(config, build_dataset(config))
     optimizer = build_optimizer(model, 0.05, (0.9, 0.95))
     poison(model, kind)
     train_steps(
-        model, build_masks(config, model, device), optimizer, loader, state, loop_settings(config, len(loader), device),
+        model, model, build_masks(config, model, device), optimizer, loader, state,
+        loop_settings(config, len(loader), device), ALONE,
         log=lines.append, tell=print, show=lambda: None, probe=lambda: None,
         save=lambda: saved.append(state.skipped_steps), stop=lambda: False,
     )  # fmt: skip

@@ -3,17 +3,22 @@
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from train.checkpoint import verify_checkpoint
 from train.run import main
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +49,13 @@ def test_every_shipped_config_takes_two_steps_at_reduced_size(config: Path, data
     assert summary["images"] == 16
     assert set(summary["knn"]) == {"pixels", "colour_histogram", "random_init", "trained"}
     assert {"images_per_s", "data_wait_percent", "loss_first", "loss_last", "rankme"} <= set(summary)
-    assert sorted(path.name for path in (run / "figures").iterdir()) == ["crops.png", "curves.png", "masks.png"]
+    figures = ["crops.png", "curves.png", "features.png", "masks.png"]
+    assert sorted(path.name for path in (run / "figures").iterdir()) == figures
+    report = (run / "report.md").read_text()
+    assert all(f"](figures/{name})" in report for name in figures)
+    assert f"| k-NN, trained encoder | {summary['knn']['trained']:.1f} % |" in report
+    heartbeat = json.loads((run / "heartbeat.json").read_text())
+    assert (heartbeat["status"], heartbeat["step"], heartbeat["total_steps"]) == ("complete", 2, 2)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000002"]
 
 
@@ -61,14 +72,14 @@ def test_every_strategy_trains_and_reports_what_its_other_crops_cover(
     assert line["outside"] == pytest.approx(line["level_0"] + line["level_1"] / 2 + line["level_2"] / 4, rel=1e-4)
 
 
-def interrupt_at_step(run: Path, step: int) -> threading.Thread:
-    """Send this process a SIGINT as soon as the run's log has reached `step`."""
+def interrupt_at_step(run: Path, step: int, number: signal.Signals) -> threading.Thread:
+    """Send this process a signal as soon as the run's log has reached `step`."""
 
     def watch() -> None:
         log = run / "metrics.jsonl"
         while not log.exists() or log.read_text().count("\n") < step:
             time.sleep(0.005)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -83,8 +94,9 @@ def test_a_run_stopped_at_random_steps_and_resumed_ends_with_the_same_weights_bi
     total = 8 * (103 // 8)
     assert main(command(config, data_path, tmp_path, *settings, "logging.run_name=whole")) == 0
     # Apart, so that no signal finds its step already logged and comes before the run is ready for it.
-    for step in (random.randint(1, 15), random.randint(35, 50), random.randint(70, 80)):
-        watcher = interrupt_at_step(tmp_path / "parts", step)
+    steps = (random.randint(1, 15), random.randint(35, 50), random.randint(70, 80))
+    for step, number in zip(steps, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), strict=True):
+        watcher = interrupt_at_step(tmp_path / "parts", step, number)
         assert main(command(config, data_path, tmp_path, *settings, "logging.run_name=parts")) == 75, step
         watcher.join()
     assert main(command(config, data_path, tmp_path, *settings, "logging.run_name=parts")) == 0
@@ -97,6 +109,19 @@ def test_a_run_stopped_at_random_steps_and_resumed_ends_with_the_same_weights_bi
     lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "parts")]
     losses = [[(line["step"], line["loss"]) for line in map(json.loads, part)] for part in lines]
     assert losses[0] == losses[1]
+
+
+def test_a_second_ctrl_c_leaves_at_once_unless_it_is_the_first_passed_on_twice() -> None:
+    text = (
+        "import os, signal, time\n"
+        "from train.run_folder import StopSignal\n"
+        "with StopSignal(print) as stop:\n"
+        "    for wait in (0, 0, 1.2):\n"
+        "        time.sleep(wait); os.kill(os.getpid(), signal.SIGINT); print(stop.asked, flush=True)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 130
+    assert result.stdout.splitlines()[1:] == ["True", "True"]
 
 
 def test_a_finished_run_is_not_trained_again(data_path: Path, tmp_path: Path) -> None:
@@ -115,6 +140,39 @@ def test_a_folder_of_another_run_is_not_continued(
     assert main(arguments) == 0
     assert main([*arguments, "masking.num_masks=2"]) == 2
     assert "masking.num_masks: 4 -> 2" in capsys.readouterr().err
+
+
+@contextmanager
+def sizes_limited(most: int) -> Iterator[None]:
+    """While open, no file of this process may grow beyond `most` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_refuses_a_checkpoint_is_told_and_training_goes_on_with_the_last_good_one_intact(
+    data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command(
+        ROOT / "configs" / "quickstart.yaml", data_path, tmp_path, "training.max_steps=4", "checkpoint.save_frequency=2"
+    )
+    assert main(arguments) == 0
+    more = [argument.replace("max_steps=4", "max_steps=7") for argument in arguments]
+    with sizes_limited(60_000):
+        assert main(more) == 4
+    said = capsys.readouterr().out
+    for step in (6, 7):
+        assert f"step {step} could not be saved" in said
+    assert said.count("the last one is step_00000004. Training goes on") == 2
+    assert "the same command tries again" in said
+    checkpoints = tmp_path / "quickstart" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000002", "step_00000004"]
+    verify_checkpoint(checkpoints / "step_00000004")
+    assert main(more) == 0
+    assert (checkpoints / "step_00000007").is_dir()
 
 
 def test_starting_over_moves_the_old_run_aside(data_path: Path, tmp_path: Path) -> None:
@@ -141,6 +199,11 @@ def test_without_data_one_line_says_what_is_missing_and_which_command_makes_it(t
         ("model.encoder=resnet18", "timm cannot build encoder 'resnet18'"),
         ("masking.context_ratio=0.01", "0 context and 8 query tokens of 16"),
         ("model.levels=[{layer: 5, stride: 1, weight: 1.0}]", "the encoder has 2 blocks"),
+        pytest.param(
+            "logging.wandb.enabled=true",
+            "the package wandb is not installed",
+            marks=pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed"),
+        ),
         ("data.batch_size=200", "103 samples are fewer than one global batch of 200"),
     ],
 )
