@@ -6,17 +6,18 @@ import torch
 
 from model.masks import MaskPlan, MultiCropMaskGenerator
 from pipeline.batch import CropBatch
-from pipeline.dataset import MultiCropDataset
-from train.build import build_dataset, build_loader, build_masks, build_model, loop_settings, torch_device
+from pipeline.dataset import MultiCropDataset, resolve_device
+from train.build import build_dataset, build_loader, build_masks, build_model, loop_settings
 from train.config import Config
 from train.loop import LoopSettings, step_seed
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where training meets a sample: steps counted from 0, `slot` its place in the rank's batch."""
+    """Where training meets a sample: steps counted from 0, `part` the batch of an accumulated step, `slot` the place in it."""
 
     step: int
+    part: int
     rank: int
     slot: int
 
@@ -42,31 +43,32 @@ def replay(config: Config, epoch: int, position: int, count: int, world_size: in
     for option, value in (("--count", count), ("--world-size", world_size)):
         if value < 1:
             raise ValueError(f"{option} {value}: must be at least 1")
-    dataset, device = build_dataset(config), torch_device(config)
+    dataset = build_dataset(config)
+    device = torch.device("cuda" if resolve_device(config.device) == "gpu" else "cpu")
     # Only numbers of the model are asked for: no weights are made.
     with torch.device("meta"):
         model = build_model(config, torch.device("meta"))
     generator = build_masks(config, model, device)
     loader = build_loader(config, dataset, config.data.batch_size, world_size=world_size)
     settings = loop_settings(config, len(loader), device)
-    used = len(loader) * loader.global_batch
+    parts = settings.accumulation_steps
+    used = len(loader) // parts * parts * loader.global_batch
     check_place(epoch, position, config.training.epochs, used, len(dataset))
     count = min(count, used - position)
     places = [
-        place_of(epoch, p, len(loader), config.data.batch_size, world_size) for p in range(position, position + count)
+        place_of(epoch, p, used, config.data.batch_size, parts, world_size) for p in range(position, position + count)
     ]
-    places = [place for place in places if place.step < settings.total_steps]
+    first, places = places[0], [place for place in places if place.step < settings.total_steps]
     if not places:
-        step = epoch * len(loader) + position // loader.global_batch
         raise ValueError(
-            f"--epoch {epoch} --position {position}: step {step} is past the run's {settings.total_steps} steps: "
+            f"--epoch {epoch} --position {position}: step {first.step} is past the run's {settings.total_steps} steps: "
             "choose an earlier place, or raise training.max_steps"
         )
-    rows = loader.plan.rows(epoch, position, position + len(places)).tolist()
+    batch, rows = crops_at(config, dataset, epoch, position, len(places))
     return Replay(
         dataset,
-        crops_at(config, dataset, epoch, position, len(places)),
-        masks_at(places, generator, settings, config.data.batch_size),
+        batch,
+        masks_at(places, generator, settings, config.data.batch_size, world_size),
         rows,
         [describe(dataset, row, epoch, position + i, places[i]) for i, row in enumerate(rows)],
         model.grid,
@@ -75,40 +77,44 @@ def replay(config: Config, epoch: int, position: int, count: int, world_size: in
 
 
 def check_place(epoch: int, position: int, epochs: int, used: int, total: int) -> None:
-    """Raise ValueError unless the position is one of the `used` that an epoch's whole batches hold."""
+    """Raise ValueError unless the position is one of the `used` that an epoch's whole steps hold."""
     if not 0 <= epoch < epochs:
         raise ValueError(f"--epoch {epoch}: the run has {epochs} epochs, allowed are 0..{epochs - 1}")
     if not 0 <= position < used:
-        left_out = f" (the last {total - used} fill no batch and are left out)" if used <= position < total else ""
+        left_out = f" (the last {total - used} fill no step and are left out)" if used <= position < total else ""
         raise ValueError(
             f"--position {position}: an epoch trains on {used:,} of {total:,} samples, "
             f"allowed are 0..{used - 1}{left_out}"
         )
 
 
-def place_of(epoch: int, position: int, steps_per_epoch: int, batch_size: int, world_size: int) -> Place:
+def place_of(epoch: int, position: int, used: int, batch_size: int, parts: int, world_size: int) -> Place:
     """Global batch k of an epoch holds positions `k * G .. (k + 1) * G`, cut into one slice for each rank."""
-    step, within = divmod(position, batch_size * world_size)
-    return Place(epoch * steps_per_epoch + step, *divmod(within, batch_size))
+    batch, within = divmod(epoch * used + position, batch_size * world_size)
+    return Place(*divmod(batch, parts), *divmod(within, batch_size))
 
 
-def crops_at(config: Config, dataset: MultiCropDataset, epoch: int, position: int, count: int) -> CropBatch:
-    """One batch from there on: draws depend on the position alone, so its size does not matter."""
+def crops_at(
+    config: Config, dataset: MultiCropDataset, epoch: int, position: int, count: int
+) -> tuple[CropBatch, list[int]]:
+    """One batch from there on and its rows: draws depend on the position alone, so the batch's size does not matter."""
     loader = build_loader(config, dataset, count)
     loader.load_state_dict({"epoch": epoch, "position": position})
-    return next(iter(loader))
+    batch = next(iter(loader))
+    return batch, loader.rows_at(epoch, position, position + count).tolist()
 
 
 def masks_at(
-    places: list[Place], generator: MultiCropMaskGenerator, settings: LoopSettings, batch_size: int
+    places: list[Place], generator: MultiCropMaskGenerator, settings: LoopSettings, batch_size: int, world_size: int
 ) -> MaskPlan:
-    """The masks of each place: a step's are drawn for its whole batch at once, and then the slot's are taken."""
+    """The masks of each place: they are drawn for a whole batch at once, and then the slot's are taken."""
     plans: dict[tuple[int, int], MaskPlan] = {}
     for place in places:
-        if (place.step, place.rank) not in plans:
-            torch.manual_seed(step_seed(settings.seed, place.step, place.rank + 1))
-            plans[place.step, place.rank] = generator(batch_size)
-    chosen = [(plans[place.step, place.rank], place.slot) for place in places]
+        drawn = place.step, place.part * world_size + place.rank + 1
+        if drawn not in plans:
+            torch.manual_seed(step_seed(settings.seed, *drawn))
+            plans[drawn] = generator(batch_size)
+    chosen = [(plans[place.step, place.part * world_size + place.rank + 1], place.slot) for place in places]
 
     def stacked(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
         """The slots' rows of one tensor of each plan; None where the strategy has no such tensor."""

@@ -15,6 +15,7 @@ from tools.preview_replay import replay
 from train.build import build_dataset, build_loader, build_masks, build_model, loop_settings
 from train.config import Config
 from train.config_file import load_config
+from train.distributed import Ranks
 from train.loop import RunState, train_steps
 from train.optim import build_optimizer
 
@@ -39,37 +40,38 @@ def _one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-def trained_on(config: Config, dataset: MultiCropDataset, start: dict[str, int], steps: int) -> list[tuple]:
-    """What the model gets at each step of a training loop that goes on from `start`: crops, boxes, flips and masks."""
+def trained_on(config: Config, dataset: MultiCropDataset, start: dict[str, int], batches: int) -> list[tuple]:
+    """What the model gets with each batch of a training loop that goes on from `start`: crops, boxes, flips and masks."""
     device, seen = torch.device("cpu"), []
     loader = build_loader(config, dataset, config.data.batch_size)
     loader.load_state_dict(start)
     model = build_model(config, device)
     masks = build_masks(config, model, device)
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[:4]))
-    step = start["epoch"] * len(loader) + start["position"] // loader.global_batch
+    settings = loop_settings(config, len(loader), device)
+    step = (start["epoch"] * len(loader) + start["position"] // loader.global_batch) // settings.accumulation_steps
     train_steps(
-        model, masks, build_optimizer(model, 0.0, (0.9, 0.95)), loader, RunState(step),
-        loop_settings(config, len(loader), device),
+        model, model, masks, build_optimizer(model, 0.0, (0.9, 0.95)), loader, RunState(step), settings, Ranks(),
         log=lambda values: None, tell=print, show=lambda: None, probe=lambda: None, save=lambda: None,
-        stop=lambda: len(seen) == steps,
+        stop=lambda: len(seen) == batches,
     )  # fmt: skip
     return seen
 
 
-@pytest.mark.parametrize("strategy", ["global_only", "cross_crop_prediction"])
-def test_the_preview_is_what_training_sees_there_bit_for_bit(strategy: str, data_path: Path) -> None:
-    config = load_config(CONFIG, settings(data_path, f"masking.strategy={strategy}"))
+@pytest.mark.parametrize(("strategy", "parts"), [("global_only", 1), ("cross_crop_prediction", 2)])
+def test_the_preview_is_what_training_sees_there_bit_for_bit(strategy: str, parts: int, data_path: Path) -> None:
+    changes = f"masking.strategy={strategy}", f"training.accumulation_steps={parts}"
+    config = load_config(CONFIG, settings(data_path, *changes))
     dataset = build_dataset(config)
-    # From the last steps of epoch 0, through the boundary, to the middle of epoch 1: steps 10 to 17.
-    steps = trained_on(config, dataset, {"epoch": 0, "position": 10 * BATCH}, 8)
+    # From the last steps of epoch 0, through the boundary, to the middle of epoch 1: batches 10 to 17.
+    batches = trained_on(config, dataset, {"epoch": 0, "position": 10 * BATCH}, 8)
     for epoch, position, count in ((0, 87, 2), (1, 0, 1), (1, 29, 12)):
         again = replay(config, epoch, position, count)
         assert len(again.rows) == count
         assert torch.equal(again.batch.positions, torch.arange(position, position + count))
         for i in range(count):
-            step, slot = divmod(epoch * STEPS_PER_EPOCH * BATCH + position + i, BATCH)
-            crops, boxes, flips, masks = steps[step - 10]
+            batch, slot = divmod(epoch * STEPS_PER_EPOCH * BATCH + position + i, BATCH)
+            crops, boxes, flips, masks = batches[batch - 10]
             for ours, theirs in zip(again.batch.crops, crops, strict=True):
                 assert torch.equal(ours[i], theirs[slot])
             assert torch.equal(again.batch.boxes[i], boxes[slot])
@@ -122,7 +124,7 @@ def test_the_command_names_each_sample_and_draws_it(
     [
         (["--epoch", "3"], "--epoch 3: the run has 3 epochs, allowed are 0..2"),
         (["--epoch", "-1"], "--epoch -1"),
-        (["--position", "96"], "an epoch trains on 96 of 103 samples, allowed are 0..95 (the last 7 fill no batch"),
+        (["--position", "96"], "an epoch trains on 96 of 103 samples, allowed are 0..95 (the last 7 fill no step"),
         (["--position", "500"], "--position 500: an epoch trains on 96 of 103 samples, allowed are 0..95"),
         (["--position", "-1"], "--position -1"),
         (["--count", "0"], "--count 0: must be at least 1"),
