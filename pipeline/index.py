@@ -9,7 +9,7 @@ from typing import overload
 import numpy as np
 
 from pipeline.index_file import INDEX_NAME, SAMPLE_DTYPE, UNLABELLED, load_index, save_index
-from pipeline.s3 import is_s3, read_object, read_ranges
+from pipeline.s3 import download, is_s3, read_ranges
 from pipeline.scan import IMAGE_EXTENSIONS, scan_shard
 from pipeline.shard_check import check_shards
 from pipeline.storage import join, read_range
@@ -131,7 +131,7 @@ def open_index(folder: Path | str) -> ShardIndex:
     place, rebuild = join(folder, INDEX_NAME), f"Write it anew: `python tools/make_shards.py index {folder}`"
     if isinstance(folder, str) and is_s3(folder):
         folder = folder.rstrip("/")
-        index = ShardIndex(folder, *load_index(read_object(place), place, "Upload it again"))
+        index = ShardIndex(folder, *load_index(download(place), place, "Upload it again"))
     else:
         folder = Path(folder)
         names = tar_names(folder)

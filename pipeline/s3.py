@@ -22,7 +22,7 @@ def is_s3(place: Path | str) -> bool:
     return isinstance(place, str) and place.startswith(SCHEME)
 
 
-def read_object(url: str) -> bytes:
+def download(url: str) -> bytes:
     """A whole object, held in memory. Raises FileNotFoundError that says what to set."""
     fn, pipeline_def = _dali()
 
