@@ -72,7 +72,7 @@ def test_a_box_that_leaves_the_image_is_cut_off(image: np.ndarray) -> None:
 
 
 def test_where_no_folder_can_be_written_the_code_is_compiled_for_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("numba.core.caching._CacheImpl._locator_classes", [])
+    monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
     assert kernels.compiled(kernels.mirrored.py_func)(-3, 10) == 3
 
 
