@@ -117,7 +117,7 @@ def _compiled_crops(
 def _told_if_slow() -> Iterator[None]:
     """Say so when the machine code of the crops is not at hand: no silent wait."""
     text = "compiling the crops for this processor: some seconds"
-    timer = threading.Timer(2.0, print, [text], {"file": sys.stderr, "flush": True})
+    timer = threading.Timer(3.0, print, [text], {"file": sys.stderr, "flush": True})
     timer.start()
     try:
         yield
