@@ -12,7 +12,7 @@ def test_both_shares_are_printed_and_written(data_path: Path, tmp_path: Path) ->
     out = tmp_path / "rows.json"
     command = [sys.executable, "tools/bench.py", "windows", "--json", str(out), "--shards", str(data_path)]
     done = subprocess.run(
-        [*command, "--rows", "64", "--images", "128", "--rounds", "1"],
+        [*command, "--rows", "32", "--images", "64", "--rounds", "1"],
         cwd=ROOT,
         capture_output=True,
         text=True,
