@@ -23,7 +23,7 @@ from pipeline.loader import MultiCropLoader
 from pipeline.tuning import ReaderSettings, candidates, tune
 from train.config import Config
 from train.distributed import Ranks
-from train.loop import LoopSettings
+from train.step import LoopSettings
 
 ALONE = Ranks()
 HW_DECODER_LOAD = 0.65  # DALI's own default

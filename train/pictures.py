@@ -12,8 +12,8 @@ from pipeline.dataset import MultiCropDataset
 from train.build import build_loader
 from train.config import Config
 from train.figures import draw_crops, draw_curves, draw_features, draw_masks
-from train.loop import step_seed
 from train.metrics import read_metrics
+from train.step import step_seed
 
 PICTURED = 4  # images in crops.png and features.png
 

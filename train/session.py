@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -101,12 +102,7 @@ def train_once(session: Session, stop: StopSignal) -> None:
 
         def probe() -> None:
             watchdog.rest()
-            if session.probe is not None:
-                figures = session.probe.online()
-                state.knn, state.knn_step = figures.get("knn"), state.step
-                log(figures)
-                show_pictures(session, metrics)
-            ranks.any(False)
+            probe_now(session, log, metrics)
             watchdog.beat()
 
         def show() -> None:
@@ -134,6 +130,16 @@ def train_once(session: Session, stop: StopSignal) -> None:
             save=session.save,
             stop=stop_now,
         )
+
+
+def probe_now(session: Session, log: Callable[[dict[str, float]], None], metrics: MetricsLog | None) -> None:
+    """Measure k-NN and draw, on the first rank, while the others wait."""
+    if session.probe is not None:
+        figures = session.probe.online()
+        session.state.knn, session.state.knn_step = figures.get("knn"), session.state.step
+        log(figures)
+        show_pictures(session, metrics)
+    session.ranks.any(False)
 
 
 def open_metrics(session: Session) -> AbstractContextManager[MetricsLog | None]:

@@ -15,10 +15,11 @@ from train.build import ALONE, build_dataset, build_masks, build_model, build_tr
 from train.config import Config
 from train.config_file import load_config
 from train.guard import CollapseAlarm
-from train.loop import batches, step_seed, train_steps
+from train.loop import batches, train_steps
 from train.optim import build_optimizer, ema_momentum, learning_rate
 from train.run import main
 from train.state import RunState
+from train.step import step_seed
 
 STEPS, BAD = 40, (*range(3, 13), 15, 17, *range(20, 28))
 # No view term, no SIGReg, a target that is the student itself, and steps so large that collapse takes 100 of them.
