@@ -10,9 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.dataset import resolve_device
-from train.checkpoint import (
-    checkpoint_path,
-)
+from train.checkpoint import checkpoint_path
 from train.config import Config
 from train.display import Display, summary_table
 from train.distributed import Watchdog, joined, ranks_from_environment
@@ -175,4 +173,9 @@ def finish(session: Session) -> int:
     session.console.print(summary_table(summary))
     session.say("pictures: " + ", ".join(os.path.relpath(figure) for figure in figures))
     session.say(f"report: {os.path.relpath(folder / 'report.md')}")
-    return 0 if checkpoint_path(session.checkpoints, state.step).exists() else NOT_WRITTEN
+    if checkpoint_path(session.checkpoints, state.step).exists():
+        return 0
+    session.say(
+        f"the weights of step {state.step} are NOT saved: free some space; the same command goes on from the last"
+    )
+    return NOT_WRITTEN
