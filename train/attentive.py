@@ -10,7 +10,8 @@ from pipeline.loader import MultiCropLoader
 from train.features import STORED, free_memory
 from train.optim import cosine
 
-ATTENTIVE_RATES = (3e-4, 1e-3, 3e-3)
+ATTENTIVE_RATES = (1e-3, 3e-3, 1e-2)
+EPOCHS, LEAST_STEPS = 10, 1000  # so many passes over the training images, or more to make so many steps
 HEAD_WIDTH = 64  # of one attention head, at most
 STORE_SHARE = 0.25  # of the free memory: tokens that fit it are kept, others are encoded again for each epoch
 HELD_OUT = 10  # every tenth training image chooses the learning rate
@@ -19,7 +20,7 @@ Tokens = Callable[[torch.Tensor], torch.Tensor]
 
 
 class AttentiveProbe(nn.Module):
-    """`[n, N, D] -> [n, C]` logits: tokens standardised by their batch-free LayerNorm, pooled by one query, mapped to classes."""
+    """`[n, N, D] -> [n, C]` logits: normed tokens, pooled by one query, mapped to classes."""
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
@@ -47,6 +48,11 @@ class TokenStream:
         self._loader, self._tokens = loader, tokens
         self._store: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
 
+    @property
+    def batches(self) -> int:
+        """Of one epoch."""
+        return len(self._loader)
+
     def epoch(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         if self._store is not None:
             for tokens, labels, held_out in self._store:
@@ -68,19 +74,24 @@ class TokenStream:
 
 
 def attentive_probe(
-    train: TokenStream, test: TokenStream, classes: int, epochs: int, device: torch.device, seed: int = 0
+    train: TokenStream, test: TokenStream, width: int, classes: int, device: torch.device
 ) -> tuple[float, str]:
-    """Percent right on `test`, and the learning rate of ATTENTIVE_RATES that won on every tenth training image."""
-    width = next(iter(train.epoch()))[0].shape[-1]
-    torch.manual_seed(seed)
-    probes = nn.ModuleList(AttentiveProbe(width, classes) for _ in ATTENTIVE_RATES).to(device)
+    """Percent right on `test`, and the learning rate of ATTENTIVE_RATES that won on every tenth training image.
+
+    `width`: D of the tokens. The labels of both streams are below `classes`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        probes = nn.ModuleList(AttentiveProbe(width, classes) for _ in ATTENTIVE_RATES).to(device)
     groups = [{"params": probe.parameters(), "lr": rate} for probe, rate in zip(probes, ATTENTIVE_RATES, strict=True)]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
-    for epoch in range(epochs):
-        for group, rate in zip(optimizer.param_groups, ATTENTIVE_RATES, strict=True):
-            group["lr"] = cosine(rate, 0.0, epoch / epochs)
+    steps = train.batches * max(EPOCHS, -(-LEAST_STEPS // train.batches))
+    step = 0
+    while step < steps:
         for tokens, labels, held_out in train.epoch():
-            kept = ~held_out
+            for group, rate in zip(optimizer.param_groups, ATTENTIVE_RATES, strict=True):
+                group["lr"] = cosine(rate, 0.0, step / steps)
+            kept, step = ~held_out, step + 1
             loss = torch.stack([F.cross_entropy(probe(tokens[kept]), labels[kept]) for probe in probes]).sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

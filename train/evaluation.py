@@ -23,7 +23,6 @@ from train.linear import linear_probe, lowshot_accuracies
 KNN_KS = (10, 20, 100, 200)
 SHOTS, SHOT_SEEDS = (1, 10), (0, 1, 2, 3, 4)
 LINEAR_EPOCHS = 20  # where the run itself asks for none
-ATTENTIVE_EPOCHS = 10
 ROW_NAMES = {
     "pixels": "raw pixels",
     "colour_histogram": "colour histogram",
@@ -147,34 +146,43 @@ PROBES = {"knn": knn_figures, "linear": linear_figures, "lowshot": lowshot_figur
 def attentive_figures(
     config: Config, model: HJEPA, initial: MultiCropEncoder, device: torch.device
 ) -> list[Figure]:
+    patch = model.target.patch_size
     tokens = {
-        "pixels": pixel_tokens(model.target.patch_size),
-        "random_init": patch_tokens(initial),
-        "trained": patch_tokens(model.target),
+        "pixels": (pixel_tokens(patch), 3 * patch**2),
+        "random_init": (patch_tokens(initial), initial.width),
+        "trained": (patch_tokens(model.target), model.target.width),
     }
     figures = []
-    for name, take in tokens.items():
+    for name, (take, width) in tokens.items():
         # Its training images come shuffled: they are met batch by batch.
         train, test = build_evaluation_loaders(config, shuffle=True)
         classes = 1 + max(int(loader.index.samples["label"].max()) for loader in (train, test))
         streams = TokenStream(train, take), TokenStream(test, take)
-        accuracy, setting = attentive_probe(*streams, classes, ATTENTIVE_EPOCHS, device)
+        accuracy, setting = attentive_probe(*streams, width, classes, device)
         figures.append(Figure("attentive", name, setting, accuracy))
     return figures
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as Markdown."""
+    """The report as Markdown, one line for each probe and kind of features."""
     train, test = report["images"]
     lines = [
         f"{report['checkpoint']}: {train:,} training and {test:,} validation images of {report['data'][1]}",
         "",
-        "| probe | features | setting | accuracy |",
+        "| probe | features | setting | accuracy, % |",
         "|---|---|---|---|",
     ]
+    grouped: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for figure in report["figures"]:
-        name, _, level = figure["features"].partition(", ")
+        grouped.setdefault((figure["probe"], figure["features"]), []).append(figure)
+    for (probe, features), figures in grouped.items():
+        name, _, level = features.partition(", ")
         shown = ROW_NAMES[name] + (f", {level}" if level else "")
-        spread = "" if figure["spread"] is None else f" ± {figure['spread']:.1f} (std of {figure['repeats']})"
-        lines.append(f"| {figure['probe']} | {shown} | {figure['setting']} | {figure['accuracy']:.1f} %{spread} |")
+        settings, scores = " / ".join(figure["setting"] for figure in figures), " / ".join(map(shown_score, figures))
+        lines.append(f"| {probe} | {shown} | {settings} | {scores} |")
     return "\n".join(lines)
+
+
+def shown_score(figure: dict[str, Any]) -> str:
+    spread = "" if figure["spread"] is None else f" ± {figure['spread']:.1f} (std of {figure['repeats']})"
+    return f"{figure['accuracy']:.1f}{spread}"
