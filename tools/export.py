@@ -111,7 +111,9 @@ def export(run: Path, out: Path, settings: Path | None, licence: str, figures: P
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="export", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("run", type=Path, help="a run's folder, whose newest checkpoint is taken, or one checkpoint of it")
+    parser.add_argument(
+        "run", type=Path, help="a run's folder, whose newest checkpoint is taken, or one checkpoint of it"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     parser.add_argument("--config", type=Path, help="settings of the checkpoint; default: config.yaml of its run")
     parser.add_argument("--figures", type=Path, metavar="JSON", help="what train.evaluate --json wrote, for the card")

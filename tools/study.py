@@ -29,7 +29,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="study", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("config", type=Path, help="the base variant, a run's YAML file")
     parser.add_argument("--out", type=Path, default=Path("results"), help="default: %(default)s")
-    parser.add_argument("--budget", type=float, default=60.0, metavar="S", help="CPU seconds a run; default: %(default)s")
+    parser.add_argument(
+        "--budget", type=float, default=60.0, metavar="S", help="CPU seconds a run; default: %(default)s"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="of the crops at equal time; default: %(default)s")
     parser.add_argument("--other-seeds", type=int, default=3, help="of all else; default: %(default)s")
     parser.add_argument("--table", action="store_true", help="write table and plot of what is there; train nothing")
@@ -65,7 +67,9 @@ def calibrate(path: Path, config: Path, budget: float) -> dict[str, int]:
     if path.exists():
         kept = json.loads(path.read_text())
         if kept["budget_s"] != budget:
-            raise ValueError(f"{path}: of a study of {kept['budget_s']:g} s a run, not {budget:g}. Choose another --out")
+            raise ValueError(
+                f"{path}: of a study of {kept['budget_s']:g} s a run, not {budget:g}. Choose another --out"
+            )
         return kept["steps"]
     from tools.study_run import step_seconds
 

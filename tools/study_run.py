@@ -3,6 +3,7 @@
 import resource
 import statistics
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def train_model(config: Config) -> tuple[HJEPA, RunState, list[float]]:
 def step_seconds(base: str, overrides: tuple[str, ...]) -> float:
     """CPU seconds of one step, all threads of the process: the median over steps, which a busy machine moves least."""
     _, _, clock = train_model(study_config(base, overrides, 0, WARM_STEPS + TIMED_STEPS))
-    times = [after - before for before, after in zip(clock, clock[1:], strict=False)]
+    times = [after - before for before, after in pairwise(clock)]
     return statistics.median(times[WARM_STEPS:])
 
 

@@ -18,7 +18,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m train.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="a run's folder, whose newest checkpoint is taken, or one checkpoint of it")
+    parser.add_argument(
+        "run", type=Path, help="a run's folder, whose newest checkpoint is taken, or one checkpoint of it"
+    )
     parser.add_argument("--data", type=Path, metavar="SHARDS", help="holds train/ and val/; default: the run's own")
     parser.add_argument(
         "--probe", nargs="+", choices=PROBES, default=["knn", "linear"], metavar="PROBE",
@@ -33,7 +35,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = parse_arguments(arguments)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a workspace of its own
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # cuBLAS repeats itself only with a workspace of its own
     try:
         # Only now: torch, DALI and timm take seconds to import.
         import torch

@@ -120,7 +120,9 @@ def knn_figures(_: Config, name: str, train: Features, test: Features, device: t
             continue  # the linear probe's
         parts = (train.values[key], train.labels, test.values[key], test.labels)
         for k, accuracy in knn_accuracies(*parts, KNN_KS, device).items():
-            figures.append(Figure("knn", name if key == "last" else f"{name}, {key.replace('_', ' ')}", f"k={k}", accuracy))
+            figures.append(
+                Figure("knn", name if key == "last" else f"{name}, {key.replace('_', ' ')}", f"k={k}", accuracy)
+            )
     return figures
 
 
@@ -135,7 +137,9 @@ def lowshot_figures(_: Config, name: str, train: Features, test: Features, devic
     for shots in SHOTS:
         scores = lowshot_accuracies(train, test, shots, SHOT_SEEDS, device)
         figures.append(
-            Figure("lowshot", name, f"{shots} per class", statistics.mean(scores), statistics.stdev(scores), len(scores))
+            Figure(
+                "lowshot", name, f"{shots} per class", statistics.mean(scores), statistics.stdev(scores), len(scores)
+            )
         )
     return figures
 
@@ -143,9 +147,7 @@ def lowshot_figures(_: Config, name: str, train: Features, test: Features, devic
 PROBES = {"knn": knn_figures, "linear": linear_figures, "lowshot": lowshot_figures}
 
 
-def attentive_figures(
-    config: Config, model: HJEPA, initial: MultiCropEncoder, device: torch.device
-) -> list[Figure]:
+def attentive_figures(config: Config, model: HJEPA, initial: MultiCropEncoder, device: torch.device) -> list[Figure]:
     patch = model.target.patch_size
     tokens = {
         "pixels": (pixel_tokens(patch), 3 * patch**2),

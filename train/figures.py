@@ -1,7 +1,8 @@
-"""Pictures of a run: its crops, its masks and its curves."""
+"""Pictures of a run: its crops, its masks, its features and its curves."""
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,32 @@ def draw_features(
         axes[1, column].imshow(colour.unflatten(0, (grid, grid)).numpy(), interpolation="nearest")
     axes[0, 0].set_title("crop", fontsize=8)
     axes[1, 0].set_title("features: 3 principal components", fontsize=8)
+    _finish(figure, axes, path)
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """An image and its nearest others: their files and labels, the image first, and the others' cosine similarities."""
+
+    pictures: list[bytes]
+    labels: list[int]
+    similarities: list[float]
+
+
+def draw_neighbours(path: Path, rows: Sequence[Neighbours]) -> None:
+    """One row per validation image: itself, then its nearest training images, in green where the label is the same."""
+    columns = max(len(row.pictures) for row in rows)
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(1.5 * columns, 1.75 * len(rows)), squeeze=False, layout="constrained"
+    )
+    for line, row in zip(axes, rows, strict=True):
+        for number, (axis, picture, label) in enumerate(zip(line, row.pictures, row.labels, strict=False)):
+            axis.imshow(Image.open(io.BytesIO(picture)).convert("RGB"))
+            if number == 0:
+                axis.set_title(f"class {label}", fontsize=8)
+            else:
+                colour = "#2a8f2a" if label == row.labels[0] else "#c03030"
+                axis.set_title(f"class {label}, {row.similarities[number - 1]:.3f}", fontsize=8, color=colour)
     _finish(figure, axes, path)
 
 

@@ -53,9 +53,7 @@ def train_heads(
             gradients = torch.autograd.grad(loss, (weight, bias))
             with torch.no_grad():
                 scale = cosine(1.0, 0.0, step / steps)
-                for parameter, rate, moment, gradient in zip(
-                    (weight, bias), groups, moments, gradients, strict=True
-                ):
+                for parameter, rate, moment, gradient in zip((weight, bias), groups, moments, gradients, strict=True):
                     moment.mul_(0.9).add_(gradient)
                     parameter.sub_(scale * rate * moment)
             step += 1
@@ -119,7 +117,7 @@ def logistic_regression(
         loss.backward()
         return loss
 
-    solver.step(objective)  # type: ignore[arg-type]  # torch types the closure as returning a float
+    solver.step(objective)
     return weight.detach(), bias.detach()
 
 
@@ -137,7 +135,9 @@ def lowshot_accuracies(
     scores = []
     for seed in seeds:
         rows = few_of_each(labels, shots, seed)
-        weight, bias = logistic_regression(standard(values[rows]) / root, labels[rows].to(device), classes, LOWSHOT_STRENGTH)
+        weight, bias = logistic_regression(
+            standard(values[rows]) / root, labels[rows].to(device), classes, LOWSHOT_STRENGTH
+        )
         heads = (weight.float() / root)[None], bias.float()[None]
         scores += head_accuracies(test.values["last"], test.labels, *heads, standard)
     return scores

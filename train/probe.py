@@ -11,7 +11,8 @@ from pipeline.loader import MultiCropLoader
 from train.build import build_evaluation_loaders
 from train.config import Config
 from train.features import Extractor, Features, colour_histogram, extract, pixels, pooled_features
-from train.knn import knn_accuracies
+from train.figures import Neighbours
+from train.knn import knn_accuracies, nearest_neighbours
 from train.linear import linear_probe
 from train.metrics import rankme
 
@@ -25,6 +26,7 @@ class Probe:
         self.baselines: dict[str, float] | None = None
         self.rankme: float | None = None
         self.linear: float | None = None
+        self._measured: tuple[Features, Features] | None = None
         self._loaders: tuple[MultiCropLoader, MultiCropLoader] | None = None
         try:
             self._loaders = build_evaluation_loaders(config)
@@ -50,7 +52,7 @@ class Probe:
         features = self._features({"trained": self._encoder()})
         if features is None:
             return None
-        train, test = (part["trained"] for part in features)
+        train, test = self._measured = (features[0]["trained"], features[1]["trained"])
         self.rankme = rankme(test.values["last"])
         if self._settings.linear_epochs:
             self.linear, _ = linear_probe(train, test, ["last"], self._settings.linear_epochs, self._device)
@@ -62,6 +64,20 @@ class Probe:
         if score is None or self.rankme is None:
             return {}
         return {"knn": score, "knn_rankme": self.rankme} | ({} if self.linear is None else {"linear": self.linear})
+
+    def neighbours(self, count: int, k: int) -> list[Neighbours]:
+        """The k nearest training images of `count` validation images, evenly spread, as measured last; none before that."""
+        if self._measured is None or self._loaders is None:
+            return []
+        (train, test), indices = self._measured, [loader.index for loader in self._loaders]
+        rows = torch.linspace(0, len(test.labels) - 1, min(count, len(test.labels))).long()
+        similarities, nearest = nearest_neighbours(train.values["last"], test.values["last"][rows], k, self._device)
+        found = []
+        for row, others, similar in zip(rows.tolist(), nearest.tolist(), similarities.tolist(), strict=True):
+            pictures = [indices[1].encoded(row), *(indices[0].encoded(other) for other in others)]
+            labels = [int(test.labels[row]), *train.labels[others].tolist()]
+            found.append(Neighbours(pictures, labels, similar))
+        return found
 
     @property
     def _device(self) -> torch.device:

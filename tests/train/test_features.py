@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from train import features
 from model.encoder import MultiCropEncoder
 from model.hjepa import default_levels
 from pipeline.dataset import build_multicrop_dataloader, centre_crop_dataset
 from pipeline.index import UNLABELLED, ShardIndex
 from pipeline.loader import MultiCropLoader
+from train import features
 from train.features import (
     colour_histogram,
     encoder_features,

@@ -49,5 +49,3 @@ def test_neighbours_do_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch)
     parts = nearest_neighbours(train, test, 12, CPU)
     torch.testing.assert_close(parts[0], whole[0])
     assert torch.equal(parts[1], whole[1])
-
-
