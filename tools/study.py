@@ -1,8 +1,8 @@
 """The study: do crops, strategies, hierarchy and loss terms pay? `python tools/study.py CONFIG --out results [--budget S]`.
 
 Every variant is trained for the same CPU time (all threads of its process, calibrated in steps first, so that the schedule ends
-where the time does), or on as many images as the base variant; then its frozen encoder is measured. Run again, it goes on where
-it stopped. It writes results/NAME.csv (a line for each training), NAME.md (the tables) and NAME.png.
+where the time does), or on as many images as the base variant; then its frozen encoder is measured. It writes OUT/NAME.csv (a
+line for each training), NAME.md (the tables) and NAME.png. Run again, it goes on where it stopped, or writes the tables anew.
 """
 
 import argparse
@@ -34,7 +34,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=int, default=3, help="of the crops at equal time; default: %(default)s")
     parser.add_argument("--other-seeds", type=int, default=3, help="of all else; default: %(default)s")
-    parser.add_argument("--table", action="store_true", help="write table and plot of what is there; train nothing")
     return parser.parse_args(arguments)
 
 
@@ -62,25 +61,25 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         writer.writerow(row)
 
 
-def calibrate(path: Path, config: Path, budget: float) -> dict[str, int]:
-    """Steps that fill the budget, by variant; measured once and kept. ValueError if they are of another budget."""
+def calibrate(path: Path, config: Path, budget: float, variants: Sequence[str]) -> dict[str, int]:
+    """Steps that fill the budget, by variant; each measured once and kept. ValueError if they are of another budget."""
+    record: dict[str, Any] = {"budget_s": budget, "step_cpu_ms": {}, "steps": {}}
     if path.exists():
-        kept = json.loads(path.read_text())
-        if kept["budget_s"] != budget:
-            raise ValueError(
-                f"{path}: of a study of {kept['budget_s']:g} s a run, not {budget:g}. Choose another --out"
-            )
-        return kept["steps"]
+        record = json.loads(path.read_text())
+    if record["budget_s"] != budget:
+        raise ValueError(f"{path}: of a study of {record['budget_s']:g} s a run, not {budget:g}. Choose another --out")
+    missing = [name for name in variants if name not in record["steps"]]
+    if not missing:
+        return record["steps"]
     from tools.study_run import step_seconds
 
-    seconds = dict.fromkeys(VARIANTS, float("inf"))
-    for _ in range(ROUNDS):
-        for name, overrides in VARIANTS.items():
-            seconds[name] = min(seconds[name], apart(step_seconds, str(config), overrides))
-    steps = {name: max(1, round(budget / value)) for name, value in seconds.items()}
-    record = {"budget_s": budget, "step_cpu_ms": {k: round(1000 * v, 2) for k, v in seconds.items()}, "steps": steps}
+    rounds = [{name: apart(step_seconds, str(config), VARIANTS[name]) for name in missing} for _ in range(ROUNDS)]
+    for name in missing:
+        seconds = min(found[name] for found in rounds)
+        record["step_cpu_ms"][name] = round(1000 * seconds, 2)
+        record["steps"][name] = max(1, round(budget / seconds))
     path.write_text(json.dumps(record, indent=1) + "\n")
-    return steps
+    return record["steps"]
 
 
 def run_study(given: argparse.Namespace) -> None:
@@ -90,13 +89,16 @@ def run_study(given: argparse.Namespace) -> None:
     name = load_config(given.config).logging.run_name
     given.out.mkdir(parents=True, exist_ok=True)
     path, base = given.out / f"{name}.csv", str(given.config)
-    steps = calibrate(given.out / f"{name}_calibration.json", given.config, given.budget)
+    planned = trials(given.seeds, given.other_seeds)
+    variants = list(dict.fromkeys([BASE, *(trial.variant for trial in planned)]))
+    steps = calibrate(given.out / f"{name}_calibration.json", given.config, given.budget, variants)
     done = {(row["variant"], row["equal"], int(row["seed"])) for row in read_rows(path)}
     for seed in range(given.seeds):
         if ("raw pixels", "", seed) not in done:
             for variant, figures in apart(run_baselines, base, seed).items():
                 append_row(path, {"variant": variant, "equal": "", "seed": seed, **figures})
-    wanted = [t for t in trials(given.seeds, given.other_seeds) if (t.variant, t.equal, t.seed) not in done]
+    write_tables(given.out, name, read_rows(path), steps, given.budget)
+    wanted = [t for t in planned if (t.variant, t.equal, t.seed) not in done]
     for number, trial in enumerate(wanted, 1):
         started = time.monotonic()
         count = steps[trial.variant if trial.equal == TIME else BASE]
