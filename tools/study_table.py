@@ -54,11 +54,12 @@ def cell(rows: Sequence[Row], field: str) -> str:
     return f"{mean:.1f}" if interval is None else f"{mean:.1f} ± {interval:.1f}"
 
 
-def experiment_lines(rows: Sequence[Row], title: str, variants: Sequence[str], equal: str) -> list[str]:
+def experiment_lines(rows: Sequence[Row], title: str, variants: Sequence[tuple[str, str]]) -> list[str]:
+    """A table of the variants (name, what is equal) that there are lines of."""
     head = ["variant", "seeds", *(name for name, _ in COLUMNS)]
     lines = [f"### {title}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for variant, kind in [(name, "") for name in BASELINES] + [same_run(name, equal) for name in variants]:
-        found = of_variant(rows, variant, kind)
+    for variant, equal in variants:
+        found = of_variant(rows, variant, equal)
         if found:
             cells = [variant, str(len(found)), *(cell(found, field) for _, field in COLUMNS)]
             lines.append("| " + " | ".join(cells) + " |")
@@ -88,14 +89,16 @@ def write_tables(folder: Path, name: str, rows: Sequence[Row], steps: dict[str, 
     text = [
         f"## {name}",
         "",
-        f"`python tools/study.py configs/{name}.yaml --budget {budget:g}`; on CPU, one thread for torch. Equal time: "
+        f"`python tools/study.py configs/{name}.yaml --budget {budget:g}`; on a CPU, one thread for torch. Equal time: "
         f"{budget:g} CPU seconds of training, all threads of the process, calibrated in steps "
         f"({', '.join(f'{variant}: {count:,}' for variant, count in steps.items())}). Equal images: as many as 2+6 saw. "
-        "Mean over seeds ± half of the 95% interval (Student's t).",
+        "Mean over seeds ± half of the 95% interval (Student's t). Step memory: weights, gradients, moments and what the forward "
+        "pass keeps; peak: of the whole process while it trains, over what it had before.",
         "",
     ]
+    text += experiment_lines(rows, "Without training", [(baseline, "") for baseline in BASELINES])
     for title, variants, equal in EXPERIMENTS:
-        text += experiment_lines(rows, title, variants, equal)
+        text += experiment_lines(rows, title, [same_run(variant, equal) for variant in variants])
     (folder / f"{name}.md").write_text("\n".join(text + claim_lines(rows)))
     draw(folder / f"{name}.png", name, rows)
 
