@@ -4,6 +4,7 @@ DALI's own Numba plugin compiles its generic glue again in every process, for fi
 that it hands to DALI are written out, so that their machine code is kept on disk, and only its operator class is used.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,18 @@ from nvidia.dali import types
 from nvidia.dali.plugin.numba import NumbaFunction
 from nvidia.dali.plugin.numba import address_as_void_pointer as pointer  # type: ignore[attr-defined]
 
-from pipeline.kernels import PARAMETERS, make_crop
+from pipeline.kernels import PARAMETERS, kept_on_disk, make_crop
 
 NUM_INPUTS, NUM_PARAMETERS = 3, len(PARAMETERS)
 
 
+def entry_point(*arguments: Any) -> Callable[[Callable], Any]:
+    """Compile a function that C calls with arguments of these types."""
+    return lambda function: kept_on_disk(cfunc, function, void(*arguments))
+
+
 # DALI passes addresses: of the data pointers, of the pointers to shapes, and of the numbers of dimensions.
-@cfunc(void(uint64, uint64, uint64, int32, uint64, uint64, uint64, int32), cache=True)
+@entry_point(uint64, uint64, uint64, int32, uint64, uint64, uint64, int32)
 def _run(
     outs: int, out_shapes: int, out_ndims: int, num_outs: int, ins: int, in_shapes: int, in_ndims: int, num_ins: int
 ) -> None:
@@ -32,7 +38,7 @@ def _run(
     make_crop(out, image, carray(pointer(data[1]), NUM_PARAMETERS, np.float32))
 
 
-@cfunc(void(uint64, uint64, int32, uint64, uint64, int32, int32), cache=True)
+@entry_point(uint64, uint64, int32, uint64, uint64, int32, int32)
 def _set_shapes(
     out_shapes: int, out_ndims: int, num_outs: int, in_shapes: int, in_ndims: int, num_ins: int, batch_size: int
 ) -> None:

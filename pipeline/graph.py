@@ -4,7 +4,10 @@ On the CPU every crop is one compiled operator over the decoded image (`pipeline
 own operators. Both do the same to within a rounding, and both can run on the CPU, so that a test compares them.
 """
 
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from nvidia.dali import Pipeline, fn, pipeline_def, types
@@ -101,12 +104,25 @@ def build_graph(
 def _compiled_crops(
     image: "types.DataNode", source: Callable[[], list[np.ndarray]], recipes: tuple[ViewRecipe, ...]
 ) -> list["types.DataNode"]:
-    from pipeline.crop_op import MakeCrop  # here, since a GPU needs no compiler
+    with _told_if_slow():
+        from pipeline.crop_op import MakeCrop  # here, since a GPU needs no compiler
 
     make_crop, views = MakeCrop(), len(recipes)
     values = fn.external_source(source=source, num_outputs=views, dtype=[types.FLOAT] * views, ndim=[1] * views)
     rulers = {recipe.size: types.Constant(np.zeros(recipe.size, np.uint8)) for recipe in recipes}
     return [make_crop(image, values[v], rulers[recipe.size]) for v, recipe in enumerate(recipes)]
+
+
+@contextmanager
+def _told_if_slow() -> Iterator[None]:
+    """Say so when the machine code of the crops is not at hand: no silent wait."""
+    text = "compiling the crops for this processor: some seconds"
+    timer = threading.Timer(3.0, print, [text], {"file": sys.stderr, "flush": True})
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _dali_crops(

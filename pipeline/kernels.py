@@ -6,6 +6,8 @@ every machine.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -35,7 +37,24 @@ TO_YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.321), (0.211, -0.523, 0.311)
 FROM_YIQ = ((1.0, 0.956, 0.621), (1.0, -0.272, -0.647), (1.0, -1.107, 1.705))
 
 
-@njit(nogil=True, cache=True)
+def kept_on_disk(decorate: Callable[..., Callable], function: Callable, *signature: Any, **options: Any) -> Callable:
+    """Numba's `decorate`, its machine code kept beside this file, in the user's cache or in NUMBA_CACHE_DIR.
+
+    Where none of these can be written, as in a read-only installation, each process compiles again.
+    """
+    try:
+        return decorate(*signature, cache=True, **options)(function)
+    except RuntimeError as error:
+        if "no locator available" not in str(error):
+            raise
+        return decorate(*signature, **options)(function)
+
+
+def compiled(function: Callable) -> Callable:
+    return kept_on_disk(njit, function, nogil=True)
+
+
+@compiled
 def make_crop(out: np.ndarray, image: np.ndarray, values: np.ndarray) -> None:
     """Fill `out` `[3, S, S] uint8` from `image` `[H, W, 3] uint8` by `values` `[12] float32` in the order of PARAMETERS."""
     # Never outside the image, whatever the index says of its size.
@@ -52,7 +71,7 @@ def make_crop(out: np.ndarray, image: np.ndarray, values: np.ndarray) -> None:
             flat[i] = min(flat[i], np.uint8(255) - flat[i])
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def filter_table(length: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """The triangle filter of a resize from `length` to `size`, antialiased as in Pillow and torchvision.
 
@@ -76,7 +95,7 @@ def filter_table(length: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     return starts, weights
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def resize(out: np.ndarray, image: np.ndarray, y0: int, x0: int, y1: int, x1: int, flip: bool) -> None:
     """Resize a box of `image` `[H, W, 3] uint8` to `out` `[3, S, S] uint8`, mirrored left to right with `flip`.
 
@@ -112,7 +131,7 @@ def resize(out: np.ndarray, image: np.ndarray, y0: int, x0: int, y1: int, x1: in
             )
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def weigh_rows(result: np.ndarray, lines: np.ndarray, start: int, weights: np.ndarray) -> None:
     """`result` = the sum of the lines from `start` on, each times its weight."""
     result[:] = ZERO
@@ -122,7 +141,7 @@ def weigh_rows(result: np.ndarray, lines: np.ndarray, start: int, weights: np.nd
             result[x] += weight * np.float32(line[x])
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def twist_colours(crop: np.ndarray, brightness: float, contrast: float, saturation: float, hue: float) -> None:
     """Brightness, contrast around the mean gray, saturation and hue (degrees), in this order, in place."""
     flat = crop.reshape(3, crop.size // 3)
@@ -152,7 +171,7 @@ def twist_colours(crop: np.ndarray, brightness: float, contrast: float, saturati
                 line[i] = np.uint8(np.int32(min(max(value, ZERO), WHITE) + HALF))
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def colour_matrix(saturation: float, hue: float) -> np.ndarray:
     """`[3, 3] float32`: the chroma plane of YIQ turned by `hue` degrees and scaled by `saturation`, in RGB."""
     cosine, sine = saturation * math.cos(math.radians(hue)), saturation * math.sin(math.radians(hue))
@@ -165,7 +184,7 @@ def colour_matrix(saturation: float, hue: float) -> np.ndarray:
     return matrix
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def blur(crop: np.ndarray, sigma: float) -> None:
     """Gaussian blur of `crop` `[3, S, S] uint8` in place, cut off at three sigma, borders mirrored at the edge pixel."""
     size = crop.shape[1]
@@ -198,7 +217,7 @@ def blur(crop: np.ndarray, sigma: float) -> None:
                 crop[c, y, x] = np.uint8(np.int32(result[x]))
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def mirrored(place: int, size: int) -> int:
     """The place inside `0..size` that a place at most `size - 1` outside stands for."""
     if place < 0:

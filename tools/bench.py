@@ -1,4 +1,4 @@
-"""Measure the project: `python tools/bench.py {convert,pipeline,scale,step} [--json OUT]`.
+"""Measure the project: `python tools/bench.py {convert,pipeline,scale,step,windows} [--json OUT]`.
 
 One subcommand per file `bench_*.py`.
 """
@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from tools import bench_convert, bench_pipeline, bench_scale, bench_step
+from tools import bench_convert, bench_pipeline, bench_scale, bench_step, bench_windows
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,6 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
         "pipeline": bench_pipeline,
         "scale": bench_scale,
         "step": bench_step,
+        "windows": bench_windows,
     }.items():
         command = commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
         command.add_argument("--json", type=Path, metavar="OUT", help="write the figures here too")

@@ -5,7 +5,7 @@ import gc
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -112,7 +112,7 @@ def _serve(row: Row, setup: Setup, connection: Connection) -> None:
             connection.send(lines[0])
 
 
-def interleave(rows: dict[str, tuple[Row, Setup, int]], rounds: int) -> dict[str, list[tuple[float, float]]]:
+def interleave(rows: Mapping[str, tuple[Row, Setup, int]], rounds: int) -> dict[str, list[tuple[float, float]]]:
     """For each row (with its setup and images) its `measure` of every round; each round begins with another row."""
     processes: dict[str, RowProcess] = {}
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}

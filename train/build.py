@@ -95,6 +95,14 @@ def build_training_loader(
     return loader
 
 
+def describe_epoch(config: Config, loader: MultiCropLoader) -> str:
+    """What a user should know of the data: how much there is, and how many samples no step of an epoch takes."""
+    count, per_step = len(loader.index), loader.global_batch * config.training.accumulation_steps
+    left_out = f"; {count % per_step} fill no step and are left out, others in each epoch" if count % per_step else ""
+    shards = len(loader.index.shards)
+    return f"data: {count:,} images in {shards} shards, {count // per_step:,} steps of {per_step} an epoch{left_out}"
+
+
 def tuned_reader(
     config: Config, dataset: MultiCropDataset, tell: Callable[[str], None], ranks: Ranks = ALONE
 ) -> dict[str, Any]:

@@ -11,6 +11,9 @@ from train.config_yaml import COMMAND_LINE, AmbiguousText, Document, Issue, KeyP
 
 Schema = dict[str, Any]
 
+# Keys that loaders elsewhere have and that would change nothing here: refused like any such key, with the reason.
+NEEDLESS = {"data.pin_memory": "crops are made where the model is, none are copied there: remove this line"}
+
 
 def known_keys(schema: Schema) -> dict[str, Schema]:
     """Each dotted key of a JSON Schema with its own schema; list positions are left out: `model.levels.layer`."""
@@ -108,6 +111,8 @@ def unknown_key(path: KeyPath, known: dict[str, Schema]) -> str:
     """The message for a key that is not there."""
     key = ".".join(str(part) for part in path if isinstance(part, str))
     section, _, name = key.rpartition(".")
+    if key in NEEDLESS:
+        return f"not needed: {NEEDLESS[key]}"
     if key in known:
         return f"unknown key: dots are for the command line; write {name} under {section}"
     meant = nearest(key, known)

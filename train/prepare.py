@@ -17,6 +17,7 @@ from train.build import (
     build_masks,
     build_model,
     build_training_loader,
+    describe_epoch,
     loop_settings,
     torch_threads,
     tuned_reader,
@@ -116,6 +117,7 @@ def prepare(config: Config, console: Console, ranks: Ranks, device: torch.device
     folder, probe, heartbeat, wandb = run_folder(config), None, None, None
     if ranks.is_first:
         open_run_folder(config, console.print)
+        console.print(describe_epoch(config, loader), highlight=False)
         probe = Probe(config, folder, model, console.print)
         probe.measure_baselines()
         wandb = open_wandb(

@@ -71,6 +71,11 @@ def test_a_box_that_leaves_the_image_is_cut_off(image: np.ndarray) -> None:
     assert np.array_equal(out, np.broadcast_to(image[-1, -1][:, None, None], out.shape))
 
 
+def test_where_no_folder_can_be_written_the_code_is_compiled_for_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
+    assert kernels.compiled(kernels.mirrored.py_func)(-3, 10) == 3
+
+
 FULL = ViewRecipe(
     64, (0.1, 1.0), flip_prob=0.5, jitter_prob=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1,
     gray_prob=0.2, blur_prob=0.5, solarize_prob=0.2,

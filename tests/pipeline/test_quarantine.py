@@ -18,8 +18,11 @@ from pipeline.index import SAMPLE_DTYPE, ShardIndex, open_index, save_index
 from pipeline.loader import MultiCropLoader
 from pipeline.quarantine import Quarantine, find_faults
 from tests.conftest import photographs
+from tests.train.test_run import ROOT, command
+from train.run import main
 
 BATCH, COUNT = 8, 320
+CONFIG = ROOT / "configs" / "quickstart.yaml"
 
 
 def png(content: bytes) -> bytes:
@@ -196,26 +199,49 @@ def test_more_than_the_allowed_share_stops_with_the_list(damaged: tuple[Path, li
     assert len(path.read_text().splitlines()) > 3
 
 
-def test_a_shard_of_nothing_but_damage_is_survived(
-    tmp_path: Path, pictures: tuple[list[bytes], list[tuple[int, int]]]
-) -> None:
-    contents, sizes = pictures
-    folder = tmp_path / "train"
-    write_raw(folder, contents, sizes)
+def add_broken_shard(folder: Path, count: int) -> None:
+    """A second tar, a copy of the first whose first `count` images are zeros; the index lists no other ones of it."""
     whole = open_index(folder)
     shutil.copy(folder / "000000.tar", folder / "000001.tar")
-    second = whole.samples.copy()[:40]
+    second = whole.samples.copy()[:count]
     second["shard"] = 1
     save_index(folder, ["000000.tar", "000001.tar"], np.concatenate([whole.samples, second]))
     with (folder / "000001.tar").open("r+b") as file:
         for row in second:
             file.seek(int(row["offset"]))
             file.write(bytes(int(row["size"])))
+
+
+def test_a_shard_of_nothing_but_damage_is_survived(
+    tmp_path: Path, pictures: tuple[list[bytes], list[tuple[int, int]]]
+) -> None:
+    write_raw(tmp_path / "train", *pictures)
+    add_broken_shard(tmp_path / "train", 40)
     loader = loader_of(tmp_path, max_bad_share=0.2)
     batches = list(loader)
     assert len(batches) == (COUNT + 40) // BATCH
     assert set(loader.quarantine.reasons.values()) == {"filled with zeros"}
     assert len(loader.quarantine) >= 40 - (COUNT + 40) % BATCH
+
+
+def test_training_on_all_this_damage_completes_with_the_exact_list(
+    damaged: tuple[Path, list[int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """5 % of the samples with one defect each, and a shard of which nothing is left."""
+    data_path, bad = damaged
+    shutil.copytree(data_path / "train", tmp_path / "data" / "train")
+    add_broken_shard(tmp_path / "data" / "train", 40)
+    settings = ("data.max_bad_share=0.2", "training.epochs=1", "evaluation.eval_frequency=0")
+    assert main(command(CONFIG, tmp_path / "data", tmp_path, *settings)) == 0
+    run = tmp_path / "quickstart"
+    entries = [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
+    found = [(entry["shard"], entry["key"]) for entry in entries]
+    assert sorted(found) == sorted(
+        [("000000.tar", f"{row:06d}.jpg") for row in bad] + [("000001.tar", f"{row:06d}.jpg") for row in range(40)]
+    )
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["bad_samples"] == len(bad) + 40
+    assert f"{len(bad) + 40} bad samples" in capsys.readouterr().out
 
 
 def test_lines_about_other_data_and_half_a_line_are_passed_over(index: ShardIndex, tmp_path: Path) -> None:

@@ -138,6 +138,12 @@ def test_text_for_a_number_and_a_number_for_text_get_opposite_hints(write):
     assert errors_of(write(folder % "'..'"))[0].endswith("(not starting with . or -)")
 
 
+def test_a_key_that_would_change_nothing_is_refused_with_the_reason(write):
+    (error,) = errors_of(write("data: {data_path: shards, pin_memory: true}\nlogging: {run_name: a}"))
+    reason = "crops are made where the model is, none are copied there"
+    assert error == f"run.yaml:1: data.pin_memory: not needed: {reason}: remove this line"
+
+
 def test_a_key_of_another_section_is_named_with_its_home(write):
     (error,) = errors_of(write(f"{LEAST}training: {{batch_size: 3}}"))
     assert error.endswith("did you mean data.batch_size? (batch_size is also at evaluation.batch_size)")
