@@ -17,7 +17,7 @@ from train.distributed import Watchdog, joined, ranks_from_environment
 from train.loop import gone_wrong, train_steps
 from train.memory import is_out_of_memory, out_of_memory_advice
 from train.metrics import MetricsLog
-from train.pictures import draw_figures, read_picture
+from train.pictures import NEIGHBOURS, QUERIES, draw_figures, read_picture
 from train.prepare import Session, newest, prepare
 from train.report import write_report, write_summary
 from train.run_folder import StopSignal
@@ -149,7 +149,8 @@ def open_metrics(session: Session) -> AbstractContextManager[MetricsLog | None]:
 
 def show_pictures(session: Session, metrics: MetricsLog | None) -> list[Path]:
     """Draw the pictures of the run as it is now, and put them into its log."""
-    figures = draw_figures(session.folder, session.config, session.dataset, session.model, session.masks)
+    neighbours = [] if session.probe is None else session.probe.neighbours(QUERIES, NEIGHBOURS)
+    figures = draw_figures(session.folder, session.config, session.dataset, session.model, session.masks, neighbours)
     if metrics is not None:
         for figure in figures:
             metrics.picture(session.state.step, figure.stem, read_picture(figure))

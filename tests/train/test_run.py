@@ -49,8 +49,9 @@ def test_every_shipped_config_takes_two_steps_at_reduced_size(config: Path, data
     assert summary["steps"] == 2
     assert summary["images"] == 16
     assert set(summary["knn"]) == {"pixels", "colour_histogram", "random_init", "trained"}
+    assert 0 <= summary["linear"] <= 100
     assert {"images_per_s", "data_wait_percent", "loss_first", "loss_last", "rankme"} <= set(summary)
-    figures = ["crops.png", "curves.png", "features.png", "masks.png"]
+    figures = ["crops.png", "curves.png", "features.png", "masks.png", "neighbours.png"]
     assert sorted(path.name for path in (run / "figures").iterdir()) == figures
     report = (run / "report.md").read_text()
     assert all(f"](figures/{name})" in report for name in figures)
