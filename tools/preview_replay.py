@@ -9,7 +9,7 @@ from pipeline.batch import CropBatch
 from pipeline.dataset import MultiCropDataset, resolve_device
 from train.build import build_dataset, build_loader, build_masks, build_model, loop_settings
 from train.config import Config
-from train.loop import LoopSettings, step_seed
+from train.step import LoopSettings, step_seed
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from pipeline.loader import MultiCropLoader
 from pipeline.tuning import ReaderSettings, candidates, tune
 from train.config import Config
 from train.distributed import Ranks
-from train.loop import LoopSettings
+from train.features import spread_rows
+from train.step import LoopSettings
 
 ALONE = Ranks()
 HW_DECODER_LOAD = 0.65  # DALI's own default
@@ -137,19 +138,25 @@ def _tune(
     return arguments(chosen)
 
 
-def build_evaluation_loaders(config: Config) -> tuple[MultiCropLoader, MultiCropLoader]:
-    """Centre crops of the training and of the validation split, in stored order. FileNotFoundError when one is missing."""
+def build_evaluation_loaders(config: Config, shuffle: bool = False) -> tuple[MultiCropLoader, MultiCropLoader]:
+    """Centre crops of the training split, in stored order unless `shuffle`, and of the validation split.
+
+    Of each at most `evaluation.max_samples` images. FileNotFoundError when a split is missing.
+    """
     loaders = []
-    for split in ("train", "val"):
-        folder = split_folder(config.data.dataset, config.data.data_path, split)
+    folders = [split_folder(config.data.dataset, config.data.data_path, split) for split in ("train", "val")]
+    if folders[0] == folders[1]:
+        raise FileNotFoundError(f"{folders[0]}: one split alone; evaluation needs train/ and val/ in it")
+    for folder in folders:
         dataset = centre_crop_dataset(
-            open_index(folder),
+            spread_rows(open_index(folder), config.evaluation.max_samples),
             config.data.multicrop.global_crop_size,
             config.evaluation.crop_ratio,
             config.data.augmentation.mean,
             config.data.augmentation.std,
         )
-        loaders.append(build_loader(config, dataset, config.evaluation.batch_size, shuffle=False, drop_last=False))
+        shuffled = shuffle and folder == folders[0]
+        loaders.append(build_loader(config, dataset, config.evaluation.batch_size, shuffle=shuffled, drop_last=False))
     return loaders[0], loaders[1]
 
 

@@ -96,7 +96,9 @@ class Evaluation(Section):
     knn_k: Count = 20
     batch_size: Count = 64
     max_samples: Count = 50_000
-    """Images of each split that are used, from the first on."""
+    """Images of each split that are used, evenly spread over it."""
+    linear_epochs: Whole = 20
+    """Passes of the linear probe over the features, at each measurement; 0: k-NN alone."""
     crop_ratio: SomeShare = 0.875
     """Share of the shorter side that the centre crop keeps."""
 

@@ -93,6 +93,8 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     if summary["knn"] is not None:
         rows.append(("RankMe of the trained features", f"{summary['rankme']:.1f} of {summary['width']}"))
         rows += [(name, f"{summary['knn'][key]:.1f} %") for key, name in KNN_NAMES.items()]
+    if summary["linear"] is not None:
+        rows.append(("linear probe, trained encoder", f"{summary['linear']:.1f} %"))
     return rows
 
 

@@ -1,6 +1,7 @@
 """Collapse signals, and the run's record of numbers."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -33,19 +34,22 @@ class MetricsLog:
     ) -> None:
         self._say, self._told, self._wandb = say, False, wandb
         self._path = folder / "metrics.jsonl"
-        # A run killed after its last checkpoint repeats some steps: their old lines give way.
-        kept = [line for line in read_metrics(folder) if line["step"] <= start_step]
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        _drop_lines_after(self._path, start_step)
         self._file = self._path.open("a")
         self._writer: Any = None
+        self._hook_before = threading.excepthook
         if tensorboard:
+            threading.excepthook = self._hear_thread  # TensorBoard writes in one of its own
             from torch.utils.tensorboard import SummaryWriter  # imports half a second of modules
 
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
+            try:
+                self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
+            except OSError as error:
+                self._tell(error)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
         try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()  # what a full disk refuses stays in the buffer, and is tried again
             if self._writer is not None:
                 for name, value in values.items():
@@ -63,9 +67,15 @@ class MetricsLog:
         except OSError as error:
             self._tell(error)
 
+    def _hear_thread(self, told: threading.ExceptHookArgs) -> None:
+        if isinstance(told.exc_value, OSError):
+            self._tell(told.exc_value)
+        else:
+            self._hook_before(told)
+
     def _tell(self, error: OSError) -> None:
         if not self._told:
-            self._say(f"{self._path}: cannot be written ({error}); training goes on")
+            self._say(f"{self._path.parent}: the log cannot be written ({error}); training goes on")
         self._told = True
 
     def __enter__(self) -> Self:
@@ -78,6 +88,17 @@ class MetricsLog:
                 self._writer.close()
         except OSError as error:
             self._tell(error)
+        threading.excepthook = self._hook_before
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """A run killed after its last checkpoint repeats some steps: their old lines give way, as does one cut short."""
+    kept = [line for line in read_metrics(path.parent) if line["step"] <= step]
+    text = "".join(json.dumps(line) + "\n" for line in kept)
+    if path.exists() and path.read_text() != text:
+        temporary = path.with_suffix(".partial")  # or a full disk would cost the whole log
+        temporary.write_text(text)
+        temporary.replace(path)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The pictures of a run, drawn when its features are measured and at its end."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,24 +12,31 @@ from model.masks import MultiCropMaskGenerator
 from pipeline.dataset import MultiCropDataset
 from train.build import build_loader
 from train.config import Config
-from train.figures import draw_crops, draw_curves, draw_features, draw_masks
-from train.loop import step_seed
+from train.figures import Neighbours, draw_crops, draw_curves, draw_features, draw_masks, draw_neighbours
 from train.metrics import read_metrics
+from train.step import step_seed
 
 PICTURED = 4  # images in crops.png and features.png
+QUERIES, NEIGHBOURS = 6, 7  # in neighbours.png
 
 
 def draw_figures(
-    folder: Path, config: Config, dataset: MultiCropDataset, model: HJEPA, masks: MultiCropMaskGenerator
+    folder: Path,
+    config: Config,
+    dataset: MultiCropDataset,
+    model: HJEPA,
+    masks: MultiCropMaskGenerator,
+    neighbours: Sequence[Neighbours] = (),
 ) -> list[Path]:
-    """Draw crops.png and masks.png of the first positions of epoch 0, as trained on, features.png and curves.png."""
+    """Draw crops.png and masks.png of the first positions of epoch 0, as trained on, features.png, curves.png and, where there
+    are `neighbours`, neighbours.png."""
     figures = folder / "figures"
     figures.mkdir(exist_ok=True)
     count = min(PICTURED, len(dataset))
     loader = build_loader(config, dataset, count)
     batch = next(iter(loader))
     normalisation = (dataset.mean, dataset.std)
-    paths = [figures / name for name in ("crops.png", "masks.png", "features.png", "curves.png")]
+    paths = [figures / name for name in ("crops.png", "masks.png", "features.png", "neighbours.png", "curves.png")]
     draw_crops(paths[0], batch, dataset.index, loader.rows_at(0, 0, count), model.num_global, *normalisation)
     torch.manual_seed(step_seed(config.seed, 0, 1))
     plan = masks(count)
@@ -36,9 +44,11 @@ def draw_figures(
     with torch.inference_mode():
         tokens = model.target([(batch.crops[0], None)])[0].tokens.float()
     draw_features(paths[2], batch.crops[0], token_colours(tokens), model.grid, *normalisation)
+    if neighbours:
+        draw_neighbours(paths[3], neighbours)
     lines = [line for line in read_metrics(folder) if "loss" in line]
     if lines:
-        draw_curves(paths[3], lines)
+        draw_curves(paths[4], lines)
     return [path for path in paths if path.exists()]
 
 

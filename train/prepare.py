@@ -33,12 +33,12 @@ from train.checkpoint_writer import CheckpointWriter
 from train.config import Config
 from train.distributed import Ranks, replicated
 from train.heartbeat import Heartbeat
-from train.loop import LoopSettings
 from train.metrics import open_wandb
 from train.optim import build_optimizer
 from train.probe import Probe
 from train.run_folder import open_run_folder, run_folder
 from train.state import RunState
+from train.step import LoopSettings
 
 
 @dataclass

@@ -25,6 +25,7 @@ def write_summary(folder: Path, config: Config, state: RunState, probe: Probe, w
         "rankme": probe.rankme,
         "width": width,
         "knn": knn,
+        "linear": probe.linear,
         "bad_samples": state.bad_samples,
         "skipped_steps": state.skipped_steps,
         "collapse_alarms": state.alarms,

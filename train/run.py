@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from train.session import run
 
         return run(config, console)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:  # OSError: a disk or a folder that refuses, which is none of ours
         if is_first or not isinstance(error, ConfigError):  # a wrong file is told once, what befell a rank by that rank
             print(error, file=sys.stderr)
         return BAD_INPUT

@@ -39,16 +39,28 @@ def open_run_folder(config: Config, say: Callable[[str], None]) -> Path:
     """Make `run_dir/run_name` with its config.yaml and environment.json.
 
     With `resume: none` an earlier run's checkpoints are moved aside. Otherwise a folder of a run with other settings raises
-    ValueError, which lists them.
+    ValueError, which lists them; so does a place that cannot be written.
     """
     check_run_folder(config)
     folder = run_folder(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    if config.checkpoint.resume == "none":
-        _move_aside(folder, say)
-    (folder / "config.yaml").write_text(config.to_yaml())
-    (folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if config.checkpoint.resume == "none":
+            _move_aside(folder, say)
+        _write_whole(folder / "config.yaml", config.to_yaml())
+        _write_whole(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: cannot be written ({error.strerror}); free some space, or choose another logging.run_dir"
+        ) from None
     return folder
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """All of it or, on a full disk, what was there before."""
+    temporary = path.with_name(f"{path.name}.partial")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def check_run_folder(config: Config) -> None:

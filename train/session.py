@@ -3,22 +3,21 @@
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from rich.console import Console
 
 from pipeline.dataset import resolve_device
-from train.checkpoint import (
-    checkpoint_path,
-)
+from train.checkpoint import checkpoint_path
 from train.config import Config
 from train.display import Display, summary_table
 from train.distributed import Watchdog, joined, ranks_from_environment
 from train.loop import gone_wrong, train_steps
 from train.memory import is_out_of_memory, out_of_memory_advice
 from train.metrics import MetricsLog
-from train.pictures import draw_figures, read_picture
+from train.pictures import NEIGHBOURS, QUERIES, draw_figures, read_picture
 from train.prepare import Session, newest, prepare
 from train.report import write_report, write_summary
 from train.run_folder import StopSignal
@@ -101,12 +100,7 @@ def train_once(session: Session, stop: StopSignal) -> None:
 
         def probe() -> None:
             watchdog.rest()
-            if session.probe is not None:
-                figures = session.probe.online()
-                state.knn, state.knn_step = figures.get("knn"), state.step
-                log(figures)
-                show_pictures(session, metrics)
-            ranks.any(False)
+            probe_now(session, log, metrics)
             watchdog.beat()
 
         def show() -> None:
@@ -136,6 +130,16 @@ def train_once(session: Session, stop: StopSignal) -> None:
         )
 
 
+def probe_now(session: Session, log: Callable[[dict[str, float]], None], metrics: MetricsLog | None) -> None:
+    """Measure k-NN and draw, on the first rank, while the others wait."""
+    if session.probe is not None:
+        figures = session.probe.online()
+        session.state.knn, session.state.knn_step = figures.get("knn"), session.state.step
+        log(figures)
+        show_pictures(session, metrics)
+    session.ranks.any(False)
+
+
 def open_metrics(session: Session) -> AbstractContextManager[MetricsLog | None]:
     if not session.ranks.is_first:
         return nullcontext()
@@ -145,7 +149,8 @@ def open_metrics(session: Session) -> AbstractContextManager[MetricsLog | None]:
 
 def show_pictures(session: Session, metrics: MetricsLog | None) -> list[Path]:
     """Draw the pictures of the run as it is now, and put them into its log."""
-    figures = draw_figures(session.folder, session.config, session.dataset, session.model, session.masks)
+    neighbours = [] if session.probe is None else session.probe.neighbours(QUERIES, NEIGHBOURS)
+    figures = draw_figures(session.folder, session.config, session.dataset, session.model, session.masks, neighbours)
     if metrics is not None:
         for figure in figures:
             metrics.picture(session.state.step, figure.stem, read_picture(figure))
@@ -169,4 +174,9 @@ def finish(session: Session) -> int:
     session.console.print(summary_table(summary))
     session.say("pictures: " + ", ".join(os.path.relpath(figure) for figure in figures))
     session.say(f"report: {os.path.relpath(folder / 'report.md')}")
-    return 0 if checkpoint_path(session.checkpoints, state.step).exists() else NOT_WRITTEN
+    if checkpoint_path(session.checkpoints, state.step).exists():
+        return 0
+    session.say(
+        f"the weights of step {state.step} are NOT saved: free some space; the same command goes on from the last"
+    )
+    return NOT_WRITTEN

@@ -15,17 +15,13 @@ from train.build import ALONE, build_dataset, build_masks, build_model, build_tr
 from train.config import Config
 from train.config_file import load_config
 from train.guard import CollapseAlarm
-from train.loop import batches, step_seed, train_steps
+from train.loop import batches, train_steps
 from train.optim import build_optimizer, ema_momentum, learning_rate
 from train.run import main
 from train.state import RunState
+from train.step import step_seed
 
 STEPS, BAD = 40, (*range(3, 13), 15, 17, *range(20, 28))
-# No view term, no SIGReg, a target that is the student itself, and steps so large that collapse takes 100 of them.
-WITHOUT_GUARDS = [
-    "loss.view_weight=0", "loss.sigreg_weight=0", "training.ema_momentum=0", "training.ema_final_momentum=0",
-    "training.lr=5e-2", "training.warmup_epochs=0", "training.max_steps=120",
-]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -151,22 +147,70 @@ def test_the_alarm_rings_once_until_both_signals_have_recovered() -> None:
     assert not state.collapsed
 
 
-@pytest.mark.parametrize(
-    ("changes", "rings"),
-    [([], False), pytest.param(WITHOUT_GUARDS, True, marks=pytest.mark.slow)],  # the second rings on some crops only
-    ids=["quickstart", "without guards"],
-)
-def test_the_alarm_rings_for_a_run_without_guards_and_not_for_the_quickstart(
-    changes: list[str], rings: bool, data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+class Collapsing(HJEPA):
+    """What is left without guards: the target is the student itself, the loss's gradient flows into it, nothing trails behind.
+
+    One vector for all images then has no loss, and the step goes there from any start. A target without gradient is not
+    enough to make collapse certain: with momentum 0 and no more, some seeds resist for thousands of steps.
+    """
+
+    _targets = HJEPA._targets.__wrapped__  # type: ignore[attr-defined]  # without its no_grad
+
+    def __init__(self, *arguments: object, **options: object) -> None:
+        super().__init__(*arguments, **options)  # type: ignore[arg-type]
+        self.target = self.encoder
+
+    def update_target(self, momentum: float, skip: torch.Tensor | None = None) -> None:
+        pass
+
+    def forward(self, *inputs: object) -> dict[str, torch.Tensor]:
+        losses = super().forward(*inputs)  # type: ignore[arg-type]
+        return {**losses, "features": losses["features"].detach()}
+
+
+def trained(kind: type[HJEPA], arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[list[dict], list[str]]:
+    """The log of a run with a model of this kind, and what it told its user."""
+    monkeypatch.setattr("train.build.HJEPA", kind)
+    config, device, lines, told = load_config(Path(arguments[0]), arguments[1:]), torch.device("cpu"), [], []
+    model, loader = build_model(config, device), build_training_loader(config, build_dataset(config))
+    train_steps(
+        model, model, build_masks(config, model, device), build_optimizer(model, 0.05, (0.9, 0.95)), loader, RunState(),
+        loop_settings(config, len(loader), device), ALONE,
+        log=lines.append, tell=told.append, show=lambda: None, probe=lambda: None, save=lambda: None, stop=lambda: False,
+    )  # fmt: skip
+    return lines, told
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 9))])
+def test_the_alarm_rings_on_a_toy_that_collapses_and_is_silent_on_the_same_with_its_guards(
+    seed: int, data_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The quickstart's own model and settings; only the photographs are those of the tests."""
+    """The same crops and steps. Wide margins on both sides of a RankMe of 2, where it rings for features this narrow."""
+    settings = ["training.lr=2e-2", "training.warmup_epochs=0", "training.epochs=1000", "training.max_steps=120"]
+    settings += ["training.final_lr_ratio=1", "logging.log_frequency=20", f"seed={seed}"]
+    arguments = command(ROOT / "configs" / "quickstart.yaml", data_path, tmp_path, *settings)
+    falling, told = trained(Collapsing, [*arguments, "loss.view_weight=0", "loss.sigreg_weight=0"], monkeypatch)
+    assert [text.partition(":")[0] for text in told] in (["collapse alarm at step 60"], ["collapse alarm at step 80"])
+    assert "raise loss.view_weight" in told[0]
+    assert falling[-1]["collapse_alarm"]
+    assert falling[-1]["rankme"] < 1.5
+    assert falling[-1]["feature_std"] < 0.1 * falling[0]["feature_std"]
+    healthy, told = trained(HJEPA, arguments, monkeypatch)
+    assert told == []
+    assert min(line["rankme"] for line in healthy) > 3
+    assert min(line["feature_std"] for line in healthy) > 0.5 * healthy[0]["feature_std"]
+    print("\nRankMe at the end, without guards and with:", falling[-1]["rankme"], healthy[-1]["rankme"])
+
+
+def test_the_alarm_is_silent_on_the_quickstart(
+    data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own model and settings; only the photographs are those of the tests."""
     paths = ["data.dataset=custom", f"data.data_path={data_path}", f"logging.run_dir={tmp_path}"]
-    steps = ["training.epochs=60", "training.max_steps=100", "logging.log_frequency=20", "logging.tensorboard=false"]
-    given = {override.partition("=")[0]: override for override in [*paths, *steps, *changes]}
-    assert main([str(ROOT / "configs" / "quickstart.yaml"), *given.values()]) == 0
-    said = capsys.readouterr().out
+    steps = ["training.epochs=60", "training.max_steps=60", "logging.log_frequency=20", "logging.tensorboard=false"]
+    assert main([str(ROOT / "configs" / "quickstart.yaml"), *paths, *steps]) == 0
     summary = json.loads((tmp_path / "quickstart" / "summary.json").read_text())
     lines = [json.loads(line) for line in (tmp_path / "quickstart" / "metrics.jsonl").read_text().splitlines()]
-    assert bool(summary["collapse_alarms"]) == rings
-    assert max(line["collapse_alarm"] for line in lines) == rings
-    assert said.count("collapse alarm at step") == len(summary["collapse_alarms"])
+    assert summary["collapse_alarms"] == []
+    assert max(line["collapse_alarm"] for line in lines) == 0
+    assert "collapse alarm" not in capsys.readouterr().out

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from train.checkpoint import verify_checkpoint
+from train.metrics import MetricsLog
 from train.run import main
 
 ROOT = Path(__file__).parents[2]
@@ -48,8 +49,9 @@ def test_every_shipped_config_takes_two_steps_at_reduced_size(config: Path, data
     assert summary["steps"] == 2
     assert summary["images"] == 16
     assert set(summary["knn"]) == {"pixels", "colour_histogram", "random_init", "trained"}
+    assert 0 <= summary["linear"] <= 100
     assert {"images_per_s", "data_wait_percent", "loss_first", "loss_last", "rankme"} <= set(summary)
-    figures = ["crops.png", "curves.png", "features.png", "masks.png"]
+    figures = ["crops.png", "curves.png", "features.png", "masks.png", "neighbours.png"]
     assert sorted(path.name for path in (run / "figures").iterdir()) == figures
     report = (run / "report.md").read_text()
     assert all(f"](figures/{name})" in report for name in figures)
@@ -164,6 +166,7 @@ def test_a_disk_that_refuses_a_checkpoint_is_told_and_training_goes_on_with_the_
     with sizes_limited(60_000):
         assert main(more) == 4
     said = capsys.readouterr().out
+    assert "the weights of step 7 are NOT saved" in said or "the summary could not be written" in said
     for step in (6, 7):
         assert f"step {step} could not be saved" in said
     assert said.count("the last one is step_00000004. Training goes on") == 2
@@ -173,6 +176,33 @@ def test_a_disk_that_refuses_a_checkpoint_is_told_and_training_goes_on_with_the_
     verify_checkpoint(checkpoints / "step_00000004")
     assert main(more) == 0
     assert (checkpoints / "step_00000007").is_dir()
+
+
+def test_a_log_that_the_disk_refuses_is_told_once_and_what_is_there_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with MetricsLog(tmp_path, True, 0, print) as log:
+        log.write(1, {"loss": 1.0})
+    told: list[str] = []
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with sizes_limited(len(before)), MetricsLog(tmp_path, True, 1, told.append) as log:
+        for step in range(2, 300):
+            log.write(step, {"loss": 1.0})
+    assert len(told) == 1
+    assert "the log cannot be written" in told[0]
+    assert capsys.readouterr().err == ""
+    assert (tmp_path / "metrics.jsonl").read_bytes().startswith(before)
+
+
+def test_a_place_that_cannot_be_written_is_one_line_and_exit_code_2(
+    data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").write_text("")
+    arguments = command(ROOT / "configs" / "quickstart.yaml", data_path, tmp_path / "taken")
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "taken/quickstart: cannot be written (Not a directory); free some space" in error
 
 
 def test_starting_over_moves_the_old_run_aside(data_path: Path, tmp_path: Path) -> None:

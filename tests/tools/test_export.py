@@ -1,0 +1,79 @@
+"""An exported encoder against the one that was trained: bit for bit, through timm alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from tests.train.test_run import ROOT, command
+from tools.export import main as export
+from train.evaluation import find_checkpoint, load_models
+from train.features import pooled_features
+from train.run import main as train
+
+
+@pytest.fixture(scope="module")
+def run(data_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    mean = "data.augmentation.mean=[0.3, 0.4, 0.5]"
+    changes = ["training.max_steps=3", "logging.run_name=short", mean, "evaluation.crop_ratio=0.9"]
+    assert train(command(ROOT / "configs" / "quickstart.yaml", data_path, folder, *changes)) == 0
+    return folder / "short"
+
+
+def test_timm_loads_an_encoder_with_the_same_features_bit_for_bit(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "encoder"
+    assert export([str(run), "--out", str(out)]) == 0
+    loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    trained, initial = load_models(*find_checkpoint(run), torch.device("cpu"))
+    crops = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(loaded(crops), trained.target.vit(crops))
+        assert torch.equal(loaded.forward_features(crops), trained.target.vit.forward_features(crops))
+        torch.testing.assert_close(loaded(crops), pooled_features(trained.target)(crops)["last"])
+        assert not torch.equal(loaded(crops), initial.vit(crops))
+    settings = timm.data.resolve_model_data_config(loaded)
+    assert tuple(settings["input_size"]) == (3, 32, 32)
+    assert tuple(settings["mean"]) == (0.3, 0.4, 0.5)
+    assert tuple(settings["std"]) == (0.229, 0.224, 0.225)
+    assert settings["crop_pct"] == 0.9
+
+
+def test_the_model_card_holds_figures_settings_and_licence(run: Path, tmp_path: Path) -> None:
+    figures = {
+        "checkpoint": "step_3", "images": [4, 2], "data": ["a", "b"],
+        "figures": [
+            {"probe": "knn", "features": "trained", "setting": "k=20", "accuracy": 41.5, "spread": None, "repeats": 1}
+        ],
+    }  # fmt: skip
+    (tmp_path / "figures.json").write_text(json.dumps(figures))
+    arguments = [str(run), "--out", str(tmp_path / "encoder"), "--license", "cc-by-4.0"]
+    assert export([*arguments, "--figures", str(tmp_path / "figures.json")]) == 0
+    card = (tmp_path / "encoder" / "README.md").read_text()
+    summary = json.loads((run / "summary.json").read_text())
+    assert f"| k-NN, trained encoder | {summary['knn']['trained']:.1f} % |" in card
+    assert "| knn | trained | k=20 | 41.5 |" in card
+    assert "license: cc-by-4.0" in card
+    assert (run / "config.yaml").read_text().rstrip() in card
+    assert "after 3 steps" in card
+    assert export(arguments) == 0  # its own files may be written again
+
+
+def test_what_cannot_be_exported_is_one_clean_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    for arguments, message in (
+        ([str(run), "--out", str(tmp_path / "full")], "holds other files"),
+        ([str(tmp_path), "--out", str(tmp_path / "new")], "neither a run's folder nor a checkpoint"),
+        ([str(run), "--out", str(tmp_path / "new"), "--figures", str(tmp_path / "none.json")], "none.json"),
+    ):
+        capsys.readouterr()
+        assert export(arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "new").exists()

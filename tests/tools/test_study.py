@@ -1,0 +1,121 @@
+"""The study: what it plans, what one training of it measures, and what its tables make of the lines."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from tests.train.test_run import ROOT, TINY
+from tools import study
+from tools.study_grid import BASE, EXPERIMENTS, VARIANTS, trials
+from tools.study_run import run_baselines, run_trial, study_config
+from tools.study_table import claim_lines, mean_and_interval, write_tables
+from train.config_file import load_config
+
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+
+
+@pytest.fixture
+def base(data_path: Path, tmp_path: Path) -> Path:
+    """A config of the smallest encoder on the tests' shards."""
+    path = tmp_path / "tiny.yaml"
+    settings = [*TINY, f"data.data_path={data_path}", "logging.run_name=tiny", "evaluation.linear_epochs=1"]
+    path.write_text(load_config(QUICKSTART, settings).to_yaml())
+    return path
+
+
+@pytest.mark.parametrize("config", ["quickstart", "study_fashion_mnist"])
+def test_every_variant_is_a_valid_config_that_differs_from_all_others(config: str) -> None:
+    path = str(ROOT / "configs" / f"{config}.yaml")
+    found = [study_config(path, overrides, 3, 7) for overrides in VARIANTS.values()]
+    assert len({variant.to_yaml() for variant in found}) == len(VARIANTS)
+    assert {variant.seed for variant in found} == {3}
+    assert {variant.training.max_steps for variant in found} == {7}
+    assert found[list(VARIANTS).index("1+0")].data.crop_counts == (1, 0)
+    assert found[list(VARIANTS).index(BASE)].data.crop_counts == (2, 6)
+
+
+def test_each_training_is_planned_once_and_crops_at_equal_time_come_first() -> None:
+    planned = trials(3, 2)
+    assert len(planned) == len(set(planned))
+    assert {(trial.variant, trial.seed) for trial in planned[:9]} == {
+        (variant, seed) for variant in ("1+0", "2+0", BASE) for seed in range(3)
+    }
+    assert {trial.seed for trial in planned[9:]} == {0, 1}
+    assert {trial.variant for trial in planned} == {variant for _, variants, _ in EXPERIMENTS for variant in variants}
+    assert trials(3, 0) == planned[:9]
+
+
+def test_one_training_measures_time_memory_and_accuracy_of_its_variant(base: Path) -> None:
+    rows = {name: run_trial(str(base), VARIANTS[name], 0, 2) for name in ("1+0", "2+6")}
+    for row in rows.values():
+        assert set(row) | {"variant", "equal", "seed"} == set(study.FIELDS)
+        assert (row["steps"], row["images"]) == (2, 16)
+        assert row["cpu_s"] >= 0
+        assert 0 <= row["knn"] <= 100
+    assert rows["2+6"]["step_mib"] > rows["1+0"]["step_mib"]
+    again = run_trial(str(base), VARIANTS["2+6"], 0, 2)
+    assert [again[key] for key in ("knn", "linear", "rankme")] == [
+        rows["2+6"][key] for key in ("knn", "linear", "rankme")
+    ]
+    baselines = run_baselines(str(base), 0)
+    assert set(baselines) == {"raw pixels", "random initialisation"}
+
+
+def test_the_interval_is_students() -> None:
+    # Three values of standard deviation 1: 4.303 / sqrt(3).
+    assert mean_and_interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(2.484, abs=1e-3))
+    assert mean_and_interval([5.0]) == (5.0, None)
+
+
+def made_up_rows() -> list[dict[str, str]]:
+    rows = [{**dict.fromkeys(study.FIELDS, ""), "variant": "raw pixels", "seed": "0", "knn": "50", "linear": "50"}]
+    for variant, knn, rate, memory in (("1+0", 60, 1400, 10), ("2+0", 62, 1200, 15), ("2+6", 64, 1000, 16)):
+        for seed, shift in enumerate((-1, 0, 1)):
+            row = {
+                "variant": variant, "equal": "time", "seed": seed, "knn": knn + shift, "linear": knn + 10, "rankme": 5,
+                "steps": 10, "images": 320, "cpu_s": 10, "wall_s": 12, "images_per_cpu_s": rate, "peak_mib": 100,
+                "step_mib": memory,
+            }  # fmt: skip
+            rows.append({key: str(value) for key, value in row.items()})
+    return rows
+
+
+def test_the_tables_hold_means_intervals_and_the_claims(tmp_path: Path) -> None:
+    rows = made_up_rows()
+    write_tables(tmp_path, "made_up", rows, {"2+6": 10}, 10.0)
+    text = (tmp_path / "made_up.md").read_text()
+    assert "| 2+6 | 3 | 64.0 ± 2.5 | 74.0 ± 0.0 | 320 | 10.0 | 1,000 | 16.0 | 100 |" in text
+    assert "| raw pixels | 1 | 50.0 | 50.0 |" in text
+    assert (tmp_path / "made_up.png").stat().st_size > 5_000
+    claims = "\n".join(claim_lines(rows))
+    assert "| k-NN, points at equal time | +2 to +5 % | +4.0 | +2.0 |" in claims
+    assert "| memory of a step | 1.6x | 1.60x | 1.07x |" in claims
+    assert "| time of an image | 1.4x | 1.40x | 1.20x |" in claims
+
+
+def test_a_study_of_another_budget_is_not_continued(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tiny_calibration.json").write_text('{"budget_s": 5.0, "step_cpu_ms": {}, "steps": {}}')
+    assert study.main([str(base), "--out", str(tmp_path), "--budget", "6"]) == 2
+    assert "of a study of 5 s a run, not 6" in capsys.readouterr().err
+    assert study.main([str(tmp_path / "none.yaml"), "--out", str(tmp_path)]) == 2
+
+
+@pytest.mark.slow
+def test_a_study_runs_to_its_tables_and_again_trains_nothing(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(base), "--out", str(tmp_path), "--budget", "0.1", "--seeds", "1", "--other-seeds", "0"]
+    assert study.main(arguments) == 0
+    assert "tiny 3/3: 2+6" in capsys.readouterr().out
+    with (tmp_path / "tiny.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["variant"] for row in rows] == ["raw pixels", "random initialisation", "1+0", "2+0", "2+6"]
+    before = (tmp_path / "tiny.csv").read_text()
+    (tmp_path / "tiny.md").unlink()
+    assert study.main(arguments) == 0
+    assert (tmp_path / "tiny.csv").read_text() == before
+    assert (tmp_path / "tiny.md").exists()
+    assert capsys.readouterr().out == ""

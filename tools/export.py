@@ -1,0 +1,132 @@
+"""A trained encoder as a folder that timm loads: `python tools/export.py RUN --out DIR [--figures JSON]`.
+
+DIR gets model.safetensors, config.json and README.md, the model card. It loads with
+`timm.create_model("local-dir:DIR", pretrained=True)` and no code of this project.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from model.encoder import MultiCropEncoder
+from train.build import build_model
+from train.checkpoint import checkpoint_step, load_checkpoint
+from train.config import Config
+from train.display import summary_rows
+from train.evaluation import find_checkpoint, table
+
+WEIGHTS, SETTINGS, CARD = "model.safetensors", "config.json", "README.md"
+
+
+def timm_settings(encoder: MultiCropEncoder, config: Config) -> dict[str, Any]:
+    """What timm needs to build the encoder, and to bring an image to it as the evaluation does."""
+    size = config.data.multicrop.global_crop_size
+    return {
+        "architecture": config.model.encoder.partition(".")[0],
+        "num_classes": 0,
+        "num_features": encoder.width,
+        "global_pool": "avg",  # what every figure of a run is measured on
+        "model_args": {**config.model.encoder_kwargs, "global_pool": "avg"},
+        "pretrained_cfg": {
+            "tag": config.logging.run_name,
+            "num_classes": 0,
+            "input_size": [3, size, size],
+            "fixed_input_size": False,
+            "interpolation": "bilinear",
+            "crop_pct": config.evaluation.crop_ratio,
+            "crop_mode": "center",
+            "mean": list(config.data.augmentation.mean),
+            "std": list(config.data.augmentation.std),
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+
+
+def model_card(config: Config, checkpoint: Path, licence: str, summary: Path, figures: Path | None) -> str:
+    """README.md: how to load it, what it was trained on and how, what was measured, and its licence."""
+    data, (num_global, num_local) = config.data, config.data.crop_counts
+    crops = f"{num_global} global crops of {data.multicrop.global_crop_size} px"
+    if num_local:
+        crops += f" and {num_local} local crops of {data.multicrop.local_crop_size} px"
+    lines = [
+        "---",
+        "library_name: timm",
+        "tags: [image-feature-extraction, self-supervised, jepa]",
+        f"license: {licence}",
+        "---",
+        "",
+        f"# {config.logging.run_name}",
+        "",
+        f"A `{config.model.encoder}` encoder, pretrained without labels by Multi-Crop H-JEPA: {crops}, masking strategy "
+        f"`{config.masking.strategy}`. These are the weights of the moving-average encoder after "
+        f"{checkpoint_step(checkpoint):,} steps.",
+        "",
+        "```python",
+        "import timm",
+        "",
+        'encoder = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()',
+        "features = encoder(images)  # mean of the patch tokens; forward_features(images) gives all tokens",
+        "```",
+        "",
+        "`timm.data.create_transform(**timm.data.resolve_model_data_config(encoder))` makes the images.",
+        "",
+        "## Data",
+        "",
+        f"`{data.dataset}`; pixels in 0..1 are normalised with mean {list(data.augmentation.mean)} and standard deviation "
+        f"{list(data.augmentation.std)}. The data's own licence applies to what may be done with it.",
+        "",
+    ]
+    if summary.exists():
+        rows = [f"| {name} | {value} |" for name, value in summary_rows(json.loads(summary.read_text()))]
+        lines += ["## Training", "", "| | |", "|---|---|", *rows, ""]
+    if figures is not None:
+        lines += ["## Evaluation", "", table(json.loads(figures.read_text())), ""]
+    lines += ["## Settings", "", "```yaml", config.to_yaml().rstrip(), "```", "", "## Licence", "", licence, ""]
+    return "\n".join(lines)
+
+
+def export(run: Path, out: Path, settings: Path | None, licence: str, figures: Path | None) -> None:
+    """Raises FileNotFoundError and ValueError for what is missing or does not fit."""
+    if out.exists() and {path.name for path in out.iterdir()} - {WEIGHTS, SETTINGS, CARD}:
+        raise ValueError(f"{out}: holds other files; name a new folder with --out")
+    checkpoint, config = find_checkpoint(run, settings)
+    model = build_model(config, torch.device("cpu"))
+    load_checkpoint(checkpoint, model)
+    summary = checkpoint.resolve().parent.parent / "summary.json"
+    card = model_card(config, checkpoint, licence, summary, figures)
+    out.mkdir(parents=True, exist_ok=True)
+    encoder = model.target
+    save_file({name: value.contiguous() for name, value in encoder.vit.state_dict().items()}, out / WEIGHTS)
+    (out / SETTINGS).write_text(json.dumps(timm_settings(encoder, config), indent=2) + "\n")
+    (out / CARD).write_text(card)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="export", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "run", type=Path, help="a run's folder, whose newest checkpoint is taken, or one checkpoint of it"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    parser.add_argument("--config", type=Path, help="settings of the checkpoint; default: config.yaml of its run")
+    parser.add_argument("--figures", type=Path, metavar="JSON", help="what train.evaluate --json wrote, for the card")
+    parser.add_argument("--license", default="apache-2.0", help="of the weights; default: %(default)s")
+    given = parser.parse_args(arguments)
+    try:
+        export(given.run, given.out, given.config, given.license, given.figures)
+    except (ValueError, OSError) as error:
+        print(f"export: {error}", file=sys.stderr)
+        return 2
+    print(f'exported; load it with timm.create_model("local-dir:{given.out}", pretrained=True)')
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
