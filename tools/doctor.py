@@ -67,7 +67,6 @@ def run_checks(case: Case, as_json: bool) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = parse_arguments(arguments)
-    faulthandler.enable()
     try:
         case = make_case(given)
     except (ValueError, FileNotFoundError) as error:
@@ -83,4 +82,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()
     sys.exit(main())

@@ -5,6 +5,7 @@ import re
 import threading
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,13 +20,13 @@ DECODE_TOLERANCE = 4.0  # mean of |difference| to Pillow, of 255: two JPEG decod
 NO_GPU = "no GPU"
 
 
-def driver_version() -> tuple[int, ...] | None:
-    """Of the kernel's module, which a container shares; None without one."""
+def driver_version() -> str | None:
+    """Of the kernel's module, which a container shares, as in 580.65.06; None without one."""
     try:
-        found = re.search(r"\b(\d{3,})\.(\d+)(?:\.(\d+))?\b", DRIVER.read_text())
+        found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", DRIVER.read_text())
     except OSError:
         return None
-    return tuple(int(part) for part in found.groups() if part) if found else None
+    return found.group() if found else None
 
 
 def cuda_needs() -> dict[str, int]:
@@ -43,14 +44,14 @@ def driver(_: Case) -> Finding:
     version = driver_version()
     if version is None:
         return skipped("no NVIDIA driver")
-    shown = ".".join(map(str, version))
-    too_old = {who: cuda for who, cuda in cuda_needs().items() if version[:2] < OLDEST_DRIVER.get(cuda, (0, 0))}
+    release = tuple(int(part) for part in version.split(".")[:2])
+    too_old = {who: cuda for who, cuda in cuda_needs().items() if release < OLDEST_DRIVER.get(cuda, (0, 0))}
     if too_old:
         newest = max(too_old.values())
         needed = ".".join(map(str, OLDEST_DRIVER[newest]))
         listed = ", ".join(f"{who} (CUDA {cuda})" for who, cuda in too_old.items())
-        return fail(f"{shown} is too old for {listed}", f"install NVIDIA driver {needed} or newer on the host")
-    return ok(f"{shown}, new enough for {', '.join(f'{who} (CUDA {cuda})' for who, cuda in cuda_needs().items())}")
+        return fail(f"{version} is too old for {listed}", f"install NVIDIA driver {needed} or newer on the host")
+    return ok(f"{version}, new enough for {', '.join(f'{who} (CUDA {cuda})' for who, cuda in cuda_needs().items())}")
 
 
 @check("GPUs")
@@ -80,7 +81,7 @@ def decode_difference(device: str, hw_decoder_load: float = 0.0) -> float:
     from nvidia.dali import Pipeline, fn, types
 
     content = real_jpeg()
-    options = {"hw_decoder_load": hw_decoder_load} if device == "mixed" else {}
+    options: dict[str, Any] = {"hw_decoder_load": hw_decoder_load} if device == "mixed" else {}
     graph = Pipeline(1, num_threads=1, device_id=0 if device == "mixed" else None, prefetch_queue_depth=1)
     with graph:
         encoded = fn.external_source(lambda: [np.frombuffer(content, np.uint8)], dtype=types.UINT8, ndim=1)
@@ -124,7 +125,7 @@ def gloo(_: Case) -> Finding:
     def rank(number: int) -> None:
         try:
             group = dist.ProcessGroupGloo(store, number, 2, timedelta(seconds=5))
-            group.allreduce([sums[number]]).wait()
+            group.allreduce([sums[number]]).wait()  # type: ignore[attr-defined]
         except RuntimeError as error:
             errors.append(str(error).splitlines()[0])
 

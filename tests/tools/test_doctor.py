@@ -1,0 +1,196 @@
+"""The doctor on a sound machine, and on one fault at a time, planted where it would really lie."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.index import open_index, split_folder
+from tools import doctor, doctor_data, doctor_gpu, doctor_machine, doctor_packages, make_shards
+from tools.doctor_check import CHECKS, Case, Finding, examine
+from train.config_file import load_config
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+
+
+@pytest.fixture
+def shards(data_path: Path, tmp_path: Path) -> Path:
+    """Good shards with index and manifest, to be damaged."""
+    doctor_data.opened.cache_clear()
+    assert (
+        make_shards.main(["convert", str(data_path / "train"), "--out", str(tmp_path / "shards"), "--split", "train"])
+        == 0
+    )
+    return tmp_path / "shards"
+
+
+def found(name: str, case: Case) -> Finding:
+    return examine(CHECKS[name], case)
+
+
+def plant_package(folder: Path, name: str, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a wrong `pip install` leaves behind: another version's metadata, found first."""
+    place = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    place.mkdir(parents=True)
+    (place / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Dist: torch (==9.9)\n"
+    )
+    monkeypatch.syspath_prepend(str(folder))
+
+
+def test_on_a_sound_machine_nothing_fails_and_at_least_fifteen_things_are_looked_at(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(QUICKSTART), "data.batch_size=8", "--data", str(shards), "--out", str(tmp_path / "runs"), "--json"]
+    assert doctor.main(arguments) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) >= 15
+    assert {row["name"] for row in rows if row["status"] == "fail"} == set()
+    assert set(rows[0]) == {"name", "status", "text", "fix", "seconds"}
+    assert list((tmp_path / "runs").iterdir()) == []  # nothing of the trials is left
+
+
+def test_a_damaged_shard_is_exit_code_1_with_the_line_that_mends_it(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (shards / "train").glob("*.tar"):
+        with path.open("r+b") as file:
+            file.seek(600)
+            file.write(b"\xff" * 64)
+    assert doctor.main(["--data", str(shards), "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert "fail  shards: a sampled checksum" in said
+    assert "-> copy the shard again, or convert again" in said
+
+
+def cut_short(train: Path) -> None:
+    path = min(train.glob("*.tar"))
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def lose_a_shard(train: Path) -> None:
+    min(train.glob("*.tar")).unlink()
+
+
+def zero_the_index(train: Path) -> None:
+    path = train / "index.npz"
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize("damage", [cut_short, lose_a_shard, zero_the_index])
+def test_an_index_that_does_not_belong_to_the_shards_fails(damage: Callable[[Path], None], shards: Path) -> None:
+    damage(shards / "train")
+    finding = found("shards: index", Case(data=str(shards)))
+    assert finding.status == "fail"
+    assert finding.fix == f"python tools/make_shards.py verify {shards}"
+
+
+def test_a_manifest_of_another_folder_fails(shards: Path) -> None:
+    path = shards / "train" / "manifest.json"
+    content = json.loads(path.read_text())
+    content["shards"][0]["name"] = "other-000000.tar"
+    path.write_text(json.dumps(content))
+    finding = found("shards: manifest", Case(data=str(shards)))
+    assert finding.status == "fail"
+    assert "copy the folder again" in finding.fix
+
+
+def test_images_that_do_not_decode_fail(shards: Path) -> None:
+    index = open_index(split_folder("custom", str(shards), "train"))
+    for row in range(len(index)):
+        sample = index.samples[row]
+        with (shards / "train" / index.shards[sample["shard"]]).open("r+b") as file:
+            file.seek(int(sample["offset"]) + 40)
+            file.write(bytes(int(sample["size"]) - 40))
+    finding = found("shards: sampled images", Case(data=str(shards)))
+    assert finding.status == "fail"
+    assert finding.text.startswith("32 of 32: ")
+    assert "copy the shard again" in finding.fix
+
+
+def test_a_torchvision_of_another_torch_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant_package(tmp_path, "torchvision", "0.1.0", monkeypatch)
+    finding = found("torch and torchvision", Case())
+    assert finding.status == "fail"
+    assert "torchvision 0.1.0 is of another release" in finding.text
+    assert "requirements.lock" in finding.fix
+
+
+def test_a_decoder_of_another_dali_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant_package(tmp_path, "nvidia-nvimgcodec-cu12", "0.1.0", monkeypatch)
+    finding = found("DALI and nvImageCodec", Case())
+    assert finding.status == "fail"
+    assert "nvidia-nvimgcodec-cu12 is 0.1.0" in finding.text
+
+
+def test_two_dalis_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant_package(tmp_path, "nvidia-dali-cuda130", "2.4.0", monkeypatch)
+    finding = found("DALI and nvImageCodec", Case())
+    assert finding.status == "fail"
+    assert "pip uninstall --yes nvidia-dali-cuda120 nvidia-dali-cuda130" in finding.fix
+
+
+def test_a_library_that_is_nowhere_is_missed(tmp_path: Path) -> None:
+    place = tmp_path / "npp" / "lib"
+    place.mkdir(parents=True)
+    (place / "libnppc.so.99").write_bytes(b"")
+    assert doctor_packages.is_found("libnppc.so.99", tmp_path)
+    assert not doctor_packages.is_found("libnppig.so.99", tmp_path)
+
+
+@pytest.mark.parametrize(("version", "status"), [("470.57.02", "fail"), ("595.71.05", "ok")])
+def test_an_old_driver_fails(version: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {version}  Wed Jul 14 18:00:00 UTC 2021\nGCC version: gcc 12.2\n"
+    (tmp_path / "version").write_text(text)
+    monkeypatch.setattr(doctor_gpu, "DRIVER", tmp_path / "version")
+    finding = found("driver", Case())
+    assert finding.status == status
+    assert finding.text.startswith(version)
+    if status == "fail":
+        assert "install NVIDIA driver 5" in finding.fix
+
+
+def test_a_tiny_shared_memory_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_machine, "SHARED_MEMORY", Path("/proc"))  # a file system of size 0
+    finding = found("shared memory", Case())
+    assert finding.status == "fail"
+    assert "--shm-size=8g" in finding.fix
+
+
+def test_a_run_folder_that_cannot_be_written_fails(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    for place in (tmp_path / "runs" / "mine", Path("/proc/runs")):
+        finding = found("run folder", Case(out=place))
+        assert finding.status == "fail"
+        assert "mount it writable" in finding.fix
+
+
+def test_more_threads_than_the_container_may_use_warn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cpu.max").write_text("100000 100000\n")
+    monkeypatch.setattr(doctor_machine, "CGROUP_QUOTA", tmp_path / "cpu.max")
+    finding = found("cores and threads", Case(load_config(QUICKSTART, ["data.num_workers=4"])))
+    assert finding.status == "warn"
+    assert finding.fix.startswith("data.num_workers=1,")
+
+
+def test_a_wish_for_compilation_without_a_compiler_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    finding = found("compiler", Case(load_config(QUICKSTART, ["training.compile=true"])))
+    assert finding.status == "fail"
+    assert "training.compile=false" in finding.fix
+
+
+def test_a_wish_for_a_gpu_where_there_is_none_fails() -> None:
+    if doctor_gpu.sees_gpu():
+        pytest.skip("there is a GPU")
+    finding = found("GPUs", Case(load_config(QUICKSTART, ["device=gpu"])))
+    assert finding.status == "fail"
+    assert "docker run --gpus all" in finding.fix
+
+
+def test_wrong_settings_are_told_as_the_trainer_tells_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main([str(QUICKSTART), "data.batch_siz=8"]) == 2
+    assert "data.batch_size" in capsys.readouterr().err
