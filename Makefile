@@ -4,14 +4,14 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart study test lint format check soak clean
+.PHONY: quickstart study test lint format check soak docker-check lock clean
 
 # Re-installs only when the lock or the project file changes. Modules are compiled as they are first imported.
-$(INSTALLED): requirements.lock pyproject.toml
+$(INSTALLED): requirements-dev.lock pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; name a Python 3.11 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@echo "Installing into $(VENV): about 7 GB, minutes on a fast line."
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --no-compile --require-hashes -r requirements.lock
+	$(VENV)/bin/pip install --quiet --no-compile --require-hashes -r requirements-dev.lock
 	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -47,8 +47,18 @@ format: $(INSTALLED)
 check: lint test
 
 # The long tests, minutes each.
-soak: $(INSTALLED)
+soak: $(INSTALLED) docker-check
 	$(RUN) -m pytest -m slow
+
+# Builds the image on a stand-in base and tries it as its user: root, buildah and mmdebstrap; 15 GB under TMPDIR.
+docker-check:
+	docker/check
+
+# The locked packages: of the image, and with the tests' tools (a superset, the same versions). Needs uv.
+LOCK := uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --extra cuda120 --extra sample
+lock:
+	$(LOCK) pyproject.toml -o requirements.lock
+	$(LOCK) --extra dev -c requirements.lock pyproject.toml -o requirements-dev.lock
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info

@@ -28,12 +28,12 @@ def installed(name: str) -> str | None:
         return None
 
 
-def unmet(name: str, wanted: str | None = None) -> list[str]:
+def unmet(name: str, wanted: str | None = None, extra: str = "") -> list[str]:
     """Requirements of the package `name` that what is installed does not meet, those for `wanted` alone if given."""
     problems = []
     for line in metadata.requires(name) or []:
         need = Requirement(line)
-        if (wanted and need.name != wanted) or (need.marker and not need.marker.evaluate({"extra": ""})):
+        if (wanted and need.name != wanted) or (need.marker and not need.marker.evaluate({"extra": extra})):
             continue
         found = installed(need.name)
         if found is None:
@@ -60,7 +60,8 @@ def python(_: Case) -> Finding:
 def packages(_: Case) -> Finding:
     if installed("multicrop-hjepa") is None:
         return fail("the project is not installed", "pip install --no-deps --no-build-isolation -e .")
-    if problems := unmet("multicrop-hjepa"):
+    extra = (flavour() or "").rpartition("-")[2]  # of the DALI that is installed
+    if problems := unmet("multicrop-hjepa", extra=extra):
         return fail("; ".join(problems), LOCKED)
     return ok(f"multicrop-hjepa {installed('multicrop-hjepa')} and all that it needs")
 

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.json is not None:
             given.json.parent.mkdir(parents=True, exist_ok=True)
             given.json.write_text(json.dumps(report, indent=1) + "\n")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2
     return 0

@@ -72,6 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_first or not isinstance(error, ConfigError):  # a wrong file is told once, what befell a rank by that rank
             print(error, file=sys.stderr)
         return BAD_INPUT
+    except ModuleNotFoundError as error:
+        print(
+            f"{error}: pip install --require-hashes -r requirements.lock; python tools/doctor.py says more",
+            file=sys.stderr,
+        )
+        return BAD_INPUT
     except KeyboardInterrupt:
         # While training, a signal is caught and answered with a checkpoint; this one came before or after.
         print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)

@@ -11,12 +11,13 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+import nvidia.dali
 import torch
 import yaml
 
 from train.config import Config
 
-PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda120", "numpy", "multicrop-hjepa")
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "multicrop-hjepa")
 # What may differ between a run and its continuation: the rest decides what the weights mean.
 FREE_SECTIONS = ("device", "training.", "checkpoint.", "logging.", "evaluation.")
 FREE_KEYS = (
@@ -109,7 +110,7 @@ def environment() -> dict[str, Any]:
     """What the run's figures depend on beside its settings."""
     return {
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {**{name: version(name) for name in PACKAGES}, "nvidia-dali": nvidia.dali.__version__},
         "machine": platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],

@@ -1,0 +1,146 @@
+"""The files that start the image, checked with the tools of their trade; the image itself is tried by `make docker-check`."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
+
+ROOT = Path(__file__).parents[2]
+DOCKER = ROOT / "docker"
+TOOLS = Path(sys.executable).parent
+SCRIPTS = ["check", "entrypoint", "slurm.sbatch"]
+VERBS = {"train", "convert", "doctor", "tensorboard"}
+# What the Dockerfile makes writable, and what the system does.
+PLACES = {"/app/shards", "/app/runs", "/cache", "/tmp", "/dev/shm", "/photos"}
+
+
+def said_by(tool: str, *arguments: str | Path) -> str:
+    result = subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=False)
+    return result.stdout + result.stderr
+
+
+def test_hadolint_finds_nothing_and_does_find_what_is_wrong(tmp_path: Path) -> None:
+    assert said_by("hadolint", DOCKER / "Dockerfile") == ""
+    (tmp_path / "Dockerfile").write_text("FROM debian\nRUN cd /tmp\n")
+    assert "DL3006" in said_by("hadolint", tmp_path / "Dockerfile")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_shellcheck_and_the_shell_itself_accept_every_script(name: str) -> None:
+    script = DOCKER / name
+    shell = script.read_text().splitlines()[0].removeprefix("#!")
+    assert subprocess.run([shell, "-n", script], capture_output=True, check=False).stderr == b""
+    assert said_by("shellcheck", script) == ""
+    assert os.access(script, os.X_OK) or name.endswith(".sbatch")
+
+
+def without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def train_job() -> dict[str, Any]:
+    return yaml.safe_load((DOCKER / "kubernetes.yaml").read_text())
+
+
+def test_the_train_job_is_one_to_kubeflow_and_every_key_of_it_is_known() -> None:
+    job = train_job()
+    parsed = TrainerV1alpha1TrainJob.from_dict(json.loads(json.dumps(job)))
+    assert parsed is not None
+    assert without_nulls(json.loads(parsed.to_json())) == job  # an unknown key would be dropped
+    (patch,) = job["spec"]["runtimePatches"]
+    (node,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pod = node["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert set(mounts) == {volume["name"] for volume in pod["volumes"]}
+    assert set(mounts.values()) <= PLACES
+    (memory,) = (volume for volume in pod["volumes"] if volume.get("emptyDir", {}).get("medium") == "Memory")
+    assert mounts[memory["name"]] == "/dev/shm"
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    gpus = job["spec"]["trainer"]["resourcesPerNode"]["limits"]["nvidia.com/gpu"]
+    assert int(gpus) == job["spec"]["trainer"]["numProcPerNode"]
+
+
+def test_a_key_that_kubeflow_does_not_know_would_be_found() -> None:
+    job = train_job()
+    job["spec"]["trainer"]["numNode"] = 3
+    parsed = TrainerV1alpha1TrainJob.from_dict(job)
+    assert parsed is not None
+    assert without_nulls(json.loads(parsed.to_json())) != job
+
+
+def test_compose_and_kubernetes_start_what_the_entrypoint_and_the_settings_know() -> None:
+    services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
+    assert set(services) == {"convert", "train", "tensorboard"}
+    lines = [service["command"] for service in services.values()] + [train_job()["spec"]["trainer"]["args"]]
+    for line in lines:
+        words = [re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", word) for word in line]
+        assert words[0] in VERBS
+        if words[0] == "train":
+            settings = [sys.executable, "-m", "train.run", *words[1:], "--print-config"]
+            subprocess.run(settings, cwd=ROOT, check=True, capture_output=True)
+    for service in services.values():
+        assert {volume.rsplit(":/", 1)[1].split(":")[0] for volume in service["volumes"]} <= {p[1:] for p in PLACES}
+        assert service["read_only"]
+        assert service["user"] == "${RUN_AS:-10001:10001}"
+
+
+def test_a_change_of_the_code_comes_after_the_installation() -> None:
+    lines = (DOCKER / "Dockerfile").read_text().splitlines()
+    places = [next(i for i, line in enumerate(lines) if text in line) for text in ("--require-hashes", "COPY . .")]
+    assert places == sorted(places)
+    assert not [
+        line for line in lines if line.startswith("COPY") and lines.index(line) < places[0] and "lock" not in line
+    ]
+
+
+def health(runs: Path, **settings: str) -> tuple[int, str]:
+    line = [sys.executable, "-I", "-S", DOCKER / "healthcheck.py", runs]
+    result = subprocess.run(line, capture_output=True, text=True, env={**os.environ, **settings}, check=False)
+    assert result.stderr == ""
+    return result.returncode, result.stdout
+
+
+def test_the_health_check_fails_only_for_a_training_of_this_machine_that_stands_still(tmp_path: Path) -> None:
+    assert health(tmp_path) == (0, "nothing trains here\n")
+    trainer = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "train.run"])
+    try:
+        run = tmp_path / "mine"
+        run.mkdir()
+        beat = {"status": "training", "step": 7, "total_steps": 9, "time": time.time() - 100, "pid": trainer.pid}
+        (run / "heartbeat.json").write_text(json.dumps(beat))
+        assert health(tmp_path)[0] == 0
+        assert "step 7 of 9" in health(tmp_path)[1]
+        assert health(tmp_path, HEARTBEAT_MAX_AGE_S="60")[0] == 1
+        for status in ("evaluating", "complete", "stopped"):
+            (run / "heartbeat.json").write_text(json.dumps({**beat, "status": status}))
+            assert health(tmp_path, HEARTBEAT_MAX_AGE_S="60") == (0, "nothing trains here\n")
+        (run / "heartbeat.json").write_text(
+            json.dumps({**beat, "pid": os.getpid()})
+        )  # a stopped run's, on another machine
+        assert health(tmp_path, HEARTBEAT_MAX_AGE_S="60")[0] == 0
+        (run / "heartbeat.json").write_text("{")
+        assert health(tmp_path)[0] == 0
+    finally:
+        trainer.kill()
+        trainer.wait()
+
+
+def test_the_entrypoint_runs_any_command_and_hands_its_exit_code_on() -> None:
+    assert subprocess.run([DOCKER / "entrypoint", "sh", "-c", "exit 75"], check=False).returncode == 75
+    doctor = subprocess.run(
+        [DOCKER / "entrypoint", "doctor", "--help"], cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "PATH": f"{TOOLS}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert doctor.returncode == 0, doctor.stderr
+    assert "section.key=value" in doctor.stdout
