@@ -1,4 +1,4 @@
-"""Measure the project: `python tools/bench.py {convert,pipeline,scale,step,windows} [--json OUT]`.
+"""Measure the project: `python tools/bench.py {convert,pipeline,save,scale,step,windows} [--json OUT]`.
 
 One subcommand per file `bench_*.py`.
 """
@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from tools import bench_convert, bench_pipeline, bench_scale, bench_step, bench_windows
+from tools import bench_convert, bench_pipeline, bench_save, bench_scale, bench_step, bench_windows
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,6 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, module in {
         "convert": bench_convert,
         "pipeline": bench_pipeline,
+        "save": bench_save,
         "scale": bench_scale,
         "step": bench_step,
         "windows": bench_windows,

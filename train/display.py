@@ -11,6 +11,7 @@ from rich.table import Table
 from train.state import RunState
 
 PLAIN_EVERY_S = 5.0
+WIDE = 132  # columns of a terminal that has room for more than the figures
 
 
 class Display:
@@ -21,17 +22,12 @@ class Display:
         self._first_step, self._started, self._plain_at = step, time.monotonic(), 0.0
         self._progress: Progress | None = None
         if console.is_terminal:
-            self._progress = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
-                TimeElapsedColumn(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
-                console=console,
-                refresh_per_second=4,
-            )
+            named = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
+            figures = TextColumn("{task.fields[figures]}")
+            left = (TextColumn("ETA"), TimeRemainingColumn())
+            wide = console.width >= WIDE
+            columns = (*named, figures, TimeElapsedColumn(), *left) if wide else (figures, *left)
+            self._progress = Progress(*columns, console=console, refresh_per_second=4)
             self._task = self._progress.add_task(run_name, total=total_steps, completed=step, figures="")
 
     def update(self, state: RunState) -> None:

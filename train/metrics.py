@@ -114,13 +114,9 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def open_wandb(enabled: bool, project: str, run_name: str, folder: Path, settings: dict[str, Any]) -> Any:
-    """A wandb run that goes on when the run does, or None. ValueError if the package is not there."""
+    """A wandb run that goes on when the run does, or None. `train.run` has seen that the package is there."""
     if not enabled:
         return None
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError(
-            "logging.wandb.enabled: the package wandb is not installed; `pip install wandb`, or write false"
-        ) from None
+    import wandb
+
     return wandb.init(project=project, name=run_name, id=run_name, resume="allow", dir=folder, config=settings)

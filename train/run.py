@@ -7,11 +7,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
 
 from pipeline.index import split_folder
+from train.config import Config
 from train.config_file import SHORT_FLAGS, annotated, load_config_with_origins
 from train.config_yaml import ConfigError
 
@@ -46,6 +48,20 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[Path, list[str], a
     return Path(config), overrides, given
 
 
+def refuse_early(config: Config) -> None:
+    """Raise ValueError or FileNotFoundError for what can be told at once, without torch."""
+    split_folder(config.data.dataset, config.data.data_path, "train")
+    resume = config.checkpoint.resume
+    if resume not in ("auto", "none") and not (Path(resume) / "manifest.json").is_file():
+        raise FileNotFoundError(
+            f"checkpoint.resume: {resume} is no checkpoint; a folder runs/NAME/checkpoints/step_*, auto or none"
+        )
+    if config.logging.wandb.enabled and find_spec("wandb") is None:
+        raise ValueError(
+            "logging.wandb.enabled: the package wandb is not installed; `pip install wandb`, or write false"
+        )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     path, overrides, given = parse_arguments(arguments)
     is_first = os.environ.get("RANK", "0") == "0"
@@ -56,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.out(annotated(config, origins), highlight=False)
         if given.print_config:
             return 0
-        split_folder(config.data.dataset, config.data.data_path, "train")
+        refuse_early(config)
         console.print("loading torch, DALI and timm ...", style="dim")
         # Only now: they take about ten seconds, and a wrong setting should be told at once.
         if given.dry_run:

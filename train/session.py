@@ -172,8 +172,7 @@ def finish(session: Session) -> int:
         session.say(f"{folder}: the summary could not be written ({error}); the same command tries again")
         return NOT_WRITTEN
     session.console.print(summary_table(summary))
-    session.say("pictures: " + ", ".join(os.path.relpath(figure) for figure in figures))
-    session.say(f"report: {os.path.relpath(folder / 'report.md')}")
+    session.say(f"report: {os.path.relpath(folder / 'report.md')}, pictures: {os.path.relpath(folder / 'figures')}")
     if checkpoint_path(session.checkpoints, state.step).exists():
         return 0
     session.say(

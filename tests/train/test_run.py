@@ -234,6 +234,7 @@ def test_without_data_one_line_says_what_is_missing_and_which_command_makes_it(t
             "the package wandb is not installed",
             marks=pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed"),
         ),
+        ("checkpoint.resume=runs/nowhere", "checkpoint.resume: runs/nowhere is no checkpoint"),
         ("data.batch_size=200", "103 samples are fewer than one global batch of 200"),
     ],
 )
