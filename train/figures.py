@@ -54,19 +54,26 @@ def draw_crops(
     for i in range(count):
         position = int(batch.positions[i])
         source = Image.open(io.BytesIO(index.encoded(int(rows[i])))).convert("RGB")
-        axes[i, 0].imshow(source)
+        draw_source(axes[i, 0], source, batch, i, num_global)
         axes[i, 0].set_title(f"position {position}, {source.width}x{source.height}", fontsize=8)
         for v in range(views):
-            y0, x0, y1, x1 = (batch.boxes[i, v].cpu() * torch.tensor([source.height, source.width] * 2)).tolist()
             colour = GLOBAL_COLOUR if v < num_global else LOCAL_COLOUR
-            # Pixel i covers i - 0.5 .. i + 0.5 in matplotlib's coordinates.
-            corner = (x0 - 0.5, y0 - 0.5)
-            axes[i, 0].add_patch(Rectangle(corner, x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.5))
             axes[i, v + 1].imshow(to_picture(batch.crops[v][i], mean, std))
             kind = f"global {v}" if v < num_global else f"local {v - num_global}"
             flipped = " (flipped)" if bool(batch.flips[i, v]) else ""
             axes[i, v + 1].set_title(kind + flipped, fontsize=8, color=colour)
     _finish(figure, axes, path)
+
+
+def draw_source(axis: Any, source: Image.Image, batch: CropBatch, i: int, num_global: int) -> None:
+    """The photograph that image `i` of the batch was cut from, with the boxes of its crops."""
+    axis.imshow(source)
+    for v in range(len(batch.crops)):
+        y0, x0, y1, x1 = (batch.boxes[i, v].cpu() * torch.tensor([source.height, source.width] * 2)).tolist()
+        colour = GLOBAL_COLOUR if v < num_global else LOCAL_COLOUR
+        # Pixel i covers i - 0.5 .. i + 0.5 in matplotlib's coordinates.
+        corner = (x0 - 0.5, y0 - 0.5)
+        axis.add_patch(Rectangle(corner, x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.5))
 
 
 def draw_masks(
