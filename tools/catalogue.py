@@ -4,7 +4,8 @@ import hashlib
 import os
 import unicodedata
 from array import array
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -88,6 +89,13 @@ class Catalogue:
         self._names += name.encode("utf-8", "surrogateescape")
         self._name_ends.append(len(self._names))
 
+    def subset(self, rows: Iterable[int]) -> "Catalogue":
+        """Some of the images, in the order of `rows`; the containers are shared."""
+        part = Catalogue(self.containers)
+        for row in rows:
+            part.add(self.container[row], self.offset[row], self.size[row], self.label[row], self.name(row))
+        return part
+
     def name(self, row: int) -> str:
         start = self._name_ends[row - 1] if row else 0
         return self._names[start : self._name_ends[row]].decode("utf-8", "surrogateescape")
@@ -122,6 +130,22 @@ class Source:
     class_names: tuple[str, ...] = ()
     attributions: tuple[dict[str, str], ...] = ()
     notes: tuple[str, ...] = ()
+
+
+def hold_out(source: Source, ratio: float, seed: int) -> tuple[Source, Source]:
+    """Train and val: `ratio` of every class's images, chosen by `seed`, are val. Raises ValueError when one would be empty."""
+    total = len(source.catalogue)
+    draws = np.random.Philox(key=[seed, 1]).random_raw(total)
+    by_class = np.lexsort((draws, np.asarray(source.catalogue.label)))
+    steps = np.floor(np.arange(total + 1) * ratio)
+    is_val = np.zeros(total, bool)
+    is_val[by_class] = steps[1:] > steps[:-1]
+    if is_val.all() or not is_val.any():
+        raise ValueError(f"--val-ratio {ratio} of {total:,} images leaves a split empty: choose another, or add images")
+    train, val = (
+        replace(source, catalogue=source.catalogue.subset(np.flatnonzero(rows).tolist())) for rows in (~is_val, is_val)
+    )
+    return train, val
 
 
 def check_class_names(names: list[str], where: str) -> None:

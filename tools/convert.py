@@ -33,15 +33,20 @@ from tools.shard_writer import (
 SHARD_BYTES = 256 << 20
 SHARD_SAMPLES = 10_000
 PLAN_NAME = "plan.json"
+FEW_BAD = 5
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call of `convert` did. `complete`: every shard of the split is there, those of other tasks too."""
+    """What a call of `convert` did. `complete`: every shard of the split is there, those of other tasks too.
+
+    `left_out`: bad images, of the whole split when it is complete.
+    """
 
     written: int
     complete: bool
     changed: bool
+    left_out: int
 
 
 @dataclass(frozen=True)
@@ -88,9 +93,10 @@ def convert(source: Source, folder: Path, split: str, options: ConvertOptions) -
     rejects = sum(len(ShardRecord.load(plan.record_path(shard)).rejected) for shard in mine)
     _check_rejects(plan, rejects, options)
     if not all(plan.record_path(shard).exists() for shard in range(plan.num_shards)):
-        return Outcome(len(written), complete=False, changed=True)
+        return Outcome(len(written), complete=False, changed=True, left_out=rejects)
     changed = finish_split(plan, split, options.seed)
-    return Outcome(len(written), complete=True, changed=changed or bool(written))
+    left_out = sum(len(ShardRecord.load(plan.record_path(shard)).rejected) for shard in range(plan.num_shards))
+    return Outcome(len(written), complete=True, changed=changed or bool(written), left_out=left_out)
 
 
 def _claim_folder(plan: ShardPlan, options: ConvertOptions) -> None:
@@ -177,7 +183,9 @@ def _make_whole(shard: int) -> int | None:
 
 def _check_rejects(plan: ShardPlan, rejects: int, options: ConvertOptions) -> None:
     total = len(plan.source.catalogue)
-    if rejects <= options.max_bad_fraction * total:
+    # Of a small folder a few may be bad, and up to a tenth: one of fifty is above a hundredth, and no reason to stop.
+    few = min(FEW_BAD, total / 10) if options.max_bad_fraction > 0 else 0
+    if rejects <= max(options.max_bad_fraction * total, few):
         return
     records = [ShardRecord.load(path) for path in sorted((plan.folder / RECORD_FOLDER).glob("*.npz"))]
     examples = [f"{bad['name']}: {bad['reason']}" for record in records for bad in record.rejected]

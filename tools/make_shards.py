@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from tools.archives import check_official
+from tools.catalogue import hold_out
 from tools.convert import ConvertOptions, Outcome, convert, describe_layout, describe_plan, make_plan
 from tools.image_check import VERIFY_LEVELS, ImagePolicy
 from tools.layout_parquet import empty_spools
 from tools.layouts import LAYOUTS, open_source
 from tools.photographs import NUM_SHARDS, photograph_source
+from tools.shard_report import REJECTED_NAME
 from tools.shard_writer import RECORD_FOLDER
 from tools.verify_shards import index_split, split_folders, stats_split, verify_split
 
@@ -54,6 +56,9 @@ def add_convert(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", type=Path, help="archive, folder, or file to read")
     command.add_argument("--out", type=Path, required=True, help="the shards go to OUT/SPLIT")
     command.add_argument("--split", choices=("train", "val"), default="train")
+    command.add_argument(
+        "--val-ratio", type=float, default=0.0, metavar="R", help="set this share of every class aside as OUT/val"
+    )
     command.add_argument("--layout", choices=("auto", *LAYOUTS), default="auto")
     command.add_argument("--seed", type=int, default=options.seed, help="of the shuffle")
     command.add_argument("--num-shards", type=positive, default=0, help="default: 256 MiB or 10,000 images each")
@@ -86,27 +91,36 @@ def num_cores() -> int:
 
 
 def run_convert(parsed: argparse.Namespace) -> None:
-    start = time.perf_counter()
     options = convert_options(parsed)
     if parsed.official:
         print(f"md5 as published: {', '.join(check_official(parsed.source))}")
-    folder = parsed.out / parsed.split
-    spools = folder / RECORD_FOLDER / "spool"
+    spools = parsed.out / parsed.split / RECORD_FOLDER / "spool"
     source = open_source(parsed.source, parsed.split, parsed.layout, None if parsed.dry_run else spools)
+    parts = {parsed.split: source}
+    if parsed.val_ratio:
+        parts["train"], parts["val"] = hold_out(source, parsed.val_ratio, parsed.seed)
     if parsed.dry_run:
-        print("\n".join(describe_plan(make_plan(source, folder, parsed.split, options), options)))
+        for split, part in parts.items():
+            print("\n".join(describe_plan(make_plan(part, parsed.out / split, split, options), options)))
         return
     print(describe_layout(source), flush=True)
-    outcome = convert(source, folder, parsed.split, options)
-    if outcome.complete:
+    outcomes = []
+    for split, part in parts.items():
+        start, folder = time.perf_counter(), parsed.out / split
+        outcomes.append(convert(part, folder, split, options))
+        report(folder, len(part.catalogue), outcomes[-1], time.perf_counter() - start)
+    if all(outcome.complete for outcome in outcomes):
         empty_spools(spools)
-    report(folder, len(source.catalogue), outcome, time.perf_counter() - start)
 
 
 def convert_options(parsed: argparse.Namespace) -> ConvertOptions:
     """Rules between options. Raises ValueError for one that would have no effect."""
     if parsed.quality and not parsed.resize:
         raise ValueError("--quality has no effect without --resize: images keep their bytes")
+    if not 0 <= parsed.val_ratio < 1 or (parsed.val_ratio and parsed.split == "val"):
+        raise ValueError(
+            f"--val-ratio {parsed.val_ratio} --split {parsed.split}: a share below 1 of a train split is needed"
+        )
     if not 0 <= parsed.task_index < parsed.num_tasks:
         raise ValueError(
             f"--task-index {parsed.task_index} is outside 0..{parsed.num_tasks - 1} (--num-tasks {parsed.num_tasks})"
@@ -171,7 +185,9 @@ def report(folder: Path, num_images: int, outcome: Outcome, seconds: float) -> N
     elif not outcome.complete:
         print(f"{folder}: this task's {outcome.written} shards are written; other tasks are still to run")
     else:
-        print(f"{folder}: {num_images:,} images, {outcome.written} shards written in {seconds:.1f} s")
+        left_out = f", {outcome.left_out:,} bad ones left out ({folder / REJECTED_NAME})" if outcome.left_out else ""
+        images = f"{num_images - outcome.left_out:,} images"
+        print(f"{folder}: {images}, {outcome.written} shards written in {seconds:.1f} s{left_out}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from tools.image_check import CheckedImage, ImagePolicy, check_image, pixel_sums
 
 BLOCK = 512
 RECORD_FOLDER = ".records"
-PIXEL_STRIDE = 128  # mean and std come from every 128th image: decoding all of them would cost more than the conversion
+# Mean and std come from every 128th image, as decoding all would cost more than the conversion; of small sets from 256 or more.
+PIXEL_STRIDE, PIXEL_IMAGES = 128, 256
 FULL_BATCH = 32
 
 
@@ -120,6 +121,10 @@ def member(name: str, content: bytes) -> list[bytes]:
     return [tar_header(name, len(content)), content, bytes(-len(content) % BLOCK)]
 
 
+def pixel_stride(num_images: int) -> int:
+    return max(1, min(PIXEL_STRIDE, num_images // PIXEL_IMAGES))
+
+
 def fingerprint(content: bytes) -> bytes:
     """16 bytes that tell images apart: length and three pieces. Equal ones are compared in full before they count."""
     middle = len(content) // 2
@@ -161,7 +166,7 @@ class ShardBuilder:
         self.idx_lines.append(" ".join(idx))
         self.fingerprints.append(fingerprint(image.content))
         self.changes.update(image.changes)
-        if position % PIXEL_STRIDE == 0:
+        if position % pixel_stride(len(self.plan.order)) == 0:
             count, sums, squares = pixel_sums(image.content)
             for total, new in zip(self.pixels, ([count], sums, squares), strict=True):
                 total[:] = [a + b for a, b in zip(total, new, strict=True)]

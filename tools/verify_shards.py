@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.index import INDEX_NAME, open_index, save_index, scan_shard
 from tools.image_check import pixel_sums
 from tools.shard_report import INFO_NAME, MANIFEST_NAME, STATS_NAME, describe_rows, dump, find_duplicates, mean_and_std
-from tools.shard_writer import PIXEL_STRIDE, fingerprint, write_file
+from tools.shard_writer import fingerprint, pixel_stride, write_file
 from tools.tar_members import tar_members
 
 DECODE_BATCH = 32
@@ -151,7 +151,7 @@ def _describe_shard(task: ShardTask) -> tuple[np.ndarray, list[list[int]]]:
             file.seek(int(row["offset"]))
             content = file.read(int(row["size"]))
             prints.append(fingerprint(content))
-            if number % PIXEL_STRIDE == 0:
+            if number % pixel_stride(len(task.rows)) == 0:
                 count, sums, squares = pixel_sums(content)
                 totals = [
                     [a + b for a, b in zip(*pair, strict=True)]

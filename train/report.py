@@ -35,7 +35,7 @@ def write_summary(folder: Path, config: Config, state: RunState, probe: Probe, w
     return summary
 
 
-def write_report(folder: Path, summary: dict[str, Any], figures: list[Path]) -> Path:
+def write_report(folder: Path, summary: dict[str, Any], hints: list[str], figures: list[Path]) -> Path:
     """report.md: the run on one page, next to summary.json."""
     rows = [f"| {name} | {value} |" for name, value in summary_rows(summary)]
     shown = [f"## {figure.stem}\n\n![{figure.stem}](figures/{figure.name})\n" for figure in figures]
@@ -52,6 +52,7 @@ def write_report(folder: Path, summary: dict[str, Any], figures: list[Path]) -> 
                 "|---|---|",
                 *rows,
                 "",
+                *(f"{hint}.\n" for hint in hints),
                 *shown,
             ]
         )

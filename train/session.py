@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.dataset import resolve_device
+from train.advice import advice
 from train.checkpoint import checkpoint_path
 from train.config import Config
 from train.display import Display, summary_table
@@ -167,11 +168,14 @@ def finish(session: Session) -> int:
         with open_metrics(session) as metrics:
             summary = write_summary(folder, session.config, state, session.probe, session.model.encoder.width)
             figures = show_pictures(session, metrics)
-        write_report(folder, summary, figures)
+        hints = advice(session.config, summary)
+        write_report(folder, summary, hints, figures)
     except OSError as error:
         session.say(f"{folder}: the summary could not be written ({error}); the same command tries again")
         return NOT_WRITTEN
     session.console.print(summary_table(summary))
+    for hint in hints:
+        session.say(hint)
     session.say(f"report: {os.path.relpath(folder / 'report.md')}, pictures: {os.path.relpath(folder / 'figures')}")
     if checkpoint_path(session.checkpoints, state.step).exists():
         return 0

@@ -137,17 +137,49 @@ def test_bad_files_are_left_out_and_named(tmp_path: Path, capsys: pytest.Capture
     source = sources.class_folders(tmp_path / "in", per_class=30)
     whole = (source / "ant/ant.0.JPEG").read_bytes()
     bad = {"ant/ant.0.JPEG": whole[: len(whole) // 2], "bee/bee.1.JPEG": b"", "cat/cat.2.JPEG": b"GIF89a"}
+    bad |= {f"bee/bee.{number}.JPEG": b"" for number in (2, 3, 4)}
     for name, content in bad.items():
         (source / name).write_bytes(content)
     assert main(["convert", str(source), "--out", str(tmp_path / "out"), "--workers", "2"]) == 2
     error = capsys.readouterr().err
-    assert "3 of 90 images are bad, allowed 1.00%" in error
+    assert "6 of 90 images are bad, allowed 1.00%" in error
     assert not (tmp_path / "out/train/manifest.json").exists()
-    folder = run_convert(source, tmp_path / "out", "--max-bad-fraction", "0.05")
+    folder = run_convert(source, tmp_path / "out", "--max-bad-fraction", "0.07")
     rejected = [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()]
     assert sorted(entry["name"] for entry in rejected) == sorted(bad)
     assert all(entry["reason"] for entry in rejected)
-    assert len(stored_samples(folder)) == 87
+    assert len(stored_samples(folder)) == 84
+
+
+@pytest.mark.parametrize(("num_images", "num_bad", "code"), [(60, 5, 0), (60, 6, 2), (30, 3, 0), (30, 4, 2), (9, 1, 2)])
+def test_a_few_bad_files_do_not_stop_a_small_set(
+    num_images: int, num_bad: int, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = sources.class_folders(tmp_path / "in", per_class=num_images // 3)
+    for path in sorted(source.rglob("*.JPEG"))[:num_bad]:
+        path.write_bytes(b"")
+    assert main(["convert", str(source), "--out", str(tmp_path / "out"), "--workers", "1"]) == code
+    if code == 0:
+        said = capsys.readouterr().out
+        assert f"{num_images - num_bad} images, 1 shards written" in said
+        assert f"{num_bad} bad ones left out ({tmp_path}/out/train/rejected.jsonl)" in said
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.5])
+def test_a_share_of_every_class_is_set_aside_for_validation(ratio: float, tmp_path: Path) -> None:
+    source = sources.class_folders(tmp_path / "in", per_class=20)
+    arguments = ["convert", str(source), "--out", str(tmp_path / "out"), "--val-ratio", str(ratio)]
+    assert main(arguments) == 0
+    splits = {name: stored_samples(tmp_path / "out" / name) for name in ("train", "val")}
+    names = {name: {sample.name for sample in samples} for name, samples in splits.items()}
+    assert not names["train"] & names["val"]
+    assert len(names["train"] | names["val"]) == 60
+    for label in range(3):
+        share = sum(sample.label == label for sample in splits["val"])
+        assert abs(share - 20 * ratio) <= 1
+    assert main(arguments) == 0  # nothing to do
+    assert main([*arguments, "--split", "val"]) == 2
+    assert main([*arguments[:4], "--val-ratio", "0.001"]) == 2
 
 
 def test_another_conversion_is_not_mixed_in(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
