@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart study test lint format check soak docker-check lock clean
+.PHONY: install quickstart study test lint format check soak docker-check lock clean
 
 # Re-installs only when the lock or the project file changes. Modules are compiled as they are first imported.
 $(INSTALLED): requirements-dev.lock pyproject.toml
@@ -14,6 +14,8 @@ $(INSTALLED): requirements-dev.lock pyproject.toml
 	$(VENV)/bin/pip install --quiet --no-compile --require-hashes -r requirements-dev.lock
 	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
+
+install: $(INSTALLED)
 
 # A small encoder learns from photographs that come with the locked packages, in minutes on two CPU cores.
 quickstart: $(INSTALLED)
