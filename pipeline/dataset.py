@@ -1,19 +1,18 @@
 """From the settings of the user's guide to a data set of crops and its loader."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from pipeline.draws import ViewRecipe
+from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD, Augmentation, ViewRecipe
 from pipeline.index import ShardIndex, open_index, split_folder
 from pipeline.loader import MultiCropLoader
 from pipeline.quarantine import Quarantine
 from pipeline.storage import resolve_use_mmap
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DEFAULT_AUGMENTATION = Augmentation()
 
 
 @dataclass(frozen=True)
@@ -42,57 +41,21 @@ def build_multicrop_dataset(
     local_crop_scale: tuple[float, float] = (0.05, 0.4),
     global_color_jitter: float = 0.4,
     local_color_jitter: float = 0.4,
-    flip_prob: float = 0.5,
-    color_jitter_prob: float = 0.8,
-    gray_prob: float = 0.2,
-    global_blur_prob: Sequence[float] = (1.0, 0.1),
-    local_blur_prob: float = 0.5,
-    blur_sigma: tuple[float, float] = (0.1, 2.0),
-    solarize_prob: Sequence[float] = (0.0, 0.2),
-    mean: tuple[float, float, float] = IMAGENET_MEAN,
-    std: tuple[float, float, float] = IMAGENET_STD,
+    augmentation: Augmentation = DEFAULT_AUGMENTATION,
 ) -> MultiCropDataset:
     """Open the shards of one split and describe its crops, globals first.
 
     Sizes are pixels, scales shares of the image's area. A jitter strength s means brightness and contrast s, saturation s / 2
-    and hue s / 4. `global_blur_prob` and `solarize_prob` hold one value per global crop; the last one serves any further crop.
-
-    `data_path` is a folder, or `s3://BUCKET/PREFIX` (right, but two requests per image: `pipeline.s3` says what it needs).
+    and hue s / 4. `data_path` is a folder, or `s3://BUCKET/PREFIX` (right, but two requests per image: `pipeline.s3` says what
+    it needs).
 
     Raises FileNotFoundError when there are no shards, ValueError when they do not fit their index.
     """
-
-    def view(size: int, scale: tuple[float, float], jitter: float, blur: float, solarize: float) -> ViewRecipe:
-        return ViewRecipe(
-            size,
-            scale,
-            flip_prob=flip_prob,
-            jitter_prob=color_jitter_prob if jitter > 0 else 0.0,
-            brightness=jitter,
-            contrast=jitter,
-            saturation=jitter / 2,
-            hue=jitter / 4,
-            gray_prob=gray_prob,
-            blur_prob=blur,
-            blur_sigma=blur_sigma,
-            solarize_prob=solarize,
-        )
-
-    recipes = [
-        view(
-            global_crop_size,
-            global_crop_scale,
-            global_color_jitter,
-            global_blur_prob[min(g, len(global_blur_prob) - 1)],
-            solarize_prob[min(g, len(solarize_prob) - 1)],
-        )
-        for g in range(num_global_crops)
-    ]
-    recipes += [
-        view(local_crop_size, local_crop_scale, local_color_jitter, local_blur_prob, 0.0)
-        for _ in range(num_local_crops)
-    ]
-    return MultiCropDataset(open_index(split_folder(dataset_name, data_path, split)), tuple(recipes), mean, std)
+    view = augmentation.view
+    recipes = [view(global_crop_size, global_crop_scale, global_color_jitter, g) for g in range(num_global_crops)]
+    recipes += [view(local_crop_size, local_crop_scale, local_color_jitter, None)] * num_local_crops
+    index = open_index(split_folder(dataset_name, data_path, split))
+    return MultiCropDataset(index, tuple(recipes), augmentation.mean, augmentation.std)
 
 
 def centre_crop_dataset(

@@ -1,57 +1,43 @@
-"""Every random parameter of the augmentations, drawn by position: never dependent on batch size, rank or thread count."""
+"""Every random parameter of the crops, drawn by position: never dependent on batch size, rank or thread count."""
 
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline import augment
+from pipeline.augment import ViewRecipe, draw_columns
 from pipeline.plan import DRAW_STREAM, random_words
 
 ATTEMPTS = 10  # of torchvision's RandomResizedCrop before it falls back to a central crop
-WORDS = 32  # per position and view: a multiple of Philox's block of four
-BLOCKS = WORDS // 4
+BOX_WORDS = 2 * ATTEMPTS + 2
+BLOCKS = -(-(BOX_WORDS + 1 + augment.WORDS) // 4)
+WORDS = 4 * BLOCKS  # per position and view: whole blocks of Philox, which are of four
 
-
-@dataclass(frozen=True)
-class ViewRecipe:
-    """How one crop of an image is made. Scales are shares of the image's area, ratios are width / height.
-
-    `scale=None` is the central square of `centre_ratio` of the shorter side, with no randomness at all. Jitter strengths are
-    those of `torchvision.transforms.ColorJitter`; `hue` is in turns of the colour circle, blur sigmas in pixels of the crop.
-    """
-
-    size: int
-    scale: tuple[float, float] | None
-    centre_ratio: float = 1.0
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip_prob: float = 0.0
-    jitter_prob: float = 0.0
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
-    gray_prob: float = 0.0
-    blur_prob: float = 0.0
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    solarize_prob: float = 0.0
+# What is drawn for each crop, in this order: its box in the source, whether it is mirrored, and what is done to its pixels.
+PARAMETERS = ("y0", "x0", "y1", "x1", "flip", *augment.COLUMNS)
+FLIP, PIXEL_PARAMETERS = 4, 5  # the places of the flip, and of the first of the last group
 
 
 @dataclass(frozen=True)
 class Draws:
-    """The parameters of V views of B positions.
+    """The parameters of V views of B positions. `values`: `[V, B, P] float32`, in the order of PARAMETERS; boxes in pixels."""
 
-    `boxes`: `[B, V, 4] float32`, y0, x0, y1, x1 in pixels of the source. `flips`, `twists` (colour ops needed), `blurs`,
-    `solarizes`: `[B, V] bool`. `colours`: `[B, V, 4] float32`, factors of brightness, contrast and saturation, and hue in
-    degrees (identity where no jitter was drawn; saturation 0 is grayscale). `sigmas`: `[B, V] float32`.
-    """
+    values: np.ndarray
 
-    boxes: np.ndarray
-    flips: np.ndarray
-    twists: np.ndarray
-    colours: np.ndarray
-    blurs: np.ndarray
-    sigmas: np.ndarray
-    solarizes: np.ndarray
+    @property
+    def boxes(self) -> np.ndarray:
+        """`[B, V, 4] float32`: y0, x0, y1, x1 in pixels of the source."""
+        return self.values[..., :4].swapaxes(0, 1)
+
+    @property
+    def flips(self) -> np.ndarray:
+        """`[B, V] bool`"""
+        return self["flip"] != 0
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """`[B, V] float32`: one of PARAMETERS."""
+        return self.values[..., PARAMETERS.index(name)].T
 
 
 def draw(
@@ -59,36 +45,22 @@ def draw(
 ) -> Draws:
     """Draw for the positions `start..start + B` whose images are `heights x widths` (`[B]` int, pixels)."""
     views = [_draw_view(r, v, seed, epoch, start, heights, widths) for v, r in enumerate(recipes)]
-    return Draws(**{name: np.stack([view[name] for view in views], axis=1) for name in views[0]})
+    return Draws(np.stack(views))
 
 
 def _draw_view(
     recipe: ViewRecipe, view: int, seed: int, epoch: int, start: int, heights: np.ndarray, widths: np.ndarray
-) -> dict[str, np.ndarray]:
+) -> np.ndarray:
     count = len(heights)
     words = random_words(seed, epoch, (start * BLOCKS, view), DRAW_STREAM, count * WORDS)
     u = (words >> np.uint64(11)).reshape(count, WORDS) * 2.0**-53  # [B, WORDS] float64 in [0, 1)
     if recipe.scale is None:
         boxes = centre_boxes(heights, widths, recipe.centre_ratio)
     else:
-        boxes = _resized_crop_boxes(recipe.scale, recipe.ratio, u[:, :22], heights, widths)
-    jittered, gray = u[:, 23] < recipe.jitter_prob, u[:, 24] < recipe.gray_prob
-    strengths = np.array([recipe.brightness, recipe.contrast, recipe.saturation])
-    low, high = np.maximum(1 - strengths, 0), 1 + strengths
-    factors = low + (high - low) * u[:, 25:28]
-    hue = 360 * recipe.hue * (2 * u[:, 28:29] - 1)
-    colours = np.where(jittered[:, None], np.concatenate([factors, hue], 1), [1.0, 1.0, 1.0, 0.0])
-    colours[gray, 2] = 0.0
-    sigma_low, sigma_high = recipe.blur_sigma
-    return {
-        "boxes": boxes.astype(np.float32),
-        "flips": u[:, 22] < recipe.flip_prob,
-        "twists": jittered | gray,
-        "colours": colours.astype(np.float32),
-        "blurs": u[:, 29] < recipe.blur_prob,
-        "sigmas": (sigma_low + (sigma_high - sigma_low) * u[:, 30]).astype(np.float32),
-        "solarizes": u[:, 31] < recipe.solarize_prob,
-    }
+        boxes = _resized_crop_boxes(recipe.scale, recipe.ratio, u[:, :BOX_WORDS], heights, widths)
+    flips = u[:, BOX_WORDS] < recipe.flip_prob
+    columns = draw_columns(recipe, u[:, BOX_WORDS + 1 :])
+    return np.column_stack([boxes, flips, columns]).astype(np.float32)
 
 
 def _resized_crop_boxes(

@@ -1,4 +1,4 @@
-"""One crop of one image on the CPU, in compiled code: cut, resize, flip, colours, blur and solarize.
+"""Loops over the pixels of one crop on the CPU, compiled: cut, resize and flip, colours, blur, solarisation.
 
 The result is kept in 8 bits and planar, and every step works on one row at a time, so that a crop is read and written as
 seldom as possible. No step depends on the order of a sum or on fused multiplies: the same input gives the same bytes on
@@ -6,28 +6,9 @@ every machine.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from numba import njit
-
-# What a row of parameters holds, in this order. `sigma` 0: no blur; `twist`, `solarize`, `flip`: 0 or 1.
-PARAMETERS = (
-    "y0",
-    "x0",
-    "y1",
-    "x1",
-    "flip",
-    "twist",
-    "brightness",
-    "contrast",
-    "saturation",
-    "hue",
-    "sigma",
-    "solarize",
-)
-Y0, X0, Y1, X1, FLIP, TWIST, BRIGHTNESS, CONTRAST, SATURATION, HUE, SIGMA, SOLARIZE = range(len(PARAMETERS))
 
 ZERO, HALF, WHITE = np.float32(0), np.float32(0.5), np.float32(255)
 PIECE = 1024
@@ -37,38 +18,7 @@ TO_YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.321), (0.211, -0.523, 0.311)
 FROM_YIQ = ((1.0, 0.956, 0.621), (1.0, -0.272, -0.647), (1.0, -1.107, 1.705))
 
 
-def kept_on_disk(decorate: Callable[..., Callable], function: Callable, *signature: Any, **options: Any) -> Callable:
-    """Numba's `decorate`, its machine code kept beside this file, in the user's cache or in NUMBA_CACHE_DIR.
-
-    Where none of these can be written, as in a read-only installation, each process compiles again.
-    """
-    try:
-        return decorate(*signature, cache=True, **options)(function)
-    except RuntimeError as error:
-        if "no locator available" not in str(error):
-            raise
-        return decorate(*signature, **options)(function)
-
-
-def compiled(function: Callable) -> Callable:
-    return kept_on_disk(njit, function, nogil=True)
-
-
-@compiled
-def make_crop(out: np.ndarray, image: np.ndarray, values: np.ndarray) -> None:
-    """Fill `out` `[3, S, S] uint8` from `image` `[H, W, 3] uint8` by `values` `[12] float32` in the order of PARAMETERS."""
-    # Never outside the image, whatever the index says of its size.
-    y1, x1 = min(int(values[Y1]), image.shape[0]), min(int(values[X1]), image.shape[1])
-    y0, x0 = min(int(values[Y0]), y1 - 1), min(int(values[X0]), x1 - 1)
-    resize(out, image, y0, x0, y1, x1, values[FLIP] != 0)
-    if values[TWIST] != 0:
-        twist_colours(out, values[BRIGHTNESS], values[CONTRAST], values[SATURATION], values[HUE])
-    if values[SIGMA] > 0:
-        blur(out, values[SIGMA])
-    if values[SOLARIZE] != 0:
-        flat = out.reshape(out.size)
-        for i in range(flat.size):
-            flat[i] = min(flat[i], np.uint8(255) - flat[i])
+compiled = njit(nogil=True)  # what is kept on disk is `crop_op`, which all of this becomes a part of
 
 
 @compiled
@@ -223,3 +173,12 @@ def mirrored(place: int, size: int) -> int:
     if place < 0:
         return -place
     return place if place < size else 2 * size - 2 - place
+
+
+@compiled
+def invert_above(crop: np.ndarray, threshold: int) -> None:
+    """Solarisation of `crop` `[3, S, S] uint8` in place: values from `threshold` on are inverted."""
+    flat = crop.reshape(crop.size)
+    for i in range(flat.size):
+        if flat[i] >= threshold:
+            flat[i] = np.uint8(255) - flat[i]

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.augment import ViewRecipe
 from pipeline.batch import CropBatch
-from pipeline.draws import ViewRecipe
 from pipeline.index import ShardIndex
 from pipeline.plan import Plan
 from pipeline.quarantine import Quarantine, find_faults

@@ -14,7 +14,7 @@ from nvidia.dali import Pipeline
 from pipeline.batch import CropBatch, normalize
 from pipeline.dali_index import write_dali_indices
 from pipeline.draws import Draws, draw
-from pipeline.graph import build_graph, graph_inputs
+from pipeline.graph import build_graph
 
 if TYPE_CHECKING:
     from pipeline.loader import MultiCropLoader
@@ -96,7 +96,7 @@ class Window:
         start, samples = position + loader.rank * loader.batch_size, loader.index.samples[rows]
         draws = draw(loader.recipes, loader.seed, epoch, start, samples["height"], samples["width"])
         self.pending.append((rows, start, draws))
-        return graph_inputs(draws, loader.recipes, loader.compiled)
+        return list(draws.values)
 
     def next(self) -> CropBatch:
         """The next batch. Raises GraphFailed."""

@@ -7,7 +7,7 @@ import torch
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 
 from pipeline import build_multicrop_dataloader, build_multicrop_dataset
-from pipeline.draws import ViewRecipe
+from pipeline.augment import ViewRecipe
 from tools.bench_measure import Setup
 
 EXTENSIONS = "jpg;jpeg;png;JPEG;JPG;PNG"

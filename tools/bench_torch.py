@@ -14,8 +14,8 @@ from torchvision import transforms as v1
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
+from pipeline.augment import ViewRecipe
 from pipeline.dataset import MultiCropDataset, build_multicrop_dataset
-from pipeline.draws import ViewRecipe
 from pipeline.index import ShardIndex
 from tools.bench_measure import Setup
 

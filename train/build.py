@@ -9,6 +9,7 @@ import torch
 from model.encoder import MultiCropEncoder
 from model.hjepa import HJEPA, Level, default_levels
 from model.masks import MultiCropMaskGenerator
+from pipeline.augment import Augmentation
 from pipeline.dataset import (
     MultiCropDataset,
     build_multicrop_dataloader,
@@ -36,7 +37,7 @@ def torch_threads() -> int:
 
 
 def build_dataset(config: Config) -> MultiCropDataset:
-    data, crops, augmentation = config.data, config.data.multicrop, config.data.augmentation
+    data, crops = config.data, config.data.multicrop
     num_global, num_local = data.crop_counts
     return build_multicrop_dataset(
         data.dataset,
@@ -49,15 +50,7 @@ def build_dataset(config: Config) -> MultiCropDataset:
         local_crop_scale=crops.local_crop_scale,
         global_color_jitter=crops.global_color_jitter,
         local_color_jitter=crops.local_color_jitter,
-        flip_prob=augmentation.flip_prob,
-        color_jitter_prob=augmentation.color_jitter_prob,
-        gray_prob=augmentation.gray_prob,
-        global_blur_prob=data.per_global(augmentation.global_blur_prob),
-        local_blur_prob=augmentation.local_blur_prob,
-        blur_sigma=augmentation.blur_sigma,
-        solarize_prob=data.per_global(augmentation.solarize_prob),
-        mean=augmentation.mean,
-        std=augmentation.std,
+        augmentation=Augmentation(**data.augmentation.model_dump()),
     )
 
 

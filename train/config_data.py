@@ -73,14 +73,10 @@ class Data(Section):
         """(global, local) crops of each image."""
         return (self.multicrop.num_global_crops, self.multicrop.num_local_crops) if self.use_multicrop else (1, 0)
 
-    def per_global(self, values: float | tuple[float, ...]) -> tuple[float, ...]:
-        """One value for each global crop."""
-        count = self.crop_counts[0]
-        return values[:count] if isinstance(values, tuple) else (values,) * count
-
     def rules(self) -> Iterator[BrokenRule]:
         count = self.crop_counts[0]
         for key in ("global_blur_prob", "solarize_prob"):
-            if (given := len(self.per_global(getattr(self.augmentation, key)))) < count:
+            values = getattr(self.augmentation, key)
+            if isinstance(values, tuple) and len(values) < count:
                 keys = (f"augmentation.{key}", "multicrop.num_global_crops", "use_multicrop")
-                yield keys, f"has {given} values for {count} global crops; give {count}, or one number for all"
+                yield keys, f"has {len(values)} values for {count} global crops; give {count}, or one number for all"

@@ -10,8 +10,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional as F
 
+from pipeline.augment import ViewRecipe
 from pipeline.dataset import MultiCropDataset
-from pipeline.draws import ViewRecipe, draw
+from pipeline.draws import draw
 from pipeline.index import ShardIndex, open_index
 from pipeline.loader import MultiCropLoader
 from tests.conftest import write_shards
@@ -35,8 +36,8 @@ def theirs(index: ShardIndex, recipe: ViewRecipe, change: Callable[[torch.Tensor
         y0, x0, y1, x1 = (int(side) for side in draws.boxes[i, 0])
         crop = F.resized_crop(image, y0, x0, y1 - y0, x1 - x0, [SIZE, SIZE], InterpolationMode.BILINEAR, antialias=True)
         drawn = {
-            "colour": draws.colours[i, 0].tolist(),
-            "sigma": float(draws.sigmas[i, 0]),
+            "colour": [float(draws[name][i, 0]) for name in ("brightness", "contrast", "saturation", "hue")],
+            "sigma": float(draws["sigma"][i, 0]),
             "flip": bool(draws.flips[i, 0]),
         }
         crops.append(change(crop, drawn))

@@ -1,13 +1,16 @@
 """The compiled crop: equal to torchvision's operations, to DALI's chain of operators, and to itself on any machine."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from pipeline import kernels
-from pipeline.draws import ViewRecipe
+from pipeline import crop_op, kernels
+from pipeline.augment import ViewRecipe
 from pipeline.index import ShardIndex
 from pipeline.loader import MultiCropLoader
 
@@ -59,21 +62,37 @@ def test_a_blur_is_torchvisions_to_one_grey_level(image: np.ndarray, sigma: floa
 
 def test_a_box_that_leaves_the_image_is_cut_off(image: np.ndarray) -> None:
     """An index that is wrong about an image's size must not make the kernel read other memory."""
-    values = np.zeros(len(kernels.PARAMETERS), np.float32)
+    values = np.zeros(len(crop_op.PARAMETERS), np.float32)
     out, inside = np.empty((3, 16, 16), np.uint8), np.empty((3, 16, 16), np.uint8)
     values[:4] = (50, 60, 4000, 5000)
-    kernels.make_crop(out, image, values)
+    crop_op.make_crop(out, image, values)
     values[:4] = (50, 60, 90, 120)
-    kernels.make_crop(inside, image, values)
+    crop_op.make_crop(inside, image, values)
     assert np.array_equal(out, inside)
     values[:4] = (4000, 4000, 5000, 5000)
-    kernels.make_crop(out, image, values)
+    crop_op.make_crop(out, image, values)
     assert np.array_equal(out, np.broadcast_to(image[-1, -1][:, None, None], out.shape))
 
 
 def test_where_no_folder_can_be_written_the_code_is_compiled_for_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
-    assert kernels.compiled(kernels.mirrored.py_func)(-3, 10) == 3
+    assert crop_op.shape_entry("any").address
+
+
+def test_machine_code_is_kept_for_the_sources_that_it_was_made_from_and_for_no_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Numba itself looks at one file: a change of another one, that it calls, went unnoticed."""
+    monkeypatch.setattr("numba.core.config.CACHE_DIR", str(tmp_path))
+    assert [crop_op.shape_entry(sources).cache_hits for sources in ("old", "old", "new", "old")] == [0, 1, 0, 1]
+    compiled = {path for path in Path(crop_op.__file__).parent.glob("*.py") if "@compiled" in path.read_text()}
+    assert compiled == set(map(Path, crop_op.SOURCES))
+    copies = [shutil.copy(source, tmp_path) for source in crop_op.SOURCES]
+    before = crop_op.digest(tuple(copies))
+    for copy in map(Path, copies):
+        copy.write_text(copy.read_text() + " ")
+        assert crop_op.digest(tuple(copies)) != before
+        before = crop_op.digest(tuple(copies))
 
 
 FULL = ViewRecipe(

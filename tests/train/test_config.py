@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from pipeline.augment import Augmentation
 from train.config import Config
 from train.config_errors import allowed, distance, known_keys
 from train.config_file import SHORT_FLAGS, load_config, load_config_with_origins
@@ -237,9 +238,10 @@ def test_a_rule_is_silent_about_a_key_that_is_itself_wrong(write):
 
 def test_one_number_serves_every_global_crop_and_one_crop_is_left_without_multicrop():
     path = CONFIGS / "multicrop_training.yaml"
-    data = load_config(path, ["data.augmentation.solarize_prob=0.3", "data.multicrop.num_global_crops=1"]).data
-    assert data.per_global(data.augmentation.solarize_prob) == (0.3,)
-    assert data.per_global(data.augmentation.global_blur_prob) == (1.0,)
+    data = load_config(path, ["data.augmentation.solarize_prob=0.3"]).data
+    views = [Augmentation(**data.augmentation.model_dump()).view(32, (0.4, 1.0), 0.4, g) for g in (0, 1, None)]
+    assert [view.solarize_prob for view in views] == [0.3, 0.3, 0.0]
+    assert [view.blur_prob for view in views] == [1.0, 0.1, 0.5]
     assert load_config(path, ["data.use_multicrop=false"]).data.crop_counts == (1, 0)
     assert load_config(path).data.crop_counts == (2, 6)
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from pipeline import augment
+from train import config_data
 from train.config import Config
 
 TRAIN = Path(__file__).parents[2] / "train"
@@ -22,12 +24,19 @@ def keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]
 
 
 def attributes_read() -> set[str]:
-    """Every attribute name that train/ reads outside of the files that define the config."""
+    """Every attribute name that train/ reads outside of the files that define the config.
+
+    `data.augmentation` is handed on whole, so it is `pipeline/augment.py` that reads its keys.
+    """
     names = set()
-    for path in TRAIN.glob("*.py"):
+    for path in (*TRAIN.glob("*.py"), Path(augment.__file__)):
         if not path.name.startswith("config"):
             names |= {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
     return names
+
+
+def test_the_augmentation_of_the_config_is_that_of_the_pipeline() -> None:
+    assert augment.Augmentation() == augment.Augmentation(**config_data.Augmentation().model_dump())
 
 
 def test_every_key_is_read_somewhere() -> None:
