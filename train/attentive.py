@@ -1,5 +1,6 @@
 """The attentive probe: one learned query attends to the frozen tokens of an image, and a linear map names its class."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -14,13 +15,18 @@ ATTENTIVE_RATES = (1e-3, 3e-3, 1e-2)
 EPOCHS, LEAST_STEPS = 10, 1000  # so many passes over the training images, or more to make so many steps
 HEAD_WIDTH = 64  # of one attention head, at most
 STORE_SHARE = 0.25  # of the free memory: tokens that fit it are kept, others are encoded again for each epoch
+TOLD_EVERY_S = 5.0
 HELD_OUT = 10  # every tenth training image chooses the learning rate
 
 Tokens = Callable[[torch.Tensor], torch.Tensor]
 
 
 class AttentiveProbe(nn.Module):
-    """`[n, N, D] -> [n, C]` logits: normed tokens, pooled by one query, mapped to classes."""
+    """`[n, N, D] -> [n, C]` logits: normed tokens, pooled by one query, mapped to classes.
+
+    Equal to `nn.MultiheadAttention` with one query for all images, in another order: such a query can be multiplied into the
+    keys' weights and the tokens pooled before the values' weights are, so that no token is projected.
+    """
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
@@ -33,9 +39,14 @@ class AttentiveProbe(nn.Module):
         self.classify = nn.Linear(width, classes)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        normed = self.norm(tokens)
-        pooled, _ = self.attention(self.query.expand(len(tokens), -1, -1), normed, normed, need_weights=False)
-        return self.classify(pooled[:, 0])
+        attention, normed = self.attention, self.norm(tokens)
+        to_query, to_key, to_value = attention.in_proj_weight.unflatten(0, (3, attention.num_heads, -1))
+        query_bias, _, value_bias = attention.in_proj_bias.view(3, -1)  # the keys' shifts all scores of a head alike
+        query = (to_query @ self.query[0, 0] + query_bias.view(attention.num_heads, -1)) * attention.head_dim**-0.5
+        scores = normed @ torch.einsum("hw,hwd->dh", query, to_key)
+        pooled = scores.softmax(dim=1).transpose(1, 2) @ normed  # [n, heads, D]
+        values = torch.einsum("nhd,hwd->nhw", pooled, to_value).flatten(1) + value_bias
+        return self.classify(attention.out_proj(values))
 
 
 class TokenStream:
@@ -74,11 +85,11 @@ class TokenStream:
 
 
 def attentive_probe(
-    train: TokenStream, test: TokenStream, width: int, classes: int, device: torch.device
+    train: TokenStream, test: TokenStream, width: int, classes: int, device: torch.device, say: Callable[[str], None]
 ) -> tuple[float, str]:
     """Percent right on `test`, and the learning rate of ATTENTIVE_RATES that won on every tenth training image.
 
-    `width`: D of the tokens. The labels of both streams are below `classes`.
+    `width`: D of the tokens. The labels of both streams are below `classes`. `say` is told every few seconds how far it is.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -86,7 +97,7 @@ def attentive_probe(
     groups = [{"params": probe.parameters(), "lr": rate} for probe, rate in zip(probes, ATTENTIVE_RATES, strict=True)]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
     steps = train.batches * max(EPOCHS, -(-LEAST_STEPS // train.batches))
-    step = 0
+    step, told = 0, time.monotonic()
     while step < steps:
         for tokens, labels, held_out in train.epoch():
             for group, rate in zip(optimizer.param_groups, ATTENTIVE_RATES, strict=True):
@@ -96,6 +107,9 @@ def attentive_probe(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
+            if time.monotonic() - told > TOLD_EVERY_S:
+                told = time.monotonic()
+                say(f"  step {step} of {steps}")
     chosen_by = _accuracies(probes, ((tokens[held], labels[held]) for tokens, labels, held in train.epoch()))
     scores = _accuracies(probes, ((tokens, labels) for tokens, labels, _ in test.epoch()))
     best = max(range(len(ATTENTIVE_RATES)), key=lambda number: chosen_by[number])

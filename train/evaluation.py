@@ -100,7 +100,7 @@ def evaluate(checkpoint: Path, config: Config, probes: tuple[str, ...], say: Cal
     for probe in probes:
         say(f"{probe} ...")
         if probe == "attentive":
-            figures += attentive_figures(config, model, initial, device)
+            figures += attentive_figures(config, model, initial, device, say)
             continue
         for name in extractors:
             figures += PROBES[probe](config, name, train[name], test[name], device)
@@ -147,7 +147,9 @@ def lowshot_figures(_: Config, name: str, train: Features, test: Features, devic
 PROBES = {"knn": knn_figures, "linear": linear_figures, "lowshot": lowshot_figures}
 
 
-def attentive_figures(config: Config, model: HJEPA, initial: MultiCropEncoder, device: torch.device) -> list[Figure]:
+def attentive_figures(
+    config: Config, model: HJEPA, initial: MultiCropEncoder, device: torch.device, say: Callable[[str], None]
+) -> list[Figure]:
     patch = model.target.patch_size
     tokens = {
         "pixels": (pixel_tokens(patch), 3 * patch**2),
@@ -156,11 +158,12 @@ def attentive_figures(config: Config, model: HJEPA, initial: MultiCropEncoder, d
     }
     figures = []
     for name, (take, width) in tokens.items():
+        say(f"  {ROW_NAMES[name]} ...")
         # Its training images come shuffled: they are met batch by batch.
         train, test = build_evaluation_loaders(config, shuffle=True)
         classes = 1 + max(int(loader.index.samples["label"].max()) for loader in (train, test))
         streams = TokenStream(train, take), TokenStream(test, take)
-        accuracy, setting = attentive_probe(*streams, width, classes, device)
+        accuracy, setting = attentive_probe(*streams, width, classes, device, say)
         figures.append(Figure("attentive", name, setting, accuracy))
     return figures
 

@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from torch import nn
 from torch.nn import functional as F
 
 from pipeline.dataset import build_multicrop_dataloader, centre_crop_dataset
 from pipeline.index import ShardIndex
 from pipeline.loader import MultiCropLoader
 from train import attentive
-from train.attentive import TokenStream, attentive_probe
+from train.attentive import AttentiveProbe, TokenStream, attentive_probe
 from train.features import Features
 from train.linear import (
     Standard,
@@ -163,7 +164,18 @@ def test_tokens_are_the_same_whether_kept_or_made_again_for_each_epoch(
 def test_the_attentive_probe_learns_what_it_can_and_repeats_itself(streams: tuple[TokenStream, TokenStream]) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    found = attentive_probe(*streams, 3, 2, CPU)
+    found = attentive_probe(*streams, 3, 2, CPU, print)
     assert found[0] > 85
-    assert found == attentive_probe(*streams, 3, 2, CPU)
+    assert found == attentive_probe(*streams, 3, 2, CPU, print)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("width", [64, 100, 432])
+def test_the_attentive_probe_is_torchs_attention_with_one_query(width: int) -> None:
+    torch.manual_seed(0)
+    probe, tokens = AttentiveProbe(width, 5), torch.randn(3, 7, width)
+    for parameter in probe.parameters():  # biases too, which torch starts at 0
+        nn.init.normal_(parameter, std=0.3)
+    normed = probe.norm(tokens)
+    expected, _ = probe.attention(probe.query.expand(3, -1, -1), normed, normed)
+    torch.testing.assert_close(probe(tokens), probe.classify(expected[:, 0]), atol=1e-4, rtol=1e-4)
