@@ -143,6 +143,7 @@ def test_bad_files_are_left_out_and_named(tmp_path: Path, capsys: pytest.Capture
     assert main(["convert", str(source), "--out", str(tmp_path / "out"), "--workers", "2"]) == 2
     error = capsys.readouterr().err
     assert "6 of 90 images are bad, allowed 1.00%" in error
+    assert any(f"the first: {name}: " in error for name in bad)
     assert not (tmp_path / "out/train/manifest.json").exists()
     folder = run_convert(source, tmp_path / "out", "--max-bad-fraction", "0.07")
     rejected = [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()]
