@@ -37,6 +37,7 @@ SHARD_SAMPLES = 10_000
 PLAN_NAME = "plan.json"
 FEW_BAD = 5
 FIRST_LOOKED_AT = 1_000
+IN_WORDS = {"source": "the images, or --val-ratio,", "prefix": "the name of the source"}
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ def _claim_folder(plan: ShardPlan, options: ConvertOptions) -> None:
         write_file(path, json.dumps(identity, indent=1).encode())
     before = json.loads(path.read_text())
     if before != identity:
-        changed = sorted(key for key in identity.keys() | before.keys() if identity.get(key) != before.get(key))
+        different = sorted(key for key in identity.keys() | before.keys() if identity.get(key) != before.get(key))
+        changed = [IN_WORDS.get(key, key) for key in different]
         raise ValueError(
             f"{plan.folder}: holds shards of another conversion ({', '.join(changed)} differ): "
             "use the same options, choose another --out, or remove that folder"

@@ -11,6 +11,7 @@ from tools.catalogue import Catalogue, LooseFiles, Source, check_class_names
 from tools.file_kinds import is_image, kind
 
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "valid")}
+MOST_NAMES = 5
 ALL_SPLITS = ("train", "val", "validation", "valid", "test")
 
 
@@ -36,6 +37,9 @@ def open_folders(path: Path, split: str, work: Path | None) -> Source:
     for label, name in enumerate(classes):
         add_images(catalogue, 0, root, name, label, passed_over)
     notes = [f"{len(classes)} class folder{'s'[: len(classes) > 1]} in {root}"]
+    used = set(catalogue.label)
+    if empty := [name for label, name in enumerate(classes) if label not in used]:
+        notes.append(f"without images: {some(empty)}")
     if len(classes) == 1:
         notes.append(f"all images have one label: where the folders in {root / classes[0]} are the classes, give that")
     if beside:
@@ -79,7 +83,7 @@ def notes_beside_split(path: Path, root: Path) -> list[str]:
         return []
     folders = [name for name in subfolders(path) if name not in ALL_SPLITS and has_images(path / name)]
     images = count_files(path)[0]
-    parts = [f"the folders {', '.join(folders[:5])}{', ...' * (len(folders) > 5)}"] if folders else []
+    parts = [f"the folders {some(folders)}"] if folders else []
     parts += [f"{images:,} images"] if images else []
     return [f"left out beside {root.name}/: {' and '.join(parts)}"] if parts else []
 
@@ -134,6 +138,11 @@ def walk_images(root: Path, below: str, passed_over: Counter[str]) -> Iterator[t
             yield name, entry.stat().st_size
         else:
             passed_over[kind(entry.name)] += 1
+
+
+def some(names: list[str]) -> str:
+    """The first few, for a note."""
+    return ", ".join(names[:MOST_NAMES]) + (", ..." if len(names) > MOST_NAMES else "")
 
 
 def plain_name(path: Path) -> str:

@@ -54,7 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_convert(command: argparse.ArgumentParser) -> None:
     policy, options = ImagePolicy(), ConvertOptions()
-    command.add_argument("source", type=Path, help="archive, folder, or file to read")
+    command.add_argument(
+        "source", type=Path, help="a folder of images, of class folders or of tars; a tar; or a data set as downloaded"
+    )
     command.add_argument("--out", type=Path, required=True, help="the shards go to OUT/SPLIT")
     command.add_argument("--split", choices=("train", "val"), default="train")
     command.add_argument(

@@ -12,10 +12,8 @@ from pathlib import Path
 
 from pipeline.index import UNLABELLED
 from tools.catalogue import Catalogue, check_class_names
-from tools.layout_folders import ALL_SPLITS, SPLIT_NAMES
+from tools.layout_folders import ALL_SPLITS, SPLIT_NAMES, some
 from tools.layout_imagenet import is_wnid, label_order
-
-MOST_NAMES = 5
 
 
 @dataclass
@@ -70,7 +68,7 @@ def _label_by_inner_tar(found: Listing, stems: list[str], where: str, wnids: boo
     for stem, (_, start, stop) in zip(stems, found.inner, strict=True):
         found.catalogue.label[start:stop] = array("i", [labels[stem]]) * (stop - start)
     beside = found.catalogue.label.count(UNLABELLED)
-    note = f"{len(stems):,} classes named by the tars in it: {_some(sorted(stems))}"
+    note = f"{len(stems):,} classes named by the tars in it: {some(sorted(stems))}"
     return tuple(classes), note + (f"; {beside:,} images beside those have no label" if beside else "")
 
 
@@ -85,11 +83,7 @@ def _label_by_folder(catalogue: Catalogue, where: str) -> tuple[tuple[str, ...],
     labels = {name: label for label, name in enumerate(classes)}
     for row in range(total):
         catalogue.label[row] = labels[catalogue.name(row)[common:].partition("/")[0]]
-    return tuple(classes), f"{len(classes):,} classes named by the folders in it: {_some(classes)}"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:MOST_NAMES]) + (", ..." if len(names) > MOST_NAMES else "")
+    return tuple(classes), f"{len(classes):,} classes named by the folders in it: {some(classes)}"
 
 
 def common_folder(catalogue: Catalogue) -> str:

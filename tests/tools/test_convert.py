@@ -187,6 +187,8 @@ def test_another_conversion_is_not_mixed_in(source: Path, tmp_path: Path, capsys
     run_convert(source, tmp_path, *SHARDS)
     assert main(["convert", str(source), "--out", str(tmp_path), *SHARDS, "--seed", "3"]) == 2
     assert "another conversion (seed differ)" in capsys.readouterr().err
+    assert main(["convert", str(source), "--out", str(tmp_path), *SHARDS, "--val-ratio", "0.1"]) == 2
+    assert "another conversion (the images, or --val-ratio, differ)" in capsys.readouterr().err
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(

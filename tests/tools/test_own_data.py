@@ -1,6 +1,7 @@
 """A newcomer's own images, as they lie on a disk: nothing is dropped, and no label is guessed, without a word."""
 
 import io
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from reading import run_convert, stored_samples
 
 from tools.file_kinds import AVIF_IS_READ, HEIC_IS_READ
 from tools.make_shards import main
+from tools.progress import told_after
 
 
 @pytest.fixture
@@ -99,6 +101,18 @@ def test_files_that_are_no_images_are_told_by_their_kind(
     assert "unpack .tar.gz first" in rest
 
 
+def test_class_folders_without_images_and_a_single_one_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = sources.class_folders(tmp_path / "in/mine")
+    (root / "dog").mkdir()
+    assert "4 class folders in" in (line := said(capsys, root, tmp_path / "a"))
+    assert "without images: dog)" in line
+    assert f"all images have one label: where the folders in {root} are the classes, give that" in said(
+        capsys, tmp_path / "in", tmp_path / "b"
+    )
+
+
 def test_nothing_is_said_of_texts_and_hidden_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = sources.class_folders(tmp_path / "in")
     for name in QUIET:
@@ -184,3 +198,11 @@ def test_a_source_without_images_says_what_was_seen(tmp_path: Path, capsys: pyte
 def test_shards_among_the_images_are_refused(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "choose a folder beside it" in refused(capsys, photos, photos / "shards")
     assert not (photos / "shards").exists()
+
+
+def test_a_long_wait_is_told_and_a_short_one_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    with told_after(60, "short"):
+        pass
+    with told_after(0.01, "listing the images ..."):
+        time.sleep(0.5)
+    assert capsys.readouterr().err == "listing the images ...\n"
