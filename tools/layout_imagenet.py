@@ -96,7 +96,8 @@ def _read_synsets(content: bytes, where: str) -> dict[int, str]:
     from scipy.io import loadmat  # half a second, and nothing else needs it
     from scipy.io.matlab import MatReadError
 
-    known = (ValueError, TypeError, LookupError, ArithmeticError, OSError, MemoryError, NotImplementedError)
+    # What SciPy lets out on damaged bytes, an UnboundLocalError among it.
+    known = (ValueError, TypeError, LookupError, NameError, ArithmeticError, OSError, MemoryError, NotImplementedError)
     try:
         synsets = loadmat(io.BytesIO(content), variable_names=["synsets"], squeeze_me=True)["synsets"]
         leaves = [synset for synset in np.atleast_1d(synsets) if not int(synset["num_children"])]

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 import sources
-from reading import run_convert, stored_samples
-from test_layouts import assert_colours_tell_labels
+from reading import assert_colours_tell_labels, run_convert, stored_samples
 
 from tools.make_shards import main
 
