@@ -4,6 +4,7 @@ import hashlib
 import os
 import unicodedata
 from array import array
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -120,7 +121,8 @@ class Source:
     """One split of a data set as found on disk.
 
     `classes[label]` is the class's identifier (a wnid, a folder name); empty for unlabelled data. `attributions` names
-    the origin and licence of the images where that is known. `notes` says what was found and how it was read.
+    the origin and licence of the images where that is known. `notes` says what was found and how it was read, `passed_over`
+    counts the files that are no images by their kind.
     """
 
     layout: str
@@ -130,6 +132,7 @@ class Source:
     class_names: tuple[str, ...] = ()
     attributions: tuple[dict[str, str], ...] = ()
     notes: tuple[str, ...] = ()
+    passed_over: Counter[str] = field(default_factory=Counter)
 
 
 def hold_out(source: Source, ratio: float, seed: int) -> tuple[Source, Source]:

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.index import UNLABELLED
 from tools.catalogue import Source
+from tools.file_kinds import describe_left_out
 from tools.image_check import ImagePolicy
 from tools.progress import ShardProgress
 from tools.shard_report import finish_split
@@ -34,6 +36,8 @@ SHARD_BYTES = 256 << 20
 SHARD_SAMPLES = 10_000
 PLAN_NAME = "plan.json"
 FEW_BAD = 5
+FIRST_LOOKED_AT = 1_000
+IN_WORDS = {"source": "the images, or --val-ratio,", "prefix": "the name of the source"}
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,6 @@ class ConvertOptions:
 def make_plan(source: Source, folder: Path, split: str, options: ConvertOptions) -> ShardPlan:
     """A global shuffle cut into equal shards (sizes differ by one at most). It depends on nothing but its arguments."""
     total = len(source.catalogue)
-    if total == 0:
-        raise ValueError(f"{folder.name}: the source holds no images: check the path, --split and --layout")
     wanted = options.num_shards or max(
         math.ceil(source.catalogue.num_bytes(options.policy.max_bytes) / SHARD_BYTES), math.ceil(total / SHARD_SAMPLES)
     )
@@ -118,7 +120,8 @@ def _claim_folder(plan: ShardPlan, options: ConvertOptions) -> None:
         write_file(path, json.dumps(identity, indent=1).encode())
     before = json.loads(path.read_text())
     if before != identity:
-        changed = sorted(key for key in identity.keys() | before.keys() if identity.get(key) != before.get(key))
+        different = sorted(key for key in identity.keys() | before.keys() if identity.get(key) != before.get(key))
+        changed = [IN_WORDS.get(key, key) for key in different]
         raise ValueError(
             f"{plan.folder}: holds shards of another conversion ({', '.join(changed)} differ): "
             "use the same options, choose another --out, or remove that folder"
@@ -188,7 +191,7 @@ def _check_rejects(plan: ShardPlan, rejects: int, options: ConvertOptions) -> No
     if rejects <= max(options.max_bad_fraction * total, few):
         return
     records = [ShardRecord.load(path) for path in sorted((plan.folder / RECORD_FOLDER).glob("*.npz"))]
-    examples = [f"{bad['name']}: {bad['reason']}" for record in records for bad in record.rejected]
+    examples = [f"{bad['name']}: {bad['reason']}" for record in records for bad in record.rejected] or _first_bad(plan)
     raise ValueError(
         f"{plan.folder}: {rejects} of {total} images are bad, allowed {options.max_bad_fraction:.2%} (--max-bad-fraction)"
         + (f"; the first: {examples[0]}" if examples else "")
@@ -196,8 +199,18 @@ def _check_rejects(plan: ShardPlan, rejects: int, options: ConvertOptions) -> No
     )
 
 
-def describe_layout(source: Source) -> str:
-    return f"layout   {source.layout} ({'; '.join(source.notes)})"
+def _first_bad(plan: ShardPlan) -> list[str]:
+    """An example where no shard is finished yet, so that none is on record: images lie shuffled, so one comes soon."""
+    for row in plan.order[:FIRST_LOOKED_AT].tolist():
+        if isinstance(reason := check_one(plan, row), str):
+            return [f"{plan.source.catalogue.name(row)}: {reason}"]
+    return []
+
+
+def describe_source(source: Source) -> list[str]:
+    """What was found and how it is read, and what is passed over, in lines."""
+    left_out = describe_left_out(source.passed_over)
+    return [f"layout   {source.layout} ({'; '.join(source.notes)})", *([left_out] if left_out else [])]
 
 
 def describe_plan(plan: ShardPlan, options: ConvertOptions) -> list[str]:
@@ -212,9 +225,10 @@ def describe_plan(plan: ShardPlan, options: ConvertOptions) -> list[str]:
     # headers, padding, `cls` and `json` take about 3 KB an image
     num_bytes = catalogue.num_bytes(plan.policy.max_bytes)
     need = num_bytes + 3_000 * len(catalogue)
+    num_classes = len(plan.source.classes) or len(set(catalogue.label) - {UNLABELLED})
+    classes = f"in {num_classes:,} classes" if num_classes else "without labels"
     return [
-        describe_layout(plan.source),
-        f"images   {len(catalogue):,} in {len(plan.source.classes):,} classes, {num_bytes / 1e6:,.1f} MB",
+        f"images   {len(catalogue):,} {classes}, {num_bytes / 1e6:,.1f} MB",
         f"shards   {plan.num_shards:,} of about {len(catalogue) // plan.num_shards:,} images: "
         f"{plan.folder / plan.shard_name(0)} ...",
         f"time     about {seconds:,.1f} s with {options.workers} workers (from {len(probe)} images, writing not included)",

@@ -2,18 +2,20 @@
 
 import io
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 
 import numpy as np
 from PIL import Image
 
+from tools.file_kinds import FORMATS, HEIC_IS_READ, JPEG_EXTENSIONS
+
 Image.MAX_IMAGE_PIXELS = None  # our own limit is checked in the header, before anything is decoded
 
 VERIFY_LEVELS = ("none", "header", "full")
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 JPEG_QUALITY = 95  # for images that must be written again
 ORIENTATION_TAG = 0x0112
 OTHER_FRAMES = frozenset(range(0xC3, 0xD0)) - {0xC4, 0xC8, 0xCC}  # lossless, hierarchical, arithmetic
-JPEG_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif")
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -56,7 +58,7 @@ def check_image(content: bytes, name: str, policy: ImagePolicy) -> CheckedImage:
         misnamed = () if name.lower().endswith(JPEG_EXTENSIONS) or "." not in name else ("misnamed",)
         return CheckedImage(content, "jpg", *size, misnamed)
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(content), formats=_formats(content)) as image:
             width, height = image.size
             if width * height > policy.max_pixels:
                 raise ValueError(f"{width}x{height} pixels, allowed {policy.max_pixels:,} (--max-pixels)")
@@ -66,9 +68,27 @@ def check_image(content: bytes, name: str, policy: ImagePolicy) -> CheckedImage:
                 return CheckedImage(content, "png" if image.format == "PNG" else "jpg", height, width, tuple(changes))
             return _rewrite(image, changes, policy)
     except Image.UnidentifiedImageError:
-        raise ValueError(f"not an image (allowed: {', '.join(FORMATS)})") from None
+        is_heic = not HEIC_IS_READ and _is_iso_media(content)
+        hint = "; it may be a HEIC, which pip install pillow-heif reads" if is_heic else ""
+        raise ValueError(f"not an image (allowed: {', '.join(_formats(content))}){hint}") from None
     except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"does not decode: {error}") from None
+
+
+def _is_iso_media(content: bytes) -> bool:
+    """HEIC and AVIF lie in the box format of MP4 (ISO/IEC 14496-12)."""
+    return content[4:8] == b"ftyp"
+
+
+def _formats(content: bytes) -> tuple[str, ...]:
+    return (*FORMATS, _heic_format()) if HEIC_IS_READ and _is_iso_media(content) else FORMATS
+
+
+@cache
+def _heic_format() -> str:
+    """Pillow's name for HEIC, once its opener is registered."""
+    import_module("pillow_heif").register_heif_opener()
+    return "HEIF"
 
 
 def _plain_jpeg_size(content: bytes) -> tuple[int, int] | None:

@@ -1,17 +1,19 @@
 """ImageNet-1k as it is distributed: the original archives with the devkit, and the Kaggle tree."""
 
 import csv
+import io
 import re
-from importlib.resources import files
+import zlib
+from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from tools.archives import read_tgz
 from tools.catalogue import Catalogue, FileRanges, LooseFiles, Source, check_class_names
-from tools.layout_folders import EXTENSIONS, add_images, subfolders, walk_images
-from tools.matlab5 import read_struct
-from tools.tar_members import is_tar, tar_members
+from tools.layout_folders import add_images, subfolders, walk_images
+from tools.tar_members import tar_members
 
 ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 DEVKIT = "ILSVRC2012_devkit_t12"
@@ -21,64 +23,35 @@ GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 def wnid_order() -> list[str]:
     """The 1000 wnids in label order, as timm and everybody after Caffe numbers them."""
-    return (files("timm") / "data" / "_info" / "imagenet_synsets.txt").read_text().split()
+    spec = find_spec("timm")  # importing it would bring torch along: seconds
+    assert spec is not None
+    assert spec.origin is not None
+    return (Path(spec.origin).parent / "data/_info/imagenet_synsets.txt").read_text().split()
 
 
-def find_archives(path: Path, split: str) -> str:
-    archive = _archive(path, split)
-    return f"{archive.name}" if archive else ""
+def is_wnid(name: str) -> bool:
+    return WNID.fullmatch(name) is not None
 
 
-def open_archives(path: Path, split: str, work: Path | None) -> Source:
-    archive = _archive(path, split)
-    assert archive is not None
-    return _open_train(archive) if split == "train" else _open_val(archive)
-
-
-def _archive(path: Path, split: str) -> Path | None:
-    """The archive by its official name, or any tar of class tars that was named directly."""
-    if path.is_dir():
-        named = path / ARCHIVES.get(split, "")
-        return named if named.is_file() else None
-    if path.name == ARCHIVES.get(split):
-        return path
-    return path if split == "train" and path.suffix == ".tar" and _holds_class_tars(path) else None
-
-
-def _holds_class_tars(path: Path) -> bool:
-    if not is_tar(path):
-        return False
-    first = next(tar_members(path), None)
-    return first is not None and first.name.endswith(".tar") and is_tar(path, first.offset)
-
-
-def _open_train(archive: Path) -> Source:
-    inner = [member for member in tar_members(archive) if member.name.endswith(".tar")]
-    wnids = [Path(member.name).stem for member in inner]
-    if not inner:
-        raise ValueError(f"{archive}: holds no class tars: not {ARCHIVES['train']}")
-    check_class_names(wnids, str(archive))
-    classes = _label_order(wnids)
-    labels = {wnid: label for label, wnid in enumerate(classes)}
-    catalogue = Catalogue([FileRanges(archive)])
-    for wnid, member in zip(wnids, inner, strict=True):
-        for image in tar_members(archive, member.offset, member.offset + member.size):
-            if image.name.lower().endswith(EXTENSIONS):
-                catalogue.add(0, image.offset, image.size, labels[wnid], f"{wnid}/{image.name}")
-    return Source(
-        "imagenet-tar", "imagenet", catalogue, tuple(classes), notes=(f"{archive.name}, {len(wnids)} class tars",)
-    )
-
-
-def _label_order(wnids: list[str]) -> list[str]:
+def label_order(wnids: list[str]) -> list[str]:
     """The usual 1000 labels when all classes are among them (a subset keeps its labels), else sorted names."""
     usual = wnid_order()
     return usual if set(wnids) <= set(usual) else sorted(wnids)
 
 
-def _open_val(archive: Path) -> Source:
+def find_val(path: Path, split: str) -> str:
+    archive = _val_archive(path)
+    return archive.name if split == "val" and archive.is_file() else ""
+
+
+def _val_archive(path: Path) -> Path:
+    return path if path.name == ARCHIVES["val"] else path / ARCHIVES["val"]
+
+
+def open_val(path: Path, split: str, work: Path | None) -> Source:
+    archive = _val_archive(path)
     wnid_of_id, truth = _read_devkit(archive.parent)
-    classes = _label_order(list(wnid_of_id.values()))
+    classes = label_order(list(wnid_of_id.values()))
     labels = {wnid: label for label, wnid in enumerate(classes)}
     catalogue = Catalogue([FileRanges(archive)])
     for image in tar_members(archive):
@@ -91,7 +64,7 @@ def _open_val(archive: Path) -> Source:
             )
         catalogue.add(0, image.offset, image.size, labels[wnid_of_id[truth[int(number[1]) - 1]]], image.name)
     notes = (f"{archive.name}, labels from the devkit's ILSVRC2012_IDs",)
-    return Source("imagenet-tar", "imagenet", catalogue, tuple(classes), notes=notes)
+    return Source("imagenet-val", "imagenet", catalogue, tuple(classes), notes=notes)
 
 
 def _read_devkit(folder: Path) -> tuple[dict[int, str], list[int]]:
@@ -110,21 +83,27 @@ def _read_devkit(folder: Path) -> tuple[dict[int, str], list[int]]:
     if len(found) < 2:
         raise ValueError(f"{archive}: holds no meta.mat or no {GROUND_TRUTH}: download it again")
     truth = [int(line) for line in found[GROUND_TRUTH].split()]
-    wnids = {}
-    for synset in read_struct(found["meta.mat"], "synsets"):
-        number, wnid, children = (synset.get(field) for field in ("ILSVRC2012_ID", "WNID", "num_children"))
-        if (
-            isinstance(number, np.ndarray)
-            and isinstance(wnid, str)
-            and isinstance(children, np.ndarray)
-            and not children[0]
-        ):
-            wnids[int(number[0])] = wnid
+    wnids = _read_synsets(found["meta.mat"], str(archive))
     unknown = sorted(set(truth) - wnids.keys())
     if unknown:
         raise ValueError(f"{archive}: {GROUND_TRUTH} names ILSVRC2012_ID {unknown[0]}, meta.mat does not: wrong devkit")
     check_class_names(list(wnids.values()), str(archive))
     return wnids, truth
+
+
+def _read_synsets(content: bytes, where: str) -> dict[int, str]:
+    """ILSVRC2012_ID -> wnid of the synsets without children."""
+    from scipy.io import loadmat  # half a second, and nothing else needs it
+    from scipy.io.matlab import MatReadError
+
+    # What SciPy lets out on damaged bytes, an UnboundLocalError among it.
+    known = (ValueError, TypeError, LookupError, NameError, ArithmeticError, OSError, MemoryError, NotImplementedError)
+    try:
+        synsets = loadmat(io.BytesIO(content), variable_names=["synsets"], squeeze_me=True)["synsets"]
+        leaves = [synset for synset in np.atleast_1d(synsets) if not int(synset["num_children"])]
+        return {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in leaves}
+    except (*known, MatReadError, zlib.error) as error:
+        raise ValueError(f"{where}: meta.mat is not the devkit's MATLAB file ({error}): download it again") from None
 
 
 def find_kaggle(path: Path, split: str) -> str:
@@ -144,26 +123,27 @@ def open_kaggle(path: Path, split: str, work: Path | None) -> Source:
     images = root / "ILSVRC/Data/CLS-LOC" / split
     classes, names = _synset_mapping(root, subfolders(images) if split == "train" else [])
     labels = {wnid: label for label, wnid in enumerate(classes)}
-    catalogue = Catalogue([LooseFiles(images)])
+    catalogue, passed_over = Catalogue([LooseFiles(images)]), Counter[str]()
     if split == "train":
         for wnid in subfolders(images):
             if wnid not in labels:
                 raise ValueError(f"{images / wnid}: this class is not in LOC_synset_mapping.txt")
-            add_images(catalogue, 0, images, wnid, labels[wnid])
+            add_images(catalogue, 0, images, wnid, labels[wnid], passed_over)
     else:
         solution = _val_solution(root / "LOC_val_solution.csv")
-        for name, size in walk_images(images, ""):
+        for name, size in walk_images(images, "", passed_over):
             wnid = solution.get(Path(name).stem, "")
             if wnid not in labels:
                 raise ValueError(f"{images / name}: no line, or an unknown class {wnid!r}, in LOC_val_solution.csv")
             catalogue.add(0, 0, size, labels[wnid], name)
-    return Source("kaggle", "imagenet", catalogue, tuple(classes), tuple(names), notes=(f"Kaggle tree {root}",))
+    notes = (f"Kaggle tree {root}",)
+    return Source("kaggle", "imagenet", catalogue, tuple(classes), tuple(names), notes=notes, passed_over=passed_over)
 
 
 def _synset_mapping(root: Path, folders: list[str]) -> tuple[list[str], list[str]]:
     mapping = root / "LOC_synset_mapping.txt"
     if not mapping.is_file():
-        classes = _label_order(folders)
+        classes = label_order(folders)
         return classes, []
     lines = [line.partition(" ") for line in mapping.read_text(encoding="utf-8").splitlines() if line.strip()]
     wnids = [wnid for wnid, _, _ in lines]

@@ -1,21 +1,25 @@
 """Which data set lies at a path: detect the layout, or open the one that was named."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from tools import layout_arrays, layout_folders, layout_imagenet, layout_parquet, layout_webdataset
+from pipeline.scan import tar_kind
+from tools import layout_arrays, layout_folders, layout_imagenet, layout_parquet, layout_tars
 from tools.catalogue import Source
+from tools.file_kinds import describe_no_images, is_image, packed_with
+from tools.layout_folders import split_root, walk_images
 
 Opener = Callable[[Path, str, Path | None], Source]
 
 # In the order they are tried. Each `find` says in words what it saw, or "" when the layout is not there.
 LAYOUTS: dict[str, tuple[Callable[[Path, str], str], Opener]] = {
-    "imagenet-tar": (layout_imagenet.find_archives, layout_imagenet.open_archives),
+    "imagenet-val": (layout_imagenet.find_val, layout_imagenet.open_val),
     "kaggle": (layout_imagenet.find_kaggle, layout_imagenet.open_kaggle),
     "cifar": (layout_arrays.find_cifar, layout_arrays.open_cifar),
     "idx": (layout_arrays.find_idx, layout_arrays.open_idx),
     "parquet": (layout_parquet.find_parquet, layout_parquet.open_parquet),
-    "webdataset": (layout_webdataset.find_webdataset, layout_webdataset.open_webdataset),
+    "tars": (layout_tars.find_tars, layout_tars.open_tars),
     "folders": (layout_folders.find_folders, layout_folders.open_folders),
     "flat": (layout_folders.find_flat, layout_folders.open_flat),
 }
@@ -29,7 +33,27 @@ def open_source(path: Path, split: str, layout: str = "auto", work: Path | None 
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     tried = LAYOUTS if layout == "auto" else {layout: LAYOUTS[layout]}
+    if layout == "auto" and layout_folders.images_beside_folders(path, split):
+        tried = {name: both for name, both in LAYOUTS.items() if name != "folders"}
     for find, opener in tried.values():
         if find(path, split):
-            return opener(path, split, work)
-    raise ValueError(f"{path}: no {split} images found as {', '.join(tried)}. Look at the path, --split and --layout")
+            source = opener(path, split, work)
+            if not len(source.catalogue):
+                raise ValueError(f"{path}: no {split} images: {describe_no_images(source.passed_over)}")
+            return source
+    if path.is_file() and (packed := packed_with(path)):
+        raise ValueError(f"{path}: {packed}")
+    named = "" if layout == "auto" else f" as --layout {layout}"
+    raise ValueError(
+        f"{path}: no {split} images found{named}: {_seen(path, split)}. Look at the path, --split and --layout"
+    )
+
+
+def _seen(path: Path, split: str) -> str:
+    if path.is_file() and is_image(path.name):
+        return "it is one image, give the folder that it lies in"
+    if path.is_file():
+        return f"{tar_kind(path)}, and no archive that is read"
+    counts = Counter[str]()
+    num_images = sum(1 for _ in walk_images(split_root(path, split) or path, "", counts))
+    return f"{num_images:,} images in files of their own" if num_images else describe_no_images(counts)

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from tools.archives import check_official
-from tools.catalogue import hold_out
-from tools.convert import ConvertOptions, Outcome, convert, describe_layout, describe_plan, make_plan
+from tools.catalogue import LooseFiles, Source, hold_out
+from tools.convert import ConvertOptions, Outcome, convert, describe_plan, describe_source, make_plan
 from tools.image_check import VERIFY_LEVELS, ImagePolicy
 from tools.layout_parquet import empty_spools
 from tools.layouts import LAYOUTS, open_source
 from tools.photographs import NUM_SHARDS, photograph_source
+from tools.progress import told_after
 from tools.shard_report import REJECTED_NAME
 from tools.shard_writer import RECORD_FOLDER
 from tools.verify_shards import index_split, split_folders, stats_split, verify_split
@@ -53,7 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_convert(command: argparse.ArgumentParser) -> None:
     policy, options = ImagePolicy(), ConvertOptions()
-    command.add_argument("source", type=Path, help="archive, folder, or file to read")
+    command.add_argument(
+        "source", type=Path, help="a folder of images, of class folders or of tars; a tar; or a data set as downloaded"
+    )
     command.add_argument("--out", type=Path, required=True, help="the shards go to OUT/SPLIT")
     command.add_argument("--split", choices=("train", "val"), default="train")
     command.add_argument(
@@ -93,17 +96,20 @@ def num_cores() -> int:
 def run_convert(parsed: argparse.Namespace) -> None:
     options = convert_options(parsed)
     if parsed.official:
-        print(f"md5 as published: {', '.join(check_official(parsed.source))}")
+        with told_after(2, f"taking the md5 of {parsed.source} ..."):
+            print(f"md5 as published: {', '.join(check_official(parsed.source))}")
     spools = parsed.out / parsed.split / RECORD_FOLDER / "spool"
-    source = open_source(parsed.source, parsed.split, parsed.layout, None if parsed.dry_run else spools)
-    parts = {parsed.split: source}
-    if parsed.val_ratio:
-        parts["train"], parts["val"] = hold_out(source, parsed.val_ratio, parsed.seed)
+    with told_after(2, f"listing the images of {parsed.source} ..."):
+        source = open_source(parsed.source, parsed.split, parsed.layout, None if parsed.dry_run else spools)
+        check_apart(source, parsed.out)
+        parts = {parsed.split: source}
+        if parsed.val_ratio:
+            parts["train"], parts["val"] = hold_out(source, parsed.val_ratio, parsed.seed)
+    print("\n".join(describe_source(source)), flush=True)
     if parsed.dry_run:
         for split, part in parts.items():
             print("\n".join(describe_plan(make_plan(part, parsed.out / split, split, options), options)))
         return
-    print(describe_layout(source), flush=True)
     outcomes = []
     for split, part in parts.items():
         start, folder = time.perf_counter(), parsed.out / split
@@ -111,6 +117,13 @@ def run_convert(parsed: argparse.Namespace) -> None:
         report(folder, len(part.catalogue), outcomes[-1], time.perf_counter() - start)
     if all(outcome.complete for outcome in outcomes):
         empty_spools(spools)
+
+
+def check_apart(source: Source, out: Path) -> None:
+    """Raise ValueError when the shards would lie among the images: the next call would take their folder for a class."""
+    for container in source.catalogue.containers:
+        if isinstance(container, LooseFiles) and out.resolve().is_relative_to(container.root.resolve()):
+            raise ValueError(f"--out {out} lies in {container.root}, which is read: choose a folder beside it")
 
 
 def convert_options(parsed: argparse.Namespace) -> ConvertOptions:

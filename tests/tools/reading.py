@@ -53,3 +53,15 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != "lock"
     }
+
+
+def colour_of(label: int) -> np.ndarray:
+    return np.array([label * 37 % 256, 255 - label * 11 % 256, 90])
+
+
+def assert_colours_tell_labels(folder: Path, expected: int) -> list[int]:
+    samples = stored_samples(folder)
+    assert len(samples) == expected
+    for sample in samples:
+        assert np.abs(sample.pixels().mean((0, 1)) - colour_of(sample.label)).max() < 12, sample.name
+    return sorted({sample.label for sample in samples})

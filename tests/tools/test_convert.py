@@ -143,6 +143,7 @@ def test_bad_files_are_left_out_and_named(tmp_path: Path, capsys: pytest.Capture
     assert main(["convert", str(source), "--out", str(tmp_path / "out"), "--workers", "2"]) == 2
     error = capsys.readouterr().err
     assert "6 of 90 images are bad, allowed 1.00%" in error
+    assert any(f"the first: {name}: " in error for name in bad)
     assert not (tmp_path / "out/train/manifest.json").exists()
     folder = run_convert(source, tmp_path / "out", "--max-bad-fraction", "0.07")
     rejected = [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()]
@@ -186,6 +187,8 @@ def test_another_conversion_is_not_mixed_in(source: Path, tmp_path: Path, capsys
     run_convert(source, tmp_path, *SHARDS)
     assert main(["convert", str(source), "--out", str(tmp_path), *SHARDS, "--seed", "3"]) == 2
     assert "another conversion (seed differ)" in capsys.readouterr().err
+    assert main(["convert", str(source), "--out", str(tmp_path), *SHARDS, "--val-ratio", "0.1"]) == 2
+    assert "another conversion (the images, or --val-ratio, differ)" in capsys.readouterr().err
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(

@@ -162,6 +162,21 @@ def test_a_val_archive_without_its_devkit_says_what_is_missing(
     assert "put it beside the tar" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("damage", ["empty", "text", "cut", "another variable"])
+def test_a_damaged_meta_mat_is_one_clean_line(damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = sources.imagenet_archives(tmp_path / "in")
+    whole = sources.meta_mat()
+    meta = {"empty": b"", "text": b"no matrix" * 100, "cut": whole[: len(whole) // 2]}.get(
+        damage, whole[:128] + bytes(64)
+    )
+    members = [("meta.mat", meta), ("ILSVRC2012_validation_ground_truth.txt", b"2\n3\n1\n1\n2\n")]
+    (root / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(sources.tar_bytes(members, "w:gz"))
+    assert main(["convert", str(root), "--out", str(tmp_path / "out"), "--split", "val"]) == 2
+    error = capsys.readouterr().err
+    assert "meta.mat is not the devkit's MATLAB file" in error
+    assert error.count("\n") == 1
+
+
 def test_names_that_try_to_leave_the_folder_stay_labels_in_json(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in/x.tar").write_bytes(sources.tar_bytes([("../../../../up.jpg", sources.picture(0, 0))]))

@@ -6,21 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sources
-from reading import run_convert, stored_samples
+from reading import assert_colours_tell_labels, run_convert, stored_samples
 
 from tools.make_shards import main
-
-
-def colour_of(label: int) -> np.ndarray:
-    return np.array([label * 37 % 256, 255 - label * 11 % 256, 90])
-
-
-def assert_colours_tell_labels(folder: Path, expected: int) -> list[int]:
-    samples = stored_samples(folder)
-    assert len(samples) == expected
-    for sample in samples:
-        assert np.abs(sample.pixels().mean((0, 1)) - colour_of(sample.label)).max() < 12, sample.name
-    return sorted({sample.label for sample in samples})
 
 
 def test_the_original_train_archive_keeps_the_usual_labels(tmp_path: Path) -> None:
