@@ -149,7 +149,7 @@ def test_the_walk_draws_its_pictures(tmp_path: Path, place: Path) -> None:
     assert result.returncode == 0, result.stderr
     names = ["cross_crop_prediction.png", "global_only.png", "global_with_local_context.png", "overview.png"]
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == names
-    assert run([*line, "--data", "nowhere"], place).stderr.count("\n") == 1
+    assert run([*line, "--data", "nowhere"], place).stderr.count("\n") == 2  # that it loads, and what is wrong
 
 
 def test_the_pictures_and_pages_that_the_texts_link_are_there() -> None:

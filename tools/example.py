@@ -12,6 +12,9 @@ from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    print("loading torch, DALI and timm ...", file=sys.stderr)
+
 import torch
 import webdataset
 from PIL import Image
@@ -69,7 +72,7 @@ def train(model: HJEPA, dataset: MultiCropDataset, device: torch.device, steps: 
         optimizer.step()
         optimizer.zero_grad()
         model.update_target(EMA_MOMENTUM)
-        if step % max(steps // 6, 1) == 0:
+        if step == 1 or step % max(steps // 6, 1) == 0:
             print(f"  step {step}: " + ", ".join(f"{k} {v.item():.3f}" for k, v in losses.items() if v.ndim == 0))
 
 

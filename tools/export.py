@@ -9,22 +9,18 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import save_file
-
-from model.encoder import MultiCropEncoder
-from train.build import build_model
-from train.checkpoint import checkpoint_step, load_checkpoint
 from train.config import Config
-from train.display import summary_rows
-from train.evaluation import find_checkpoint, table
+from train.display import LOADING, summary_rows
+
+if TYPE_CHECKING:
+    from model.encoder import MultiCropEncoder
 
 WEIGHTS, SETTINGS, CARD = "model.safetensors", "config.json", "README.md"
 
 
-def timm_settings(encoder: MultiCropEncoder, config: Config) -> dict[str, Any]:
+def timm_settings(encoder: "MultiCropEncoder", config: Config) -> dict[str, Any]:
     """What timm needs to build the encoder, and to bring an image to it as the evaluation does."""
     size = config.data.multicrop.global_crop_size
     return {
@@ -52,6 +48,9 @@ def timm_settings(encoder: MultiCropEncoder, config: Config) -> dict[str, Any]:
 
 def model_card(config: Config, checkpoint: Path, licence: str, summary: Path, figures: Path | None) -> str:
     """README.md: how to load it, what it was trained on and how, what was measured, and its licence."""
+    from train.checkpoint import checkpoint_step
+    from train.evaluation import table
+
     data, (num_global, num_local) = config.data, config.data.crop_counts
     crops = f"{num_global} global crops of {data.multicrop.global_crop_size} px"
     if num_local:
@@ -97,6 +96,14 @@ def export(run: Path, out: Path, settings: Path | None, licence: str, figures: P
     """Raises FileNotFoundError and ValueError for what is missing or does not fit."""
     if out.exists() and {path.name for path in out.iterdir()} - {WEIGHTS, SETTINGS, CARD}:
         raise ValueError(f"{out}: holds other files; name a new folder with --out")
+    print(LOADING, file=sys.stderr)
+    import torch
+    from safetensors.torch import save_file
+
+    from train.build import build_model
+    from train.checkpoint import load_checkpoint
+    from train.evaluation import find_checkpoint
+
     checkpoint, config = find_checkpoint(run, settings)
     model = build_model(config, torch.device("cpu"))
     load_checkpoint(checkpoint, model)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pipeline.index import split_folder
 from train.config_file import load_config
+from train.display import LOADING
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config(given.config, given.overrides)
         split_folder(config.data.dataset, config.data.data_path, "train")
-        # Only now: torch, DALI and timm take seconds to import, and a wrong setting should be told at once.
+        print(LOADING, file=sys.stderr)  # only now: a wrong setting should be told at once
         from tools.preview_replay import replay
         from tools.preview_sheet import draw_sheet
 

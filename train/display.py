@@ -11,6 +11,7 @@ from rich.table import Table
 from train.state import RunState
 
 PLAIN_EVERY_S = 5.0
+LOADING = "loading torch, DALI and timm ..."  # about ten seconds of imports: nobody shall take them for a hang
 WIDE = 132  # columns of a terminal that has room for more than the figures
 
 
@@ -86,8 +87,11 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("steps left out, not finite", f"{summary['skipped_steps']:,}"))
     if summary["collapse_alarms"]:
         rows.append(("collapse alarms at steps", ", ".join(map(str, summary["collapse_alarms"]))))
+    if summary["rankme"] is not None:
+        most = min(summary["width"], summary["validation_images"])
+        rows.append(("RankMe of the trained features", f"{summary['rankme']:.1f} of {most}"))
+        rows.append(("validation images", f"{summary['validation_images']:,}"))
     if summary["knn"] is not None:
-        rows.append(("RankMe of the trained features", f"{summary['rankme']:.1f} of {summary['width']}"))
         rows += [(name, f"{summary['knn'][key]:.1f} %") for key, name in KNN_NAMES.items()]
     if summary["linear"] is not None:
         rows.append(("linear probe, trained encoder", f"{summary['linear']:.1f} %"))

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from train.display import LOADING
+
 PROBES = ("knn", "linear", "attentive", "lowshot")
 
 
@@ -38,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault(
         "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
     )  # cuBLAS repeats itself only with a workspace of its own
+    print(LOADING, file=sys.stderr)
     try:
-        # Only now: torch, DALI and timm take seconds to import.
         import torch
 
         from train.evaluation import evaluate, find_checkpoint, table

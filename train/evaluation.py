@@ -16,7 +16,16 @@ from train.build import build_evaluation_loaders, build_model, torch_threads
 from train.checkpoint import MANIFEST, checkpoint_step, load_checkpoint, newest_checkpoint
 from train.config import Config
 from train.config_file import load_config
-from train.features import Features, colour_histogram, encoder_features, extract, patch_tokens, pixel_tokens, pixels
+from train.features import (
+    Features,
+    check_labels,
+    colour_histogram,
+    encoder_features,
+    extract,
+    patch_tokens,
+    pixel_tokens,
+    pixels,
+)
 from train.knn import knn_accuracies
 from train.linear import linear_probe, lowshot_accuracies
 
@@ -88,6 +97,8 @@ def evaluate(checkpoint: Path, config: Config, probes: tuple[str, ...], say: Cal
         torch.set_num_threads(torch_threads())
     model, initial = load_models(checkpoint, config, device)
     loaders = build_evaluation_loaders(config)
+    for loader in loaders:
+        check_labels(loader)
     extractors = {
         "pixels": pixels,
         "colour_histogram": colour_histogram,

@@ -22,7 +22,7 @@ LAST_BLOCKS = 4  # whose features the wide linear probe sees, as in DINO (arXiv 
 
 @dataclass(frozen=True)
 class Features:
-    """`values`: `{name: [n, D] float16}` on the CPU; `labels`: `[n] int64`."""
+    """`values`: `{name: [n, D] float16}` on the CPU; `labels`: `[n] int64`, -1 where there is none."""
 
     values: dict[str, torch.Tensor]
     labels: torch.Tensor
@@ -89,14 +89,22 @@ def spread_rows(index: ShardIndex, most: int) -> ShardIndex:
     return replace(index, samples=samples, counts=np.bincount(samples["shard"], minlength=len(index.shards)))
 
 
+def check_labels(loader: MultiCropLoader) -> None:
+    """Raise ValueError unless every sample has a label."""
+    missing = int((loader.index.samples["label"] == UNLABELLED).sum())
+    if missing:
+        raise ValueError(
+            f"{loader.index.folder}: {missing:,} of {len(loader.index):,} samples without labels, and accuracies need a label "
+            "for each: convert class folders, or tars with cls members"
+        )
+
+
 @torch.inference_mode()
 def extract(loader: MultiCropLoader, extractors: dict[str, Extractor]) -> dict[str, Features]:
     """Features by extractor of all samples of `loader`, in one pass.
 
-    Raises ValueError for samples without labels, and when the features would not fit the memory.
+    Raises ValueError when the features would not fit the memory.
     """
-    if bool((loader.index.samples["label"] == UNLABELLED).any()):
-        raise ValueError(f"{loader.index.folder}: samples without labels; k-NN and probes need a label for each")
     loader.load_state_dict({"epoch": 0, "position": 0})
     count, done = len(loader.index), 0
     stores: dict[str, dict[str, torch.Tensor]] = {name: {} for name in extractors}

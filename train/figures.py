@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from model.masks import MaskPlan, level_grid
 from pipeline.batch import CropBatch
-from pipeline.index import ShardIndex
+from pipeline.index import UNLABELLED, ShardIndex
 
 GLOBAL_COLOUR, LOCAL_COLOUR = "#ffb000", "#00a6d6"
 
@@ -186,7 +186,7 @@ class Neighbours:
 
 
 def draw_neighbours(path: Path, rows: Sequence[Neighbours], cell: int = 104, text: int = 14) -> None:
-    """One row per validation image: itself, then its nearest training images, framed in green where the label is the same.
+    """One row per validation image: itself, then its nearest training images, in green with the same label, in red with another.
 
     Drawn without matplotlib, which takes a second for as many axes.
     """
@@ -196,10 +196,12 @@ def draw_neighbours(path: Path, rows: Sequence[Neighbours], cell: int = 104, tex
     for line, row in enumerate(rows):
         for number, (encoded, label) in enumerate(zip(row.pictures, row.labels, strict=True)):
             x, y = number * cell, line * (cell + text)
-            colour, caption = "black", f"class {label}"
+            parts = [f"class {label}"] if label != UNLABELLED else []
+            colour = "black"
             if number:
-                colour = "#2a8f2a" if label == row.labels[0] else "#c03030"
-                caption += f", {row.similarities[number - 1]:.3f}"
+                colour = "#606060" if label == UNLABELLED else "#2a8f2a" if label == row.labels[0] else "#c03030"
+                parts.append(f"{row.similarities[number - 1]:.3f}")
+            caption = ", ".join(parts)
             draw.rectangle((x + 2, y + 2, x + cell - 3, y + cell - 3), fill=colour)
             picture = Image.open(io.BytesIO(encoded)).convert("RGB")
             sheet.paste(ImageOps.pad(picture, (cell - 10, cell - 10), Image.Resampling.BOX), (x + 5, y + 5))

@@ -10,7 +10,7 @@ from model.hjepa import HJEPA
 from pipeline.loader import MultiCropLoader
 from train.build import build_evaluation_loaders
 from train.config import Config
-from train.features import Extractor, Features, colour_histogram, extract, pixels, pooled_features
+from train.features import Extractor, Features, check_labels, colour_histogram, extract, pixels, pooled_features
 from train.figures import Neighbours
 from train.knn import knn_accuracies, nearest_neighbours
 from train.linear import linear_probe
@@ -18,7 +18,10 @@ from train.metrics import rankme
 
 
 class Probe:
-    """Measures the target encoder of `model`; without a labelled validation split it says so once and measures nothing."""
+    """Measures the target encoder of `model` on the validation split; without one it says so once and measures nothing.
+
+    Without labels there are no accuracies, but `rankme` and `neighbours` all the same.
+    """
 
     def __init__(self, config: Config, folder: Path, model: HJEPA, say: Callable[[str], None]) -> None:
         self._model, self._settings, self._file = model, config.evaluation, folder / "baselines.json"
@@ -28,14 +31,25 @@ class Probe:
         self.linear: float | None = None
         self._measured: tuple[Features, Features] | None = None
         self._loaders: tuple[MultiCropLoader, MultiCropLoader] | None = None
+        self._labelled = False
         try:
             self._loaders = build_evaluation_loaders(config)
+            for loader in self._loaders:
+                check_labels(loader)
+            self._labelled = True
         except FileNotFoundError as error:
-            say(f"no k-NN: {error}")
+            say(f"no validation images, so nothing is measured: {error}")
+        except ValueError as error:
+            say(f"no accuracies, RankMe and neighbours alone: {error}")
+
+    @property
+    def num_validation(self) -> int:
+        """Images that the figures are of."""
+        return 0 if self._loaders is None else len(self._loaders[1].index)
 
     def measure_baselines(self) -> None:
         """k-NN of raw pixels, colour histogram and the model as it is now, its initialisation; kept in baselines.json."""
-        if self._loaders is None:
+        if not self._labelled:
             return
         if not self._file.exists():
             self._say("measuring the baselines: raw pixels, colour histogram, random initialisation ...")
@@ -48,22 +62,23 @@ class Probe:
         self.baselines = json.loads(self._file.read_text())
 
     def measure(self) -> float | None:
-        """k-NN percent of the target encoder now; also refreshes `rankme` of its validation features, and `linear`."""
+        """k-NN percent of the target encoder now, None without labels; also refreshes `rankme` of its validation features, and
+        `linear`."""
         features = self._features({"trained": self._encoder()})
         if features is None:
             return None
         train, test = self._measured = (features[0]["trained"], features[1]["trained"])
         self.rankme = rankme(test.values["last"])
+        if not self._labelled:
+            return None
         if self._settings.linear_epochs:
             self.linear, _ = linear_probe(train, test, ["last"], self._settings.linear_epochs, self._device)
         return self._knn(train, test)
 
     def online(self) -> dict[str, float]:
         """The figures of a measurement during the run, for its log."""
-        score = self.measure()
-        if score is None or self.rankme is None:
-            return {}
-        return {"knn": score, "knn_rankme": self.rankme} | ({} if self.linear is None else {"linear": self.linear})
+        figures = {"knn": self.measure(), "knn_rankme": self.rankme, "linear": self.linear}
+        return {name: value for name, value in figures.items() if value is not None}
 
     def neighbours(self, count: int, k: int) -> list[Neighbours]:
         """The k nearest training images of `count` validation images, evenly spread, as measured last; none before that."""
@@ -99,7 +114,7 @@ class Probe:
         try:
             return extract(self._loaders[0], extractors), extract(self._loaders[1], extractors)
         except ValueError as error:
-            self._say(f"no k-NN: {error}")
+            self._say(f"nothing is measured: {error}")
             self._loaders = None
             return None
         finally:

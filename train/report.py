@@ -24,6 +24,7 @@ def write_summary(folder: Path, config: Config, state: RunState, probe: Probe, w
         "loss_last": state.loss_last,
         "rankme": probe.rankme,
         "width": width,
+        "validation_images": probe.num_validation,
         "knn": knn,
         "linear": probe.linear,
         "bad_samples": state.bad_samples,

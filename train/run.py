@@ -16,6 +16,7 @@ from pipeline.index import split_folder
 from train.config import Config
 from train.config_file import SHORT_FLAGS, annotated, load_config_with_origins
 from train.config_yaml import ConfigError
+from train.display import LOADING
 
 BAD_INPUT = 2
 INTERRUPTED = 128 + 2  # the shell's number for SIGINT
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.print_config:
             return 0
         refuse_early(config)
-        console.print("loading torch, DALI and timm ...", style="dim")
+        console.print(LOADING, style="dim")
         # Only now: they take about ten seconds, and a wrong setting should be told at once.
         if given.dry_run:
             from train.dry_run import dry_run

@@ -73,7 +73,6 @@ def test_what_cannot_be_exported_is_one_clean_line(
     ):
         capsys.readouterr()
         assert export(arguments) == 2
-        error = capsys.readouterr().err
+        (error,) = (line for line in capsys.readouterr().err.splitlines() if not line.endswith(" ..."))
         assert message in error
-        assert error.count("\n") == 1
     assert not (tmp_path / "new").exists()

@@ -14,6 +14,7 @@ from pipeline.index import UNLABELLED, ShardIndex
 from pipeline.loader import MultiCropLoader
 from train import features
 from train.features import (
+    check_labels,
     colour_histogram,
     encoder_features,
     extract,
@@ -87,8 +88,9 @@ def test_features_that_would_not_fit_the_memory_are_refused_with_the_number_that
 def test_samples_without_labels_are_refused(index: ShardIndex) -> None:
     samples = index.samples.copy()
     samples["label"][5] = UNLABELLED
-    with pytest.raises(ValueError, match="samples without labels"):
-        extract(centre_loader(replace(index, samples=samples), 16), {"pixels": pixels})
+    with pytest.raises(ValueError, match="1 of 103 samples without labels"):
+        check_labels(centre_loader(replace(index, samples=samples), 16))
+    check_labels(centre_loader(index, 16))
 
 
 def test_rankme_of_orthogonal_features_is_their_number_and_of_a_line_is_one() -> None:

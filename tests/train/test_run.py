@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.index import UNLABELLED, open_index, save_index
 from train.checkpoint import verify_checkpoint
 from train.metrics import MetricsLog
 from train.run import main
@@ -59,6 +61,27 @@ def test_every_shipped_config_takes_two_steps_at_reduced_size(config: Path, data
     heartbeat = json.loads((run / "heartbeat.json").read_text())
     assert (heartbeat["status"], heartbeat["step"], heartbeat["total_steps"]) == ("complete", 2, 2)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000002"]
+
+
+def test_images_without_labels_get_neighbours_and_rankme_and_no_accuracies(
+    data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "val"):
+        index = open_index(data_path / split)
+        samples = index.samples.copy()
+        samples["label"] = UNLABELLED
+        shutil.copytree(data_path / split, tmp_path / "bare" / split)
+        save_index(tmp_path / "bare" / split, list(index.shards), samples)
+    changes = ["training.max_steps=2", "evaluation.eval_frequency=1", "data.batch_size=96"]
+    assert main(command(ROOT / "configs" / "quickstart.yaml", tmp_path / "bare", tmp_path, *changes)) == 0
+    summary = json.loads((tmp_path / "quickstart" / "summary.json").read_text())
+    assert (summary["knn"], summary["linear"], summary["validation_images"]) == (None, None, 24)
+    assert summary["rankme"] > 1
+    assert (tmp_path / "quickstart" / "figures" / "neighbours.png").exists()
+    said = capsys.readouterr().out
+    assert said.count("103 of 103 samples without labels") == 1
+    assert "RankMe of the trained features" in said
+    assert "k-NN" not in said
 
 
 @pytest.mark.parametrize("strategy", ["global_with_local_context", "cross_crop_prediction"])
