@@ -4,16 +4,14 @@ On the CPU every crop is one compiled operator over the decoded image (`pipeline
 own operators. Both do the same to within a rounding, and both can run on the CPU, so that a test compares them.
 """
 
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 
 from pipeline.augment import ViewRecipe, apply_dali
 from pipeline.draws import FLIP, PIXEL_PARAMETERS
+from pipeline.waiting import told_after
 
 IMAGE = "img"  # the component's name in the index files that the loader writes for DALI
 Nodes = Sequence["types.DataNode"]
@@ -68,24 +66,12 @@ def build_graph(
 
 
 def _compiled_crops(image: "types.DataNode", values: Nodes, recipes: tuple[ViewRecipe, ...]) -> list["types.DataNode"]:
-    with _told_if_slow():
+    with told_after(3, "compiling the crops for this processor: some seconds"):
         from pipeline.crop_op import MakeCrop  # here, since a GPU needs no compiler
 
     make_crop = MakeCrop()
     rulers = {recipe.size: types.Constant(np.zeros(recipe.size, np.uint8)) for recipe in recipes}
     return [make_crop(image, values[v], rulers[recipe.size]) for v, recipe in enumerate(recipes)]
-
-
-@contextmanager
-def _told_if_slow() -> Iterator[None]:
-    """Say so when the machine code of the crops is not at hand: no silent wait."""
-    text = "compiling the crops for this processor: some seconds"
-    timer = threading.Timer(3.0, print, [text], {"file": sys.stderr, "flush": True})
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def _dali_crops(image: "types.DataNode", values: Nodes, recipes: tuple[ViewRecipe, ...]) -> list["types.DataNode"]:

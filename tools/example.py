@@ -27,7 +27,7 @@ from model.masks import STRATEGIES
 from pipeline import CropBatch, build_multicrop_dataloader, build_multicrop_dataset
 from pipeline.dataset import MultiCropDataset, resolve_device
 from tools.photographs import PHOTOGRAPHS, photograph_path
-from train.figures import draw_global_masks, draw_source, plt, to_picture
+from train.figures import draw_global_masks, draw_source, plt, to_picture, view_colours
 from train.optim import build_optimizer
 from train.pictures import token_colours
 
@@ -97,7 +97,8 @@ def draw_overview(path: Path, dataset: MultiCropDataset, batch: CropBatch, i: in
     figure = plt.figure(figsize=(13, 4.8), layout="constrained")
     grid = figure.add_gridspec(2, 14)
     whole = figure.add_subplot(grid[:, :4])
-    draw_source(whole, Image.open(io.BytesIO(source)).convert("RGB"), batch, i, model.num_global)
+    colours = view_colours(model.num_global, len(batch.crops))
+    draw_source(whole, Image.open(io.BytesIO(source)).convert("RGB"), batch, i, colours)
     whole.set_title("one image, 2 global and 6 local crops", fontsize=9)
     widths = [0, 2, 4, 5, 6, 7, 8, 9]
     for v, crop in enumerate(batch.crops):

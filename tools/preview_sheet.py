@@ -2,15 +2,12 @@
 
 import io
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from matplotlib.patches import Rectangle
 from PIL import Image
 
 from tools.preview_replay import Replay
-from train.figures import draw_global_masks, plt, to_picture
+from train.figures import draw_global_masks, draw_source, plt, to_picture
 
 VIEW_COLOURS = plt.get_cmap("tab10").colors
 SOURCE_INCHES, CROP_INCHES = 4.2, 1.5
@@ -27,7 +24,9 @@ def draw_sheet(path: Path, seen: Replay) -> None:
         band.suptitle(seen.captions[i], fontsize=10)
         left, right = band.subfigures(1, 2, width_ratios=[SOURCE_INCHES, width - SOURCE_INCHES])
         above, below = right.subfigures(2, 1)
-        draw_source(left.subplots(), seen, i)
+        source = Image.open(io.BytesIO(seen.dataset.index.encoded(seen.rows[i]))).convert("RGB")
+        draw_source(axis := left.subplots(), source, seen.batch, i, [view_colour(v) for v in range(num_views)])
+        axis.set_title(f"source, {source.width}x{source.height} (dashed: mirrored)", fontsize=9)
         sizes = [1.0 if v < num_global else 0.7 for v in range(num_views)]
         draw_views(above.subplots(1, num_views, width_ratios=sizes, squeeze=False)[0], seen, i)
         axes = below.subplots(1, masks_per_row, squeeze=False)[0]
@@ -39,25 +38,6 @@ def draw_sheet(path: Path, seen: Replay) -> None:
         axis.set_axis_off()
     figure.savefig(path, dpi=100)
     plt.close(figure)
-
-
-def draw_source(axis: Any, seen: Replay, i: int) -> None:
-    source = Image.open(io.BytesIO(seen.dataset.index.encoded(seen.rows[i]))).convert("RGB")
-    axis.imshow(source)
-    axis.set_title(f"source, {source.width}x{source.height} (dashed: mirrored)", fontsize=9)
-    sides = torch.tensor([source.height, source.width] * 2)
-    for v in range(len(seen.batch.crops)):
-        y0, x0, y1, x1 = (seen.batch.boxes[i, v].cpu() * sides).tolist()
-        outline = Rectangle(
-            (x0 - 0.5, y0 - 0.5),  # pixel i covers i - 0.5 .. i + 0.5 in matplotlib's coordinates
-            x1 - x0,
-            y1 - y0,
-            fill=False,
-            edgecolor=view_colour(v),
-            linewidth=2,
-            linestyle="--" if bool(seen.batch.flips[i, v]) else "-",
-        )
-        axis.add_patch(outline)
 
 
 def draw_views(axes: np.ndarray, seen: Replay, i: int) -> None:

@@ -1,10 +1,7 @@
 """Progress of a long command: a live bar on a terminal, plain lines elsewhere."""
 
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -12,18 +9,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 PLAIN_LINE_EVERY_S = 5.0
 MB = 1e6
-
-
-@contextmanager
-def told_after(seconds: float, text: str) -> Iterator[None]:
-    """Print the text to stderr when the work inside takes longer than that: no silent waits."""
-    timer = threading.Timer(seconds, print, (text,), {"file": sys.stderr, "flush": True})
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 class ShardProgress:

@@ -54,7 +54,7 @@ def draw_crops(
     for i in range(count):
         position = int(batch.positions[i])
         source = Image.open(io.BytesIO(index.encoded(int(rows[i])))).convert("RGB")
-        draw_source(axes[i, 0], source, batch, i, num_global)
+        draw_source(axes[i, 0], source, batch, i, view_colours(num_global, views))
         axes[i, 0].set_title(f"position {position}, {source.width}x{source.height}", fontsize=8)
         for v in range(views):
             colour = GLOBAL_COLOUR if v < num_global else LOCAL_COLOUR
@@ -65,15 +65,18 @@ def draw_crops(
     _finish(figure, axes, path)
 
 
-def draw_source(axis: Any, source: Image.Image, batch: CropBatch, i: int, num_global: int) -> None:
-    """The photograph that image `i` of the batch was cut from, with the boxes of its crops."""
+def view_colours(num_global: int, views: int) -> list[str]:
+    return [GLOBAL_COLOUR if v < num_global else LOCAL_COLOUR for v in range(views)]
+
+
+def draw_source(axis: Any, source: Image.Image, batch: CropBatch, i: int, colours: Sequence[Any]) -> None:
+    """The photograph that image `i` of the batch was cut from, with the boxes of its crops: dashed where mirrored."""
     axis.imshow(source)
-    for v in range(len(batch.crops)):
+    for v, colour in enumerate(colours):
         y0, x0, y1, x1 = (batch.boxes[i, v].cpu() * torch.tensor([source.height, source.width] * 2)).tolist()
-        colour = GLOBAL_COLOUR if v < num_global else LOCAL_COLOUR
+        line = {"edgecolor": colour, "linewidth": 1.5, "linestyle": "--" if bool(batch.flips[i, v]) else "-"}
         # Pixel i covers i - 0.5 .. i + 0.5 in matplotlib's coordinates.
-        corner = (x0 - 0.5, y0 - 0.5)
-        axis.add_patch(Rectangle(corner, x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.5))
+        axis.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, **line))
 
 
 def draw_masks(

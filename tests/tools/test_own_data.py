@@ -9,9 +9,9 @@ import sources
 from PIL import Image
 from reading import run_convert, stored_samples
 
+from pipeline.waiting import told_after
 from tools.file_kinds import AVIF_IS_READ, HEIC_IS_READ
 from tools.make_shards import main
-from tools.progress import told_after
 
 
 @pytest.fixture
