@@ -1,6 +1,5 @@
 """One run, from its settings to its pictures. `train/run.py` is the command in front of it."""
 
-import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -176,7 +175,7 @@ def finish(session: Session) -> int:
     session.console.print(summary_table(summary))
     for hint in hints:
         session.say(hint)
-    session.say(f"report: {os.path.relpath(folder / 'report.md')}, pictures: {os.path.relpath(folder / 'figures')}")
+    session.say(f"report: {folder / 'report.md'}, pictures: {folder / 'figures'}")
     if checkpoint_path(session.checkpoints, state.step).exists():
         return 0
     session.say(
