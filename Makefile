@@ -34,8 +34,9 @@ study: $(INSTALLED)
 	OMP_NUM_THREADS=1 nice $(RUN) tools/study.py configs/study_fashion_mnist.yaml --budget $(BUDGET) --other-seeds 2
 	OMP_NUM_THREADS=1 nice $(RUN) tools/study.py configs/quickstart.yaml --budget $(BUDGET) --other-seeds 2
 
+# One process a core, up to four: most tests use one thread, and each process takes about 2 GB.
 test: $(INSTALLED)
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .

@@ -107,9 +107,9 @@ def test_every_command_of_the_readme_runs_in_its_order(trained: Path) -> None:
 
 
 @pytest.mark.parametrize("number", range(len(blocks("README.md", "python"))))
-def test_every_python_block_of_the_readme_runs(number: int, trained: Path) -> None:
-    result = run([sys.executable, "-c", blocks("README.md", "python")[number]], trained)
-    assert result.returncode == 0, result.stderr
+def test_every_python_block_of_the_readme_runs(number: int, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained)
+    exec(compile(blocks("README.md", "python")[number], f"README.md, block {number}", "exec"), {})
 
 
 def test_every_tool_that_the_texts_name_in_passing_takes_these_options(capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,13 +143,14 @@ def test_every_command_for_the_image_starts_what_is_there(line: str, place: Path
     assert result.returncode == 0, (line, result.stderr)
 
 
-def test_the_walk_draws_its_pictures(tmp_path: Path, place: Path) -> None:
-    line = [sys.executable, "tools/example.py", "--out", str(tmp_path / "out"), "--steps", "1"]
-    result = run(line, place)
-    assert result.returncode == 0, result.stderr
+def test_the_walk_draws_its_pictures(tmp_path: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["python", "tools/example.py", "--out", str(tmp_path / "out"), "--steps", "1"]
+    assert run_here(line, place) == 0
     names = ["cross_crop_prediction.png", "global_only.png", "global_with_local_context.png", "overview.png"]
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == names
-    assert run([*line, "--data", "nowhere"], place).stderr.count("\n") == 2  # that it loads, and what is wrong
+    capsys.readouterr()
+    assert run_here([*line, "--data", "nowhere"], place) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_the_pictures_and_pages_that_the_texts_link_are_there() -> None:
