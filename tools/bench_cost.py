@@ -1,5 +1,6 @@
 """What one call of a function costs, on a CPU or on a GPU."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "7")  # or the profiler writes lines of its own between ours
 Step = Callable[[], None]
 
 
