@@ -4,14 +4,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.augment import Augmentation
     from pipeline.batch import CropBatch
     from pipeline.dataset import build_multicrop_dataloader, build_multicrop_dataset
 
-__all__ = ["CropBatch", "build_multicrop_dataloader", "build_multicrop_dataset"]
+__all__ = ["Augmentation", "CropBatch", "build_multicrop_dataloader", "build_multicrop_dataset"]
+HOMES = {"Augmentation": "pipeline.augment", "CropBatch": "pipeline.batch"}
 
 
 def __getattr__(name: str) -> Any:
     # On first use: torch and DALI take seconds to import, and commands that only read an index need neither.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("pipeline.batch" if name == "CropBatch" else "pipeline.dataset"), name)
+    return getattr(import_module(HOMES.get(name, "pipeline.dataset")), name)

@@ -130,7 +130,8 @@ def knn_figures(_: Config, name: str, train: Features, test: Features, device: t
         if key.startswith("last") and key != "last":
             continue  # the linear probe's
         parts = (train.values[key], train.labels, test.values[key], test.labels)
-        for k, accuracy in knn_accuracies(*parts, KNN_KS, device).items():
+        ks = [k for k in KNN_KS if k <= len(train.labels)] or [len(train.labels)]
+        for k, accuracy in knn_accuracies(*parts, ks, device).items():
             figures.append(
                 Figure("knn", name if key == "last" else f"{name}, {key.replace('_', ' ')}", f"k={k}", accuracy)
             )
