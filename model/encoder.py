@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import timm
 import torch
 from timm.layers import apply_rot_embed_cat
+from timm.models import is_model_in_modules
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import nn
 from torch.nn import functional as F
@@ -124,6 +125,13 @@ def patchify(crops: torch.Tensor, size: int) -> torch.Tensor:
 
 def create_vit(name: str, /, **timm_kwargs: object) -> Eva:
     """`timm.create_model(name, pretrained=False, num_classes=0, ...)`, checked to be one that token subsets can be run on."""
+    family = (
+        f"encoder {name!r}: not a timm Eva model with rotary positions only. Use vit_{{small,base,large}}_patch16_dinov3, "
+        "or another of timm.list_models('vit_*_dinov3*')"
+    )
+    base = name.partition(".")[0]
+    if timm.is_model(base) and not is_model_in_modules(base, ("eva",)):
+        raise ValueError(family)  # before its arguments are complained of
     try:
         vit = timm.create_model(name, pretrained=False, num_classes=0, **timm_kwargs)
     except (RuntimeError, TypeError, AssertionError) as error:
@@ -131,10 +139,7 @@ def create_vit(name: str, /, **timm_kwargs: object) -> Eva:
     attention = vit.blocks[0].attn if isinstance(vit, Eva) else None
     usable = isinstance(attention, EvaAttention) and attention.qkv is not None and attention.gate is None
     if not usable or vit.rope is None or vit.rope_mixed or vit.pos_embed is not None or not vit.dynamic_img_size:
-        raise ValueError(
-            f"encoder {name!r}: not a timm Eva model with rotary positions only. Use vit_{{small,base,large}}_patch16_dinov3, "
-            "or another of timm.list_models('vit_*_dinov3*')"
-        )
+        raise ValueError(family)
     return vit
 
 

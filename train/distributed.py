@@ -69,12 +69,17 @@ def ranks_from_environment() -> Ranks:
 
 @contextmanager
 def joined(ranks: Ranks, kind: str) -> Iterator[None]:
-    """While open, the ranks can talk: NCCL between GPUs, gloo between CPUs. Raises ValueError for more ranks than GPUs."""
+    """While open, the ranks can talk: NCCL between GPUs, gloo between CPUs. ValueError for more ranks than GPUs."""
     if kind == "gpu":
-        if ranks.local_world_size > torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        if not count:
             raise ValueError(
-                f"torchrun: {ranks.local_world_size} ranks on this machine, which has {torch.cuda.device_count()} GPUs. "
-                f"Use --nproc_per_node={torch.cuda.device_count()}"
+                "device: gpu, but torch sees no GPU here. Write device=auto or cpu, or ask `python tools/doctor.py` why"
+            )
+        if ranks.local_world_size > count:
+            raise ValueError(
+                f"torchrun: {ranks.local_world_size} ranks on this machine, which has {count} GPUs. "
+                f"Use --nproc_per_node={count}"
             )
         torch.cuda.set_device(ranks.local_rank)
     if ranks.world_size == 1:

@@ -249,7 +249,12 @@ def test_without_data_one_line_says_what_is_missing_and_which_command_makes_it(t
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.encoder=resnet18", "timm cannot build encoder 'resnet18'"),
+        ("model.encoder=resnet18", "encoder 'resnet18': not a timm Eva model"),
+        pytest.param(
+            "device=gpu",
+            "device: gpu, but torch sees no GPU here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         ("masking.context_ratio=0.01", "0 context and 8 query tokens of 16"),
         ("model.levels=[{layer: 5, stride: 1, weight: 1.0}]", "the encoder has 2 blocks"),
         pytest.param(
