@@ -99,7 +99,7 @@ def draw_overview(path: Path, dataset: MultiCropDataset, batch: CropBatch, i: in
     whole = figure.add_subplot(grid[:, :4])
     colours = view_colours(model.num_global, len(batch.crops))
     draw_source(whole, Image.open(io.BytesIO(source)).convert("RGB"), batch, i, colours)
-    whole.set_title("one image, 2 global and 6 local crops", fontsize=9)
+    whole.set_title("one image, 2 global and 6 local crops (dashed: mirrored)", fontsize=9)
     widths = [0, 2, 4, 5, 6, 7, 8, 9]
     for v, crop in enumerate(batch.crops):
         axis = figure.add_subplot(grid[0, 4 + widths[v] : 4 + widths[v] + (2 if v < model.num_global else 1)])
