@@ -7,6 +7,7 @@ on two CPU cores; `--data FOLDER` takes shards of your own. Read it from `main` 
 import argparse
 import io
 import sys
+import time
 from collections.abc import Sequence
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -33,6 +34,7 @@ from train.pictures import token_colours
 
 BATCH_SIZE, LR, EMA_MOMENTUM = 6, 1e-3, 0.99
 SLICES, PROJECTOR = 64, 64
+TOLD_EVERY_S = 5.0
 
 
 def write_photographs(folder: Path) -> None:
@@ -64,6 +66,7 @@ def train(model: HJEPA, dataset: MultiCropDataset, device: torch.device, steps: 
     for group in optimizer.param_groups:
         group["lr"] = LR
     generator, stream = torch.Generator(device), chain.from_iterable(repeat(loader))
+    told = time.monotonic()
     for step, batch in enumerate(islice(stream, steps), 1):
         masks = mask_gen(batch_size=len(batch.labels))
         directions = random_directions(PROJECTOR, SLICES, generator, device)
@@ -72,7 +75,8 @@ def train(model: HJEPA, dataset: MultiCropDataset, device: torch.device, steps: 
         optimizer.step()
         optimizer.zero_grad()
         model.update_target(EMA_MOMENTUM)
-        if step == 1 or step % max(steps // 6, 1) == 0:
+        if step in (1, steps) or time.monotonic() - told > TOLD_EVERY_S:
+            told = time.monotonic()
             print(f"  step {step}: " + ", ".join(f"{k} {v.item():.3f}" for k, v in losses.items() if v.ndim == 0))
 
 
