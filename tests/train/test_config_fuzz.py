@@ -12,7 +12,7 @@ import yaml
 from train.config import Config
 from train.config_errors import known_keys, nearest
 from train.config_file import load_config_with_origins
-from train.config_yaml import ConfigError
+from train.config_yaml import ConfigError, shown
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TEXTS = [path.read_text() for path in sorted(CONFIGS.glob("*.yaml"))]
@@ -108,7 +108,9 @@ def keys_in(node: yaml.Node, prefix: str = "") -> list[str]:
         return [prefix]
     if not node.value:
         return [prefix] if prefix.endswith("encoder_kwargs") else []
-    return [key for name, value in node.value for key in keys_in(value, f"{prefix}.{name.value}".removeprefix("."))]
+    return [
+        key for name, value in node.value for key in keys_in(value, f"{prefix}.{shown(name.value)}".removeprefix("."))
+    ]
 
 
 def outcome(text: str, path: Path) -> str:
