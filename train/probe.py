@@ -34,11 +34,13 @@ class Probe:
         self._labelled = False
         try:
             self._loaders = build_evaluation_loaders(config)
+        except FileNotFoundError as error:
+            say(f"no validation images, so nothing is measured: {error}")
+            return
+        try:
             for loader in self._loaders:
                 check_labels(loader)
             self._labelled = True
-        except FileNotFoundError as error:
-            say(f"no validation images, so nothing is measured: {error}")
         except ValueError as error:
             say(f"no accuracies, RankMe and neighbours alone: {error}")
 
