@@ -4,6 +4,8 @@ On the CPU every crop is one compiled operator over the decoded image (`pipeline
 own operators. Both do the same to within a rounding, and both can run on the CPU, so that a test compares them.
 """
 
+import gc
+import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -15,6 +17,9 @@ from pipeline.waiting import told_after
 
 IMAGE = "img"  # the component's name in the index files that the loader writes for DALI
 Nodes = Sequence["types.DataNode"]
+
+# A pipeline shuts down by joining its threads, and a fork copies none: a child that collects an inherited one waits for ever.
+os.register_at_fork(after_in_child=gc.freeze)
 
 
 def build_graph(

@@ -1,3 +1,5 @@
+import gc
+import multiprocessing
 import shutil
 from pathlib import Path
 
@@ -153,3 +155,22 @@ def test_a_defective_shard_is_one_clear_error_at_start(data_path: Path, tmp_path
 def test_missing_shards_name_the_command_that_makes_them(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"make_shards.py convert SOURCE --out .* --split train"):
         build_multicrop_dataset("imagenet", tmp_path)
+
+
+def test_a_forked_process_does_not_wait_for_a_graph_that_its_parent_left_behind(dataset: MultiCropDataset) -> None:
+    """A pipeline shuts down by joining its threads, which a fork does not copy: whoever collects it there waits for ever."""
+    gc.disable()
+    try:
+        loader = loader_of(dataset, 8)
+        next(iter(loader))
+        cycle: list[object] = [loader]
+        cycle.append(cycle)
+        del loader, cycle
+        child = multiprocessing.get_context("fork").Process(target=gc.collect)
+        child.start()
+        child.join(30)
+        ended = child.exitcode
+        child.kill()
+    finally:
+        gc.enable()
+    assert ended == 0
