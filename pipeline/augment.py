@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 THRESHOLD = 128  # of solarisation, as torchvision's users write it
-SOLARIZE_TABLE = [min(value, 255 - value) for value in range(256)]
+SOLARIZE_TABLE = [value if value < THRESHOLD else 255 - value for value in range(256)]
 PerGlobal = float | tuple[float, ...]
 
 

@@ -16,12 +16,13 @@ from nvidia.dali import types
 from nvidia.dali.plugin.numba import NumbaFunction
 from nvidia.dali.plugin.numba import address_as_void_pointer as pointer  # type: ignore[attr-defined]
 
-from pipeline import augment, kernels
+from pipeline import augment, draws, kernels
 from pipeline.draws import FLIP, PARAMETERS, PIXEL_PARAMETERS
 from pipeline.kernels import compiled, resize
 
 NUM_INPUTS, NUM_PARAMETERS = 3, len(PARAMETERS)
-SOURCES = (augment.__file__, kernels.__file__, __file__)  # all that the entry points are compiled from
+# All that the entry points are compiled from: code, and the constants that become a part of it.
+SOURCES = (augment.__file__, draws.__file__, kernels.__file__, __file__)
 
 
 @compiled
@@ -84,7 +85,8 @@ def shape_entry(sources: str) -> Any:
     return kept_on_disk(set_shapes, uint64, uint64, int32, uint64, uint64, int32, int32)
 
 
-RUN, SET_SHAPES = (entry(digest(SOURCES)) for entry in (crop_entry, shape_entry))
+MADE_FROM = digest(SOURCES)
+RUN, SET_SHAPES = crop_entry(MADE_FROM), shape_entry(MADE_FROM)
 
 
 class MakeCrop(NumbaFunction):

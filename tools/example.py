@@ -7,14 +7,15 @@ on two CPU cores; `--data FOLDER` takes shards of your own. Read it from `main` 
 import argparse
 import io
 import sys
-import time
 from collections.abc import Sequence
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
+from train.display import LOADING
+
 if __name__ == "__main__":
-    print("loading torch, DALI and timm ...", file=sys.stderr)
+    print(LOADING, file=sys.stderr)
 
 import torch
 import webdataset
@@ -27,6 +28,7 @@ from model.losses import random_directions
 from model.masks import STRATEGIES
 from pipeline import CropBatch, build_multicrop_dataloader, build_multicrop_dataset
 from pipeline.dataset import MultiCropDataset, resolve_device
+from pipeline.waiting import Every
 from tools.photographs import PHOTOGRAPHS, photograph_path
 from train.figures import draw_global_masks, draw_source, plt, to_picture, view_colours
 from train.optim import build_optimizer
@@ -66,7 +68,7 @@ def train(model: HJEPA, dataset: MultiCropDataset, device: torch.device, steps: 
     for group in optimizer.param_groups:
         group["lr"] = LR
     generator, stream = torch.Generator(device), chain.from_iterable(repeat(loader))
-    told = time.monotonic()
+    told = Every(TOLD_EVERY_S)
     for step, batch in enumerate(islice(stream, steps), 1):
         masks = mask_gen(batch_size=len(batch.labels))
         directions = random_directions(PROJECTOR, SLICES, generator, device)
@@ -75,8 +77,7 @@ def train(model: HJEPA, dataset: MultiCropDataset, device: torch.device, steps: 
         optimizer.step()
         optimizer.zero_grad()
         model.update_target(EMA_MOMENTUM)
-        if step in (1, steps) or time.monotonic() - told > TOLD_EVERY_S:
-            told = time.monotonic()
+        if step in (1, steps) or told.due():
             print(f"  step {step}: " + ", ".join(f"{k} {v.item():.3f}" for k, v in losses.items() if v.ndim == 0))
 
 

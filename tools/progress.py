@@ -7,6 +7,8 @@ from typing import Self
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipeline.waiting import Every
+
 PLAIN_LINE_EVERY_S = 5.0
 MB = 1e6
 
@@ -16,7 +18,7 @@ class ShardProgress:
 
     def __init__(self, what: str, num_images: int) -> None:
         self.what, self.num_images = what, num_images
-        self.start = self.last_line = time.monotonic()
+        self.start, self.line = time.monotonic(), Every(PLAIN_LINE_EVERY_S)
         self.figures = ""
         self.live = sys.stderr.isatty()
         columns = (
@@ -36,10 +38,9 @@ class ShardProgress:
             f"{num_bytes / MB / passed:,.0f} MB/s, {rejects} rejected"
         )
         self.bar.update(self.task, completed=images, figures=self.figures)
-        if not self.live and now - self.last_line >= PLAIN_LINE_EVERY_S:
+        if not self.live and self.line.due():
             left = passed * (self.num_images - images) / max(images, 1)
             print(f"{self.what}: {self.figures}, {left:,.0f} s left", file=sys.stderr, flush=True)
-            self.last_line = now
 
     def __enter__(self) -> Self:
         self.bar.start()

@@ -1,6 +1,5 @@
 """The attentive probe: one learned query attends to the frozen tokens of an image, and a linear map names its class."""
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -8,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline.loader import MultiCropLoader
+from pipeline.waiting import Every
 from train.features import STORED, free_memory
 from train.optim import cosine
 
@@ -97,7 +97,7 @@ def attentive_probe(
     groups = [{"params": probe.parameters(), "lr": rate} for probe, rate in zip(probes, ATTENTIVE_RATES, strict=True)]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
     steps = train.batches * max(EPOCHS, -(-LEAST_STEPS // train.batches))
-    step, told = 0, time.monotonic()
+    step, told = 0, Every(TOLD_EVERY_S)
     while step < steps:
         for tokens, labels, held_out in train.epoch():
             for group, rate in zip(optimizer.param_groups, ATTENTIVE_RATES, strict=True):
@@ -107,8 +107,7 @@ def attentive_probe(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            if time.monotonic() - told > TOLD_EVERY_S:
-                told = time.monotonic()
+            if told.due():
                 say(f"  step {step} of {steps}")
     chosen_by = _accuracies(probes, ((tokens[held], labels[held]) for tokens, labels, held in train.epoch()))
     scores = _accuracies(probes, ((tokens, labels) for tokens, labels, _ in test.epoch()))
