@@ -1,6 +1,6 @@
 """The whole walk in Python, with pictures: photographs, shards, eight crops, three masking strategies, training, features.
 
-`python tools/example.py` takes the photographs that come inside scikit-image, scikit-learn and matplotlib, and about two minutes
+`python tools/example.py` takes the photographs that come inside scikit-image, scikit-learn and matplotlib, and about a minute
 on two CPU cores; `--data FOLDER` takes shards of your own. Read it from `main` on: each part is what a script of yours would do.
 """
 
