@@ -4,12 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.augment import Augmentation
     from pipeline.batch import CropBatch
+    from pipeline.crops.augment import Augmentation
     from pipeline.dataset import build_multicrop_dataloader, build_multicrop_dataset
 
 __all__ = ["Augmentation", "CropBatch", "build_multicrop_dataloader", "build_multicrop_dataset"]
-HOMES = {"Augmentation": "pipeline.augment", "CropBatch": "pipeline.batch"}
+HOMES = {"Augmentation": "pipeline.crops.augment", "CropBatch": "pipeline.batch"}
 
 
 def __getattr__(name: str) -> Any:

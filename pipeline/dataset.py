@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from pipeline.augment import IMAGENET_MEAN, IMAGENET_STD, Augmentation, ViewRecipe
-from pipeline.index import ShardIndex, open_index, split_folder
+from pipeline.crops.augment import IMAGENET_MEAN, IMAGENET_STD, Augmentation, ViewRecipe
 from pipeline.loader import MultiCropLoader
 from pipeline.quarantine import Quarantine
-from pipeline.storage import resolve_use_mmap
+from pipeline.shards.index import ShardIndex, open_index, split_folder
+from pipeline.shards.storage import resolve_use_mmap
 
 DEFAULT_AUGMENTATION = Augmentation()
 
@@ -46,8 +46,8 @@ def build_multicrop_dataset(
     """Open the shards of one split and describe its crops, globals first.
 
     Sizes are pixels, scales shares of the image's area. A jitter strength s means brightness and contrast s, saturation s / 2
-    and hue s / 4. `data_path` is a folder, or `s3://BUCKET/PREFIX` (right, but two requests per image: `pipeline.s3` says what
-    it needs).
+    and hue s / 4. `data_path` is a folder, or `s3://BUCKET/PREFIX` (right, but two requests per image:
+    `pipeline.shards.object_store` says what it needs).
 
     Raises FileNotFoundError when there are no shards, ValueError when they do not fit their index.
     """

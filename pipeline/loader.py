@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.augment import ViewRecipe
 from pipeline.batch import CropBatch
-from pipeline.index import ShardIndex
+from pipeline.crops.augment import ViewRecipe
 from pipeline.plan import Plan
 from pipeline.quarantine import Quarantine, find_faults
-from pipeline.storage import allow_open_files
+from pipeline.shards.index import ShardIndex
+from pipeline.shards.storage import allow_open_files
 from pipeline.window import WINDOW_TARS, Builder, GraphFailed, Window
 
 OPEN_WINDOWS = 6  # of a run: one in use and one built ahead, for training and the two splits of the evaluation

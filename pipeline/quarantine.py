@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.index import ShardIndex
 from pipeline.plan import STAND_IN_STREAM, random_words
+from pipeline.shards.index import ShardIndex
 
 LISTED = 10  # bad samples that an error line names
 

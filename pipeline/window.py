@@ -12,9 +12,9 @@ import torch
 from nvidia.dali import Pipeline
 
 from pipeline.batch import CropBatch, normalize
-from pipeline.dali_index import write_dali_indices
-from pipeline.draws import Draws, draw
-from pipeline.graph import build_graph
+from pipeline.crops.draws import Draws, draw
+from pipeline.crops.graph import build_graph
+from pipeline.shards.dali_index import write_dali_indices
 
 if TYPE_CHECKING:
     from pipeline.loader import MultiCropLoader

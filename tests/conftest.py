@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from skimage import data
 
-from pipeline.index import ShardIndex, open_index
+from pipeline.shards.index import ShardIndex, open_index
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

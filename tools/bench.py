@@ -1,6 +1,6 @@
 """Measure the project: `python tools/bench.py {convert,pipeline,save,scale,step,windows} [--json OUT]`.
 
-One subcommand per file `bench_*.py`.
+One subcommand per file in `tools/benchmarks/`.
 """
 
 import argparse
@@ -8,7 +8,12 @@ import json
 import sys
 from pathlib import Path
 
-from tools import bench_convert, bench_pipeline, bench_save, bench_scale, bench_step, bench_windows
+from tools.benchmarks import convert as bench_convert
+from tools.benchmarks import pipeline as bench_pipeline
+from tools.benchmarks import save as bench_save
+from tools.benchmarks import scale as bench_scale
+from tools.benchmarks import step as bench_step
+from tools.benchmarks import windows as bench_windows
 
 
 def main(arguments: list[str] | None = None) -> int:

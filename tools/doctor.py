@@ -14,8 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tools.doctor_check import CHECKS, Case, examine
-from train.config_file import load_config
+from tools.checks.check import CHECKS, Case, examine
+from train.config.load import load_config
 
 FAILED, BAD_INPUT = 1, 2
 # In the order of the report: what comes first is what the later ones stand on.

@@ -12,7 +12,7 @@ from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
-from train.display import LOADING
+from train.output.display import LOADING
 
 if __name__ == "__main__":
     print(LOADING, file=sys.stderr)
@@ -28,11 +28,11 @@ from model.losses import random_directions
 from model.masks import STRATEGIES
 from pipeline import CropBatch, build_multicrop_dataloader, build_multicrop_dataset
 from pipeline.dataset import MultiCropDataset, resolve_device
-from pipeline.waiting import Every
-from tools.photographs import PHOTOGRAPHS, photograph_path
-from train.figures import draw_global_masks, draw_source, plt, to_picture, view_colours
+from pipeline.notices import Every
+from tools.shards.photographs import PHOTOGRAPHS, photograph_path
 from train.optim import build_optimizer
-from train.pictures import token_colours
+from train.output.drawing import draw_global_masks, draw_source, plt, to_picture, view_colours
+from train.output.pictures import token_colours
 
 BATCH_SIZE, LR, EMA_MOMENTUM = 6, 1e-3, 0.99
 SLICES, PROJECTOR = 64, 64

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.config import Config
-from train.display import LOADING, summary_rows
+from train.config.schema import Config
+from train.output.display import LOADING, summary_rows
 
 if TYPE_CHECKING:
     from model.encoder import MultiCropEncoder
@@ -49,7 +49,7 @@ def timm_settings(encoder: "MultiCropEncoder", config: Config) -> dict[str, Any]
 def model_card(config: Config, checkpoint: Path, licence: str, summary: Path, figures: Path | None) -> str:
     """README.md: how to load it, what it was trained on and how, what was measured, and its licence."""
     from train.checkpoint import checkpoint_step
-    from train.evaluation import table
+    from train.evaluation.offline import table
 
     data, (num_global, num_local) = config.data, config.data.crop_counts
     crops = f"{num_global} global crops of {data.multicrop.global_crop_size} px"
@@ -102,7 +102,7 @@ def export(run: Path, out: Path, settings: Path | None, licence: str, figures: P
 
     from train.build import build_model
     from train.checkpoint import load_checkpoint
-    from train.evaluation import find_checkpoint
+    from train.evaluation.offline import find_checkpoint
 
     checkpoint, config = find_checkpoint(run, settings)
     model = build_model(config, torch.device("cpu"))

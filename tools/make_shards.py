@@ -7,17 +7,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.waiting import told_after
-from tools.archives import check_official
-from tools.catalogue import LooseFiles, Source, hold_out
-from tools.convert import ConvertOptions, Outcome, convert, describe_plan, describe_source, make_plan
-from tools.image_check import VERIFY_LEVELS, ImagePolicy
-from tools.layout_parquet import empty_spools
-from tools.layouts import LAYOUTS, open_source
-from tools.photographs import NUM_SHARDS, photograph_source
-from tools.shard_report import REJECTED_NAME
-from tools.shard_writer import RECORD_FOLDER
-from tools.verify_shards import index_split, split_folders, stats_split, verify_split
+from pipeline.notices import told_after
+from tools.shards.archives import check_official
+from tools.shards.catalogue import LooseFiles, Source, hold_out
+from tools.shards.convert import ConvertOptions, Outcome, convert, describe_plan, describe_source, make_plan
+from tools.shards.images import VERIFY_LEVELS, ImagePolicy
+from tools.shards.layouts.parquet import empty_spools
+from tools.shards.layouts.source import LAYOUTS, open_source
+from tools.shards.photographs import NUM_SHARDS, photograph_source
+from tools.shards.report import REJECTED_NAME
+from tools.shards.verify import index_split, split_folders, stats_split, verify_split
+from tools.shards.writer import RECORD_FOLDER
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.index import split_folder
-from train.config_file import load_config
-from train.display import LOADING
+from pipeline.shards.index import split_folder
+from train.config.load import load_config
+from train.output.display import LOADING
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -32,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(given.config, given.overrides)
         split_folder(config.data.dataset, config.data.data_path, "train")
         print(LOADING, file=sys.stderr)  # only now: a wrong setting should be told at once
-        from tools.preview_replay import replay
-        from tools.preview_sheet import draw_sheet
+        from train.output.sheet import draw_sheet
+        from train.replay import replay
 
         seen = replay(config, given.epoch, given.position, given.count, given.world_size)
         given.out.parent.mkdir(parents=True, exist_ok=True)

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.study_grid import BASE, TIME, VARIANTS, trials
-from train.config_file import load_config
+from tools.studies.grid import BASE, TIME, VARIANTS, trials
+from train.config.load import load_config
 
 FIELDS = (
     "variant", "equal", "seed", "knn", "linear", "rankme", "steps", "images", "cpu_s", "wall_s", "images_per_cpu_s",
@@ -40,7 +40,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call it in a process of its own, whose peak memory is its own; torch is loaded once for all of them."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tools.study_run"])
+    context.set_forkserver_preload(["tools.studies.run"])
     with context.Pool(1) as pool:
         return pool.apply(function, arguments)
 
@@ -71,7 +71,7 @@ def calibrate(path: Path, config: Path, budget: float, variants: Sequence[str]) 
     missing = [name for name in variants if name not in record["steps"]]
     if not missing:
         return record["steps"]
-    from tools.study_run import step_seconds
+    from tools.studies.run import step_seconds
 
     rounds = [{name: apart(step_seconds, str(config), VARIANTS[name]) for name in missing} for _ in range(ROUNDS)]
     for name in missing:
@@ -83,8 +83,8 @@ def calibrate(path: Path, config: Path, budget: float, variants: Sequence[str]) 
 
 
 def run_study(given: argparse.Namespace) -> None:
-    from tools.study_run import run_baselines, run_trial
-    from tools.study_table import write_tables
+    from tools.studies.run import run_baselines, run_trial
+    from tools.studies.table import write_tables
 
     name = load_config(given.config).logging.run_name
     given.out.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import torch
 from model.encoder import MultiCropEncoder
 from model.hjepa import HJEPA, Level, default_levels
 from model.masks import MultiCropMaskGenerator
-from pipeline.augment import Augmentation
+from pipeline.crops.augment import Augmentation
 from pipeline.dataset import (
     MultiCropDataset,
     build_multicrop_dataloader,
@@ -19,12 +19,12 @@ from pipeline.dataset import (
     own_cores,
     resolve_device,
 )
-from pipeline.index import open_index, split_folder
 from pipeline.loader import MultiCropLoader
+from pipeline.shards.index import open_index, split_folder
 from pipeline.tuning import ReaderSettings, candidates, tune
-from train.config import Config
+from train.config.schema import Config
 from train.distributed import Ranks
-from train.features import spread_rows
+from train.evaluation.features import spread_rows
 from train.step import LoopSettings
 
 ALONE = Ranks()

@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 
 from pipeline.dataset import resolve_device
-from pipeline.index import UNLABELLED
+from pipeline.shards.index import UNLABELLED
 from train.build import build_dataset, build_masks, build_model, build_training_loader, loop_settings
 from train.checkpoint import list_checkpoints
-from train.config import Config
+from train.config.schema import Config
 from train.distributed import ranks_from_environment
 from train.memory import device_memory, measure_step
-from train.run_folder import check_run_folder, run_folder
+from train.output.folder import check_run_folder, run_folder
 
 GIB = 2**30
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from train.display import LOADING
+from train.output.display import LOADING
 
 PROBES = ("knn", "linear", "attentive", "lowshot")
 
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         import torch
 
-        from train.evaluation import evaluate, find_checkpoint, table
+        from train.evaluation.offline import evaluate, find_checkpoint, table
 
         torch.use_deterministic_algorithms(True, warn_only=True)
         checkpoint, config = find_checkpoint(given.run, given.config, given.data, given.max_samples, given.device)

@@ -8,7 +8,7 @@ import torch
 
 from model.losses import random_directions
 from train.build import build_masks, build_model
-from train.config import Config
+from train.config.schema import Config
 
 IMAGES = 2  # enough for batch statistics
 USABLE = 0.9  # of the memory: the rest goes to buffers, the crops and fragmentation

@@ -30,13 +30,13 @@ from train.checkpoint import (
     take_snapshot,
 )
 from train.checkpoint_writer import CheckpointWriter
-from train.config import Config
+from train.config.schema import Config
 from train.distributed import Ranks, replicated
+from train.evaluation.online import Probe
 from train.heartbeat import Heartbeat
-from train.metrics import open_wandb
 from train.optim import build_optimizer
-from train.probe import Probe
-from train.run_folder import open_run_folder, run_folder
+from train.output.folder import open_run_folder, run_folder
+from train.output.log import open_wandb
 from train.state import RunState
 from train.step import LoopSettings
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.index import split_folder
-from train.config import Config
-from train.config_file import SHORT_FLAGS, annotated, load_config_with_origins
-from train.config_yaml import ConfigError
-from train.display import LOADING
+from pipeline.shards.index import split_folder
+from train.config.load import SHORT_FLAGS, annotated, load_config_with_origins
+from train.config.schema import Config
+from train.config.yaml12 import ConfigError
+from train.output.display import LOADING
 
 BAD_INPUT = 2
 INTERRUPTED = 128 + 2  # the shell's number for SIGINT

@@ -9,18 +9,18 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.dataset import resolve_device
-from train.advice import advice
 from train.checkpoint import checkpoint_path
-from train.config import Config
-from train.display import Display, summary_table
+from train.config.schema import Config
 from train.distributed import Watchdog, joined, ranks_from_environment
 from train.loop import gone_wrong, train_steps
 from train.memory import is_out_of_memory, out_of_memory_advice
-from train.metrics import MetricsLog
-from train.pictures import NEIGHBOURS, QUERIES, draw_figures, read_picture
+from train.output.advice import advice
+from train.output.display import Display, summary_table
+from train.output.folder import StopSignal
+from train.output.log import MetricsLog
+from train.output.pictures import NEIGHBOURS, QUERIES, draw_figures, read_picture
+from train.output.report import write_report, write_summary
 from train.prepare import Session, newest, prepare
-from train.report import write_report, write_summary
-from train.run_folder import StopSignal
 
 LOST = 1  # another rank died or hangs
 STOPPED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint; the same command goes on from it

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from train.distributed import Ranks
-from train.metrics import mean_std, rankme
+from train.output.log import mean_std, rankme
 from train.state import RunState
 
 FEATURE_ROWS = 512  # pooled features that the collapse signals are computed on

@@ -7,7 +7,7 @@ import torch
 from model.hjepa import HJEPA
 from model.losses import random_directions
 from train.build import build_masks, build_model, loop_settings
-from train.config import Config
+from train.config.schema import Config
 
 
 def trial_step(config: Config, device: torch.device) -> tuple[HJEPA, Callable[[], None]]:

@@ -8,8 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.hjepa import HJEPA
 from model.masks import STRATEGIES, MaskPlan
-from tools import bench, bench_step
-from tools.bench_naive import naive_losses
+from tools import bench
+from tools.benchmarks import step as bench_step
+from tools.benchmarks.naive import naive_losses
 
 
 def test_with_nothing_masked_the_naive_loop_of_the_benchmark_computes_our_loss(

@@ -9,8 +9,8 @@ import torch
 
 from pipeline import build_multicrop_dataloader, build_multicrop_dataset
 from pipeline.dataset import MultiCropDataset, centre_crop_dataset
-from pipeline.index import ShardIndex, open_index, save_index
 from pipeline.loader import MultiCropLoader
+from pipeline.shards.index import ShardIndex, open_index, save_index
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from pipeline import build_multicrop_dataloader, build_multicrop_dataset
-from pipeline.index import SAMPLE_DTYPE, ShardIndex, open_index, save_index
 from pipeline.loader import MultiCropLoader
 from pipeline.quarantine import Quarantine, find_faults
+from pipeline.shards.index import SAMPLE_DTYPE, ShardIndex, open_index, save_index
 from tests.conftest import photographs
 from tests.train.test_run import ROOT, command
 from train.run import main

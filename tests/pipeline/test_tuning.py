@@ -1,5 +1,5 @@
 from pipeline.dataset import MultiCropDataset, build_multicrop_dataloader, centre_crop_dataset
-from pipeline.index import ShardIndex
+from pipeline.shards.index import ShardIndex
 from pipeline.tuning import ReaderSettings, candidates, choose, tune
 
 

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.index import open_index, split_folder
-from tools import doctor, doctor_data, doctor_gpu, doctor_machine, doctor_packages, make_shards
-from tools.doctor_check import CHECKS, Case, Finding, examine
-from train.config_file import load_config
+from pipeline.shards.index import open_index, split_folder
+from tools import doctor, make_shards
+from tools.checks import data as doctor_data
+from tools.checks import gpu as doctor_gpu
+from tools.checks import machine as doctor_machine
+from tools.checks import packages as doctor_packages
+from tools.checks.check import CHECKS, Case, Finding, examine
+from train.config.load import load_config
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"

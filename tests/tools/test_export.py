@@ -9,8 +9,8 @@ import torch
 
 from tests.train.test_run import ROOT, command
 from tools.export import main as export
-from train.evaluation import find_checkpoint, load_models
-from train.features import pooled_features
+from train.evaluation.features import pooled_features
+from train.evaluation.offline import find_checkpoint, load_models
 from train.run import main as train
 
 

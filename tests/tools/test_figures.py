@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools.figures import main
+from tools.compare_runs import main
 
 
 def write_log(folder: Path, level: float) -> Path:

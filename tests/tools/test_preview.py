@@ -9,15 +9,15 @@ import torch
 from PIL import Image
 
 from pipeline.dataset import MultiCropDataset
-from pipeline.index import open_index
+from pipeline.shards.index import open_index
 from tools.preview import main
-from tools.preview_replay import replay
 from train.build import build_dataset, build_loader, build_masks, build_model, loop_settings
-from train.config import Config
-from train.config_file import load_config
+from train.config.load import load_config
+from train.config.schema import Config
 from train.distributed import Ranks
 from train.loop import RunState, train_steps
 from train.optim import build_optimizer
+from train.replay import replay
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 BATCH, STEPS_PER_EPOCH = 8, 12  # 103 samples: 7 are left out of each epoch

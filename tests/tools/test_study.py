@@ -7,10 +7,10 @@ import pytest
 
 from tests.train.test_run import ROOT, TINY
 from tools import study
-from tools.study_grid import BASE, EXPERIMENTS, VARIANTS, trials
-from tools.study_run import run_baselines, run_trial, study_config
-from tools.study_table import claim_lines, mean_and_interval, write_tables
-from train.config_file import load_config
+from tools.studies.grid import BASE, EXPERIMENTS, VARIANTS, trials
+from tools.studies.run import run_baselines, run_trial, study_config
+from tools.studies.table import claim_lines, mean_and_interval, write_tables
+from train.config.load import load_config
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 

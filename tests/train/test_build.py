@@ -2,7 +2,7 @@ from pathlib import Path
 
 from pipeline.tuning import ReaderSettings
 from train import build
-from train.config_file import load_config
+from train.config.load import load_config
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,8 +12,8 @@ from model.hjepa import HJEPA
 from model.losses import random_directions
 from tests.train.test_run import ROOT, command
 from train.build import ALONE, build_dataset, build_masks, build_model, build_training_loader, loop_settings
-from train.config import Config
-from train.config_file import load_config
+from train.config.load import load_config
+from train.config.schema import Config
 from train.guard import CollapseAlarm
 from train.loop import batches, train_steps
 from train.optim import build_optimizer, ema_momentum, learning_rate

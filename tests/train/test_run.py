@@ -19,9 +19,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.index import UNLABELLED, open_index, save_index
+from pipeline.shards.index import UNLABELLED, open_index, save_index
 from train.checkpoint import verify_checkpoint
-from train.metrics import MetricsLog
+from train.output.log import MetricsLog
 from train.run import main
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,150 @@
+"""The pipeline's benchmark: that its rows do the same work, that it counts all of it, and what it prints and writes."""
+
+import json
+import multiprocessing
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import build_multicrop_dataset
+from pipeline.shards.index import open_index
+from tools import bench
+from tools.benchmarks.measure import Setup, cpu_seconds, interleave, whole_batches
+from tools.benchmarks.photographs import photograph_shards
+from tools.benchmarks.pipeline import ROWS, ratio
+
+ROOT = Path(__file__).parents[3]
+SOME_ROWS = ("ours", "torchvision-pil", "dali-native")
+
+
+def test_the_command_prints_each_row_and_each_target_and_writes_the_rows(data_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    options = f"--images 8 --batch 8 --rounds 1 --threads 1 --device cpu --rows {','.join(SOME_ROWS)}"
+    # In a process of its own, as it is used: the rows are forked from it, and this one holds many threads.
+    command = [sys.executable, "tools/bench.py", "pipeline", "--json", str(out), "--shards", str(data_path)]
+    done = subprocess.run([*command, *options.split()], cwd=ROOT, capture_output=True, text=True, check=True)
+    rows = json.loads(out.read_text())
+    assert [row["name"] for row in rows] == list(SOME_ROWS)
+    for row in rows:
+        assert row["images_per_s"] > 0
+        assert row["cpu_ms_per_image"] > 0
+        assert row["crops_per_s"] == pytest.approx(8 * row["images_per_s"], rel=0.02)
+    lines = done.stdout.splitlines()
+    assert "103 images" in lines[0]
+    assert [line.split()[0] for line in lines[2:5]] == list(SOME_ROWS)
+    verdicts = [line for line in lines if line.startswith("cpu_ms_per_image")]
+    assert [line.split()[1] for line in verdicts] == ["torchvision-pil", "dali-native"]
+    assert all(line.endswith((": met", ": MISSED")) for line in verdicts)
+
+
+@pytest.fixture(scope="module")
+def crops(data_path: Path) -> dict[str, list[torch.Tensor]]:
+    """128 images' crops of each row that makes any, by view."""
+    made = {}
+    for name in ("ours", "dali-native", "torchvision-pil", "torchvision-v2"):
+        torch.manual_seed(0)  # the seed of DataLoader's workers
+        stream = ROWS[name](Setup(data_path / "train", 32, 1))
+        batches = [[crop.clone() for crop in next(stream)] for _ in range(4)]
+        stream.close()  # type: ignore[attr-defined]
+        made[name] = [torch.cat(views) for views in zip(*batches, strict=True)]
+    return made
+
+
+def statistics_of(view: torch.Tensor, data_path: Path) -> dict[str, float]:
+    dataset = build_multicrop_dataset("custom", data_path)
+    pixels = view * torch.tensor(dataset.std)[:, None, None] + torch.tensor(dataset.mean)[:, None, None]
+    gray = (pixels[:, 0] - pixels[:, 1]).abs().mean((1, 2)) < 0.01
+    return {
+        "mean": float(view.mean()),
+        "std": float(view.std()),
+        "gray": float(gray.float().mean()),
+        "edges": float((view[..., 1:] - view[..., :-1]).abs().mean() * 5),
+    }
+
+
+@pytest.mark.parametrize("name", ["dali-native", "torchvision-pil", "torchvision-v2"])
+def test_every_row_hands_over_the_same_kind_of_crops(
+    name: str, crops: dict[str, list[torch.Tensor]], data_path: Path
+) -> None:
+    assert len(crops[name]) == len(crops["ours"]) == 8
+    for view, reference in zip(crops[name], crops["ours"], strict=True):
+        assert view.shape == reference.shape
+        assert view.dtype == reference.dtype == torch.float32
+    # One view of each recipe: blurred, solarized, local. The draws differ, what they are drawn from does not.
+    for v in (0, 1, 2):
+        expected = statistics_of(crops["ours"][v], data_path)
+        assert statistics_of(crops[name][v], data_path) == pytest.approx(expected, abs=0.15)
+
+
+def test_the_photographs_are_of_imagenets_size_and_weight(tmp_path: Path) -> None:
+    samples = open_index(photograph_shards(tmp_path, 96, 1)).samples
+    assert len(samples) == 96
+    assert set(zip(samples["width"].tolist(), samples["height"].tolist(), strict=True)) == {(500, 375)}
+    assert 90_000 <= np.median(samples["size"]) <= 120_000
+    assert len(set(samples["size"].tolist())) > 80  # no copies
+
+
+def test_the_work_of_live_workers_is_counted() -> None:
+    ours, theirs = multiprocessing.Pipe()
+    before = cpu_seconds()
+    worker = multiprocessing.get_context("fork").Process(target=_work, args=(theirs,))
+    worker.start()
+    ours.recv()
+    assert cpu_seconds() - before >= 0.2
+    ours.send("stop")
+    worker.join()
+
+
+def _work(connection: Connection) -> None:
+    while time.process_time() < 0.2:
+        pass
+    connection.send("done")
+    connection.recv()
+
+
+def test_images_are_rounded_up_to_whole_batches_of_every_worker() -> None:
+    for threads in (1, 2, 5, 16):
+        for images in (1, 31, 32, 33, 257):
+            count = whole_batches(images, Setup(Path(), 32, threads))
+            assert count % threads == 0
+            assert images <= count * 32 < images + 32 * threads
+
+
+def test_a_ratio_is_the_median_within_rounds_so_that_a_slow_round_does_not_move_it() -> None:
+    measured = {"ours": [(1.0, 2.0), (10.0, 20.0), (1.0, 2.0)], "other": [(3.0, 6.0), (30.0, 60.0), (2.0, 4.0)]}
+    assert ratio(measured, "other", "ours", "cpu_ms_per_image") == 3.0
+    assert ratio(measured, "ours", "other", "images_per_s") == 3.0
+    assert ratio(measured, "missing", "ours", "images_per_s") is None
+
+
+def _fails(setup: Setup) -> Iterator[Sequence[Any]]:
+    yield [[0]]
+    raise RuntimeError("pages of trace\nencountered:\n\nno such image\nmore")
+
+
+def test_a_row_that_fails_is_one_line_with_its_name() -> None:
+    with pytest.raises(ValueError, match=r"^broken: no such image$"):
+        interleave({"broken": (_fails, Setup(Path(), 1, 1), 1)}, rounds=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--rows", "ours,theirs"], "'theirs' is no row, allowed are ours, torchvision-pil"),
+        (["--rounds", "0"], "--rounds: 0, must be at least 1"),
+        (["--shards", "nowhere"], "nowhere/train: no custom shards"),
+    ],
+)
+def test_bad_options_are_one_clear_line(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["pipeline", *options]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1

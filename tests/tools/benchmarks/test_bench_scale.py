@@ -1,0 +1,21 @@
+"""The shards that `bench.py scale` makes up are sound as far as the start looks at them."""
+
+from pathlib import Path
+
+from tools.benchmarks.scale import make_empty_shards, measure_larger, measure_loader
+
+
+def test_a_loader_starts_on_empty_shards(tmp_path: Path) -> None:
+    make_empty_shards(tmp_path, num_samples=2050, shard_size=100, batch=8)
+    assert (tmp_path / "train-000000.tar").stat().st_size > 10_000_000
+    assert sum(tar.stat().st_blocks for tar in tmp_path.glob("*.tar")) * 512 < 10_000_000  # holes take no room
+    figures = measure_loader(tmp_path, 8)
+    assert (figures["samples"], figures["shards"]) == (2050, 21)
+    assert all(value >= 0 for name, value in figures.items() if name.endswith(("_s", "_bytes")))
+
+
+def test_the_plan_of_any_size_is_asked_without_its_index() -> None:
+    figures = measure_larger(20_000_001, 1000)
+    assert figures["shards"] == 20_001
+    assert figures["plan_memory_bytes"] < 20_000_000  # grows with the shards, not with the samples
+    assert "open_index_file_s" not in figures

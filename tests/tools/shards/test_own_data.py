@@ -1,0 +1,208 @@
+"""A newcomer's own images, as they lie on a disk: nothing is dropped, and no label is guessed, without a word."""
+
+import io
+import time
+from pathlib import Path
+
+import pytest
+import sources
+from PIL import Image
+from reading import run_convert, stored_samples
+
+from pipeline.notices import told_after
+from tools.make_shards import main
+from tools.shards.file_kinds import AVIF_IS_READ, HEIC_IS_READ
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Three folders of eight images, and five beside them."""
+    root = sources.class_folders(tmp_path / "photos")
+    for number in range(5):
+        (root / f"IMG_{number}.JPG").write_bytes(sources.picture(4, number))
+    return root
+
+
+def said(capsys: pytest.CaptureFixture[str], source: Path, out: Path, *options: str) -> str:
+    run_convert(source, out, *options)
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], source: Path, out: Path, *options: str) -> str:
+    capsys.readouterr()
+    assert main(["convert", str(source), "--out", str(out), *options]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(source) in error
+    return error
+
+
+def test_folders_with_images_beside_them_are_no_classes(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = said(capsys, photos, tmp_path / "out").splitlines()[0]
+    assert line.startswith("layout   flat (29 images without labels: 5 lie beside the folders, so these are no classes")
+    assert "--layout folders takes those in folders alone" in line
+    assert [sample.label for sample in stored_samples(tmp_path / "out/train")] == [-1] * 29
+
+
+def test_folders_that_are_asked_for_are_classes_and_the_rest_is_counted(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "5 images beside the folders are left out" in said(capsys, photos, tmp_path / "a", "--layout", "folders")
+    assert len(stored_samples(tmp_path / "a/train")) == 24
+    assert "29 images without labels: 5 lie" in said(capsys, photos, tmp_path / "b", "--layout", "flat")
+
+
+def test_what_lies_beside_the_folder_of_a_split_is_named(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "ant").rename(photos / "train")
+    assert "left out beside train/: the folders bee, cat and 5 images" in said(capsys, photos, tmp_path / "out")
+
+
+FOREIGN = ("a.HEIF", "b.heif", "c.CR2", "d.mp4", "e", "f.tar.gz")
+QUIET = (
+    ".DS_Store",
+    "._a.jpg",
+    "Thumbs.db",
+    "desktop.ini",
+    "g.txt",
+    "h.json",
+    "i.XML",
+    "j.csv",
+    "k.md",
+    "l.idx",
+    "LICENSE",
+)
+
+
+@pytest.mark.skipif(HEIC_IS_READ, reason="pillow-heif is installed, so .heif is read")
+@pytest.mark.parametrize("form", ["folders", "flat", "tar", "tar in a tar"])
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_files_that_are_no_images_are_told_by_their_kind(
+    form: str, dry: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = sources.class_folders(tmp_path / "in")
+    for name in (*FOREIGN, *QUIET):
+        (root / "ant" / name).write_bytes(b"0")
+    source = {"folders": root, "flat": root / "ant"}.get(form, tmp_path / "x.tar")
+    if form.startswith("tar"):
+        files = sorted(path for path in root.rglob("*") if path.is_file())
+        members = [(str(path.relative_to(root)), path.read_bytes()) for path in files]
+        content = sources.tar_bytes(members)
+        source.write_bytes(sources.tar_bytes([("in.tar", content)]) if form == "tar in a tar" else content)
+    assert main(["convert", str(source), "--out", str(tmp_path / "out"), *dry]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
+    assert len(lines) == 1
+    told, _, rest = lines[0].removeprefix("left out: ").partition(": not formats that are read (jpg, png")
+    assert set(told.split(", ")) == {"2 .heif", "1 .cr2", "1 .mp4", "1 without an extension", "1 .tar.gz"}
+    assert "pip install pillow-heif reads .heic" in rest
+    assert "unpack .tar.gz first" in rest
+
+
+def test_class_folders_without_images_and_a_single_one_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = sources.class_folders(tmp_path / "in/mine")
+    (root / "dog").mkdir()
+    assert "4 class folders in" in (line := said(capsys, root, tmp_path / "a"))
+    assert "without images: dog)" in line
+    assert f"all images have one label: where the folders in {root} are the classes, give that" in said(
+        capsys, tmp_path / "in", tmp_path / "b"
+    )
+
+
+def test_nothing_is_said_of_texts_and_hidden_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = sources.class_folders(tmp_path / "in")
+    for name in QUIET:
+        (root / "bee" / name).write_bytes(b"0")
+        (root / name).write_bytes(b"0")
+    assert "left out" not in said(capsys, root, tmp_path / "out")
+    assert len(stored_samples(tmp_path / "out/train")) == 24
+
+
+def test_links_to_folders_within_a_class_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = sources.class_folders(tmp_path / "in")
+    (root / "ant/more").symlink_to(root / "bee")
+    (root / "ant/gone.jpg").symlink_to(root / "nowhere")
+    line = said(capsys, root, tmp_path / "out").splitlines()[1]
+    assert line == "left out: 1 broken link(s), 1 folder link(s), not followed"
+
+
+@pytest.mark.skipif(not AVIF_IS_READ, reason="this Pillow was built without AVIF")
+def test_avif_is_read(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.AVIF").write_bytes(sources.picture(3, 0, image_format="AVIF"))
+    (sample,) = stored_samples(run_convert(tmp_path / "in", tmp_path / "out"))
+    assert sample.extension == "png"
+    assert sample.pixels().shape == (40, 56, 3)
+
+
+@pytest.mark.skipif(not HEIC_IS_READ, reason="pillow-heif is not installed")
+def test_heic_is_read_upright(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pillow_heif import from_pillow
+
+    upright = Image.new("RGB", (64, 48), (200, 30, 30))
+    upright.paste((20, 20, 220), (0, 0, 32, 48))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side, as a phone that is held upright stores it
+    buffer = io.BytesIO()
+    heic = from_pillow(upright.transpose(Image.Transpose.ROTATE_90))
+    heic.save(buffer, quality=95, exif=exif.tobytes())
+    (tmp_path / "in").mkdir()
+    for name in ("IMG_1.HEIC", "IMG_2.jpg"):
+        (tmp_path / "in" / name).write_bytes(buffer.getvalue())
+    assert "left out" not in said(capsys, tmp_path / "in", tmp_path / "out", "--resize", "40")
+    samples = stored_samples(tmp_path / "out/train")
+    assert len(samples) == 2
+    for sample in samples:
+        assert sample.pixels().shape == (40, 53, 3)
+        assert sample.pixels()[20, 10, 2] > 150 > 100 > sample.pixels()[20, 45, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "advice"),
+    [
+        ("x.tar.gz", b"\x1f\x8b\x08", "`gunzip -k x.tar.gz`"),
+        ("x.zip", b"PK\x03\x04", "`unzip x.zip`"),
+        ("x.7z", b"7z\xbc\xaf\x27\x1c", "`7z x x.7z`"),
+        ("x.rar", b"Rar!\x1a\x07\x00", "`unrar x x.rar`"),
+        ("x.tar", b"\x1f\x8b\x08", "`gunzip -k x.tar`"),
+    ],
+)
+def test_a_compressed_archive_says_how_to_unpack_it(
+    name: str, head: bytes, advice: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_bytes(head + bytes(2_000))
+    error = refused(capsys, tmp_path / name, tmp_path / "out")
+    assert f"unpack it first: {advice}" in error
+    if name == "x.tar":
+        assert advice in refused(capsys, tmp_path, tmp_path / "out")
+
+
+def test_a_source_without_images_says_what_was_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "in"
+    root.mkdir()
+    assert "no train images found: nothing lies there" in refused(capsys, root, tmp_path / "out")
+    for name in ("a.psd", "b.psd", "c.mp4"):
+        (root / name).write_bytes(b"0")
+    seen = "3 files, none an image that is read: 2 .psd, 1 .mp4"
+    assert seen in refused(capsys, root, tmp_path / "out")
+    (tmp_path / "x.tar").write_bytes(sources.tar_bytes([(name, b"0") for name in ("a.psd", "b.psd", "c.mp4")]))
+    assert seen in refused(capsys, tmp_path / "x.tar", tmp_path / "out", "--val-ratio", "0.1")
+    image = sources.class_folders(tmp_path / "c") / "ant/ant.0.JPEG"
+    assert "one image, give the folder" in refused(capsys, image, tmp_path / "out")
+
+
+def test_shards_among_the_images_are_refused(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "choose a folder beside it" in refused(capsys, photos, photos / "shards")
+    assert not (photos / "shards").exists()
+
+
+def test_a_long_wait_is_told_and_a_short_one_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    with told_after(60, "short"):
+        pass
+    with told_after(0.01, "listing the images ..."):
+        time.sleep(0.5)
+    assert capsys.readouterr().err == "listing the images ...\n"

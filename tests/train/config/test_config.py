@@ -1,0 +1,314 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from pipeline.crops.augment import Augmentation
+from train.config.errors import allowed, distance, known_keys
+from train.config.load import SHORT_FLAGS, load_config, load_config_with_origins
+from train.config.schema import Config
+from train.config.yaml12 import AmbiguousText, ConfigError, resolve
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+SHIPPED = sorted(CONFIGS.glob("*.yaml"))
+LEAST = "data: {data_path: shards}\nlogging: {run_name: a}\n"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str | bytes) -> Path:
+        path = tmp_path / "run.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+def errors_of(path: Path, overrides: tuple[str, ...] = ()) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return [line.replace(str(path), "run.yaml") for line in str(caught.value).splitlines()]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_config_written_out_reads_back_equal(path, write):
+    config = load_config(path)
+    assert load_config(write(config.to_yaml())) == config
+
+
+def test_text_that_looks_like_a_number_survives_writing_and_reading(write):
+    kwargs = {"a": "010", "b": "1e4", "c": "on", "d": "null", "e": "q\"'\\ü\n", "f": "", "g": 1, "h": 1e-30, "i": None}
+    values = {"data": {"data_path": "12"}, "logging": {"run_name": "1e4"}, "model": {"encoder_kwargs": kwargs}}
+    config = Config.model_validate(values)
+    assert load_config(write(config.to_yaml())) == config
+    assert config.to_yaml().count("&") == 0
+
+
+def test_the_imagenet_config_writes_every_key_and_agrees_with_the_defaults(write):
+    path = CONFIGS / "multicrop_training.yaml"
+    config, origins = load_config_with_origins(path)
+    assert {place for place in origins.values() if not place.startswith(f"{path}:")} == set()
+    least = write("data: {data_path: shards/imagenet}\nlogging: {run_name: multicrop_training}")
+    assert config == load_config(least)
+
+
+def test_origins_name_the_line_the_command_line_or_the_default():
+    path = CONFIGS / "quickstart.yaml"
+    _, origins = load_config_with_origins(path, ["data.batch_size=8", "model.encoder_kwargs.depth=2"])
+    lines = path.read_text().splitlines()
+    written = next(i for i, line in enumerate(lines, 1) if line.strip().startswith("lr:"))
+    assert origins["training.lr"] == f"{path}:{written}"
+    assert origins["data.batch_size"] == origins["model.encoder_kwargs.depth"] == "command line"
+    assert origins["training.grad_clip"] == "default"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-4", 1e-4), ("-2E3", -2e3), (".5", 0.5), ("1.", 1.0), ("07.5", "07.5"), ("12", 12), ("+3", 3), ("-0", 0)]
+    + [("true", True), ("null", None), ("~", None), ("True", "True"), ("shards/x", "shards/x"), ("1e999", "1e999")]
+    + [(text, text) for text in ("010", "0x1f", "0o17", "0b1", "1:30", "1_000", ".inf", "-.nan", "on", "No", "y")]
+    + [("9" * 19, "9" * 19), ("9" * 5000, "9" * 5000), ("2024-01-01", "2024-01-01")],
+)
+def test_a_plain_scalar_is_what_it_looks_like_or_text(text, value):
+    assert resolve(text) == value
+    assert isinstance(resolve(text), type(value))
+
+
+@pytest.mark.parametrize(
+    "text", ["010", "0x1f", "0o17", "1:30", "1_000", ".inf", ".nan", "on", "yes", "NO", "y", "1e999"]
+)
+def test_text_that_others_read_as_a_value_is_no_silent_string(text, write):
+    assert isinstance(resolve(text), AmbiguousText)
+    (error,) = errors_of(write(f"{LEAST}model:\n  encoder_kwargs: {{depth: {text}}}"))
+    assert error.startswith(f"run.yaml:4: model.encoder_kwargs.depth: {text} reads differently")
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("training: {use_amp: on}", "training.use_amp: found on; allowed: true or false (on is text here)"),
+        ("training: {use_amp: 1}", "training.use_amp: found 1; allowed: true or false"),
+        ("training: {lr: true}", "training.lr: found true; allowed: a number > 0"),
+        (
+            "training: {epochs: 010}",
+            "training.epochs: found 010; allowed: a whole number >= 1 (write plain decimal digits)",
+        ),
+        (
+            "training: {epochs: '5'}",
+            "training.epochs: found '5'; allowed: a whole number >= 1 (the quotes make it text)",
+        ),
+        ("training: {epochs: 5.0}", "training.epochs: found 5.0; allowed: a whole number >= 1"),
+        ("training: {betas: [0.9]}", "training.betas: found [0.9]; allowed: a list of 2, each a number >= 0 and < 1"),
+        ("training: {max_steps: 0}", "training.max_steps: found 0; allowed: a whole number >= 1 or null"),
+        ("training: {lr: }", "training.lr: nothing is written after it; give a value, or remove the key"),
+        ("training:", "training: nothing is written after it; give a value, or remove the key"),
+        ("training: 3", "training: found 3; allowed: a group of keys"),
+        ("training: {quux: 3}", "training.quux: unknown key; known here: epochs, lr, "),
+        (
+            "training: {batch_size: 3}",
+            "training.batch_size: unknown key; did you mean data.batch_size? (batch_size is also at eval",
+        ),
+        ("training: {lr: 1, lr: 2}", "training.lr: written twice, first at run.yaml:3; remove one"),
+        ("training: {<<: {lr: 1}}", "training.<<: merge keys are not read; write the values out"),
+        ("training: {[a]: 1}", "training.[a]: is no key; keys are plain words"),
+        ("traning: {lr: 1}", "traning: unknown key; did you mean training?"),
+        ("training.lr: 1", "training.lr: unknown key: dots are for the command line; write lr under training"),
+        ("masking: {mask_scale: [0.3, 0.2]}", "masking.mask_scale: the first of [0.3, 0.2] is the greater"),
+        (
+            "model: {levels: [{layer: -1, strid: 1, weight: 1, stride: 1}]}",
+            "model.levels[0].strid: unknown key; did you",
+        ),
+        ("model: {encoder: vit\\0}", None),
+    ],
+)
+def test_a_wrong_line_is_named_with_what_was_found_and_what_is_allowed(line, error, write):
+    path = write(f"{LEAST}{line}")
+    if error is None:
+        assert load_config(path).model.encoder == "vit\\0"
+    else:
+        (found,) = errors_of(path)
+        assert found.startswith(f"run.yaml:3: {error}")
+
+
+def test_text_for_a_number_and_a_number_for_text_get_opposite_hints(write):
+    folder = "data: {data_path: shards}\nlogging: {run_name: %s}"
+    assert errors_of(write(folder % "2024"))[0].endswith('(put it in quotes: "2024")')
+    assert errors_of(write(folder % "'..'"))[0].endswith("(not starting with . or -)")
+
+
+def test_a_key_that_would_change_nothing_is_refused_with_the_reason(write):
+    (error,) = errors_of(write("data: {data_path: shards, pin_memory: true}\nlogging: {run_name: a}"))
+    reason = "crops are made where the model is, none are copied there"
+    assert error == f"run.yaml:1: data.pin_memory: not needed: {reason}: remove this line"
+
+
+def test_a_key_of_another_section_is_named_with_its_home(write):
+    (error,) = errors_of(write(f"{LEAST}training: {{batch_size: 3}}"))
+    assert error.endswith("did you mean data.batch_size? (batch_size is also at evaluation.batch_size)")
+    (error,) = errors_of(write(f"{LEAST}training: {{knn_k: 3}}"))
+    assert error.endswith("did you mean evaluation.knn_k?")
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("", "run.yaml:1: the file is empty"),
+        ("# only words\n", "run.yaml:1: the file is empty"),
+        ("- 1\n- 2\n", "run.yaml:1: expected sections such as data: and training:, not a list"),
+        ("just words", "run.yaml:1: expected sections such as data: and training:, not a single value"),
+        ("data:\n\tbatch_size: 3\n", "run.yaml:2: cannot be read as YAML: "),
+        ("data: {a: 1\nlogging: [\n", "run.yaml:2: cannot be read as YAML: "),
+        ("a: &x 1\nb: *x\n", "run.yaml:1: cannot be read as YAML: anchors (&) and aliases (*) are not read"),
+        ("seed: !!python/object:os.system x", "run.yaml:1: cannot be read as YAML: tags (!) are not read"),
+        ("a: 1\n---\nb: 2\n", "run.yaml:2: cannot be read as YAML: expected a single document"),
+        ("a: 1\nb: " + "[" * 5000, "run.yaml:2: cannot be read as YAML: nested more than 20 deep"),
+        ('a: "\\UFFFFFFFF"', "run.yaml:1: cannot be read as YAML: "),
+        ("a: 1\nb: \x01", "run.yaml:2: not text: character '\\x01' is not allowed in YAML"),
+        (b"a: 1\nb: \xff\xfe", "run.yaml:2: not a text file: byte 0xff is not UTF-8"),
+        (b"\x1f\x8b\x08\x00" * 9, "run.yaml:1: not a text file: byte 0x8b is not UTF-8"),
+        ("a: 1\n" * 300_000, "run.yaml:1: over 100000 bytes; that is no config file"),
+    ],
+)
+def test_a_file_that_is_no_config_gives_one_clear_line(text, error, write):
+    (found,) = errors_of(write(text))
+    assert found.startswith(error)
+
+
+def test_a_missing_file_and_a_folder_give_one_clear_line(tmp_path):
+    assert errors_of(tmp_path / "no.yaml")[0].startswith(
+        "run.yaml: there is no such file; the shipped ones are in configs/"
+    )
+    assert "cannot be opened" in errors_of(tmp_path)[0]
+
+
+def test_all_errors_come_in_one_go_and_in_the_order_of_the_file(write):
+    text = """\
+seeed: 3
+data:
+  batch_szie: 32
+  multicrop: {local_crop_size: 97}
+masking: {strategy: none, context_ratio: 0.9}
+model: {levels: [], predictor_heads: 5}
+training: {epochs: x, warmup_epochs: 300}
+logging: {run_name: 2024}
+"""
+    found = errors_of(write(text), ("training.lrr=1", "masking.query_ratio=0.3"))
+    assert [" ".join(line.split(": ")[:2]) for line in found] == [
+        "run.yaml:1 seeed",
+        "run.yaml:2 data.data_path",
+        "run.yaml:3 data.batch_szie",
+        "run.yaml:4 data.multicrop.local_crop_size",
+        "run.yaml:5 masking.strategy",
+        "run.yaml:6 model.predictor_heads",
+        "run.yaml:6 model.levels",
+        "run.yaml:7 training.epochs",
+        "run.yaml:8 logging.run_name",
+        "command line training.lrr=1",
+        "command line masking.query_ratio=0.3",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["masking.context_ratio=0.7", "masking.query_ratio=0.4"], "masking.query_ratio"),
+        (["data.multicrop.num_global_crops=3"], "data.augmentation.global_blur_prob"),
+        (["model.predictor_heads=7"], "model.predictor_heads"),
+        (["training.epochs=5"], "training.warmup_epochs"),
+        (["data.multicrop.global_crop_size=225"], "data.multicrop.global_crop_size"),
+        (["model.encoder_kwargs.mean=0.5"], "model.encoder_kwargs"),
+        (["model.encoder_kwargs={patch_size: 14}"], "data.multicrop.local_crop_size"),
+        (["masking.strategy=cross_crop_prediction", "data.use_multicrop=false"], "masking.strategy"),
+        (["masking.strategy=global_with_local_context", "data.multicrop.num_local_crops=0"], "masking.strategy"),
+        (["masking.exclude_covered=true"], "masking.exclude_covered"),
+    ],
+)
+def test_each_rule_between_keys_is_kept(overrides, key):
+    assert any(f" {key}" in error for error in errors_of(CONFIGS / "multicrop_training.yaml", tuple(overrides)))
+
+
+def test_a_rule_is_silent_about_a_key_that_is_itself_wrong(write):
+    text = f"{LEAST}training: {{epochs: x, warmup_epochs: 300}}\nmasking: {{context_ratio: 0.9, query_ratoi: 0.1}}"
+    found = errors_of(write(text))
+    assert [error.split(": ")[1] for error in found] == ["training.epochs", "masking.query_ratoi"]
+
+
+def test_one_number_serves_every_global_crop_and_one_crop_is_left_without_multicrop():
+    path = CONFIGS / "multicrop_training.yaml"
+    data = load_config(path, ["data.augmentation.solarize_prob=0.3"]).data
+    views = [Augmentation(**data.augmentation.model_dump()).view(32, (0.4, 1.0), 0.4, g) for g in (0, 1, None)]
+    assert [view.solarize_prob for view in views] == [0.3, 0.3, 0.0]
+    assert [view.blur_prob for view in views] == [1.0, 0.1, 0.5]
+    assert load_config(path, ["data.use_multicrop=false"]).data.crop_counts == (1, 0)
+    assert load_config(path).data.crop_counts == (2, 6)
+
+
+@pytest.mark.parametrize(
+    ("override", "error"),
+    [
+        ("data.batch_szie=3", "data.batch_szie=3: unknown key; did you mean data.batch_size?"),
+        ("data.batch_size=x", "data.batch_size=x: found x; allowed: a whole number >= 1"),
+        ("data.batch_size=010", "data.batch_size=010: found 010; allowed: a whole number >= 1 (write plain"),
+        ("data.batch_size=", "data.batch_size=: nothing is written after ="),
+        ("data.batch_size", "data.batch_size: expected section.key=value"),
+        ("training.betas=[1,", "training.betas=[1,: cannot be read as YAML"),
+        ("data={batch_size: 3}", "data={batch_size: 3}: is a group of keys; set them one by one"),
+        ("model.levels.layer=3", "model.levels.layer=3: is inside a list; give the whole of model.levels"),
+        ("batch_size=3", "batch_size=3: unknown key; did you mean data.batch_size?"),
+    ],
+)
+def test_a_wrong_override_is_named_as_typed(override, error):
+    (found,) = errors_of(CONFIGS / "quickstart.yaml", (override,))
+    assert found.startswith(f"command line: {error}")
+
+
+def test_an_override_given_twice_is_refused_so_that_neither_is_ignored():
+    path = CONFIGS / "quickstart.yaml"
+    assert "given twice" in errors_of(path, ("training.lr=1", "training.lr=2"))[0]
+    whole_after_entry = ("model.encoder_kwargs.depth=2", "model.encoder_kwargs={depth: 3}")
+    assert "given twice" in errors_of(path, whole_after_entry)[0]
+
+
+def test_overrides_replace_what_the_file_says_even_if_that_was_wrong(write):
+    path = write(f"{LEAST}training: {{lr: fast, betas: [1, 2, 3]}}")
+    config = load_config(path, ["training.lr=1e-3", "training.betas=[0.5, 0.6]", "evaluation.knn_k=5"])
+    assert (config.training.lr, config.training.betas, config.evaluation.knn_k) == (1e-3, (0.5, 0.6), 5)
+
+
+def test_the_short_flags_of_the_guide_are_known_keys():
+    assert set(SHORT_FLAGS) == {"batch_size", "epochs", "data_path", "dataset", "resume"}
+    assert set(SHORT_FLAGS.values()) <= set(known_keys(Config.model_json_schema()))
+
+
+def test_a_config_is_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        load_config(CONFIGS / "quickstart.yaml").training.lr = 1.0
+
+
+def test_every_key_says_what_it_allows():
+    for key, schema in known_keys(Config.model_json_schema()).items():
+        assert "None" not in allowed(schema), key
+        assert allowed(schema) not in ("", "text"), key
+
+
+def test_distance_counts_single_edits():
+    pairs = [
+        ("", "abc", 3),
+        ("lr", "lr", 0),
+        ("lr", "rl", 1),
+        ("epochs", "epoch", 1),
+        ("seed", "sead", 1),
+        ("ab", "bca", 3),
+        ("use_amp", "useampp", 2),
+    ]
+    assert [distance(a, b) for a, b, _ in pairs] == [steps for *_, steps in pairs]
+
+
+def test_the_schema_command_prints_a_json_schema_with_every_key():
+    printed = subprocess.run(
+        [sys.executable, "-m", "train.config", "--schema"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(printed.stdout) == Config.model_json_schema()

@@ -1,0 +1,206 @@
+"""Random damage to the shipped files. Full figures: `pytest -m slow -s tests/train/config/test_config_fuzz.py`."""
+
+import random
+import re
+import string
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from train.config.errors import known_keys, nearest
+from train.config.load import load_config_with_origins
+from train.config.schema import Config
+from train.config.yaml12 import ConfigError, shown
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+TEXTS = [path.read_text() for path in sorted(CONFIGS.glob("*.yaml"))]
+TOKENS = [
+    "on",
+    "010",
+    "1:30",
+    "1e-4",
+    "1e999",
+    ".nan",
+    "null",
+    "~",
+    "",
+    "[]",
+    "{}",
+    "[1",
+    "{a",
+    "&a",
+    "*a",
+    "!!int 3",
+    "<<: *a",
+]
+TOKENS += [
+    "- 1",
+    "? x",
+    ": ",
+    "#",
+    "%YAML 9.9",
+    "---",
+    "...",
+    "\t",
+    "|",
+    ">",
+    "@",
+    "`",
+    '"',
+    "'",
+    "\\",
+    '"\\ud800"',
+    "9" * 40,
+]
+TOKENS += [
+    "\u2028",
+    "\ufeff",
+    "\x00",
+    "\x85",
+    "é",
+    "😀",
+    "\ud800",
+    "\r",
+    "\n",
+    "true",
+    "2024-01-01",
+    "0x1f",
+    "-1",
+    "3.5",
+    "=",
+    "<<",
+]
+TOKENS += ['"\\UFFFFFFFF"', '"\\x0"', "!<%ff> 1", "[[[[" * 9, "{a: {a: {a: 1}}}", "[{layer: 1}]", "a: b: c"]
+
+
+def edit(text: str, rng: random.Random) -> str:
+    """One random edit: of a character, a word, a line or a value."""
+    lines, at = text.splitlines(), rng.randrange(len(text))
+    row = rng.randrange(len(lines))
+    kind = rng.randrange(9)
+    if kind == 0:
+        return text[:at] + text[at + rng.randint(1, 4) :]
+    if kind == 1:
+        return text[:at] + rng.choice(string.printable) + text[at:]
+    if kind == 2:
+        return text[:at] + rng.choice(TOKENS) + text[at + rng.randint(0, 3) :]
+    if kind == 3:
+        return text[:at]
+    if kind == 4:
+        lines.insert(rng.randrange(len(lines)), lines[row])
+    elif kind == 5:
+        del lines[row]
+    elif kind == 6:
+        lines[row] = " " * rng.randint(0, 6) + lines[row].lstrip()
+    elif kind == 7:
+        lines[row] = lines[row].partition(":")[0] + ": " + rng.choice(TOKENS)
+    else:
+        other = rng.randrange(len(lines))
+        lines[row], lines[other] = lines[other], lines[row]
+    return "\n".join(lines)
+
+
+def keys_in(node: yaml.Node, prefix: str = "") -> list[str]:
+    """Dotted keys of every mapping, read independently of the code under test."""
+    if not isinstance(node, yaml.MappingNode):
+        return [prefix]
+    if not node.value:
+        return [prefix] if prefix.endswith("encoder_kwargs") else []
+    return [
+        key for name, value in node.value for key in keys_in(value, f"{prefix}.{shown(name.value)}".removeprefix("."))
+    ]
+
+
+def outcome(text: str, path: Path) -> str:
+    """`read` or `refused`, after checks of either; any other exception is left to fail the test."""
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    try:
+        config, origins = load_config_with_origins(path)
+    except ConfigError as error:
+        for line in str(error).splitlines():
+            assert re.match(re.escape(str(path)) + r":\d+: \S", line), line
+            assert line.isprintable(), line
+        return "refused"
+    written = keys_in(yaml.compose(path.read_text()))
+    from_file = [key for key, place in origins.items() if not place.startswith("default")]
+    assert sorted(written) == sorted(from_file)
+    assert Config.model_validate(config.resolved) == config
+    return "read"
+
+
+def damage(count: int, seed: int, path: Path) -> Counter[str]:
+    rng = random.Random(seed)
+    found: Counter[str] = Counter()
+    for _ in range(count):
+        text = rng.choice(TEXTS)
+        for _ in range(rng.choice((1, 1, 1, 2, 5))):
+            text = edit(text, rng) if text else text
+        found[outcome(text, path)] += 1
+    return found
+
+
+def test_no_edit_of_a_shipped_file_raises_anything_but_a_config_error(tmp_path):
+    found = damage(300, 0, tmp_path / "run.yaml")
+    assert found["read"] > 30
+    assert found["refused"] > 100
+
+
+@pytest.mark.slow
+def test_ten_thousand_edits_raise_nothing_but_config_errors(tmp_path):
+    print(f"\n10,000 edits: {dict(damage(10_000, 1, tmp_path / 'run.yaml'))}, no other exception, no key ignored")
+
+
+def one_letter_typos(name: str) -> set[str]:
+    letters = string.ascii_lowercase + "_"
+    cuts = [(name[:i], name[i:]) for i in range(len(name) + 1)]
+    dropped = {a + b[1:] for a, b in cuts if b and len(name) > 1}
+    swapped = {a + b[1] + b[0] + b[2:] for a, b in cuts if len(b) > 1}
+    replaced = {a + letter + b[1:] for a, b in cuts if b for letter in letters}
+    added = {a + letter + b for a, b in cuts for letter in letters}
+    return dropped | swapped | replaced | added
+
+
+def typos() -> list[tuple[str, str]]:
+    """(right key, the same with one letter wrong in its last part), for every key that is in the ImageNet file."""
+    known = known_keys(Config.model_json_schema())
+    found = []
+    for key in sorted(key for key in known if not key.startswith("model.levels.")):
+        section, dot, name = key.rpartition(".")
+        wrong = sorted(f"{section}{dot}{typo}" for typo in one_letter_typos(name) - {name})
+        found += [(key, typo) for typo in wrong if typo not in known]
+    return found
+
+
+def right_suggestions(cases: list[tuple[str, str]], path: Path) -> float:
+    lines = (CONFIGS / "multicrop_training.yaml").read_text().splitlines()
+    _, origins = load_config_with_origins(CONFIGS / "multicrop_training.yaml")
+    rows: dict[str, int] = {}
+    for key, place in origins.items():
+        rows[key] = int(place.rpartition(":")[2])
+    right = 0
+    for key, typo in cases:
+        name, wrong = key.rpartition(".")[2], typo.rpartition(".")[2]
+        row = rows.get(key) or max(i for i, line in enumerate(lines, 1) if line.strip() == f"{name}:")
+        path.write_text("\n".join([*lines[: row - 1], lines[row - 1].replace(name, wrong, 1), *lines[row:]]))
+        with pytest.raises(ConfigError) as caught:
+            load_config_with_origins(path)
+        right += f"{path}:{row}: {typo}: unknown key; did you mean {key}?" in str(caught.value)
+    return right / len(cases)
+
+
+def test_a_one_letter_typo_in_a_key_is_answered_with_the_right_key(tmp_path):
+    cases = random.Random(0).sample(typos(), 200)
+    assert right_suggestions(cases, tmp_path / "run.yaml") >= 0.95
+
+
+@pytest.mark.slow
+def test_of_all_one_letter_typos_at_least_95_percent_are_answered_with_the_right_key():
+    known = known_keys(Config.model_json_schema())
+    answers = [(typo, nearest(typo, known) == key) for key, typo in typos()]
+    missed = [typo for typo, right in answers if not right]
+    print(
+        f"\n{len(answers)} typos: {100 - 100 * len(missed) / len(answers):.2f}% answered with the right key; not {missed}"
+    )
+    assert len(missed) <= 0.05 * len(answers)

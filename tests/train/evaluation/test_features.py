@@ -1,0 +1,113 @@
+"""Frozen features: of the pipeline's centre crops, all or a part, and the baselines that need no encoder."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from model.encoder import MultiCropEncoder
+from model.hjepa import default_levels
+from pipeline.dataset import build_multicrop_dataloader, centre_crop_dataset
+from pipeline.loader import MultiCropLoader
+from pipeline.shards.index import UNLABELLED, ShardIndex
+from train.evaluation import features
+from train.evaluation.features import (
+    check_labels,
+    colour_histogram,
+    encoder_features,
+    extract,
+    pixel_tokens,
+    pixels,
+    pooled_features,
+    spread_rows,
+)
+from train.output.log import mean_std, rankme
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 5, "num_heads": 2, "num_reg_tokens": 1}
+
+
+def centre_loader(index: ShardIndex, batch_size: int) -> MultiCropLoader:
+    dataset = centre_crop_dataset(index, 32, 1.0)
+    return build_multicrop_dataloader(dataset, batch_size, device="cpu", num_workers=1, shuffle=False, drop_last=False)
+
+
+@pytest.fixture
+def encoder() -> MultiCropEncoder:
+    torch.manual_seed(0)
+    return MultiCropEncoder("vit_small_patch16_dinov3", [32], **TINY).eval()
+
+
+def test_stored_features_are_those_of_each_image_alone_whatever_the_batch(
+    index: ShardIndex, encoder: MultiCropEncoder
+) -> None:
+    extractors = {"pixels": pixels, "trained": pooled_features(encoder)}
+    found = extract(centre_loader(index, 40), extractors)
+    again = extract(centre_loader(index, 7), extractors)
+    assert found["trained"].values["last"].shape == (103, 16)
+    assert torch.equal(found["pixels"].values["last"], again["pixels"].values["last"])
+    torch.testing.assert_close(found["trained"].values["last"], again["trained"].values["last"])
+    assert torch.equal(found["trained"].labels, torch.from_numpy(index.samples["label"].astype(np.int64)))
+
+
+def test_encoder_features_equal_what_timm_pools_block_by_block(encoder: MultiCropEncoder) -> None:
+    crops = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = encoder_features(encoder, default_levels(5))(crops)
+    vit = encoder.vit
+    # No final norm is asked of timm here: levels are layer-normed as the loss does, blocks as the encoder does.
+    blocks = vit.forward_intermediates(crops, norm=False, output_fmt="NLC", intermediates_only=True)
+    torch.testing.assert_close(found["last"], vit.norm(blocks[4]).mean(dim=1))
+    torch.testing.assert_close(found["last4"], torch.cat([vit.norm(blocks[n]).mean(dim=1) for n in range(1, 5)], dim=1))
+    for rung, level in enumerate(default_levels(5)):
+        torch.testing.assert_close(found[f"level_{rung}"], F.layer_norm(blocks[level.layer], (16,)).mean(dim=1))
+    assert set(found) == {"last", "last4", "level_0", "level_1", "level_2"}
+
+
+@pytest.mark.parametrize("most", [1, 7, 50, 102, 103, 500])
+def test_a_part_of_a_split_is_spread_evenly_over_it(index: ShardIndex, most: int) -> None:
+    part = spread_rows(index, most)
+    assert len(part) == min(most, 103)
+    places = np.flatnonzero(np.isin(index.samples["offset"] * 10 + index.samples["shard"],
+                                    part.samples["offset"] * 10 + part.samples["shard"]))  # fmt: skip
+    assert np.ptp(np.diff(places)) <= 1 if most > 2 else True
+    assert part.counts.sum() == len(part)
+    found = extract(centre_loader(part, 16), {"pixels": pixels})["pixels"]
+    whole = extract(centre_loader(index, 16), {"pixels": pixels})["pixels"]
+    assert torch.equal(found.values["last"], whole.values["last"][places])
+
+
+def test_features_that_would_not_fit_the_memory_are_refused_with_the_number_that_would(
+    index: ShardIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "free_memory", lambda: 2 * 50 * 3072 * 2)
+    with pytest.raises(ValueError, match=r"Lower evaluation.max_samples \(--max-samples\) to 50 or less"):
+        extract(centre_loader(index, 16), {"pixels": pixels})
+
+
+def test_samples_without_labels_are_refused(index: ShardIndex) -> None:
+    samples = index.samples.copy()
+    samples["label"][5] = UNLABELLED
+    with pytest.raises(ValueError, match="1 of 103 samples without labels"):
+        check_labels(centre_loader(replace(index, samples=samples), 16))
+    check_labels(centre_loader(index, 16))
+
+
+def test_rankme_of_orthogonal_features_is_their_number_and_of_a_line_is_one() -> None:
+    assert rankme(torch.eye(16)) == pytest.approx(16, rel=1e-3)
+    assert rankme(torch.randn(50, 1, generator=torch.Generator().manual_seed(0)) * torch.ones(1, 16)) < 1.01
+
+
+def test_feature_std_is_one_over_root_d_for_spread_features_and_zero_for_a_collapse() -> None:
+    spread = torch.randn(4000, 64, generator=torch.Generator().manual_seed(0))
+    assert mean_std(spread) == pytest.approx(1 / 8, rel=0.02)
+    assert mean_std(torch.ones(100, 64)) == 0
+
+
+def test_the_baselines_see_what_their_names_say() -> None:
+    crops = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert pixels(crops)["last"].shape == (2, 3072)
+    assert pixel_tokens(8)(crops).shape == (2, 64, 192)
+    shuffled = crops.flatten(2)[..., torch.randperm(64 * 64)].view_as(crops)
+    torch.testing.assert_close(colour_histogram(shuffled)["last"], colour_histogram(crops)["last"])
+    np.testing.assert_allclose(colour_histogram(crops)["last"].square().sum(1), 64 * 64)

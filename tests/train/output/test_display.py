@@ -1,0 +1,23 @@
+"""The line that a person watches, in terminals of several widths."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from train.output.display import Display
+from train.state import RunState
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 200])
+def test_a_terminal_shows_every_figure_whole_on_one_line(width: int) -> None:
+    said = io.StringIO()
+    console = Console(file=said, force_terminal=True, width=width, color_system=None)
+    state = RunState(step=84_123, images=84_123 * 64, train_s=84_123 * 0.9, wait_s=84_123 * 0.07, loss_last=12.3456)
+    with Display(console, "multicrop_training", 0, 2_001_700, 20_017) as display:
+        display.update(state)
+    last = said.getvalue().rsplit("\x1b[2K", 1)[-1].splitlines()[0]
+    assert "epoch 4.2/100 · loss 12.3456 · 71 images/s · data wait 8%" in last
+    assert "ETA" in last
+    assert "…" not in last
+    assert ("84123/2001700" in last) == (width > 120)

@@ -1,0 +1,49 @@
+"""Shards of photographs of ImageNet's usual size and weight, for measuring where there is no ImageNet."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tools.shards.convert import ConvertOptions, convert
+from tools.shards.layouts.source import open_source
+from tools.shards.photographs import PHOTOGRAPHS, photograph_path
+
+WIDTH, HEIGHT = 500, 375  # the usual ImageNet photograph
+MOST_ENLARGED = 1.3  # beyond it the pixels are smoother than a camera's
+QUALITY = 97  # makes the median file about 100 KB, which is what ImageNet's weigh
+
+
+def photograph_shards(folder: Path, num_images: int, workers: int) -> Path:
+    """Write `num_images` JPEG files of 500x375, cut from the sample's colour photographs, and their shards.
+
+    Each is a window of its own at a scale of its own, mirrored or not. Returns the folder of the shards.
+    """
+    rng = np.random.default_rng(0)
+    sources = [source for source in _colour_photographs() if _enlargement(source) <= MOST_ENLARGED]
+    for number in range(num_images):
+        path = folder / "source" / f"photograph{number % len(sources):02d}" / f"{number:06d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _cut(sources[number % len(sources)], rng).save(path, quality=QUALITY)
+    shards = folder / "shards"
+    convert(open_source(folder / "source", "train"), shards, "train", ConvertOptions(workers=workers, num_shards=4))
+    return shards
+
+
+def _colour_photographs() -> list[Image.Image]:
+    images = [Image.open(photograph_path(folder, file)) for folder, file, _, _ in PHOTOGRAPHS]
+    return [image for image in images if image.mode == "RGB"]
+
+
+def _enlargement(source: Image.Image) -> float:
+    """How much a window that fits the whole photograph would have to grow."""
+    return max(WIDTH / source.width, HEIGHT / source.height)
+
+
+def _cut(source: Image.Image, rng: np.random.Generator) -> Image.Image:
+    largest = 1 / _enlargement(source)
+    scale = rng.uniform(min(largest, 1.0), min(largest, 1.5))  # source pixels per pixel
+    width, height = scale * WIDTH, scale * HEIGHT
+    x, y = rng.uniform(0, source.width - width), rng.uniform(0, source.height - height)
+    window = source.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC, (x, y, x + width, y + height))
+    return window.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else window

@@ -1,0 +1,78 @@
+"""How much longer the steps after a save take while a thread writes the checkpoint, and how long writing it in the loop would."""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.dataset import resolve_device
+from train.checkpoint import take_snapshot, write_checkpoint
+from train.checkpoint_writer import CheckpointWriter
+from train.config.load import load_config
+from train.optim import build_optimizer
+from train.trial import trial_step
+
+CONFIG = Path(__file__).parents[2] / "configs" / "multicrop_training.yaml"
+MOST = 1.05  # of a step without a save
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help=f"settings for {CONFIG.name}")
+    command.add_argument("--saves", type=int, default=5, help="medians are given; default: %(default)s")
+    command.add_argument("--steps", type=int, default=4, help="with and without a save each; default: %(default)s")
+    command.add_argument("--threads", type=int, default=1, help="of torch; default: %(default)s")
+
+
+def run(parsed: argparse.Namespace) -> dict[str, Any]:
+    """`step_s`, `after_s` (of each step after a save; the first includes it), `written_in_loop_s`, `bytes`."""
+    torch.set_num_threads(parsed.threads)
+    config = load_config(CONFIG, parsed.overrides)
+    model, step = trial_step(config, torch.device("cuda" if resolve_device(config.device) == "gpu" else "cpu"))
+    optimizer = build_optimizer(model, config.training.weight_decay, config.training.betas)
+
+    def timed(save: CheckpointWriter | None, number: int) -> float:
+        started = time.perf_counter()
+        if save is not None:
+            save.write(take_snapshot(model, optimizer, {"step": number, "score": None}))
+        step()
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.perf_counter() - started
+
+    plain: list[float] = []
+    after: list[list[float]] = [[] for _ in range(parsed.steps)]
+    with tempfile.TemporaryDirectory() as folder:
+        writer = CheckpointWriter(Path(folder), 1, 0, print)
+        timed(None, 0)
+        for number in range(parsed.saves):
+            plain += [timed(None, 0) for _ in range(parsed.steps)]
+            for place, times in enumerate(after):
+                times.append(timed(None if place else writer, number))
+            writer.wait()
+        started = time.perf_counter()
+        path = write_checkpoint(Path(folder), take_snapshot(model, optimizer, {"step": parsed.saves, "score": None}))
+        in_loop = time.perf_counter() - started
+        size = sum(file.stat().st_size for file in path.iterdir())
+    figures = {
+        "step_s": statistics.median(plain),
+        "after_s": [statistics.median(times) for times in after],
+        "written_in_loop_s": in_loop,
+        "bytes": size,
+    }
+    report(figures)
+    return figures
+
+
+def report(figures: dict[str, Any]) -> None:
+    step_s = figures["step_s"]
+    print(f"a step {step_s * 1e3:.0f} ms; a checkpoint of {figures['bytes'] / 2**20:.0f} MiB")
+    for number, time_s in enumerate(figures["after_s"], 1):
+        ratio = time_s / step_s
+        print(
+            f"  step {number} after a save: {ratio:.3f}x of one without {'ok' if ratio <= MOST else f'above {MOST}x'}"
+        )
+    print(f"  written in the loop it would stop it for {figures['written_in_loop_s'] / step_s:.2f} steps")

@@ -1,0 +1,187 @@
+"""Time, memory, FLOPs and calls of one training step, against the naive loop and unmasked crops; time of drawing masks."""
+
+import argparse
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.encoder import MultiCropEncoder
+from model.hjepa import HJEPA, default_levels
+from model.losses import random_directions
+from model.masks import STRATEGIES, MaskPlan, MultiCropMaskGenerator
+from tools.benchmarks.cost import Step, count, median_times
+from tools.benchmarks.naive import naive_losses
+
+ENCODERS = {"small": "vit_small_patch16_dinov3", "tiny": "vit_tiny_patch16_dinov3_qkvb"}
+GLOBAL, LOCAL = 224, 96
+MASKED_IMAGES = 256
+# What is compared of `ours/global_only`, with which row, and the largest share that is wanted.
+EVERYWHERE = (("flops", "naive", 0.5), ("flops", "unmasked-2", 1.0))
+TARGETS = {
+    "cpu": (*EVERYWHERE, ("time_s", "naive", 0.55)),
+    "cuda": (
+        *EVERYWHERE,
+        ("time_s", "naive", 0.5),
+        ("time_s", "unmasked-2", 1.05),
+        ("peak_bytes", "naive", 0.6),
+        ("peak_bytes", "single-crop", 1.6),
+    ),
+}
+MASK_TARGET_S = {"cuda": 0.5e-3}
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", choices=ENCODERS, default="small", help="encoder; default: %(default)s")
+    command.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="default: %(default)s")
+    command.add_argument("--batch", type=int, default=4, help="images of 2 + 6 crops; default: %(default)s")
+    command.add_argument("--repeats", type=int, default=5, help="interleaved; medians are given; default: %(default)s")
+    command.add_argument("--context-ratio", type=float, default=0.4, help="of a global's tokens; default: %(default)s")
+    command.add_argument("--threads", type=int, default=1, help="of torch; default: %(default)s")
+    command.add_argument("--compile", action="store_true", help="add rows of ours, compiled: minutes at the start")
+
+
+def run(parsed: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of `name`, `time_s`, `peak_bytes`, `flops`, `calls`: one step each, and one draw of masks for 256 images each."""
+    device = _device(parsed.device)
+    torch.set_num_threads(parsed.threads)
+    steps = make_steps(ENCODERS[parsed.model], parsed.batch, parsed.context_ratio, device, parsed.compile)
+    draws = {
+        f"masks/{strategy}": _draw(MultiCropMaskGenerator(strategy, 2, 6, device=device)) for strategy in STRATEGIES
+    }
+    times = median_times(steps, parsed.repeats, device) | median_times(draws, 5 * parsed.repeats, device)
+    rows = [{"name": name, "time_s": times[name], **count(step, device)} for name, step in (steps | draws).items()]
+    where = "GPU, bfloat16" if device.type == "cuda" else f"CPU, float32, {parsed.threads} threads"
+    print(f"{ENCODERS[parsed.model]}, {parsed.batch} images, {where}; masks of {MASKED_IMAGES} images")
+    report(rows, device)
+    return rows
+
+
+def report(rows: list[dict[str, Any]], device: torch.device) -> None:
+    print(f"{'row':42} {'time ms':>9} {'GFLOP':>8} {'peak MB':>8} {'calls':>6} {'flops/naive':>12} {'time/naive':>11}")
+    by_name = {row["name"]: row for row in rows}
+    for row in rows:
+        shares = [row[key] / by_name["naive"][key] for key in ("flops", "time_s")]
+        print(
+            f"{row['name']:42} {row['time_s'] * 1e3:9.1f} {row['flops'] / 1e9:8.1f} {row['peak_bytes'] / 1e6:8.0f} "
+            f"{row['calls']:6} {shares[0]:12.3f} {shares[1]:11.3f}"
+        )
+    for key, other, most in TARGETS[device.type]:
+        share = by_name["ours/global_only"][key] / by_name[other][key]
+        print(f"ours/global_only {key} / {other}: {share:.3f}, wanted <= {most}: {_verdict(share, most)}")
+    if device.type in MASK_TARGET_S:
+        most = MASK_TARGET_S[device.type]
+        for strategy in STRATEGIES:
+            taken = by_name[f"masks/{strategy}"]["time_s"]
+            print(f"masks/{strategy}: {taken * 1e3:.3f} ms, wanted <= {most * 1e3} ms: {_verdict(taken, most)}")
+
+
+def _verdict(value: float, most: float) -> str:
+    return "met" if value <= most else "MISSED"
+
+
+def _device(name: str) -> torch.device:
+    if name == "gpu" and not torch.cuda.is_available():
+        raise ValueError("--device gpu: torch sees no CUDA GPU; write cpu or auto")
+    return torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
+
+
+def make_steps(
+    encoder: str, batch: int, context_ratio: float, device: torch.device, compiled: bool = False
+) -> dict[str, Step]:
+    """Forward, backward and target update of every row, on the same images and weights, which no step changes."""
+
+    def plan_of(strategy: str, num_global: int, num_local: int) -> MaskPlan:
+        masks = MultiCropMaskGenerator(strategy, num_global, num_local, context_ratio=context_ratio, device=device)
+        return masks(batch)
+
+    everything, plan = draw_batch(batch, 2, 6, device), plan_of("global_only", 2, 6)
+    model = make_model(encoder, 2).to(device)
+    steps = {f"ours/{name}": _step(model, everything, plan_of(name, 2, 6)) for name in STRATEGIES}
+    steps["naive"] = _step(model, everything, plan, naive_losses)
+    steps["unmasked-2"] = _step(model, draw_batch(batch, 2, 0, device), unmasked(plan))
+    steps["unmasked-2+6"] = _step(model, everything, unmasked(plan))
+    single = make_model(encoder, 1, view_weight=0.0, sigreg_weight=0.0).to(device)
+    steps["single-crop"] = _step(single, draw_batch(batch, 1, 0, device), plan_of("global_only", 1, 0))
+    if compiled:
+        for name in STRATEGIES:
+            copied = copy.deepcopy(model)
+            copied.compile(dynamic=False)  # as training.compile does
+            steps[f"ours/{name}/compiled"] = _step(copied, everything, plan_of(name, 2, 6))
+    return steps
+
+
+def _draw(masks: MultiCropMaskGenerator) -> Step:
+    def draw() -> None:
+        masks(MASKED_IMAGES)
+
+    return draw
+
+
+def make_model(encoder: str, num_global: int, view_weight: float = 1.0, sigreg_weight: float = 0.05) -> HJEPA:
+    torch.manual_seed(0)
+    built = MultiCropEncoder(encoder, [GLOBAL, LOCAL])
+    return HJEPA(
+        built,
+        default_levels(built.depth),
+        num_global_crops=num_global,
+        global_crop_size=GLOBAL,
+        predictor_width=built.width,
+        predictor_depth=6,
+        predictor_heads=6 if built.width % 24 == 0 else 4,
+        projector_hidden=2048,
+        projector_dim=256,
+        view_weight=view_weight,
+        sigreg_weight=sigreg_weight,
+        sigreg_knots=17,
+    )
+
+
+def draw_batch(batch: int, num_global: int, num_local: int, device: torch.device) -> dict[str, Any]:
+    """The same on every device: drawn on the CPU."""
+    torch.manual_seed(1)
+    sizes = [GLOBAL] * num_global + [LOCAL] * num_local
+    corners = torch.rand(batch, len(sizes), 2, 2).sort(dim=2).values
+    directions = random_directions(256, 256, torch.Generator().manual_seed(0), torch.device("cpu"))
+    return {
+        "crops": [torch.randn(batch, 3, size, size).to(device) for size in sizes],
+        "boxes": torch.cat([corners[:, :, 0], corners[:, :, 1] + 0.05], dim=-1).to(device),
+        "flips": (torch.rand(batch, len(sizes)) < 0.5).to(device),
+        "directions": directions.to(device),
+    }
+
+
+def unmasked(plan: MaskPlan) -> MaskPlan:
+    """The same queries, but every token of the globals is encoded and seen."""
+    (images, num_global), tokens = plan.context.shape[:2], (GLOBAL // 16) ** 2
+    context = torch.arange(tokens, device=plan.context.device).expand(images, num_global, -1)
+    sources = torch.arange(num_global * tokens, device=plan.context.device).view(1, num_global, -1)
+    return MaskPlan(context, plan.queries, sources.expand(images, -1, -1))
+
+
+def _step(
+    model: HJEPA, batch: dict[str, Any], plan: MaskPlan, losses: Callable[..., dict[str, torch.Tensor]] = HJEPA.__call__
+) -> Step:
+    use_amp = plan.context.device.type == "cuda"
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16, enabled=use_amp):
+            total = losses(model, **batch, plan=plan)["loss"]
+        total.backward()
+        model.zero_grad(set_to_none=True)
+        model.update_target(0.99)
+
+    return step
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m tools.benchmarks.step", description=__doc__)
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows here too")
+    add_arguments(parser)
+    given = parser.parse_args()
+    figures = run(given)
+    if given.json:
+        given.json.write_text(json.dumps(figures, indent=1) + "\n")

@@ -1,0 +1,192 @@
+"""One stored image: what it is, whether it can be trained on, and how it is rewritten when it cannot be as it stands."""
+
+import io
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+
+import numpy as np
+from PIL import Image
+
+from tools.shards.file_kinds import FORMATS, HEIC_IS_READ, JPEG_EXTENSIONS
+
+Image.MAX_IMAGE_PIXELS = None  # our own limit is checked in the header, before anything is decoded
+
+VERIFY_LEVELS = ("none", "header", "full")
+JPEG_QUALITY = 95  # for images that must be written again
+ORIENTATION_TAG = 0x0112
+OTHER_FRAMES = frozenset(range(0xC3, 0xD0)) - {0xC4, 0xC8, 0xCC}  # lossless, hierarchical, arithmetic
+TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class ImagePolicy:
+    """What is accepted and how it is stored. `resize`: shorter side in pixels, 0 keeps the bytes as they are."""
+
+    verify: str = "header"
+    resize: int = 0
+    quality: int = 90
+    max_pixels: int = 50_000_000
+    max_bytes: int = 64 << 20
+
+
+@dataclass(frozen=True)
+class CheckedImage:
+    """An image that DALI and Pillow decode alike. `changes`: what had to be done to it, by kind."""
+
+    content: bytes
+    extension: str
+    height: int
+    width: int
+    changes: tuple[str, ...] = ()
+
+
+def check_image(content: bytes, name: str, policy: ImagePolicy) -> CheckedImage:
+    """Raise ValueError with the reason when the image must be left out."""
+    if not content:
+        raise ValueError("empty file")
+    size = _plain_jpeg_size(content)
+    if size and size[0] * size[1] <= policy.max_pixels and (not policy.resize or min(size) <= policy.resize):
+        misnamed = () if name.lower().endswith(JPEG_EXTENSIONS) or "." not in name else ("misnamed",)
+        return CheckedImage(content, "jpg", *size, misnamed)
+    try:
+        with Image.open(io.BytesIO(content), formats=_formats(content)) as image:
+            width, height = image.size
+            if width * height > policy.max_pixels:
+                raise ValueError(f"{width}x{height} pixels, allowed {policy.max_pixels:,} (--max-pixels)")
+            changes = _needed_changes(image, content, name, policy)
+            kept = [change for change in changes if change not in ("misnamed", "resized")]
+            if not kept and "resized" not in changes:
+                return CheckedImage(content, "png" if image.format == "PNG" else "jpg", height, width, tuple(changes))
+            return _rewrite(image, changes, policy)
+    except Image.UnidentifiedImageError:
+        is_heic = not HEIC_IS_READ and _is_iso_media(content)
+        hint = "; it may be a HEIC, which pip install pillow-heif reads" if is_heic else ""
+        raise ValueError(f"not an image (allowed: {', '.join(_formats(content))}){hint}") from None
+    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"does not decode: {error}") from None
+
+
+def _is_iso_media(content: bytes) -> bool:
+    """HEIC and AVIF lie in the box format of MP4 (ISO/IEC 14496-12)."""
+    return content[4:8] == b"ftyp"
+
+
+def _formats(content: bytes) -> tuple[str, ...]:
+    return (*FORMATS, _heic_format()) if HEIC_IS_READ and _is_iso_media(content) else FORMATS
+
+
+@cache
+def _heic_format() -> str:
+    """Pillow's name for HEIC, once its opener is registered."""
+    import_module("pillow_heif").register_heif_opener()
+    return "HEIF"
+
+
+def _plain_jpeg_size(content: bytes) -> tuple[int, int] | None:
+    """(height, width) of a JPEG that needs no change, from its markers alone, sparing it the trip through Pillow.
+
+    None for everything else (EXIF, CMYK, 12 bits, arithmetic coding, no end marker, damage), which Pillow then looks at.
+    ITU T.81, annex B: each marker segment is FF, its kind, a length and the payload.
+    """
+    if content[:3] != b"\xff\xd8\xff" or content.rfind(b"\xff\xd9") < 0:
+        return None
+    size, place = None, 2
+    while place + 4 <= len(content) and content[place] == 0xFF:
+        kind = content[place + 1]
+        if kind == 0xDA:  # the scan begins: nothing of interest follows
+            return size
+        start, place = place + 4, place + 2 + (content[place + 2] << 8 | content[place + 3])
+        if kind in (0xC0, 0xC1, 0xC2):
+            precision, components = content[start], content[start + 5]
+            height, width = content[start + 1] << 8 | content[start + 2], content[start + 3] << 8 | content[start + 4]
+            if size or precision != 8 or components not in (1, 3) or not height * width:
+                return None
+            size = (height, width)
+        elif kind in OTHER_FRAMES or (kind == 0xE1 and content[start : start + 4] == b"Exif"):
+            return None
+    return None
+
+
+def _needed_changes(image: Image.Image, content: bytes, name: str, policy: ImagePolicy) -> list[str]:
+    changes = []
+    is_jpeg = image.format in ("JPEG", "MPO")
+    lower = name.lower()
+    if (lower.endswith(JPEG_EXTENSIONS) and not is_jpeg) or (lower.endswith(".png") and image.format != "PNG"):
+        changes.append("misnamed")
+    if not is_jpeg and image.format != "PNG":
+        changes.append(str(image.format).lower())
+    if image.mode not in ("RGB", "L"):
+        changes.append(_mode_change(image))
+    elif image.format == "PNG" and content[24] == 16:
+        changes.append("16-bit")
+    elif "transparency" in image.info:
+        changes.append("alpha")
+    if "exif" in image.info and image.getexif().get(ORIENTATION_TAG, 1) in TRANSPOSE:
+        changes.append("orientation")
+    if policy.verify != "none" and is_jpeg and content.rfind(b"\xff\xd9") < 0:
+        changes.append("no end marker")
+    if policy.verify != "none" and image.format == "PNG" and content.rfind(b"IEND") < 0:
+        changes.append("no end marker")
+    if policy.resize and min(image.size) > policy.resize:
+        changes.append("resized")
+    return changes
+
+
+def _mode_change(image: Image.Image) -> str:
+    names = {"CMYK": "cmyk", "P": "palette", "1": "1-bit", "RGBA": "alpha", "LA": "alpha", "PA": "alpha"}
+    return names.get(image.mode, "16-bit" if image.mode.startswith("I") else image.mode.lower())
+
+
+def _rewrite(image: Image.Image, changes: list[str], policy: ImagePolicy) -> CheckedImage:
+    is_jpeg = image.format in ("JPEG", "MPO")
+    orientation = image.getexif().get(ORIENTATION_TAG, 1) if "orientation" in changes else 1
+    if "resized" in changes and is_jpeg:
+        image.draft("RGB", (policy.resize, policy.resize))  # decodes at 1/2, 1/4 or 1/8: never below the wanted size
+    pixels = to_rgb(image)
+    if orientation in TRANSPOSE:
+        pixels = pixels.transpose(TRANSPOSE[orientation])
+    if "resized" in changes:
+        scale = policy.resize / min(pixels.size)
+        size = (max(1, round(pixels.width * scale)), max(1, round(pixels.height * scale)))
+        pixels = pixels.resize(size, Image.Resampling.BICUBIC)
+    out = io.BytesIO()
+    if is_jpeg or "resized" in changes:
+        pixels.save(out, "JPEG", quality=policy.quality if "resized" in changes else JPEG_QUALITY)
+        return CheckedImage(out.getvalue(), "jpg", pixels.height, pixels.width, tuple(changes))
+    pixels.save(out, "PNG", compress_level=6)
+    return CheckedImage(out.getvalue(), "png", pixels.height, pixels.width, tuple(changes))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Decode the first frame to RGB or gray of 8 bits: alpha is dropped, 16 bits keep their upper 8."""
+    image.load()
+    if image.mode.startswith("I"):
+        wide = np.asarray(image).astype(np.int64)
+        return Image.fromarray(np.clip(wide >> 8, 0, 255).astype(np.uint8))
+    if image.mode in ("1", "LA"):
+        return image.convert("L")
+    return image if image.mode in ("RGB", "L") else image.convert("RGB")
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """`[H, W]` or `[H, W, 3]` uint8 to PNG, losslessly and always to the same bytes."""
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG", compress_level=6)
+    return out.getvalue()
+
+
+def pixel_sums(content: bytes) -> tuple[int, list[int], list[int]]:
+    """The number of pixels, and per RGB channel their sum and sum of squares, as exact integers."""
+    with Image.open(io.BytesIO(content)) as image:
+        histogram = np.array(image.convert("RGB").histogram(), np.int64).reshape(3, 256)
+    values = np.arange(256)
+    return int(histogram[0].sum()), (histogram @ values).tolist(), (histogram @ values**2).tolist()

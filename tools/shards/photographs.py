@@ -1,0 +1,88 @@
+"""The sample data set: tiles of the photographs that scikit-image, scikit-learn and matplotlib bring along."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tools.shards.catalogue import Catalogue, ImageArray, Source
+
+TILE = 48
+GAP = 4  # columns between the two parts that belong to neither
+NUM_TILES = {"train": 150, "val": 40}
+NUM_SHARDS = {"train": 4, "val": 1}
+VAL_RATIO = 0.3
+SKIMAGE, SKLEARN, MATPLOTLIB = "skimage/data", "sklearn/datasets/images", "matplotlib/mpl-data/sample_data"
+CC0, CC_BY, PUBLIC = "CC0 1.0", "CC BY 2.0", "public domain"
+NO_RESTRICTIONS = "no known copyright restrictions"
+
+# (file, author or origin, licence), as skimage/data/_fetchers.py and sklearn/datasets/images/README.txt state them.
+# Left out: moon, page and motorcycle_left (no licence is stated) and rocket (its Flickr page says non-commercial).
+PHOTOGRAPHS = (
+    (SKIMAGE, "astronaut.png", "NASA", PUBLIC),
+    (SKIMAGE, "brick.png", "CC0Textures, Bricks25", CC0),
+    (SKIMAGE, "camera.png", "Lav Varshney", CC0),
+    (SKIMAGE, "cell.png", "Paul Müller et al., Optics Express 26(8), 2018", CC0),
+    (SKIMAGE, "chelsea.png", "Stefan van der Walt", CC0),
+    (SKIMAGE, "clock_motion.png", "Stefan van der Walt", PUBLIC),
+    (SKIMAGE, "coffee.png", "Rachel Michetti, Pikolo Espresso Bar", CC0),
+    (SKIMAGE, "coins.png", "Brooklyn Museum Collection", NO_RESTRICTIONS),
+    (SKIMAGE, "grass.png", "DeviantArt, linolafett, Grass 01", CC0),
+    (SKIMAGE, "gravel.png", "CC0Textures, Gravel04", CC0),
+    (SKIMAGE, "hubble_deep_field.jpg", "NASA, HubbleSite", PUBLIC),
+    (SKIMAGE, "ihc.png", "Center for Microscopy and Molecular Imaging (CMMI)", NO_RESTRICTIONS),
+    (SKIMAGE, "microaneurysms.png", "Andreas Maier, HRF Image Database", CC0),
+    (SKIMAGE, "retina.jpg", "Mikael Häggström, Wikimedia Commons", CC0),
+    (SKIMAGE, "text.png", "Wikipedia, Corner.png", PUBLIC),
+    (SKLEARN, "china.jpg", "danielbuechele on Flickr, photo 6061409035", CC_BY),
+    (SKLEARN, "flower.jpg", "vultilion on Flickr, photo 6056698931", CC_BY),
+    (MATPLOTLIB, "grace_hopper.jpg", "United States Navy", PUBLIC),
+)
+
+
+def photograph_source(split: str) -> Source:
+    """The tiles of one split: train from the left part of each photograph, val from the right, with a gap between.
+
+    Reads only what the wheels hold and downloads nothing. Raises ValueError when a package is not installed.
+    """
+    tiles, labels = [], []
+    for label, (folder, file, _, _) in enumerate(PHOTOGRAPHS):
+        pixels = np.asarray(Image.open(photograph_path(folder, file)).convert("RGB"))
+        places = tile_places(pixels.shape[0], pixels.shape[1], split, seed=label)
+        tiles += [pixels[y : y + TILE, x : x + TILE] for y, x in places]
+        labels += [label] * len(places)
+    catalogue = Catalogue([ImageArray(np.stack(tiles))])
+    classes = tuple(Path(file).stem for _, file, _, _ in PHOTOGRAPHS)
+    for row, label in enumerate(labels):
+        catalogue.add(0, row, TILE * TILE * 3, label, f"{classes[label]}/{split}-{row:05d}")
+    attributions = tuple(
+        {"class": Path(file).stem, "file": f"{folder}/{file}", "origin": origin, "licence": licence}
+        for folder, file, origin, licence in PHOTOGRAPHS
+    )
+    return Source("photographs", "sample", catalogue, classes, classes, attributions, (f"{len(classes)} photographs",))
+
+
+def tile_places(height: int, width: int, split: str, seed: int) -> list[tuple[int, int]]:
+    """The top left corners (y, x) of one photograph's tiles, no two alike. Both splits' pixels are GAP columns apart."""
+    val_start = width - max(TILE, round(width * VAL_RATIO))
+    first, last = (0, val_start - GAP - TILE) if split == "train" else (val_start, width - TILE)
+    rows, columns = height - TILE + 1, last - first + 1
+    draws = np.random.Philox(key=[seed, split == "val"]).random_raw(rows * columns)
+    chosen = np.argsort(draws, kind="stable")[: NUM_TILES[split]]
+    return [(int(place) // columns, first + int(place) % columns) for place in chosen]
+
+
+def photograph_path(folder: str, file: str) -> Path:
+    package, _, below = folder.partition("/")
+    spec = find_spec(package)  # finds the package without importing it
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"the sample is cut from photographs in {package}, which is not installed: pip install -e .[sample]"
+        )
+    path = Path(spec.submodule_search_locations[0]) / below / file
+    if not path.is_file():
+        raise ValueError(
+            f"{package} holds no {below}/{file}: another release of it is needed, pip install -e .[sample]"
+        )
+    return path

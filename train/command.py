@@ -1,0 +1,47 @@
+"""What every command does with its messages and its errors."""
+
+import logging
+import sys
+from collections.abc import Callable
+
+from rich.console import Console
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+OURS = ("pipeline", "model", "train", "tools")
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints each record as one plain line. rich's own handler lays it out as a table, which folds long lines in a pipe."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+
+
+def show_messages(console: Console | None = None) -> None:
+    """Send what the project's modules log to `console`, by default stderr; a second call replaces the first."""
+    handler = ConsoleHandler(console or Console(stderr=True))
+    for name in OURS:
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.setLevel(logging.INFO)
+
+
+def run_command(name: str, work: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+    """The exit code of `work()`: what it returns, None meaning 0.
+
+    Bad input (ValueError, OSError, a missing package) becomes one line on stderr and exit code 2, Ctrl-C exit code 130. Any
+    other exception is a bug and keeps its traceback.
+    """
+    try:
+        return work() or 0
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"{name}: {interrupted}", file=sys.stderr)
+        return INTERRUPTED

@@ -1,0 +1,131 @@
+"""k-NN and a linear probe on frozen features before, during and after a run, next to baselines that need no training."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from model.hjepa import HJEPA
+from pipeline.loader import MultiCropLoader
+from train.build import build_evaluation_loaders
+from train.config.schema import Config
+from train.evaluation.features import (
+    Extractor,
+    Features,
+    check_labels,
+    colour_histogram,
+    extract,
+    pixels,
+    pooled_features,
+)
+from train.evaluation.knn import knn_accuracies, nearest_neighbours
+from train.evaluation.linear import linear_probe
+from train.output.drawing import Neighbours
+from train.output.log import rankme
+
+
+class Probe:
+    """Measures the target encoder of `model` on the validation split; without one it says so once and measures nothing.
+
+    Without labels there are no accuracies, but `rankme` and `neighbours` all the same.
+    """
+
+    def __init__(self, config: Config, folder: Path, model: HJEPA, say: Callable[[str], None]) -> None:
+        self._model, self._settings, self._file = model, config.evaluation, folder / "baselines.json"
+        self._say = say
+        self.baselines: dict[str, float] | None = None
+        self.rankme: float | None = None
+        self.linear: float | None = None
+        self._measured: tuple[Features, Features] | None = None
+        self._loaders: tuple[MultiCropLoader, MultiCropLoader] | None = None
+        self._labelled = False
+        try:
+            self._loaders = build_evaluation_loaders(config)
+        except FileNotFoundError as error:
+            say(f"no validation images, so nothing is measured: {error}")
+            return
+        try:
+            for loader in self._loaders:
+                check_labels(loader)
+            self._labelled = True
+        except ValueError as error:
+            say(f"no accuracies, RankMe and neighbours alone: {error}")
+
+    @property
+    def num_validation(self) -> int:
+        """Images that the figures are of."""
+        return 0 if self._loaders is None else len(self._loaders[1].index)
+
+    def measure_baselines(self) -> None:
+        """k-NN of raw pixels, colour histogram and the model as it is now, its initialisation; kept in baselines.json."""
+        if not self._labelled:
+            return
+        if not self._file.exists():
+            self._say("measuring the baselines: raw pixels, colour histogram, random initialisation ...")
+            extractors = {"pixels": pixels, "colour_histogram": colour_histogram, "random_init": self._encoder()}
+            features = self._features(extractors)
+            if features is None:
+                return
+            scores = {name: self._knn(features[0][name], features[1][name]) for name in extractors}
+            self._file.write_text(json.dumps(scores, indent=1) + "\n")
+        self.baselines = json.loads(self._file.read_text())
+
+    def measure(self) -> float | None:
+        """k-NN percent of the target encoder now, None without labels; also refreshes `rankme` of its validation features, and
+        `linear`."""
+        features = self._features({"trained": self._encoder()})
+        if features is None:
+            return None
+        train, test = self._measured = (features[0]["trained"], features[1]["trained"])
+        self.rankme = rankme(test.values["last"])
+        if not self._labelled:
+            return None
+        if self._settings.linear_epochs:
+            self.linear, _ = linear_probe(train, test, ["last"], self._settings.linear_epochs, self._device)
+        return self._knn(train, test)
+
+    def online(self) -> dict[str, float]:
+        """The figures of a measurement during the run, for its log."""
+        figures = {"knn": self.measure(), "knn_rankme": self.rankme, "linear": self.linear}
+        return {name: value for name, value in figures.items() if value is not None}
+
+    def neighbours(self, count: int, k: int) -> list[Neighbours]:
+        """The k nearest training images of `count` validation images, evenly spread, as measured last; none before that."""
+        if self._measured is None or self._loaders is None:
+            return []
+        (train, test), indices = self._measured, [loader.index for loader in self._loaders]
+        rows = torch.linspace(0, len(test.labels) - 1, min(count, len(test.labels))).long()
+        similarities, nearest = nearest_neighbours(train.values["last"], test.values["last"][rows], k, self._device)
+        found = []
+        for row, others, similar in zip(rows.tolist(), nearest.tolist(), similarities.tolist(), strict=True):
+            pictures = [indices[1].encoded(row), *(indices[0].encoded(other) for other in others)]
+            labels = [int(test.labels[row]), *train.labels[others].tolist()]
+            found.append(Neighbours(pictures, labels, similar))
+        return found
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._model.target.parameters()).device
+
+    def _encoder(self) -> Extractor:
+        return pooled_features(self._model.target)
+
+    def _knn(self, train: Features, test: Features) -> float:
+        k = self._settings.knn_k
+        parts = (train.values["last"], train.labels, test.values["last"], test.labels)
+        return knn_accuracies(*parts, [k], self._device)[k]
+
+    def _features(self, extractors: dict[str, Extractor]) -> tuple[dict[str, Features], dict[str, Features]] | None:
+        """Of the training and of the validation split."""
+        if self._loaders is None:
+            return None
+        self._model.eval()
+        try:
+            return extract(self._loaders[0], extractors), extract(self._loaders[1], extractors)
+        except ValueError as error:
+            self._say(f"nothing is measured: {error}")
+            self._loaders = None
+            return None
+        finally:
+            self._model.train()

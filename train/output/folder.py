@@ -1,0 +1,146 @@
+"""A run's folder and the signals that end a run early."""
+
+import json
+import os
+import platform
+import signal
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import nvidia.dali
+import torch
+import yaml
+
+from train.config.schema import Config
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "multicrop-hjepa")
+# What may differ between a run and its continuation: the rest decides what the weights mean.
+FREE_SECTIONS = ("device", "training.", "checkpoint.", "logging.", "evaluation.")
+FREE_KEYS = (
+    *FREE_SECTIONS,
+    "data.data_path",
+    "data.batch_size",
+    "data.num_workers",
+    "data.prefetch",
+    "data.use_mmap",
+    "data.hw_decoder_load",
+    "data.max_bad_share",
+)
+
+
+def run_folder(config: Config) -> Path:
+    return Path(config.logging.run_dir) / config.logging.run_name
+
+
+def open_run_folder(config: Config, say: Callable[[str], None]) -> Path:
+    """Make `run_dir/run_name` with its config.yaml and environment.json.
+
+    With `resume: none` an earlier run's checkpoints are moved aside. Otherwise a folder of a run with other settings raises
+    ValueError, which lists them; so does a place that cannot be written.
+    """
+    check_run_folder(config)
+    folder = run_folder(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if config.checkpoint.resume == "none":
+            _move_aside(folder, say)
+        _write_whole(folder / "config.yaml", config.to_yaml())
+        _write_whole(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: cannot be written ({error.strerror}); free some space, or choose another logging.run_dir"
+        ) from None
+    return folder
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """All of it or, on a full disk, what was there before."""
+    temporary = path.with_name(f"{path.name}.partial")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def check_run_folder(config: Config) -> None:
+    """Raise ValueError if the run's folder holds a run with other settings that this one would go on with."""
+    folder = run_folder(config)
+    settings = folder / "config.yaml"
+    if config.checkpoint.resume != "none" and settings.exists() and (folder / "checkpoints").exists():
+        changes = _changes(yaml.safe_load(settings.read_text()), config.resolved)
+        if changes:
+            raise ValueError(
+                f"{folder}: holds a run with other settings ({'; '.join(changes)}). Choose another logging.run_name, or "
+                "checkpoint.resume=none to start over"
+            )
+
+
+def _move_aside(folder: Path, say: Callable[[str], None]) -> None:
+    for name in ("checkpoints", "metrics.jsonl", "summary.json", "baselines.json"):
+        if (folder / name).exists():
+            number = 1
+            while (folder / f"{name}.old-{number}").exists():
+                number += 1
+            (folder / name).rename(folder / f"{name}.old-{number}")
+            say(f"{folder / name}: of an earlier run, moved to {name}.old-{number}")
+
+
+def _changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    old, new = _flatten(before, ""), _flatten(after, "")
+    return [
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(FREE_KEYS)
+    ]
+
+
+def _flatten(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def environment() -> dict[str, Any]:
+    """What the run's figures depend on beside its settings."""
+    return {
+        "python": platform.python_version(),
+        "packages": {**{name: version(name) for name in PACKAGES}, "nvidia-dali": nvidia.dali.__version__},
+        "machine": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+class StopSignal:
+    """While open, SIGINT, SIGTERM and SIGUSR1 only set `asked`; a second SIGINT, a second later, leaves at once."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.asked = False
+        self._asked_at = 0.0
+        self._say = say
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def _ask(self, number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.asked:
+            # Under torchrun, one Ctrl-C arrives twice: from the terminal, and passed on.
+            if number == signal.SIGINT and now - self._asked_at > 1:
+                os._exit(128 + number)
+            return
+        self.asked, self._asked_at = True, now
+        self._say(f"{signal.Signals(number).name}: finishing the step and saving; Ctrl-C leaves at once")
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
