@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def told_after(seconds: float, text: str) -> Iterator[None]:
+def notify_after(seconds: float, text: str) -> Iterator[None]:
     """Print the text to stderr when the work inside takes longer than that."""
     timer = threading.Timer(seconds, print, (text,), {"file": sys.stderr, "flush": True})
     timer.daemon = True

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.notices import told_after
+from pipeline.notices import notify_after
 from tools.shards.archives import check_official
 from tools.shards.catalogue import LooseFiles, Source, hold_out
 from tools.shards.convert import ConvertOptions, Outcome, convert, describe_plan, describe_source, make_plan
@@ -96,10 +96,10 @@ def num_cores() -> int:
 def run_convert(parsed: argparse.Namespace) -> None:
     options = convert_options(parsed)
     if parsed.official:
-        with told_after(2, f"taking the md5 of {parsed.source} ..."):
+        with notify_after(2, f"taking the md5 of {parsed.source} ..."):
             print(f"md5 as published: {', '.join(check_official(parsed.source))}")
     spools = parsed.out / parsed.split / RECORD_FOLDER / "spool"
-    with told_after(2, f"listing the images of {parsed.source} ..."):
+    with notify_after(2, f"listing the images of {parsed.source} ..."):
         source = open_source(parsed.source, parsed.split, parsed.layout, None if parsed.dry_run else spools)
         check_apart(source, parsed.out)
         parts = {parsed.split: source}

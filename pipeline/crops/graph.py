@@ -13,7 +13,7 @@ from nvidia.dali import Pipeline, fn, pipeline_def, types
 
 from pipeline.crops.augment import ViewRecipe, apply_dali
 from pipeline.crops.draws import FLIP, PIXEL_PARAMETERS
-from pipeline.notices import told_after
+from pipeline.notices import notify_after
 
 IMAGE = "img"  # the component's name in the index files that the loader writes for DALI
 Nodes = Sequence["types.DataNode"]
@@ -71,7 +71,7 @@ def build_graph(
 
 
 def _compiled_crops(image: "types.DataNode", values: Nodes, recipes: tuple[ViewRecipe, ...]) -> list["types.DataNode"]:
-    with told_after(3, "compiling the crops for this processor: some seconds"):
+    with notify_after(3, "compiling the crops for this processor: some seconds"):
         from pipeline.crops.cpu_operator import MakeCrop  # here, since a GPU needs no compiler
 
     make_crop = MakeCrop()

@@ -9,7 +9,7 @@ import sources
 from PIL import Image
 from reading import run_convert, stored_samples
 
-from pipeline.notices import told_after
+from pipeline.notices import notify_after
 from tools.make_shards import main
 from tools.shards.file_kinds import AVIF_IS_READ, HEIC_IS_READ
 
@@ -201,8 +201,8 @@ def test_shards_among_the_images_are_refused(photos: Path, tmp_path: Path, capsy
 
 
 def test_a_long_wait_is_told_and_a_short_one_is_not(capsys: pytest.CaptureFixture[str]) -> None:
-    with told_after(60, "short"):
+    with notify_after(60, "short"):
         pass
-    with told_after(0.01, "listing the images ..."):
+    with notify_after(0.01, "listing the images ..."):
         time.sleep(0.5)
     assert capsys.readouterr().err == "listing the images ...\n"
