@@ -12,8 +12,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
 
 @dataclass(frozen=True)
 class EncoderOutput:
@@ -50,8 +48,8 @@ class MultiCropEncoder(nn.Module):
         crop_sizes: Sequence[int],
         /,
         *,
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
         **timm_kwargs: object,
     ) -> None:
         super().__init__()

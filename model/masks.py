@@ -53,9 +53,9 @@ class MultiCropMaskGenerator:
 
     def __init__(
         self,
-        masking_strategy: str = "global_only",
-        num_global_crops: int = 2,
-        num_local_crops: int = 6,
+        masking_strategy: str,
+        num_global_crops: int,
+        num_local_crops: int,
         *,
         grid: int = 14,
         local_grid: int = 6,

@@ -3,12 +3,18 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from pipeline.crops.augment import IMAGENET_MEAN, IMAGENET_STD, Augmentation, ViewRecipe
+from pipeline.batch import Normalization
+from pipeline.crops.augment import Augmentation, ViewRecipe
+from pipeline.crops.graph import ReaderOptions
+from pipeline.defaults import IMAGENET_MEAN, IMAGENET_STD, NUM_GLOBAL_CROPS, NUM_LOCAL_CROPS
 from pipeline.loader import MultiCropLoader
+from pipeline.plan import Plan
 from pipeline.quarantine import Quarantine
+from pipeline.sequence import BatchSequence
 from pipeline.shards.index import ShardIndex, open_index, split_folder
 from pipeline.shards.storage import resolve_use_mmap
 
@@ -33,8 +39,8 @@ def build_multicrop_dataset(
     data_path: Path | str,
     split: str = "train",
     *,
-    num_global_crops: int = 2,
-    num_local_crops: int = 6,
+    num_global_crops: int = NUM_GLOBAL_CROPS,
+    num_local_crops: int = NUM_LOCAL_CROPS,
     global_crop_size: int = 224,
     local_crop_size: int = 96,
     global_crop_scale: tuple[float, float] = (0.4, 1.0),
@@ -46,8 +52,8 @@ def build_multicrop_dataset(
     """Open the shards of one split and describe its crops, globals first.
 
     Sizes are pixels, scales shares of the image's area. A jitter strength s means brightness and contrast s, saturation s / 2
-    and hue s / 4. `data_path` is a folder, or `s3://BUCKET/PREFIX` (right, but two requests per image:
-    `pipeline.shards.object_store` says what it needs).
+    and hue s / 4. `data_path` is a folder, or `s3://BUCKET/PREFIX` (two requests per image; see
+    `pipeline.shards.object_store` for what it needs).
 
     Raises FileNotFoundError when there are no shards, ValueError when they do not fit their index.
     """
@@ -74,12 +80,6 @@ def build_multicrop_dataloader(
     batch_size: int = 64,
     *,
     seed: int = 0,
-    device: str = "auto",
-    device_id: int = 0,
-    num_workers: int | str = "auto",
-    hw_decoder_load: float = 0.65,
-    prefetch: int = 2,
-    use_mmap: bool | str = "auto",
     rank: int = 0,
     world_size: int = 1,
     shuffle: bool = True,
@@ -87,35 +87,46 @@ def build_multicrop_dataloader(
     normalized: bool = True,
     quarantine: Path | str | None = None,
     max_bad_share: float = 0.01,
+    **reader: Any,
 ) -> MultiCropLoader:
     """A loader of `CropBatch`: `for crops, labels in loader`.
 
-    `batch_size` is per rank. `device`: `gpu`, `cpu`, or `auto` for the GPU when torch sees one. `num_workers`: CPU threads of
-    DALI, `auto` for half of this process's cores (`pipeline.tuning` measures what is best). `hw_decoder_load`: share of the JPEGs
-    that the GPU's own engine decodes. `use_mmap`: read shards through memory mappings, `auto` for local disks alone.
-    `normalized`: crops as float32, normalised by the data set's mean and std;
-    False: uint8. `quarantine`: the file in which samples that cannot be decoded are remembered; more than `max_bad_share` of
-    all samples is an error.
+    `batch_size` is per rank. `normalized`: crops as float32, normalised by the data set's mean and std; False: uint8.
+    `quarantine`: the file in which samples that cannot be decoded are remembered; more than `max_bad_share` of all samples is
+    an error. `reader`: `device`, `num_workers`, and any other argument of `resolve_reader`.
     """
-    return MultiCropLoader(
-        dataset.index,
-        dataset.recipes,
+    index = dataset.index
+    sequence = BatchSequence(
+        index,
+        Plan(index.sizes(), seed, shuffle),
+        Quarantine(index, Path(quarantine) if quarantine else None, max_bad_share),
         batch_size,
-        seed=seed,
+        rank,
+        world_size,
+        drop_last,
+    )
+    normalization = Normalization(dataset.mean, dataset.std) if normalized else None
+    return MultiCropLoader(sequence, dataset.recipes, resolve_reader(index.folder, **reader), normalization)
+
+
+def resolve_reader(
+    folder: Path | str,
+    *,
+    device: str = "auto",
+    num_workers: int | str = "auto",
+    use_mmap: bool | str = "auto",
+    **options: Any,
+) -> ReaderOptions:
+    """The options for reading the shards in `folder`, with a value for every `auto`; `options` as in `ReaderOptions`.
+
+    `device`: `gpu`, `cpu`, or `auto` for the GPU when torch sees one. `num_workers`: CPU threads of DALI, `auto` for half of
+    this process's cores (`pipeline.tuning` measures what is best). `use_mmap`: `auto` for local disks only.
+    """
+    return ReaderOptions(
         device=resolve_device(device),
-        device_id=device_id,
         num_threads=default_threads() if num_workers == "auto" else int(num_workers),
-        hw_decoder_load=hw_decoder_load,
-        prefetch=prefetch,
-        use_mmap=resolve_use_mmap(use_mmap, dataset.index.folder),
-        rank=rank,
-        world_size=world_size,
-        mean=dataset.mean,
-        std=dataset.std,
-        shuffle=shuffle,
-        drop_last=drop_last,
-        normalized=normalized,
-        quarantine=Quarantine(dataset.index, Path(quarantine) if quarantine else None, max_bad_share),
+        use_mmap=resolve_use_mmap(use_mmap, folder),
+        **options,
     )
 
 

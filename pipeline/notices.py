@@ -1,4 +1,4 @@
-"""No silent waits."""
+"""Messages about long waits."""
 
 import sys
 import threading

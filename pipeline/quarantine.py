@@ -1,12 +1,9 @@
 """Samples that cannot be decoded: found once, remembered, and replaced without moving any other sample."""
 
-import io
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from pipeline.plan import STAND_IN_STREAM, random_words
 from pipeline.shards.index import ShardIndex
@@ -64,7 +61,7 @@ class Quarantine:
             where = f"all are listed in {self.path}" if self.path else f"the last {len(listed)} follow"
             raise ValueError(
                 f"{self.index.folder}: {len(self)} samples cannot be decoded, more than the {allowed} that "
-                f"data.max_bad_share {self.max_share:g} allows; {where}: {'; '.join(listed)}. Mend the shards "
+                f"data.max_bad_share {self.max_share:g} allows; {where}: {'; '.join(listed)}. Repair the shards "
                 "(`python tools/make_shards.py verify` names every damaged sample) or raise data.max_bad_share"
             )
 
@@ -95,37 +92,3 @@ class Quarantine:
                 rows[place] = next((row for row in candidates if row not in self.reasons), rows[place])
                 block += 1
         return rows
-
-
-def find_faults(index: ShardIndex, rows: Iterable[int], device: str) -> dict[int, str]:
-    """Those of the rows that DALI's decoder refuses, one by one, each with a reason in words."""
-    # Only needed when something is broken, and slow to import.
-    import nvidia.dali.experimental.dynamic as dali
-    from nvidia.dali import types
-
-    faults = {}
-    for row in rows:
-        try:
-            encoded = index.encoded(row)
-        except OSError as error:
-            faults[row] = f"cannot be read: {error}"
-            continue
-        try:
-            dali.decoders.image(np.frombuffer(encoded, np.uint8), device=device, output_type=types.RGB).evaluate()
-        except (RuntimeError, ValueError) as error:
-            faults[row] = _reason(encoded, str(error))
-    return faults
-
-
-def _reason(encoded: bytes, dali_says: str) -> str:
-    if not encoded:
-        return "empty file"
-    if not any(encoded):
-        return "filled with zeros"
-    try:
-        Image.open(io.BytesIO(encoded)).load()
-    except UnidentifiedImageError:
-        return "not an image"
-    except (OSError, ValueError, SyntaxError) as error:
-        return str(error)
-    return f"DALI refuses it: {dali_says.strip().splitlines()[0]}"

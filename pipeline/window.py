@@ -3,21 +3,19 @@
 import tempfile
 import threading
 from collections import deque
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from nvidia.dali import Pipeline
 
-from pipeline.batch import CropBatch, normalize
+from pipeline.batch import CropBatch
+from pipeline.crops.augment import ViewRecipe
 from pipeline.crops.draws import Draws, draw
-from pipeline.crops.graph import build_graph
+from pipeline.crops.graph import ReaderOptions, build_graph
+from pipeline.sequence import BatchSequence, Place
 from pipeline.shards.dali_index import write_dali_indices
-
-if TYPE_CHECKING:
-    from pipeline.loader import MultiCropLoader
 
 # A graph lists its rows in files and opens each of its tars. A data set larger than this is read by one graph after the
 # other; of a small one, one graph reads many epochs.
@@ -29,92 +27,60 @@ class GraphFailed(RuntimeError):
 
 
 class Window:
-    """One DALI graph, and the global batches at `places` (epoch, position) that it makes this rank's part of."""
+    """One DALI graph, and the global batches at `places` of which it makes this rank's part. `place` is the first."""
 
-    def __init__(self, loader: "MultiCropLoader", epoch: int, position: int) -> None:
-        self.loader = loader
-        places = loader.places_from(epoch, position)
-        self.places = list(islice(places, max(1, WINDOW_ROWS // loader.batch_size)))
-        self.rows = self._all_rows()
-        self.rows = self.rows[: self._fitting_tars()]
+    def __init__(
+        self, sequence: BatchSequence, recipes: tuple[ViewRecipe, ...], reader: ReaderOptions, place: Place
+    ) -> None:
+        self.sequence, self.recipes, self.reader = sequence, recipes, reader
+        self.places = list(islice(sequence.places_from(*place), max(1, WINDOW_ROWS // sequence.batch_size)))
+        self.rows = sequence.own_rows(self.places)
+        self.rows = self.rows[: fitting_batches(sequence.index.samples["shard"][self.rows])]
         self.places = self.places[: len(self.rows)]
         self.fed = self.taken = 0
         self.pending: deque[tuple[np.ndarray, int, Draws]] = deque()
         with tempfile.TemporaryDirectory(prefix="multicrop-hjepa-") as folder:
-            tars, indices = write_dali_indices(loader.index, self.rows.reshape(-1), Path(folder))
-            self.graph: Pipeline = build_graph(
-                tars,
-                indices,
-                self._feed,
-                loader.recipes,
-                batch_size=loader.batch_size,
-                compiled=loader.compiled,
-                **loader.graph_options,
-            )
+            tars, indices = write_dali_indices(sequence.index, self.rows.reshape(-1), Path(folder))
+            self.graph = build_graph(tars, indices, self._feed, recipes, sequence.batch_size, reader)
 
     @property
-    def here(self) -> tuple[int, int] | None:
+    def here(self) -> Place | None:
         """The place of the next batch; None at the end."""
         return self.places[self.taken] if self.taken < len(self.places) else None
 
     @property
-    def following(self) -> tuple[int, int]:
+    def following(self) -> Place:
         """The place after the last."""
-        return next(islice(self.loader.places_from(*self.places[-1]), 1, None))
+        return next(islice(self.sequence.places_from(*self.places[-1]), 1, None))
 
     def rows_in_flight(self) -> np.ndarray:
         """`[n] int64`: the index rows that were fed and not yet handed out."""
         return np.concatenate([rows for rows, _, _ in self.pending])
 
-    def _all_rows(self) -> np.ndarray:
-        """`[num_batches, B] int64`: the index row of every sample; past the end of the epoch its last row is repeated."""
-        loader = self.loader
-        count, first = len(loader.index), loader.rank * loader.batch_size
-        epochs, positions = np.array(self.places).T
-        rows = np.empty((len(self.places), loader.batch_size), np.int64)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            # [steps, B], the positions of this rank; the plan is asked once for all of them.
-            wanted = positions[here][:, None] + first + np.arange(loader.batch_size)
-            wanted = np.minimum(wanted, count - 1)
-            low, high = int(wanted.min()), int(wanted.max()) + 1
-            rows[here] = loader.rows_at(epoch, low, high)[wanted - low]
-        return rows
-
-    def _fitting_tars(self) -> int:
-        """The number of batches, at least one, that need at most WINDOW_TARS openings of a tar."""
-        shards = self.loader.index.samples["shard"][self.rows.reshape(-1)]
-        openings = np.flatnonzero(np.diff(shards)) + 1
-        fitting = len(shards) if len(openings) < WINDOW_TARS else openings[WINDOW_TARS - 1]
-        return max(1, int(fitting) // self.loader.batch_size)
-
     def _feed(self) -> list[np.ndarray]:
         if self.fed == len(self.places):
             raise StopIteration
-        loader, rows, (epoch, position) = self.loader, self.rows[self.fed], self.places[self.fed]
+        sequence, rows, place = self.sequence, self.rows[self.fed], self.places[self.fed]
         self.fed += 1
-        start, samples = position + loader.rank * loader.batch_size, loader.index.samples[rows]
-        draws = draw(loader.recipes, loader.seed, epoch, start, samples["height"], samples["width"])
+        start, samples = sequence.own_start(place), sequence.index.samples[rows]
+        draws = draw(self.recipes, sequence.plan.seed, place[0], start, samples["height"], samples["width"])
         self.pending.append((rows, start, draws))
         return list(draws.values)
 
     def next(self) -> CropBatch:
-        """The next batch. Raises GraphFailed."""
-        loader = self.loader
+        """The next batch, its crops as uint8. Raises GraphFailed."""
         # On a GPU the outputs are ready for the work that torch queues on its current stream.
-        stream = torch.cuda.current_stream() if loader.device == "gpu" else None
+        stream = torch.cuda.current_stream() if self.reader.device == "gpu" else None
         try:
             outputs = self.graph.run(stream)
         except RuntimeError as error:
             raise GraphFailed(str(error)) from None
         rows, start, draws = self.pending.popleft()
         self.taken += 1
-        valid = max(0, min(len(rows), len(loader.index) - start))
+        valid = max(0, min(len(rows), len(self.sequence.index) - start))
         # as_tensor and DLPack share DALI's memory, which lives as long as the tensor does.
         crops = [torch.from_dlpack(output.as_tensor())[:valid] for output in outputs]
-        if loader.normalized:
-            crops = [normalize(crop, loader.mean, loader.std) for crop in crops]
-        samples = loader.index.samples[rows[:valid]]
+        samples = self.sequence.index.samples[rows[:valid]]
         sides = np.stack([samples["height"], samples["width"]] * 2, axis=1).astype(np.float32)
         parts = (
             samples["label"].astype(np.int64),
@@ -125,20 +91,27 @@ class Window:
         return CropBatch(crops, *(torch.from_numpy(part).to(crops[0].device, non_blocking=True) for part in parts))
 
 
+def fitting_batches(shards: np.ndarray) -> int:
+    """How many of the batches, at least one, need at most WINDOW_TARS openings of a tar. `shards`: `[n, B]`, of each sample."""
+    openings = np.flatnonzero(np.diff(shards.reshape(-1))) + 1
+    fitting = shards.size if len(openings) < WINDOW_TARS else int(openings[WINDOW_TARS - 1])
+    return max(1, fitting // shards.shape[1])
+
+
 class Builder:
     """Builds a window in the background, while another one is in use."""
 
-    def __init__(self, loader: "MultiCropLoader", place: tuple[int, int]) -> None:
+    def __init__(self, make: Callable[[Place], Window], place: Place) -> None:
         self._window: Window | None = None
         # A daemon: a process that ends does not wait for a window that nobody will read.
-        self._thread = threading.Thread(target=self._build, args=(loader, place), daemon=True)
+        self._thread = threading.Thread(target=self._build, args=(make, place), daemon=True)
         self._thread.start()
 
-    def _build(self, loader: "MultiCropLoader", place: tuple[int, int]) -> None:
+    def _build(self, make: Callable[[Place], Window], place: Place) -> None:
         try:
-            self._window = Window(loader, *place)
+            self._window = make(place)
         except (RuntimeError, ValueError, OSError):
-            self._window = None  # built again in the foreground, where the error can be told
+            self._window = None  # built again in the foreground, where the error can be reported
 
     def result(self) -> Window | None:
         self._thread.join()

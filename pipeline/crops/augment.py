@@ -11,11 +11,11 @@ import numpy as np
 from nvidia.dali import fn, types
 
 from pipeline.crops.kernels import blur, compiled, invert_above, twist_colours
+from pipeline.defaults import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
     from nvidia.dali.types import DataNode
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 THRESHOLD = 128  # of solarisation, as torchvision's users write it
 SOLARIZE_TABLE = [value if value < THRESHOLD else 255 - value for value in range(256)]
 PerGlobal = float | tuple[float, ...]

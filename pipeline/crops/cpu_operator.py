@@ -39,7 +39,7 @@ def digest(paths: tuple[str, ...]) -> str:
     return hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest()
 
 
-def kept_on_disk(function: Callable, *arguments: Any) -> Any:
+def cached_cfunc(function: Callable, *arguments: Any) -> Any:
     """Compile a function that C calls; its machine code is kept beside this file, in the user's cache or in NUMBA_CACHE_DIR.
 
     Numba looks at the function's own file and at the values that it encloses, not at what it calls: so it must enclose the
@@ -68,7 +68,7 @@ def crop_entry(sources: str) -> Any:
         image = carray(pointer(data[0]), (height, width, 3), np.uint8)
         make_crop(out, image, carray(pointer(data[1]), NUM_PARAMETERS, np.float32))
 
-    return kept_on_disk(run, uint64, uint64, uint64, int32, uint64, uint64, uint64, int32)
+    return cached_cfunc(run, uint64, uint64, uint64, int32, uint64, uint64, uint64, int32)
 
 
 def shape_entry(sources: str) -> Any:
@@ -82,7 +82,7 @@ def shape_entry(sources: str) -> Any:
             shape, size = carray(pointer(out[i]), 3, np.int64), carray(pointer(sizes[i]), 1, np.int64)[0]
             shape[0], shape[1], shape[2] = 3, size, size
 
-    return kept_on_disk(set_shapes, uint64, uint64, int32, uint64, uint64, int32, int32)
+    return cached_cfunc(set_shapes, uint64, uint64, int32, uint64, uint64, int32, int32)
 
 
 MADE_FROM = digest(SOURCES)

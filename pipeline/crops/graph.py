@@ -7,6 +7,8 @@ of DALI's own operators. Both do the same to within a rounding, and both can run
 import gc
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from nvidia.dali import Pipeline, fn, pipeline_def, types
@@ -14,12 +16,31 @@ from nvidia.dali import Pipeline, fn, pipeline_def, types
 from pipeline.crops.augment import ViewRecipe, apply_dali
 from pipeline.crops.draws import FLIP, PIXEL_PARAMETERS
 from pipeline.notices import notify_after
+from pipeline.shards.dali_index import IMAGE
 
-IMAGE = "img"  # the component's name in the index files that the loader writes for DALI
-Nodes = Sequence["types.DataNode"]
+if TYPE_CHECKING:
+    from nvidia.dali.types import DataNode
 
 # A pipeline shuts down by joining its threads, and a fork copies none: a child that collects an inherited one waits for ever.
 os.register_at_fork(after_in_child=gc.freeze)
+
+
+@dataclass(frozen=True)
+class ReaderOptions:
+    """How a graph reads and where it runs. None of this changes a crop by more than a rounding.
+
+    `device`: `cpu`, or `gpu` number `device_id`. `num_threads`: DALI's threads on the CPU. `prefetch`: batches made ahead.
+    `hw_decoder_load`: share of the JPEGs that the GPU's own engine decodes, where it has one. `use_mmap`: read shards through
+    memory mappings. `compiled`: on the CPU, crops by the compiled operator, or else by DALI's operators, as on the GPU.
+    """
+
+    device: str = "cpu"
+    device_id: int = 0
+    num_threads: int = 2
+    prefetch: int = 2
+    hw_decoder_load: float = 0.65
+    use_mmap: bool = True
+    compiled: bool = True
 
 
 def build_graph(
@@ -27,23 +48,16 @@ def build_graph(
     dali_indices: list[str],
     source: Callable[[], list[np.ndarray]],
     recipes: tuple[ViewRecipe, ...],
-    *,
-    device: str,
-    device_id: int,
     batch_size: int,
-    num_threads: int,
-    prefetch: int,
-    hw_decoder_load: float,
-    use_mmap: bool,
-    compiled: bool,
+    reader: ReaderOptions,
 ) -> Pipeline:
-    """Build the graph on `device` (`cpu` or `gpu`). Its outputs are V tensors `[B, 3, size, size] uint8`.
+    """Build the graph. Its outputs are V tensors `[B, 3, size, size] uint8`.
 
-    `device_id` numbers the GPU. `source` is called once per batch for the values of `Draws`, V arrays `[B, P] float32`, and
-    raises StopIteration at the end. `hw_decoder_load`: share of the images that the GPU's JPEG engine decodes, where it has
-    one. `use_mmap`: map the tars. `compiled` (CPU only): crops by the compiled operator instead of DALI's own.
+    `source` is called once per batch for the values of `Draws`, V arrays `[B, P] float32`, and raises StopIteration at the end.
     """
-    decoder = {"device": "mixed", "hw_decoder_load": hw_decoder_load} if device == "gpu" else {"device": "cpu"}
+    on_gpu, views = reader.device == "gpu", len(recipes)
+    decoder = {"device": "mixed", "hw_decoder_load": reader.hw_decoder_load} if on_gpu else {"device": "cpu"}
+    make_crops = _compiled_crops if reader.compiled and not on_gpu else _dali_crops
 
     @pipeline_def(enable_conditionals=True)
     def graph() -> tuple:
@@ -52,25 +66,26 @@ def build_graph(
             index_paths=dali_indices,
             ext=[IMAGE],
             missing_component_behavior="error",
-            dont_use_mmap=not use_mmap,
+            dont_use_mmap=not reader.use_mmap,
         )
-        # make_shards bakes the EXIF orientation in; boxes are drawn for the stored height and width.
+        # make_shards applies the EXIF orientation; boxes are drawn for the stored height and width.
         image = fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False, **decoder)
-        views = len(recipes)
         values = fn.external_source(source=source, num_outputs=views, dtype=[types.FLOAT] * views, ndim=[1] * views)
-        return tuple((_compiled_crops if compiled else _dali_crops)(image, values, recipes))
+        return tuple(make_crops(image, values, recipes))
 
     pipe = graph(
         batch_size=batch_size,
-        num_threads=num_threads,
-        device_id=device_id if device == "gpu" else None,
-        prefetch_queue_depth=prefetch,
+        num_threads=reader.num_threads,
+        device_id=reader.device_id if on_gpu else None,
+        prefetch_queue_depth=reader.prefetch,
     )
     pipe.build()
     return pipe
 
 
-def _compiled_crops(image: "types.DataNode", values: Nodes, recipes: tuple[ViewRecipe, ...]) -> list["types.DataNode"]:
+def _compiled_crops(
+    image: "DataNode", values: Sequence["DataNode"], recipes: tuple[ViewRecipe, ...]
+) -> list["DataNode"]:
     with notify_after(3, "compiling the crops for this processor: some seconds"):
         from pipeline.crops.cpu_operator import MakeCrop  # here, since a GPU needs no compiler
 
@@ -79,7 +94,7 @@ def _compiled_crops(image: "types.DataNode", values: Nodes, recipes: tuple[ViewR
     return [make_crop(image, values[v], rulers[recipe.size]) for v, recipe in enumerate(recipes)]
 
 
-def _dali_crops(image: "types.DataNode", values: Nodes, recipes: tuple[ViewRecipe, ...]) -> list["types.DataNode"]:
+def _dali_crops(image: "DataNode", values: Sequence["DataNode"], recipes: tuple[ViewRecipe, ...]) -> list["DataNode"]:
     crops = []
     for v, recipe in enumerate(recipes):
         crop = fn.resize(

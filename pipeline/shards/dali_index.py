@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.crops.graph import IMAGE
 from pipeline.shards.index import ShardIndex
+
+IMAGE = "img"  # the component's name in DALI's index files
 
 
 def write_dali_indices(index: ShardIndex, rows: np.ndarray, folder: Path) -> tuple[list[str], list[str]]:

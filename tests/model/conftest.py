@@ -9,6 +9,7 @@ from model import MultiCropMaskGenerator
 from model.encoder import MultiCropEncoder
 from model.hjepa import HJEPA, default_levels
 from model.losses import random_directions
+from pipeline.defaults import IMAGENET_MEAN, IMAGENET_STD
 
 OPTIONS = {
     "num_global_crops": 2, "global_crop_size": 48, "predictor_width": 32, "predictor_depth": 2, "predictor_heads": 2,
@@ -29,6 +30,8 @@ def build(**changes: object) -> HJEPA:
         depth=3,
         num_heads=2,
         init_values=0.1,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
     )
     return HJEPA(encoder, default_levels(3), **{**OPTIONS, **changes})
 

@@ -3,8 +3,10 @@ import timm
 import torch
 
 from model.encoder import MultiCropEncoder
+from pipeline.defaults import IMAGENET_MEAN, IMAGENET_STD
 
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 2, "init_values": 0.1}
+NORMAL = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 2, "init_values": 0.1, **NORMAL}
 
 
 def small_encoder(**changes: object) -> MultiCropEncoder:
@@ -25,7 +27,7 @@ def test_keeping_all_tokens_equals_timms_forward_features(changes: dict, size: i
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_dinov3_qkvb", "vit_small_patch16_dinov3"])
 def test_the_shipped_families_equal_timm_at_both_resolutions(name: str) -> None:
     torch.manual_seed(0)
-    encoder = MultiCropEncoder(name, [224, 96], depth=2).eval()
+    encoder = MultiCropEncoder(name, [224, 96], depth=2, **NORMAL).eval()
     for size in (224, 96):
         crops = torch.randn(1, 3, size, size)
         expected = encoder.vit.forward_features(crops)[:, encoder.num_prefix :]
@@ -84,9 +86,9 @@ def test_the_trained_encoder_loads_back_with_timm_alone() -> None:
 )
 def test_an_unusable_encoder_is_refused_in_one_line(name: str, kwargs: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MultiCropEncoder(name, [224], **kwargs)
+        MultiCropEncoder(name, [224], **NORMAL, **kwargs)
 
 
 def test_a_crop_size_that_the_patches_do_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="crop size 100: not a multiple of the patch size 16"):
-        MultiCropEncoder("vit_tiny_patch16_dinov3_qkvb", [100])
+        MultiCropEncoder("vit_tiny_patch16_dinov3_qkvb", [100], **NORMAL)

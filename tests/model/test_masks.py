@@ -7,11 +7,17 @@ from model import MultiCropMaskGenerator
 from model.masks import STRATEGIES, level_grid, pool_cells
 
 
+def generator(
+    masking_strategy: str = "global_only", num_global_crops: int = 2, num_local_crops: int = 6, **options: object
+) -> MultiCropMaskGenerator:
+    return MultiCropMaskGenerator(masking_strategy, num_global_crops, num_local_crops, **options)
+
+
 @pytest.mark.parametrize(("grid", "context", "query"), [(14, 0.4, 0.4), (4, 0.5, 0.5), (16, 0.3, 0.6), (7, 0.1, 0.2)])
 def test_there_are_exactly_k_context_and_m_query_tokens_and_none_is_both(
     grid: int, context: float, query: float
 ) -> None:
-    masks = MultiCropMaskGenerator(grid=grid, context_ratio=context, query_ratio=query, strides=(1, 2, 4))
+    masks = generator(grid=grid, context_ratio=context, query_ratio=query, strides=(1, 2, 4))
     tokens = grid * grid
     for seed in range(20):
         torch.manual_seed(seed)
@@ -29,7 +35,7 @@ def test_there_are_exactly_k_context_and_m_query_tokens_and_none_is_both(
 
 def test_every_cell_of_the_grid_can_be_a_target_and_a_context() -> None:
     torch.manual_seed(0)
-    plan = MultiCropMaskGenerator(grid=14)(batch_size=2000)
+    plan = generator(grid=14)(batch_size=2000)
     for chosen in (plan.queries[0], plan.context):
         share = torch.bincount(chosen.flatten(), minlength=196) / 4000
         assert float(share.min()) > 0.02
@@ -37,14 +43,14 @@ def test_every_cell_of_the_grid_can_be_a_target_and_a_context() -> None:
 
 def test_the_last_row_and_column_are_masked_as_often_as_the_first() -> None:
     torch.manual_seed(0)
-    plan = MultiCropMaskGenerator(grid=14)(batch_size=5000)
+    plan = generator(grid=14)(batch_size=5000)
     share = (torch.bincount(plan.queries[0].flatten(), minlength=196) / 10_000).view(14, 14)
     for edge in (share[-1] - share[0], share[:, -1] - share[:, 0]):
         assert float(edge.abs().max()) < 0.025  # five standard deviations of a frequency over 10,000 draws
 
 
 def test_every_placement_of_a_rectangle_that_fits_is_equally_likely() -> None:
-    masks = MultiCropMaskGenerator(grid=6, num_masks=1, mask_scale=(1 / 9, 1 / 9), aspect_ratio=(1.0, 1.0))
+    masks = generator(grid=6, num_masks=1, mask_scale=(1 / 9, 1 / 9), aspect_ratio=(1.0, 1.0))
     torch.manual_seed(0)
     blocks = masks._blocks((5000, 2), None).flatten(0, 1)
     assert bool((blocks.sum(dim=(1, 2)) == 4).all())  # 2x2 cells of 36
@@ -56,9 +62,7 @@ def test_every_placement_of_a_rectangle_that_fits_is_equally_likely() -> None:
 
 
 def test_queries_lie_inside_the_rectangles_when_these_cover_enough() -> None:
-    masks = MultiCropMaskGenerator(
-        grid=14, num_masks=1, mask_scale=(0.5, 0.5), aspect_ratio=(1.0, 1.0), query_ratio=0.3
-    )
+    masks = generator(grid=14, num_masks=1, mask_scale=(0.5, 0.5), aspect_ratio=(1.0, 1.0), query_ratio=0.3)
     torch.manual_seed(3)
     plan = masks(64)
     torch.manual_seed(3)
@@ -68,7 +72,7 @@ def test_queries_lie_inside_the_rectangles_when_these_cover_enough() -> None:
 
 
 def test_coarse_queries_are_the_cells_with_the_most_queried_tokens() -> None:
-    masks = MultiCropMaskGenerator(grid=14)
+    masks = generator(grid=14)
     torch.manual_seed(1)
     plan = masks(32)
     queried = torch.zeros(64, 196).scatter_(1, plan.queries[0].flatten(0, 1), 1.0).view(64, 1, 14, 14)
@@ -80,7 +84,7 @@ def test_coarse_queries_are_the_cells_with_the_most_queried_tokens() -> None:
 
 
 def test_the_same_seed_gives_the_same_plan() -> None:
-    masks = MultiCropMaskGenerator()
+    masks = generator()
     plans = [masks(4, generator=torch.Generator().manual_seed(5)) for _ in range(2)]
     assert torch.equal(plans[0].context, plans[1].context)
 
@@ -107,7 +111,7 @@ def test_the_same_seed_gives_the_same_plan() -> None:
 )
 def test_an_impossible_combination_is_refused_with_numbers(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MultiCropMaskGenerator(**options)
+        generator(**options)
 
 
 def frequency_of_context(
@@ -150,7 +154,7 @@ def drawn_frequency(masks: MultiCropMaskGenerator) -> torch.Tensor:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_context_frequencies_of_four_rectangles_are_the_enumerated_ones(strategy: str) -> None:
     """All 9^4 placements of four 2x2 rectangles on a 4x4 grid."""
-    masks = MultiCropMaskGenerator(
+    masks = generator(
         strategy, 8, 2, grid=4, num_masks=4, mask_scale=(0.25, 0.25), aspect_ratio=(1.0, 1.0), local_grid=2
     )
     unions = [torch.stack(four).any(dim=0) for four in itertools.product(rectangles(4, 2, 2), repeat=4)]
@@ -159,7 +163,7 @@ def test_context_frequencies_of_four_rectangles_are_the_enumerated_ones(strategy
 
 
 def test_context_frequencies_of_one_rectangle_of_any_size_are_the_integrated_ones() -> None:
-    masks = MultiCropMaskGenerator(num_global_crops=8, num_masks=1, mask_scale=(0.15, 0.6), aspect_ratio=(0.75, 1.5))
+    masks = generator(num_global_crops=8, num_masks=1, mask_scale=(0.15, 0.6), aspect_ratio=(0.75, 1.5))
     middles = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     area = (0.15 + 0.45 * middles)[:, None] * 196
     aspect = 0.75 * 2.0 ** middles[None]
@@ -178,7 +182,7 @@ def test_context_frequencies_of_the_default_masks_on_the_default_grid_are_the_ex
     A cell escapes four independent rectangles with the fourth power of its chance to escape one. How many cells are free
     around it is averaged over 200,000 unions, drawn from the list of all rectangles.
     """
-    masks = MultiCropMaskGenerator(num_global_crops=8)
+    masks = generator(num_global_crops=8)
     middles = (torch.arange(500, dtype=torch.float64) + 0.5) / 500
     area = (0.15 + 0.05 * middles)[:, None] * 196
     aspect = 0.75 * 2.0 ** middles[None]
@@ -204,7 +208,7 @@ def test_context_frequencies_of_the_default_masks_on_the_default_grid_are_the_ex
 
 def test_each_other_crop_is_equally_often_the_one_to_predict_from() -> None:
     torch.manual_seed(0)
-    plan = MultiCropMaskGenerator("cross_crop_prediction")(10_000)
+    plan = generator("cross_crop_prediction")(10_000)
     assert bool((plan.partners.sum(dim=-1) == 1).all())
     share = plan.partners.float().mean(dim=0)
     expected = torch.full((2, 8), 1 / 7)
@@ -214,7 +218,7 @@ def test_each_other_crop_is_equally_often_the_one_to_predict_from() -> None:
 
 @pytest.mark.parametrize(("context", "local_grid"), [(0.4, 6), (0.2, 6), (0.4, 4)])
 def test_cross_crop_sources_are_the_tokens_of_the_partner(context: float, local_grid: int) -> None:
-    masks = MultiCropMaskGenerator("cross_crop_prediction", 3, 4, context_ratio=context, local_grid=local_grid)
+    masks = generator("cross_crop_prediction", 3, 4, context_ratio=context, local_grid=local_grid)
     plan, num_local = masks(200), local_grid**2
     owner = torch.tensor([0, 1, 2] * masks.num_context).sort().values.tolist()
     owner += torch.tensor([3, 4, 5, 6] * num_local).sort().values.tolist()

@@ -10,10 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.encoder import MultiCropEncoder
 from model.hjepa import HJEPA
 from model.masks import STRATEGIES
+from pipeline.defaults import IMAGENET_MEAN, IMAGENET_STD
 
 Maker = Callable[..., HJEPA]
 Inputs = Callable[..., dict]
-MEAN, STD = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+MEAN, STD = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
 FORMATS = [torch.channels_last, torch.contiguous_format]
 
 
@@ -24,8 +25,8 @@ def bytes_like(crops: list[torch.Tensor], memory_format: torch.memory_format) ->
 def looking_encoder(**changes: object) -> MultiCropEncoder:
     """Its patch embedding is the identity: tokens hold a patch's numbers, pixel by pixel, channels last."""
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 1, "num_heads": 4}
-    sizes |= {"class_token": False, "num_reg_tokens": 0}
-    encoder = MultiCropEncoder("vit_small_patch16_dinov3", [32], **sizes, **changes)
+    sizes |= {"class_token": False, "num_reg_tokens": 0, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    encoder = MultiCropEncoder("vit_small_patch16_dinov3", [32], **{**sizes, **changes})
     with torch.no_grad():
         encoder.vit.patch_embed.proj.weight.copy_(torch.eye(192).view(192, 8, 8, 3).permute(0, 3, 1, 2))
         encoder.vit.patch_embed.proj.bias.zero_()

@@ -101,7 +101,7 @@ def test_resuming_at_any_step_continues_pixel_for_pixel(dataset: MultiCropDatase
 def test_labels_and_boxes_belong_to_the_samples_of_the_plan(dataset: MultiCropDataset) -> None:
     loader = loader_of(dataset, 16)
     for batch in loader:
-        rows = loader.plan.rows(0, int(batch.positions[0]), int(batch.positions[-1]) + 1)
+        rows = loader.sequence.plan.rows(0, int(batch.positions[0]), int(batch.positions[-1]) + 1)
         np.testing.assert_array_equal(batch.labels, dataset.index.samples["label"][rows])
         assert bool(((batch.boxes >= 0) & (batch.boxes <= 1)).all())
         assert bool((batch.boxes[..., :2] < batch.boxes[..., 2:]).all())

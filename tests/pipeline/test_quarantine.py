@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from pipeline import build_multicrop_dataloader, build_multicrop_dataset
+from pipeline.crops.decode import find_faults
 from pipeline.loader import MultiCropLoader
-from pipeline.quarantine import Quarantine, find_faults
+from pipeline.quarantine import Quarantine
 from pipeline.shards.index import SAMPLE_DTYPE, ShardIndex, open_index, save_index
 from tests.conftest import photographs
 from tests.train.test_run import ROOT, command
@@ -144,7 +145,7 @@ def test_an_epoch_names_every_damaged_sample_and_sees_every_good_one(
     assert len(loader.quarantine) == len(bad)
     # The good samples stand where they would without the damage, with the same crops.
     write_raw(tmp_path / "whole" / "train", *pictures)
-    planned = loader.plan.rows(0, 0, COUNT)
+    planned = loader.sequence.plan.rows(0, 0, COUNT)
     good = torch.from_numpy(~np.isin(planned, bad))
     for v in range(3):
         crops = torch.cat([batch.crops[v] for batch in batches])

@@ -19,4 +19,4 @@ def test_reader_settings_are_measured_and_the_choice_is_told(data_path: Path) ->
     assert arguments["num_workers"] in (1, 2)
     assert told[0].startswith(f"data: {arguments['num_workers']} DALI threads")
     loader = build.build_loader(config, dataset, 8, normalized=False, **arguments)
-    assert loader.graph_options["num_threads"] == arguments["num_workers"]
+    assert loader.reader.num_threads == arguments["num_workers"]

@@ -13,6 +13,7 @@ from model.encoder import MultiCropEncoder
 from model.hjepa import HJEPA, default_levels
 from model.losses import random_directions
 from model.masks import STRATEGIES, MaskPlan, MultiCropMaskGenerator
+from pipeline.defaults import IMAGENET_MEAN, IMAGENET_STD
 from tools.benchmarks.cost import Step, count, median_times
 from tools.benchmarks.naive import naive_losses
 
@@ -123,7 +124,7 @@ def _draw(masks: MultiCropMaskGenerator) -> Step:
 
 def make_model(encoder: str, num_global: int, view_weight: float = 1.0, sigreg_weight: float = 0.05) -> HJEPA:
     torch.manual_seed(0)
-    built = MultiCropEncoder(encoder, [GLOBAL, LOCAL])
+    built = MultiCropEncoder(encoder, [GLOBAL, LOCAL], mean=IMAGENET_MEAN, std=IMAGENET_STD)
     return HJEPA(
         built,
         default_levels(built.depth),

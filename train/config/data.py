@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Literal
 
+from pipeline.defaults import IMAGENET_MEAN, IMAGENET_STD, NUM_GLOBAL_CROPS, NUM_LOCAL_CROPS
 from train.config.types import (
     BrokenRule,
     Count,
@@ -21,8 +22,8 @@ from train.config.types import (
 
 
 class MultiCrop(Section):
-    num_global_crops: Count = 2
-    num_local_crops: Whole = 6
+    num_global_crops: Count = NUM_GLOBAL_CROPS
+    num_local_crops: Whole = NUM_LOCAL_CROPS
     global_crop_size: Count = 224
     local_crop_size: Count = 96
     global_crop_scale: ShareRange = (0.4, 1.0)
@@ -43,8 +44,8 @@ class Augmentation(Section):
     blur_sigma: PositiveRange = (0.1, 2.0)
     solarize_prob: PerGlobal = (0.0, 0.2)
     """One for each global crop, or a single number for all."""
-    mean: tuple[Share, Share, Share] = (0.485, 0.456, 0.406)
-    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    mean: tuple[Share, Share, Share] = IMAGENET_MEAN
+    std: tuple[Positive, Positive, Positive] = IMAGENET_STD
 
 
 class Data(Section):

@@ -12,7 +12,8 @@ from torchvision.transforms.v2 import functional as F
 
 from pipeline.crops.augment import ViewRecipe
 from pipeline.crops.draws import draw
-from pipeline.dataset import MultiCropDataset
+from pipeline.dataset import MultiCropDataset, build_multicrop_dataloader
+from pipeline.defaults import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.loader import MultiCropLoader
 from pipeline.shards.index import ShardIndex, open_index
 from tests.conftest import write_shards
@@ -20,11 +21,14 @@ from tests.conftest import write_shards
 SIZE, COUNT = 64, 32
 
 
+def loader_of(index: ShardIndex, recipe: ViewRecipe, normalized: bool) -> MultiCropLoader:
+    dataset = MultiCropDataset(index, (recipe,), IMAGENET_MEAN, IMAGENET_STD)
+    return build_multicrop_dataloader(dataset, COUNT, device="cpu", shuffle=False, normalized=normalized)
+
+
 def ours(index: ShardIndex, recipe: ViewRecipe) -> torch.Tensor:
     """`[COUNT, 3, SIZE, SIZE]`, grey levels."""
-    dataset = MultiCropDataset(index, (recipe,), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    loader = MultiCropLoader(dataset.index, dataset.recipes, COUNT, mean=dataset.mean, std=dataset.std, shuffle=False)
-    return next(iter(loader)).crops[0] * 255
+    return next(iter(loader_of(index, recipe, normalized=False))).crops[0].float()
 
 
 def theirs(index: ShardIndex, recipe: ViewRecipe, change: Callable[[torch.Tensor, dict], torch.Tensor]) -> torch.Tensor:
@@ -102,11 +106,10 @@ def test_hue_is_a_rotation_that_stays_near_torchvisions(png_index: ShardIndex) -
 
 
 def test_normalisation_is_by_the_given_mean_and_std(png_index: ShardIndex) -> None:
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     recipe = ViewRecipe(**BASE)
-    loader = MultiCropLoader(png_index, (recipe,), COUNT, mean=mean, std=std, shuffle=False)
-    expected = transforms.Normalize(mean, std)(ours(png_index, recipe) / 255)
-    torch.testing.assert_close(next(iter(loader)).crops[0], expected, atol=1e-5, rtol=1e-5)
+    crops = next(iter(loader_of(png_index, recipe, normalized=True))).crops[0]
+    expected = transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)(ours(png_index, recipe) / 255)
+    torch.testing.assert_close(crops, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_jpegs_decode_as_pillow_decodes_them(index: ShardIndex) -> None:

@@ -13,7 +13,8 @@ from torchvision.transforms.v2 import functional as F
 from pipeline.crops import cpu_operator as crop_op
 from pipeline.crops import kernels
 from pipeline.crops.augment import ViewRecipe
-from pipeline.loader import MultiCropLoader
+from pipeline.dataset import MultiCropDataset, build_multicrop_dataloader
+from pipeline.defaults import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.shards.index import ShardIndex
 
 BOXES = [(0, 0, 90, 120), (3, 5, 83, 95), (10, 20, 12, 23), (40, 0, 41, 120), (0, 60, 90, 61), (1, 2, 65, 66)]
@@ -91,7 +92,7 @@ def test_machine_code_is_kept_for_the_sources_that_it_was_made_from_and_for_no_o
     compiled = {path for path in folder.glob("*.py") if "@compiled" in path.read_text()}
     # What these import may be compiled into them, be it code or a constant.
     imported = re.findall(
-        r"^from pipeline(?:\.(\w+))? import (.*)$", "".join(p.read_text() for p in compiled), re.MULTILINE
+        r"^from pipeline\.crops(?:\.(\w+))? import (.*)$", "".join(p.read_text() for p in compiled), re.MULTILINE
     )
     named = {name for module, names in imported for name in ([module] if module else names.split(", "))}
     assert compiled | {folder / f"{name}.py" for name in named} == set(map(Path, crop_op.SOURCES))
@@ -114,9 +115,8 @@ def test_dalis_operators_make_the_same_crops(index: ShardIndex, device: str) -> 
     """The graph of the GPU, also run on the CPU: at most two grey levels apart on average, for every crop."""
 
     def crops(device: str, compiled: bool) -> torch.Tensor:
-        loader = MultiCropLoader(
-            index, (FULL, FULL), 16, mean=(0, 0, 0), std=(1, 1, 1), device=device, compiled=compiled, normalized=False
-        )
+        dataset = MultiCropDataset(index, (FULL, FULL), IMAGENET_MEAN, IMAGENET_STD)
+        loader = build_multicrop_dataloader(dataset, 16, device=device, compiled=compiled, normalized=False)
         return torch.cat([torch.stack(batch.crops, 1).cpu().float() for batch in loader])
 
     difference = (crops(device, False) - crops("cpu", True)).abs().mean(dim=(2, 3, 4))

@@ -82,7 +82,7 @@ def test_crops_are_the_same_with_and_without_mappings(data_path: Path) -> None:
 
 def test_the_limit_of_open_files_is_raised_as_far_as_needed() -> None:
     code = (
-        "import resource; from pipeline.storage import allow_open_files\n"
+        "import resource; from pipeline.shards.storage import allow_open_files\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 4000))\n"
         "allow_open_files(1000); print(resource.getrlimit(resource.RLIMIT_NOFILE))\n"
         "allow_open_files(10); print(resource.getrlimit(resource.RLIMIT_NOFILE))\n"

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from model.encoder import MultiCropEncoder
 from model.hjepa import default_levels
 from pipeline.dataset import build_multicrop_dataloader, centre_crop_dataset
+from pipeline.defaults import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.loader import MultiCropLoader
 from pipeline.shards.index import UNLABELLED, ShardIndex
 from train.evaluation import features
@@ -36,7 +37,7 @@ def centre_loader(index: ShardIndex, batch_size: int) -> MultiCropLoader:
 @pytest.fixture
 def encoder() -> MultiCropEncoder:
     torch.manual_seed(0)
-    return MultiCropEncoder("vit_small_patch16_dinov3", [32], **TINY).eval()
+    return MultiCropEncoder("vit_small_patch16_dinov3", [32], mean=IMAGENET_MEAN, std=IMAGENET_STD, **TINY).eval()
 
 
 def test_stored_features_are_those_of_each_image_alone_whatever_the_batch(
