@@ -34,19 +34,18 @@ def default_levels(depth: int) -> tuple[Level, ...]:
 class HJEPA(nn.Module):
     """Student encoder, EMA target encoder, predictor and projector; `forward` is the whole loss.
 
-    The target encoder's parameters need no gradient and are moved by `update_target`.
+    `predictor` has a head for each of the `levels`. The target encoder's parameters need no gradient; `update_target` moves
+    them.
     """
 
     def __init__(
         self,
         encoder: MultiCropEncoder,
+        predictor: Predictor,
         levels: Sequence[Level],
         *,
         num_global_crops: int,
         global_crop_size: int,
-        predictor_width: int,
-        predictor_depth: int,
-        predictor_heads: int,
         projector_hidden: int,
         projector_dim: int,
         view_weight: float,
@@ -60,7 +59,7 @@ class HJEPA(nn.Module):
         self.target = copy.deepcopy(encoder).requires_grad_(False)
         self.levels = tuple(levels)
         self.num_global, self.grid = num_global_crops, global_crop_size // encoder.patch_size
-        self.predictor = Predictor(encoder.width, predictor_width, predictor_depth, predictor_heads, len(self.levels))
+        self.predictor = predictor
         self.encoder.grad_checkpointing = self.predictor.grad_checkpointing = grad_checkpointing
         self.projector: nn.Module | None = None
         self.exclude_covered = exclude_covered

@@ -26,6 +26,7 @@ from model.encoder import MultiCropEncoder
 from model.hjepa import HJEPA, default_levels
 from model.losses import random_directions
 from model.masks import STRATEGIES
+from model.predictor import Predictor
 from pipeline import CropBatch, build_multicrop_dataloader, build_multicrop_dataset
 from pipeline.dataset import MultiCropDataset, resolve_device
 from pipeline.notices import Every
@@ -53,10 +54,10 @@ def build_hjepa(dataset: MultiCropDataset) -> HJEPA:
     encoder = MultiCropEncoder(
         "vit_tiny_patch16_dinov3_qkvb", [224, 96], mean=dataset.mean, std=dataset.std, depth=6, init_values=0.1
     )
+    levels = default_levels(encoder.depth)
     return HJEPA(
-        encoder, default_levels(encoder.depth), num_global_crops=2, global_crop_size=224, predictor_width=96,
-        predictor_depth=2, predictor_heads=3, projector_hidden=256, projector_dim=PROJECTOR, view_weight=1.0,
-        sigreg_weight=0.05, sigreg_knots=17,
+        encoder, Predictor(encoder.width, 96, 2, 3, len(levels)), levels, num_global_crops=2, global_crop_size=224,
+        projector_hidden=256, projector_dim=PROJECTOR, view_weight=1.0, sigreg_weight=0.05, sigreg_knots=17,
     )  # fmt: skip
 
 

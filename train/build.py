@@ -1,6 +1,6 @@
 """The settings of a run turned into its objects: the one place where config keys meet arguments."""
 
-from collections.abc import Callable
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from model.encoder import MultiCropEncoder
 from model.hjepa import HJEPA, Level, default_levels
 from model.masks import MultiCropMaskGenerator
+from model.predictor import Predictor
 from pipeline.crops.augment import Augmentation
 from pipeline.dataset import (
     MultiCropDataset,
@@ -25,7 +26,9 @@ from pipeline.tuning import ReaderSettings, candidates, tune
 from train.config.schema import Config
 from train.distributed import Ranks
 from train.evaluation.features import spread_rows
-from train.step import LoopSettings
+from train.optim import Schedule
+
+log = logging.getLogger(__name__)
 
 ALONE = Ranks()
 HW_DECODER_LOAD = 0.65  # DALI's own default
@@ -89,16 +92,14 @@ def build_training_loader(
 
 
 def describe_epoch(config: Config, loader: MultiCropLoader) -> str:
-    """What a user should know of the data: how much there is, and how many samples no step of an epoch takes."""
+    """How much data there is, and how many samples an epoch leaves out because they do not fill a step."""
     count, per_step = len(loader.index), loader.global_batch * config.training.accumulation_steps
-    left_out = f"; {count % per_step} fill no step and are left out, others in each epoch" if count % per_step else ""
+    dropped = f"; each epoch leaves out {count % per_step} others, which fill no step" if count % per_step else ""
     shards = len(loader.index.shards)
-    return f"data: {count:,} images in {shards} shards, {count // per_step:,} steps of {per_step} an epoch{left_out}"
+    return f"data: {count:,} images in {shards} shards, {count // per_step:,} steps of {per_step} an epoch{dropped}"
 
 
-def tuned_reader(
-    config: Config, dataset: MultiCropDataset, tell: Callable[[str], None], ranks: Ranks = ALONE
-) -> dict[str, Any]:
+def tuned_reader(config: Config, dataset: MultiCropDataset, ranks: Ranks = ALONE) -> dict[str, Any]:
     """Arguments for `build_loader` in place of `auto`: measured on a GPU, where the pipeline has the CPU to itself."""
     data = config.data
     if resolve_device(config.device) != "gpu" or "auto" not in (data.num_workers, data.hw_decoder_load):
@@ -106,27 +107,20 @@ def tuned_reader(
     settings = candidates(own_cores(), None if data.hw_decoder_load == "auto" else data.hw_decoder_load)
     if data.num_workers != "auto":
         settings = sorted({replace(each, num_threads=data.num_workers) for each in settings})
-    return _tune(config, dataset, settings, tell, ranks)
+    return _fastest_reader(config, dataset, settings, ranks)
 
 
-def _tune(
-    config: Config,
-    dataset: MultiCropDataset,
-    settings: list[ReaderSettings],
-    tell: Callable[[str], None],
-    ranks: Ranks = ALONE,
+def _fastest_reader(
+    config: Config, dataset: MultiCropDataset, settings: list[ReaderSettings], ranks: Ranks = ALONE
 ) -> dict[str, Any]:
     def arguments(each: ReaderSettings) -> dict[str, Any]:
         return {"num_workers": each.num_threads, "hw_decoder_load": each.hw_decoder_load}
 
-    chosen, rates = tune(
-        lambda each: build_training_loader(config, dataset, ranks, **arguments(each)),
-        settings,
-    )
+    chosen, rates = tune(lambda each: build_training_loader(config, dataset, ranks, **arguments(each)), settings)
     listed = ", ".join(f"{each.num_threads}/{each.hw_decoder_load:g}: {rate:,.0f}" for each, rate in rates.items())
-    tell(
-        f"data: {chosen.num_threads} DALI threads, JPEG engine {chosen.hw_decoder_load:.0%}, chosen by images/s of "
-        f"threads/engine: {listed}"
+    log.info(
+        f"data: {chosen.num_threads} DALI threads, {chosen.hw_decoder_load:.0%} of the JPEGs on the JPEG engine, chosen by "
+        f"images/s of threads/engine: {listed}"
     )
     return arguments(chosen)
 
@@ -161,14 +155,14 @@ def build_model(config: Config, device: torch.device) -> HJEPA:
     sizes = [crops.global_crop_size] + ([crops.local_crop_size] if num_local else [])
     mean, std = config.data.augmentation.mean, config.data.augmentation.std
     encoder = MultiCropEncoder(settings.encoder, sizes, mean=mean, std=std, **settings.encoder_kwargs)
+    levels = build_levels(config, encoder.depth)
+    shape = (settings.predictor_width, settings.predictor_depth, settings.predictor_heads)
     model = HJEPA(
         encoder,
-        build_levels(config, encoder.depth),
+        Predictor(encoder.width, *shape, len(levels)),
+        levels,
         num_global_crops=num_global,
         global_crop_size=crops.global_crop_size,
-        predictor_width=settings.predictor_width,
-        predictor_depth=settings.predictor_depth,
-        predictor_heads=settings.predictor_heads,
         projector_hidden=settings.projector_hidden,
         projector_dim=settings.projector_dim,
         view_weight=config.loss.view_weight,
@@ -213,27 +207,26 @@ def build_masks(config: Config, model: HJEPA, device: torch.device) -> MultiCrop
     )
 
 
-def loop_settings(config: Config, batches_per_epoch: int, device: torch.device, ranks: Ranks = ALONE) -> LoopSettings:
+def build_schedule(config: Config, batches_per_epoch: int) -> Schedule:
     training = config.training
     steps_per_epoch = batches_per_epoch // training.accumulation_steps
     total = training.epochs * steps_per_epoch
-    return LoopSettings(
+    return Schedule(
         total_steps=min(total, training.max_steps or total),
         warmup_steps=round(training.warmup_epochs * steps_per_epoch),
-        lr=training.lr,
+        peak_lr=training.lr,
         final_lr=training.lr * training.final_lr_ratio,
-        ema_momentum=training.ema_momentum,
-        ema_final_momentum=training.ema_final_momentum,
-        grad_clip=training.grad_clip,
-        # bf16 only pays where the hardware multiplies in it: on CPUs it was slower than float32.
-        use_amp=training.use_amp and device.type == "cuda",
-        sigreg_slices=config.loss.sigreg_slices,
-        projector_dim=config.model.projector_dim,
-        seed=config.seed,
-        accumulation_steps=training.accumulation_steps,
-        log_frequency=config.logging.log_frequency,
-        save_frequency=config.checkpoint.save_frequency,
-        probe_frequency=config.evaluation.eval_frequency * steps_per_epoch,
-        save_probed=config.checkpoint.keep_best_n > 0,
-        max_skipped_steps=training.max_skipped_steps,
+        first_momentum=training.ema_momentum,
+        last_momentum=training.ema_final_momentum,
     )
+
+
+def amp_enabled(config: Config, device: torch.device) -> bool:
+    """bf16 only pays where the hardware multiplies in it: on CPUs it was slower than float32."""
+    return config.training.use_amp and device.type == "cuda"
+
+
+def crop_sizes(config: Config) -> list[int]:
+    """Pixels of each crop of an image, globals first."""
+    (num_global, num_local), crops = config.data.crop_counts, config.data.multicrop
+    return [crops.global_crop_size] * num_global + [crops.local_crop_size] * num_local

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+log = logging.getLogger(__name__)
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 
@@ -23,7 +26,7 @@ class DamagedCheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint will hold: copies, so that training may go on while they are written."""
+    """What a checkpoint will hold: copies, so that training can continue while they are written."""
 
     model: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
@@ -33,8 +36,8 @@ class Snapshot:
 def take_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Snapshot:
     """`state` is JSON with a `step`, and a `score` by which the best are kept (higher is better) or null.
 
-    The copies stay on their device, which takes milliseconds where the way to the host would take seconds; if there is no
-    room for them, they go to the host at once.
+    The copies stay on their device, which takes milliseconds where copying to the host takes seconds; if there is no memory
+    for them, they go to the host at once.
     """
     parts = (dict(model.state_dict()), _optimizer_tensors(optimizer))
     try:
@@ -47,11 +50,11 @@ def take_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, state: dic
 def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     """Write `folder/step_00001234` and return its path. Raises OSError, and then leaves nothing behind.
 
-    The files are flushed to disk before the rename: a checkpoint folder either does not exist or is whole.
+    The files are flushed to disk before the rename: a checkpoint folder either does not exist or is complete.
     """
     final = checkpoint_path(folder, snapshot.state["step"])
     temporary = folder / f".{final.name}.partial"
-    for left_behind in folder.glob(".step_*.partial"):  # by a process that was killed
+    for left_behind in folder.glob(".step_*.partial"):  # of a process that was killed
         shutil.rmtree(left_behind, ignore_errors=True)
     try:
         _write_files(temporary, snapshot)
@@ -89,7 +92,7 @@ def _score(path: Path) -> float | None:
     try:
         return json.loads((path / STATE).read_text())["score"]
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # damaged: it may go
+        return None  # damaged: it may be deleted
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -106,7 +109,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Raise DamagedCheckpointError unless every file is there and the manifest is, to the byte, the one they make."""
+    """Raise DamagedCheckpointError unless every file exists and the manifest equals, to the byte, the one they give."""
     try:
         written, sums = (path / MANIFEST).read_bytes(), _sums(path)
     except OSError as error:
@@ -124,14 +127,14 @@ def _manifest(sums: dict[str, str]) -> str:
     return json.dumps({"format": 1, "sha256": sums}, indent=1)
 
 
-def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest undamaged checkpoint; every damaged one on the way is reported through `say`."""
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest undamaged checkpoint; damaged ones are reported."""
     for path in reversed(list_checkpoints(folder)):
         try:
             verify_checkpoint(path)
             return path
         except DamagedCheckpointError as error:
-            say(f"{error}; falling back to the one before")
+            log.warning(f"{error}; falling back to the previous checkpoint")
     return None
 
 
@@ -165,6 +168,38 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.T
         for name, parameter in zip(group["names"], group["params"], strict=True):
             keys = [key for key in tensors if key.rpartition("/")[0] == name]
             optimizer.state[parameter] = {key.rpartition("/")[2]: tensors[key].to(parameter.device) for key in keys}
+
+
+class CheckpointWriter:
+    """Writes one snapshot at a time to `folder`, in a thread. A full disk is reported; earlier checkpoints stay."""
+
+    def __init__(self, folder: Path, keep_last: int, keep_best: int) -> None:
+        self._folder, self._keep_last, self._keep_best = folder, keep_last, keep_best
+        self._thread: threading.Thread | None = None
+
+    def write(self, snapshot: Snapshot) -> None:
+        """Return at once, unless the previous snapshot is still being written."""
+        self.wait()
+        self._thread = threading.Thread(target=self._write, args=(snapshot,))
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until everything handed over is on the disk, or was refused by it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, snapshot: Snapshot) -> None:
+        try:
+            write_checkpoint(self._folder, snapshot)
+            prune_checkpoints(self._folder, self._keep_last, self._keep_best)
+        except OSError as error:
+            existing = list_checkpoints(self._folder)
+            last = f"the last one is {existing[-1].name}" if existing else "there is none yet"
+            log.warning(
+                f"{self._folder}: step {snapshot.state['step']} could not be saved ({error}); {last}. Training continues: "
+                "free some space, or lower checkpoint.keep_last_n"
+            )
 
 
 def _sha256(path: Path) -> str:

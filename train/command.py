@@ -39,8 +39,12 @@ def run_command(name: str, work: Callable[[], int | None], interrupted: str = "i
     """
     try:
         return work() or 0
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except ModuleNotFoundError as error:
+        install = "pip install --require-hashes -r requirements.lock; python tools/doctor.py says more"
+        print(f"{name}: {error}: {install}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print(f"{name}: {interrupted}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Several processes that train one model: who this one is, what they agree on, and what ends them when one hangs."""
+"""Several processes that train one model: this one's rank, what they agree on, and what ends them when one hangs."""
 
 import datetime
 import faulthandler
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-# Rank 0 evaluates alone while the others wait for it: hangs are the watchdog's business, which knows about that.
+# Rank 0 evaluates alone while the others wait for it; the watchdog knows about that, and detects hangs.
 PATIENCE = datetime.timedelta(days=7)
 
 
@@ -62,19 +62,18 @@ class Ranks:
 
 
 def ranks_from_environment() -> Ranks:
-    """One process alone unless torchrun says otherwise."""
+    """A single process unless torchrun says otherwise."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     return Ranks(*(int(os.environ.get(name, default)) for name, default in zip(names, "0101", strict=True)))
 
 
-@contextmanager
-def joined(ranks: Ranks, kind: str) -> Iterator[None]:
-    """While open, the ranks can talk: NCCL between GPUs, gloo between CPUs. ValueError for more ranks than GPUs."""
+def use_device(ranks: Ranks, kind: str) -> torch.device:
+    """This rank's device, of `kind` gpu or cpu, made torch's current one. ValueError for more ranks than GPUs."""
     if kind == "gpu":
         count = torch.cuda.device_count()
         if not count:
             raise ValueError(
-                "device: gpu, but torch sees no GPU here. Write device=auto or cpu, or ask `python tools/doctor.py` why"
+                "device: gpu, but torch sees no GPU here. Use device=auto or device=cpu; `python tools/doctor.py` says why"
             )
         if ranks.local_world_size > count:
             raise ValueError(
@@ -82,10 +81,16 @@ def joined(ranks: Ranks, kind: str) -> Iterator[None]:
                 f"Use --nproc_per_node={count}"
             )
         torch.cuda.set_device(ranks.local_rank)
+    return ranks.device(kind)
+
+
+@contextmanager
+def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
+    """While open, the ranks can communicate: by NCCL between GPUs, by gloo between CPUs."""
     if ranks.world_size == 1:
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "gpu" else "gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield
     finally:
@@ -93,7 +98,7 @@ def joined(ranks: Ranks, kind: str) -> Iterator[None]:
 
 
 def replicated(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """`model` with gradients averaged over the ranks; alone, the model itself."""
+    """`model` with gradients averaged over the ranks; for a single process, the model itself."""
     if ranks.world_size == 1:
         return model
     with warnings.catch_warnings():
@@ -103,14 +108,14 @@ def replicated(model: nn.Module, ranks: Ranks) -> nn.Module:
 
 
 def gradients_kept_back(replica: nn.Module, kept: bool) -> AbstractContextManager[Any]:
-    """While open, a forward's gradients stay on this rank, if `kept`, for a later batch's to be averaged with."""
+    """While open, and if `kept`, gradients stay on this rank, to be averaged together with those of a later batch."""
     return replica.no_sync() if kept and isinstance(replica, DistributedDataParallel) else nullcontext()
 
 
 class Watchdog:
-    """While open, ends the process with the stack of its threads when no `beat` has come for `timeout_s`.
+    """While open, ends the process and prints the stack of its threads when no `beat` has come for `timeout_s`.
 
-    On several ranks alone: when one hangs, all of them stand still, and each shows where. A process alone is left to its user.
+    Only on several ranks: when one hangs, all of them stand still, and each shows where. A single process is left to its user.
     """
 
     def __init__(self, ranks: Ranks, timeout_s: float) -> None:
@@ -120,7 +125,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def beat(self) -> None:
-        """A step begins."""
+        """The run makes progress."""
         self._last = time.monotonic()
 
     def rest(self) -> None:
@@ -132,7 +137,7 @@ class Watchdog:
             last = self._last
             if last is not None and time.monotonic() - last > self._timeout_s:
                 print(
-                    f"{self._name}: no step for {self._timeout_s:g} s (training.timeout_s); it stands at",
+                    f"{self._name}: no step for {self._timeout_s:g} s (training.timeout_s); it stands at:",
                     file=sys.stderr,
                 )
                 sys.stderr.flush()
@@ -142,6 +147,7 @@ class Watchdog:
             faulthandler.dump_traceback_later(2 * self._timeout_s, exit=True)
 
     def __enter__(self) -> Self:
+        self.beat()
         if self._needed:
             self._thread.start()
         return self

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from model.losses import random_directions
-from train.build import build_masks, build_model
+from train.build import amp_enabled, build_masks, build_model, crop_sizes
 from train.config.schema import Config
 
 IMAGES = 2  # enough for batch statistics
@@ -17,7 +17,7 @@ COPIES = 4  # float32 weight, gradient and two moments of each trained weight
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of one rank. `per_image` is with local crops, `per_local` what one of them adds; both grow with the batch."""
+    """Bytes of one rank. `per_image`: for the global crops of an image; `per_local`: for each of its local crops."""
 
     fixed: float
     per_image: float
@@ -32,7 +32,7 @@ class StepMemory:
 
 
 def measure_step(config: Config, amp: bool) -> StepMemory:
-    """From what two images' forward passes keep for the backward pass, with the local crops and without; on the CPU."""
+    """From what the forward pass of two images keeps for the backward pass, with all local crops and with one; on the CPU."""
     num_local = config.data.crop_counts[1]
     model = build_model(config, torch.device("cpu"))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -50,9 +50,7 @@ def measure_step(config: Config, amp: bool) -> StepMemory:
 def kept_bytes(config: Config, amp: bool) -> int:
     """What autograd keeps of the forward pass of `IMAGES` images, weights left out."""
     device = torch.device("cpu")
-    num_global, num_local = config.data.crop_counts
-    crops = config.data.multicrop
-    sizes = [crops.global_crop_size] * num_global + [crops.local_crop_size] * num_local
+    sizes = crop_sizes(config)
     model = build_model(config, device)
     plan = build_masks(config, model, device)(IMAGES)
     boxes = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(IMAGES, len(sizes), 4)
@@ -92,7 +90,7 @@ def device_memory(device: torch.device) -> int:
 def remedies(config: Config, memory: StepMemory, budget: float) -> list[str]:
     """The guide's three remedies, each with the largest value that fits `budget` bytes, or that it is not enough alone.
 
-    `memory` is made to exceed the budget first, should its estimate have been too low: it did not fit.
+    An estimate `memory` below the budget is scaled to exceed it, because the step did not fit.
     """
     batch, num_local = config.data.batch_size, config.data.crop_counts[1]
     size, patch = config.data.multicrop.local_crop_size, config.model.patch_size or 1
@@ -117,14 +115,25 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def out_of_memory_advice(config: Config, device: torch.device, amp: bool) -> str:
+@contextmanager
+def out_of_memory_explained(config: Config, device: torch.device) -> Iterator[None]:
+    """Out-of-memory errors inside become a ValueError that says which settings would fit."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(out_of_memory_advice(config, device)) from None
+
+
+def out_of_memory_advice(config: Config, device: torch.device) -> str:
     """One line for a step that did not fit."""
     budget = device_memory(device)
     try:
-        lines = remedies(config, measure_step(config, amp), budget)
+        lines = remedies(config, measure_step(config, amp_enabled(config, device)), budget)
     except (MemoryError, RuntimeError):
         lines = ["data.multicrop.num_local_crops", "data.batch_size", "data.multicrop.local_crop_size"]
     return (
-        f"out of memory: a step does not fit the {budget / 2**30:.1f} GiB of {device}. By estimate one of these would do: "
+        f"out of memory: a step does not fit the {budget / 2**30:.1f} GiB of {device}. By estimate, any of these is enough: "
         f"{'; '.join(lines)}. model.grad_checkpointing=true takes less memory and more time"
     )

@@ -1,6 +1,7 @@
 """Parameter groups and schedules."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -25,18 +26,30 @@ def build_optimizer(model: nn.Module, weight_decay: float, betas: tuple[float, f
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate and EMA momentum of every optimiser step, counted from 0."""
+
+    total_steps: int
+    warmup_steps: int
+    peak_lr: float
+    final_lr: float
+    first_momentum: float
+    last_momentum: float
+
+    def lr(self, step: int) -> float:
+        """Linear warm-up to the peak, then half a cosine to `final_lr` at the last step."""
+        if step < self.warmup_steps:
+            return self.peak_lr * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(self.total_steps - 1 - self.warmup_steps, 1)
+        return cosine(self.peak_lr, self.final_lr, done)
+
+    def momentum(self, step: int) -> float:
+        """Half a cosine, held down to (1 + step) / (10 + step) so that short runs forget their start."""
+        held = cosine(self.first_momentum, self.last_momentum, step / max(self.total_steps - 1, 1))
+        return min(held, (1 + step) / (10 + step))
+
+
 def cosine(start: float, end: float, done: float) -> float:
     """From `start` at done = 0 to `end` at done = 1 along half a cosine."""
     return end + (start - end) * (1 + math.cos(math.pi * min(max(done, 0.0), 1.0))) / 2
-
-
-def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float, final: float) -> float:
-    """Linear warm-up to `peak`, then half a cosine to `final` at the last step."""
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    return cosine(peak, final, (step - warmup_steps) / max(total_steps - 1 - warmup_steps, 1))
-
-
-def ema_momentum(step: int, total_steps: int, start: float, end: float) -> float:
-    """Half a cosine from `start` to `end`, held down to (1 + step) / (10 + step) so that short runs forget their start."""
-    return min(cosine(start, end, step / max(total_steps - 1, 1)), (1 + step) / (10 + step))

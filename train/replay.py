@@ -1,4 +1,4 @@
-"""The crops and masks that training sees at some positions of an epoch, made again."""
+"""The crops and masks that training sees at given positions of an epoch, reproduced."""
 
 from dataclasses import dataclass, fields
 
@@ -7,9 +7,9 @@ import torch
 from model.masks import MaskPlan, MultiCropMaskGenerator
 from pipeline.batch import CropBatch
 from pipeline.dataset import MultiCropDataset, resolve_device
-from train.build import build_dataset, build_loader, build_masks, build_model, loop_settings
+from train.build import build_dataset, build_loader, build_masks, build_model, build_schedule
 from train.config.schema import Config
-from train.step import LoopSettings, step_seed
+from train.step import step_seed
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Replay:
-    """B samples: their crops, `masks` drawn for them, `rows` in the index, and what to say of each."""
+    """B samples: their crops, their `masks`, their `rows` in the index, and a caption for each."""
 
     dataset: MultiCropDataset
     batch: CropBatch
@@ -45,30 +45,29 @@ def replay(config: Config, epoch: int, position: int, count: int, world_size: in
             raise ValueError(f"{option} {value}: must be at least 1")
     dataset = build_dataset(config)
     device = torch.device("cuda" if resolve_device(config.device) == "gpu" else "cpu")
-    # Only numbers of the model are asked for: no weights are made.
+    # Only the sizes of the model are needed: no weights are allocated.
     with torch.device("meta"):
         model = build_model(config, torch.device("meta"))
     generator = build_masks(config, model, device)
     loader = build_loader(config, dataset, config.data.batch_size, world_size=world_size)
-    settings = loop_settings(config, len(loader), device)
-    parts = settings.accumulation_steps
+    parts, total_steps = config.training.accumulation_steps, build_schedule(config, len(loader)).total_steps
     used = len(loader) // parts * parts * loader.global_batch
     check_place(epoch, position, config.training.epochs, used, len(dataset))
     count = min(count, used - position)
     places = [
         place_of(epoch, p, used, config.data.batch_size, parts, world_size) for p in range(position, position + count)
     ]
-    first, places = places[0], [place for place in places if place.step < settings.total_steps]
+    first, places = places[0], [place for place in places if place.step < total_steps]
     if not places:
         raise ValueError(
-            f"--epoch {epoch} --position {position}: step {first.step} is past the run's {settings.total_steps} steps: "
+            f"--epoch {epoch} --position {position}: step {first.step} is past the run's {total_steps} steps: "
             "choose an earlier place, or raise training.max_steps"
         )
     batch, rows = crops_at(config, dataset, epoch, position, len(places))
     return Replay(
         dataset,
         batch,
-        masks_at(places, generator, settings, config.data.batch_size, world_size),
+        masks_at(places, generator, config.seed, config.data.batch_size, world_size),
         rows,
         [describe(dataset, row, epoch, position + i, places[i]) for i, row in enumerate(rows)],
         model.grid,
@@ -81,7 +80,7 @@ def check_place(epoch: int, position: int, epochs: int, used: int, total: int) -
     if not 0 <= epoch < epochs:
         raise ValueError(f"--epoch {epoch}: the run has {epochs} epochs, allowed are 0..{epochs - 1}")
     if not 0 <= position < used:
-        left_out = f" (the last {total - used} fill no step and are left out)" if used <= position < total else ""
+        left_out = f" (the last {total - used} fill no step and are dropped)" if used <= position < total else ""
         raise ValueError(
             f"--position {position}: an epoch trains on {used:,} of {total:,} samples, "
             f"allowed are 0..{used - 1}{left_out}"
@@ -105,14 +104,14 @@ def crops_at(
 
 
 def masks_at(
-    places: list[Place], generator: MultiCropMaskGenerator, settings: LoopSettings, batch_size: int, world_size: int
+    places: list[Place], generator: MultiCropMaskGenerator, seed: int, batch_size: int, world_size: int
 ) -> MaskPlan:
-    """The masks of each place: they are drawn for a whole batch at once, and then the slot's are taken."""
+    """The masks of each place: drawn for its whole batch at once, as in training, of which its slot is taken."""
     plans: dict[tuple[int, int], MaskPlan] = {}
     for place in places:
         drawn = place.step, place.part * world_size + place.rank + 1
         if drawn not in plans:
-            torch.manual_seed(step_seed(settings.seed, *drawn))
+            torch.manual_seed(step_seed(seed, *drawn))
             plans[drawn] = generator(batch_size)
     chosen = [(plans[place.step, place.part * world_size + place.rank + 1], place.slot) for place in places]
 

@@ -6,6 +6,7 @@ Several GPUs: `torchrun --nproc_per_node=8 -m train.run configs/multicrop_traini
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,13 +14,13 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.shards.index import split_folder
+from train.command import BAD_INPUT, run_command, show_messages
 from train.config.load import SHORT_FLAGS, annotated, load_config_with_origins
 from train.config.schema import Config
 from train.config.yaml12 import ConfigError
 from train.output.display import LOADING
 
-BAD_INPUT = 2
-INTERRUPTED = 128 + 2  # the shell's number for SIGINT
+LOST = 1  # another rank died or hangs
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> tuple[Path, list[str], argparse.Namespace]:
@@ -28,16 +29,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[Path, list[str], a
         prog="python -m train.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", nargs="?", help="the run's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
-    parser.add_argument("--config", dest="config_flag", metavar="CONFIG", help="the same as the first argument")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file's")
+    parser.add_argument("--config", dest="config_flag", metavar="CONFIG", help="same as the first argument")
     for flag, key in SHORT_FLAGS.items():
         parser.add_argument(f"--{flag}", metavar="VALUE", help=f"short for {key}=VALUE")
     parser.add_argument(
-        "--print-config", action="store_true", help="print every setting and where it comes from; no more"
+        "--print-config", action="store_true", help="print every setting and where it comes from, and exit"
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="the same, and try data, model and memory; write nothing"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="also try data, model and memory; write nothing")
     given = parser.parse_intermixed_args(arguments)
     overrides = list(given.overrides)
     if given.config_flag and given.config:
@@ -49,56 +48,85 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[Path, list[str], a
     return Path(config), overrides, given
 
 
-def refuse_early(config: Config) -> None:
-    """Raise ValueError or FileNotFoundError for what can be told at once, without torch."""
+def check_settings(config: Config) -> None:
+    """Raise ValueError or FileNotFoundError for what can be checked without loading torch."""
     split_folder(config.data.dataset, config.data.data_path, "train")
     resume = config.checkpoint.resume
     if resume not in ("auto", "none") and not (Path(resume) / "manifest.json").is_file():
         raise FileNotFoundError(
-            f"checkpoint.resume: {resume} is no checkpoint; a folder runs/NAME/checkpoints/step_*, auto or none"
+            f"checkpoint.resume: {resume} is not a checkpoint; give a folder runs/NAME/checkpoints/step_*, auto or none"
         )
     if config.logging.wandb.enabled and find_spec("wandb") is None:
         raise ValueError(
-            "logging.wandb.enabled: the package wandb is not installed; `pip install wandb`, or write false"
+            "logging.wandb.enabled: the package wandb is not installed; `pip install wandb`, or set it to false"
         )
+
+
+def run(given: argparse.Namespace, path: Path, overrides: list[str]) -> int:
+    is_first = os.environ.get("RANK", "0") == "0"
+    console = Console(soft_wrap=True, quiet=not is_first)
+    show_messages(console)
+    try:
+        config, origins = load_config_with_origins(path, overrides)
+    except ConfigError:
+        if is_first:  # the same on all ranks: reported once
+            raise
+        return BAD_INPUT
+    if given.print_config or given.dry_run:
+        console.out(annotated(config, origins), highlight=False)
+    if given.print_config:
+        return 0
+    check_settings(config)
+    console.print(LOADING, style="dim")
+    # Imported only now: it takes about ten seconds, and wrong settings are reported at once.
+    if given.dry_run:
+        from train.dry_run import dry_run
+
+        dry_run(config)
+        return 0
+    return train(config, console)
+
+
+def train(config: Config, console: Console) -> int:
+    """Train, evaluate and draw; returns the exit code. Only rank 0 shows and writes anything."""
+    import torch
+
+    from pipeline.dataset import resolve_device
+    from train.build import torch_threads
+    from train.distributed import joined, ranks_from_environment, use_device
+    from train.memory import is_out_of_memory, out_of_memory_explained
+    from train.output.folder import StopSignal
+    from train.trainer import Trainer
+
+    ranks, kind = ranks_from_environment(), resolve_device(config.device)
+    device = use_device(ranks, kind)
+    with out_of_memory_explained(config, device):
+        with joined(ranks, device):
+            if kind == "cpu":
+                torch.set_num_threads(torch_threads())
+            trainer = Trainer(config, ranks)
+            trainer.open(console)
+            try:
+                with StopSignal() as stop:
+                    code = trainer.fit(stop)
+            except RuntimeError as error:
+                if ranks.world_size == 1 or is_out_of_memory(error):
+                    raise
+                # Most likely another rank has died and reports its own error; where this one stood may help as well.
+                traceback.print_exc()
+                print(f"rank {ranks.rank}: lost the others at step {trainer.state.step}", file=sys.stderr)
+                return LOST
+        if code == 0 and ranks.is_first:
+            code = trainer.evaluate()
+    trainer.close(code)
+    return code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     path, overrides, given = parse_arguments(arguments)
-    is_first = os.environ.get("RANK", "0") == "0"
-    console = Console(soft_wrap=True, quiet=not is_first)
-    try:
-        config, origins = load_config_with_origins(path, overrides)
-        if given.print_config or given.dry_run:
-            console.out(annotated(config, origins), highlight=False)
-        if given.print_config:
-            return 0
-        refuse_early(config)
-        console.print(LOADING, style="dim")
-        # Only now: they take about ten seconds, and a wrong setting should be told at once.
-        if given.dry_run:
-            from train.dry_run import dry_run
-
-            for line in dry_run(config):
-                console.print(line, highlight=False)
-            return 0
-        from train.session import run
-
-        return run(config, console)
-    except (ValueError, OSError) as error:  # OSError: a disk or a folder that refuses, which is none of ours
-        if is_first or not isinstance(error, ConfigError):  # a wrong file is told once, what befell a rank by that rank
-            print(error, file=sys.stderr)
-        return BAD_INPUT
-    except ModuleNotFoundError as error:
-        print(
-            f"{error}: pip install --require-hashes -r requirements.lock; python tools/doctor.py says more",
-            file=sys.stderr,
-        )
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        # While training, a signal is caught and answered with a checkpoint; this one came before or after.
-        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
-        return INTERRUPTED
+    # While training, a signal is caught and answered with a checkpoint; Ctrl-C before or after that ends the command.
+    resumes = "interrupted; the same command continues from the newest checkpoint"
+    return run_command("train", lambda: run(given, path, overrides), interrupted=resumes)
 
 
 if __name__ == "__main__":

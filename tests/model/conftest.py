@@ -9,11 +9,12 @@ from model import MultiCropMaskGenerator
 from model.encoder import MultiCropEncoder
 from model.hjepa import HJEPA, default_levels
 from model.losses import random_directions
+from model.predictor import Predictor
 from pipeline.defaults import IMAGENET_MEAN, IMAGENET_STD
 
 OPTIONS = {
-    "num_global_crops": 2, "global_crop_size": 48, "predictor_width": 32, "predictor_depth": 2, "predictor_heads": 2,
-    "projector_hidden": 32, "projector_dim": 16, "view_weight": 1.0, "sigreg_weight": 0.1, "sigreg_knots": 17,
+    "num_global_crops": 2, "global_crop_size": 48, "projector_hidden": 32, "projector_dim": 16, "view_weight": 1.0,
+    "sigreg_weight": 0.1, "sigreg_knots": 17,
 }  # fmt: skip
 BATCH = 6
 
@@ -33,7 +34,7 @@ def build(**changes: object) -> HJEPA:
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
     )
-    return HJEPA(encoder, default_levels(3), **{**OPTIONS, **changes})
+    return HJEPA(encoder, Predictor(32, 32, 2, 2, 3), default_levels(3), **{**OPTIONS, **changes})
 
 
 def draw_inputs(strategy: str = "global_only", num_global: int = 2, num_local: int = 4, seed: int = 1) -> dict:

@@ -8,16 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.dataset import MultiCropDataset
 from pipeline.shards.index import open_index
 from tools.preview import main
-from train.build import build_dataset, build_loader, build_masks, build_model, loop_settings
+from train.build import build_dataset, build_loader
 from train.config.load import load_config
 from train.config.schema import Config
-from train.distributed import Ranks
-from train.loop import RunState, train_steps
-from train.optim import build_optimizer
 from train.replay import replay
+from train.trainer import Trainer
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 BATCH, STEPS_PER_EPOCH = 8, 12  # 103 samples: 7 are left out of each epoch
@@ -40,21 +37,15 @@ def _one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-def trained_on(config: Config, dataset: MultiCropDataset, start: dict[str, int], batches: int) -> list[tuple]:
-    """What the model gets with each batch of a training loop that goes on from `start`: crops, boxes, flips and masks."""
-    device, seen = torch.device("cpu"), []
-    loader = build_loader(config, dataset, config.data.batch_size)
+def trained_on(config: Config, start: dict[str, int], count: int) -> list[tuple]:
+    """What the model gets with each of `count` batches of a training that continues from `start`: crops, boxes, flips, masks."""
+    trainer, seen = Trainer(config), []
+    loader, parts = trainer.loader, config.training.accumulation_steps
+    trainer.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[:4]))
+    trainer.state.step = (start["epoch"] * len(loader) + start["position"] // loader.global_batch) // parts
     loader.load_state_dict(start)
-    model = build_model(config, device)
-    masks = build_masks(config, model, device)
-    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[:4]))
-    settings = loop_settings(config, len(loader), device)
-    step = (start["epoch"] * len(loader) + start["position"] // loader.global_batch) // settings.accumulation_steps
-    train_steps(
-        model, model, masks, build_optimizer(model, 0.0, (0.9, 0.95)), loader, RunState(step), settings, Ranks(),
-        log=lambda values: None, tell=print, show=lambda: None, probe=lambda: None, save=lambda: None,
-        stop=lambda: len(seen) == batches,
-    )  # fmt: skip
+    while len(seen) < count:
+        trainer.step()
     return seen
 
 
@@ -62,9 +53,8 @@ def trained_on(config: Config, dataset: MultiCropDataset, start: dict[str, int],
 def test_the_preview_is_what_training_sees_there_bit_for_bit(strategy: str, parts: int, data_path: Path) -> None:
     changes = f"masking.strategy={strategy}", f"training.accumulation_steps={parts}"
     config = load_config(CONFIG, settings(data_path, *changes))
-    dataset = build_dataset(config)
     # From the last steps of epoch 0, through the boundary, to the middle of epoch 1: batches 10 to 17.
-    batches = trained_on(config, dataset, {"epoch": 0, "position": 10 * BATCH}, 8)
+    batches = trained_on(config, {"epoch": 0, "position": 10 * BATCH}, 8)
     for epoch, position, count in ((0, 87, 2), (1, 0, 1), (1, 29, 12)):
         again = replay(config, epoch, position, count)
         assert len(again.rows) == count

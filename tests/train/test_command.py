@@ -115,6 +115,6 @@ def test_out_of_memory_is_answered_with_settings_that_would_fit(
     error = capsys.readouterr().err
     assert code == 2
     assert error.count("\n") == 1
-    assert error.startswith("out of memory: a step does not fit")
+    assert "out of memory" in error
     for key in ("num_local_crops", "batch_size", "local_crop_size"):
         assert key in error

@@ -113,7 +113,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_run_and_the_others_say_where_they_st
         assert "rank 0: lost the others at step" in said
     else:
         assert "rank 0: no step for 5 s (training.timeout_s)" in said
-    assert "train_steps" in said
+    assert "trainer.py" in said
 
 
 def test_the_watchdog_shows_the_stack_of_a_process_that_stands_still_and_ends_it() -> None:

@@ -139,14 +139,15 @@ def test_a_run_stopped_at_random_steps_and_resumed_ends_with_the_same_weights_bi
 def test_a_second_ctrl_c_leaves_at_once_unless_it_is_the_first_passed_on_twice() -> None:
     text = (
         "import os, signal, time\n"
-        "from train.run_folder import StopSignal\n"
-        "with StopSignal(print) as stop:\n"
+        "from train.output.folder import StopSignal\n"
+        "with StopSignal() as stop:\n"
         "    for wait in (0, 0, 1.2):\n"
         "        time.sleep(wait); os.kill(os.getpid(), signal.SIGINT); print(stop.asked, flush=True)\n"
     )
     result = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 130
-    assert result.stdout.splitlines()[1:] == ["True", "True"]
+    assert result.stdout.splitlines() == ["True", "True"]
+    assert result.stderr.startswith("SIGINT: ")
 
 
 def test_a_finished_run_is_not_trained_again(data_path: Path, tmp_path: Path) -> None:
@@ -178,7 +179,7 @@ def sizes_limited(most: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_disk_that_refuses_a_checkpoint_is_told_and_training_goes_on_with_the_last_good_one_intact(
+def test_a_disk_that_refuses_a_checkpoint_is_reported_and_training_continues_with_the_last_good_one_intact(
     data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = command(
@@ -189,11 +190,10 @@ def test_a_disk_that_refuses_a_checkpoint_is_told_and_training_goes_on_with_the_
     with sizes_limited(60_000):
         assert main(more) == 4
     said = capsys.readouterr().out
-    assert "the weights of step 7 are NOT saved" in said or "the summary could not be written" in said
+    assert "step 7 are NOT saved" in said or "the summary could not be written" in said
     for step in (6, 7):
         assert f"step {step} could not be saved" in said
-    assert said.count("the last one is step_00000004. Training goes on") == 2
-    assert "the same command tries again" in said
+    assert said.count("step_00000004") == 2
     checkpoints = tmp_path / "quickstart" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000002", "step_00000004"]
     verify_checkpoint(checkpoints / "step_00000004")
@@ -201,18 +201,17 @@ def test_a_disk_that_refuses_a_checkpoint_is_told_and_training_goes_on_with_the_
     assert (checkpoints / "step_00000007").is_dir()
 
 
-def test_a_log_that_the_disk_refuses_is_told_once_and_what_is_there_stays(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_log_that_the_disk_refuses_is_reported_once_and_what_is_there_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with MetricsLog(tmp_path, True, 0, print) as log:
+    with MetricsLog(tmp_path, True, 0) as log:
         log.write(1, {"loss": 1.0})
-    told: list[str] = []
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    with sizes_limited(len(before)), MetricsLog(tmp_path, True, 1, told.append) as log:
+    with sizes_limited(len(before)), MetricsLog(tmp_path, True, 1) as log:
         for step in range(2, 300):
             log.write(step, {"loss": 1.0})
-    assert len(told) == 1
-    assert "the log cannot be written" in told[0]
+    (message,) = caplog.messages
+    assert str(tmp_path) in message
     assert capsys.readouterr().err == ""
     assert (tmp_path / "metrics.jsonl").read_bytes().startswith(before)
 
@@ -225,7 +224,7 @@ def test_a_place_that_cannot_be_written_is_one_line_and_exit_code_2(
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "taken/quickstart: cannot be written (Not a directory); free some space" in error
+    assert "taken/quickstart: cannot be written (Not a directory)" in error
 
 
 def test_starting_over_moves_the_old_run_aside(data_path: Path, tmp_path: Path) -> None:
@@ -262,7 +261,7 @@ def test_without_data_one_line_says_what_is_missing_and_which_command_makes_it(t
             "the package wandb is not installed",
             marks=pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed"),
         ),
-        ("checkpoint.resume=runs/nowhere", "checkpoint.resume: runs/nowhere is no checkpoint"),
+        ("checkpoint.resume=runs/nowhere", "checkpoint.resume: runs/nowhere"),
         ("data.batch_size=200", "103 samples are fewer than one global batch of 200"),
     ],
 )

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from pipeline.dataset import resolve_device
-from train.checkpoint import take_snapshot, write_checkpoint
-from train.checkpoint_writer import CheckpointWriter
+from train.checkpoint import CheckpointWriter, take_snapshot, write_checkpoint
 from train.config.load import load_config
 from train.optim import build_optimizer
-from train.trial import trial_step
+from train.step import trial_step
 
 CONFIG = Path(__file__).parents[2] / "configs" / "multicrop_training.yaml"
 MOST = 1.05  # of a step without a save
@@ -46,7 +45,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     plain: list[float] = []
     after: list[list[float]] = [[] for _ in range(parsed.steps)]
     with tempfile.TemporaryDirectory() as folder:
-        writer = CheckpointWriter(Path(folder), 1, 0, print)
+        writer = CheckpointWriter(Path(folder), 1, 0)
         timed(None, 0)
         for number in range(parsed.saves):
             plain += [timed(None, 0) for _ in range(parsed.steps)]

@@ -13,6 +13,7 @@ from model.encoder import MultiCropEncoder
 from model.hjepa import HJEPA, default_levels
 from model.losses import random_directions
 from model.masks import STRATEGIES, MaskPlan, MultiCropMaskGenerator
+from model.predictor import Predictor
 from pipeline.defaults import IMAGENET_MEAN, IMAGENET_STD
 from tools.benchmarks.cost import Step, count, median_times
 from tools.benchmarks.naive import naive_losses
@@ -125,14 +126,13 @@ def _draw(masks: MultiCropMaskGenerator) -> Step:
 def make_model(encoder: str, num_global: int, view_weight: float = 1.0, sigreg_weight: float = 0.05) -> HJEPA:
     torch.manual_seed(0)
     built = MultiCropEncoder(encoder, [GLOBAL, LOCAL], mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    levels = default_levels(built.depth)
     return HJEPA(
         built,
-        default_levels(built.depth),
+        Predictor(built.width, built.width, 6, 6 if built.width % 24 == 0 else 4, len(levels)),
+        levels,
         num_global_crops=num_global,
         global_crop_size=GLOBAL,
-        predictor_width=built.width,
-        predictor_depth=6,
-        predictor_heads=6 if built.width % 24 == 0 else 4,
         projector_hidden=2048,
         projector_dim=256,
         view_weight=view_weight,

@@ -128,7 +128,7 @@ def model_rate(case: Case) -> float:
     import torch
 
     from train.build import torch_threads
-    from train.trial import trial_step
+    from train.step import trial_step
 
     config = case.config
     assert config is not None

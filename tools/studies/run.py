@@ -10,25 +10,16 @@ from typing import Any
 import torch
 
 from model.hjepa import HJEPA
-from train.build import (
-    build_dataset,
-    build_evaluation_loaders,
-    build_masks,
-    build_model,
-    build_training_loader,
-    loop_settings,
-)
+from train.build import build_evaluation_loaders, build_model
 from train.config.load import load_config
 from train.config.schema import Config
-from train.distributed import Ranks, replicated
 from train.evaluation.features import Extractor, Features, extract, pixels, pooled_features
 from train.evaluation.knn import knn_accuracies
 from train.evaluation.linear import linear_probe
-from train.loop import train_steps
 from train.memory import measure_step
-from train.optim import build_optimizer
+from train.monitor import RunState
 from train.output.log import rankme
-from train.state import RunState
+from train.trainer import Trainer
 
 WARM_STEPS, TIMED_STEPS = 8, 24  # of a calibration
 MANY_EPOCHS = 100_000  # max_steps decides
@@ -36,36 +27,18 @@ CPU = torch.device("cpu")
 
 
 def study_config(base: str, overrides: tuple[str, ...], seed: int, max_steps: int) -> Config:
-    settings = (f"seed={seed}", f"training.max_steps={max_steps}", f"training.epochs={MANY_EPOCHS}")
+    settings = ("device=cpu", f"seed={seed}", f"training.max_steps={max_steps}", f"training.epochs={MANY_EPOCHS}")
     return load_config(Path(base), [*overrides, *settings])
 
 
 def train_model(config: Config) -> tuple[HJEPA, RunState, list[float]]:
     """The trained model, its state, and the process's CPU seconds at the start and after each step."""
     torch.set_num_threads(1)
-    loader = build_training_loader(config, build_dataset(config))
-    settings = loop_settings(config, len(loader), CPU)
-    model = build_model(config, CPU)
-    masks, state = build_masks(config, model, CPU), RunState()
-    optimizer = build_optimizer(model, config.training.weight_decay, config.training.betas)
-    clock: list[float] = [time.process_time()]
-    train_steps(
-        model,
-        replicated(model, Ranks()),
-        masks,
-        optimizer,
-        loader,
-        state,
-        settings,
-        Ranks(),
-        log=lambda _: None,
-        tell=lambda _: None,
-        show=lambda: clock.append(time.process_time()),
-        probe=lambda: None,
-        save=lambda: None,
-        stop=lambda: False,
-    )
-    return model, state, clock
+    trainer, clock = Trainer(config), [time.process_time()]
+    while not trainer.complete and not trainer.diverged:
+        trainer.step()
+        clock.append(time.process_time())
+    return trainer.model, trainer.state, clock
 
 
 def step_seconds(base: str, overrides: tuple[str, ...]) -> float:

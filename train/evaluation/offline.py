@@ -63,10 +63,9 @@ def find_checkpoint(
     if (place / MANIFEST).exists():
         checkpoint, run = place, place.resolve().parent.parent
     elif (place / "checkpoints").is_dir():
-        complaints: list[str] = []
-        found, run = newest_checkpoint(place / "checkpoints", complaints.append), place
+        found, run = newest_checkpoint(place / "checkpoints"), place
         if found is None:
-            raise FileNotFoundError(f"{place}: no sound checkpoint here{''.join(f'; {text}' for text in complaints)}")
+            raise FileNotFoundError(f"{place}: no sound checkpoint here")
         checkpoint = found
     else:
         raise FileNotFoundError(

@@ -1,11 +1,11 @@
 """A run's folder and the signals that end a run early."""
 
 import json
+import logging
 import os
 import platform
 import signal
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -16,6 +16,8 @@ import torch
 import yaml
 
 from train.config.schema import Config
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "multicrop-hjepa")
 # What may differ between a run and its continuation: the rest decides what the weights mean.
@@ -36,18 +38,18 @@ def run_folder(config: Config) -> Path:
     return Path(config.logging.run_dir) / config.logging.run_name
 
 
-def open_run_folder(config: Config, say: Callable[[str], None]) -> Path:
+def open_run_folder(config: Config) -> Path:
     """Make `run_dir/run_name` with its config.yaml and environment.json.
 
     With `resume: none` an earlier run's checkpoints are moved aside. Otherwise a folder of a run with other settings raises
-    ValueError, which lists them; so does a place that cannot be written.
+    ValueError, which lists them; so does a folder that cannot be written.
     """
     check_run_folder(config)
     folder = run_folder(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if config.checkpoint.resume == "none":
-            _move_aside(folder, say)
+            _move_aside(folder)
         _write_whole(folder / "config.yaml", config.to_yaml())
         _write_whole(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
     except OSError as error:
@@ -58,14 +60,14 @@ def open_run_folder(config: Config, say: Callable[[str], None]) -> Path:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    """All of it or, on a full disk, what was there before."""
+    """On a full disk, the old content stays."""
     temporary = path.with_name(f"{path.name}.partial")
     temporary.write_text(text)
     temporary.replace(path)
 
 
 def check_run_folder(config: Config) -> None:
-    """Raise ValueError if the run's folder holds a run with other settings that this one would go on with."""
+    """Raise ValueError if the run's folder holds a run with other settings that this one would continue."""
     folder = run_folder(config)
     settings = folder / "config.yaml"
     if config.checkpoint.resume != "none" and settings.exists() and (folder / "checkpoints").exists():
@@ -77,14 +79,14 @@ def check_run_folder(config: Config) -> None:
             )
 
 
-def _move_aside(folder: Path, say: Callable[[str], None]) -> None:
+def _move_aside(folder: Path) -> None:
     for name in ("checkpoints", "metrics.jsonl", "summary.json", "baselines.json"):
         if (folder / name).exists():
             number = 1
             while (folder / f"{name}.old-{number}").exists():
                 number += 1
             (folder / name).rename(folder / f"{name}.old-{number}")
-            say(f"{folder / name}: of an earlier run, moved to {name}.old-{number}")
+            log.info(f"{folder / name}: from an earlier run, moved to {name}.old-{number}")
 
 
 def _changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -107,7 +109,7 @@ def _flatten(values: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """What the run's figures depend on beside its settings."""
+    """What a run's results depend on besides its settings."""
     return {
         "python": platform.python_version(),
         "packages": {**{name: version(name) for name in PACKAGES}, "nvidia-dali": nvidia.dali.__version__},
@@ -118,12 +120,11 @@ def environment() -> dict[str, Any]:
 
 
 class StopSignal:
-    """While open, SIGINT, SIGTERM and SIGUSR1 only set `asked`; a second SIGINT, a second later, leaves at once."""
+    """While open, SIGINT, SIGTERM and SIGUSR1 only set `asked`; a second SIGINT, at least a second later, exits at once."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self) -> None:
         self.asked = False
         self._asked_at = 0.0
-        self._say = say
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -134,12 +135,12 @@ class StopSignal:
     def _ask(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
         if self.asked:
-            # Under torchrun, one Ctrl-C arrives twice: from the terminal, and passed on.
+            # Under torchrun, one Ctrl-C arrives twice: from the terminal, and forwarded.
             if number == signal.SIGINT and now - self._asked_at > 1:
                 os._exit(128 + number)
             return
         self.asked, self._asked_at = True, now
-        self._say(f"{signal.Signals(number).name}: finishing the step and saving; Ctrl-C leaves at once")
+        log.warning(f"{signal.Signals(number).name}: finishing the step and saving; Ctrl-C exits at once")
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         for number, handler in self._before.items():

@@ -6,8 +6,8 @@ from typing import Any
 
 from train.config.schema import Config
 from train.evaluation.online import Probe
+from train.monitor import RunState
 from train.output.display import summary_rows
-from train.state import RunState
 
 
 def write_summary(folder: Path, config: Config, state: RunState, probe: Probe, width: int) -> dict[str, Any]:
