@@ -1,6 +1,6 @@
 """What is done to a crop's pixels once it is cut: the settings, their random numbers, and the operations on CPU and GPU.
 
-To add an operation: its settings in `Augmentation` (with their keys in `train/config/data.py`) and in `ViewRecipe`, its columns
+To add an operation: its settings in `Augmentation` (with their keys in `train/config/schema.py`) and in `ViewRecipe`, its columns
 in COLUMNS and `draw_columns`, and one step each in `apply` and `apply_dali`, which must do the same to within a rounding.
 """
 

@@ -1,79 +1,220 @@
 """Every setting of a run: its key, type and default, and the rules between keys.
 
-`python -m train.config --schema` prints them. Ratios are shares in 0..1, sizes are pixels.
+`python -m train.config --schema` prints them. Ratios are fractions in 0..1, sizes are pixels.
 `train/config/load.py` reads them from YAML.
 """
 
+import re
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from train.config.data import Data
-from train.config.model import Loss, Masking, Model
+from pydantic import Field, StrictBool, StrictInt
+
+from pipeline.defaults import IMAGENET_MEAN, IMAGENET_STD, NUM_GLOBAL_CROPS, NUM_LOCAL_CROPS
 from train.config.types import (
-    AtLeastZero,
-    Beta,
     BrokenRule,
-    Count,
-    Flag,
     FolderName,
+    Fraction,
+    FractionBelowOne,
+    FractionRange,
+    JitterStrength,
     Name,
-    Place,
-    Positive,
-    RuledSection,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OpenFraction,
+    PathText,
+    PerGlobalCrop,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    PositiveRange,
+    Scalar,
     Section,
-    Share,
-    SomeShare,
-    Whole,
 )
 from train.config.yaml12 import to_text
 
 
+class MultiCrop(Section):
+    num_global_crops: PositiveInt = NUM_GLOBAL_CROPS
+    num_local_crops: NonNegativeInt = NUM_LOCAL_CROPS
+    global_crop_size: PositiveInt = 224
+    local_crop_size: PositiveInt = 96
+    global_crop_scale: FractionRange = (0.4, 1.0)
+    """Area of a crop as a fraction of its source image."""
+    local_crop_scale: FractionRange = (0.05, 0.4)
+    global_color_jitter: JitterStrength = 0.4
+    """Strength s: brightness and contrast s, saturation s/2, hue s/4."""
+    local_color_jitter: JitterStrength = 0.4
+
+
+class Augmentation(Section):
+    flip_prob: Fraction = 0.5
+    color_jitter_prob: Fraction = 0.8
+    gray_prob: Fraction = 0.2
+    global_blur_prob: PerGlobalCrop = (1.0, 0.1)
+    """One for each global crop, or a single number for all."""
+    local_blur_prob: Fraction = 0.5
+    blur_sigma: PositiveRange = (0.1, 2.0)
+    solarize_prob: PerGlobalCrop = (0.0, 0.2)
+    """One for each global crop, or a single number for all."""
+    mean: tuple[Fraction, Fraction, Fraction] = IMAGENET_MEAN
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
+
+
+class Data(Section):
+    dataset: Literal["imagenet", "cifar10", "cifar100", "fashion_mnist", "sample", "custom"] = "imagenet"
+    data_path: PathText
+    """Folder or s3:// prefix that holds train/ and val/ with their shards."""
+    batch_size: PositiveInt = 64
+    """Images per rank."""
+    num_workers: PositiveInt | Literal["auto"] = "auto"
+    """CPU threads of DALI; auto: measured at the start on a GPU, half of the cores on a CPU."""
+    hw_decoder_load: Fraction | Literal["auto"] = "auto"
+    """Fraction of the JPEGs that the GPU's JPEG engine decodes, where it has one; auto: measured at the start."""
+    prefetch: PositiveInt = 2
+    """Batches made ahead."""
+    crop_device: Literal["auto", "gpu", "cpu"] = "auto"
+    """Where crops are made on a GPU run; cpu: by the compiled CPU operator, then uploaded by DALI."""
+    pin_memory: StrictBool = True
+    """Accepted, but has no effect: DALI always uploads through pinned memory."""
+    use_mmap: StrictBool | Literal["auto"] = "auto"
+    """Read shards through memory mappings; auto: on local disks, not on network file systems."""
+    max_bad_share: FractionBelowOne = 0.01
+    """Fraction of samples that may fail to decode, which others then replace; beyond it the run stops."""
+    use_multicrop: StrictBool = True
+    """false: one global crop and no local crops, whatever `multicrop` says."""
+    multicrop: MultiCrop = MultiCrop()
+    augmentation: Augmentation = Augmentation()
+
+    @property
+    def crop_counts(self) -> tuple[int, int]:
+        """(global, local) crops of each image."""
+        return (self.multicrop.num_global_crops, self.multicrop.num_local_crops) if self.use_multicrop else (1, 0)
+
+    def rules(self) -> Iterator[BrokenRule]:
+        count = self.crop_counts[0]
+        for key in ("global_blur_prob", "solarize_prob"):
+            values = getattr(self.augmentation, key)
+            if isinstance(values, tuple) and len(values) < count:
+                keys = (f"augmentation.{key}", "multicrop.num_global_crops", "use_multicrop")
+                yield keys, f"has {len(values)} values for {count} global crops; give {count}, or one number for all"
+
+
+class Masking(Section):
+    strategy: Literal["global_only", "global_with_local_context", "cross_crop_prediction"] = "global_only"
+    num_masks: PositiveInt = 4
+    """Target rectangles in each global crop."""
+    mask_scale: FractionRange = (0.15, 0.2)
+    """Area of a rectangle as a fraction of the crop."""
+    aspect_ratio: PositiveRange = (0.75, 1.5)
+    context_ratio: OpenFraction = 0.4
+    """Fraction of a global crop's tokens that the encoder sees."""
+    query_ratio: PositiveFraction = 0.4
+    """Fraction of a global crop's tokens that are predicted."""
+    exclude_covered: StrictBool = False
+    """Leave cells that a local crop or the context crop covers out of the loss; not for global_only."""
+
+    def rules(self) -> Iterator[BrokenRule]:
+        if self.context_ratio + self.query_ratio > 1 + 1e-9:
+            total = f"{self.context_ratio} + {self.query_ratio}"
+            keys = ("query_ratio", "context_ratio")
+            yield keys, f"context_ratio + query_ratio = {total} exceeds 1; a token cannot be both, lower one"
+        if self.exclude_covered and self.strategy == "global_only":
+            keys = ("exclude_covered", "strategy")
+            yield keys, "true has no effect with global_only; write false"
+
+
+class Level(Section):
+    layer: StrictInt
+    """Encoder block whose output is the target; negative counts from the end."""
+    stride: PositiveInt
+    weight: PositiveFloat
+
+
+class Model(Section):
+    encoder: Name = "vit_base_patch16_dinov3"
+    """A timm model name."""
+    encoder_kwargs: dict[str, Scalar] = Field(default_factory=dict)
+    """Passed on to timm.create_model."""
+    predictor_width: PositiveInt = 384
+    predictor_depth: PositiveInt = 6
+    predictor_heads: PositiveInt = 6
+    levels: tuple[Level, ...] | None = None
+    """null: three levels spread over the depth, strides 1, 2, 4 and weights 1.0, 0.5, 0.25."""
+    projector_hidden: PositiveInt = 2048
+    projector_dim: PositiveInt = 256
+    grad_checkpointing: StrictBool = False
+    """Store one activation per block of encoder and predictor and recompute the others: less memory, more time."""
+
+    @property
+    def patch_size(self) -> int | None:
+        """In pixels, None if the settings do not say."""
+        named = re.search(r"patch(\d+)", self.encoder)
+        size = self.encoder_kwargs.get("patch_size", int(named[1]) if named else None)
+        return size if isinstance(size, int) and size > 0 else None
+
+    def rules(self) -> Iterator[BrokenRule]:
+        if self.predictor_width % self.predictor_heads:
+            keys = ("predictor_heads", "predictor_width")
+            yield keys, f"{self.predictor_heads} does not divide predictor_width = {self.predictor_width}"
+        for name in sorted({"mean", "std"} & self.encoder_kwargs.keys()):
+            yield ("encoder_kwargs",), f"{name} is not an argument of timm's; set data.augmentation.{name}"
+        if self.levels == ():
+            yield ("levels",), "the list is empty; list some levels, or write null for the three default ones"
+
+
+class Loss(Section):
+    view_weight: NonNegativeFloat = 1.0
+    sigreg_weight: NonNegativeFloat = 0.05
+    sigreg_slices: PositiveInt = 256
+    sigreg_knots: Annotated[StrictInt, Field(ge=2)] = 17
+
+
 class Training(Section):
-    epochs: Count = 100
-    lr: Positive = 5e-4
-    """The peak, for the batch as given: it is not rescaled."""
-    accumulation_steps: Count = 1
-    """Batches of each rank in one step. Prediction losses are as with so many times the ranks; the view term's standardisation
-    and SIGReg, which compare images with one another, see one batch of all ranks at a time."""
-    warmup_epochs: AtLeastZero = 10
-    final_lr_ratio: Share = 0.0
-    """The last learning rate as a share of the peak."""
-    weight_decay: AtLeastZero = 0.05
-    grad_clip: Positive | None = 1.0
-    """Largest gradient norm; null: no clipping."""
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    use_amp: Flag = True
+    epochs: PositiveInt = 100
+    lr: PositiveFloat = 5e-4
+    """Peak learning rate; it is not rescaled with the batch size."""
+    accumulation_steps: PositiveInt = 1
+    """Batches of each rank per step. The view term's standardisation and SIGReg compare the images of one batch of all ranks."""
+    warmup_epochs: NonNegativeFloat = 10
+    final_lr_ratio: Fraction = 0.0
+    """Final learning rate as a fraction of the peak."""
+    weight_decay: NonNegativeFloat = 0.05
+    grad_clip: PositiveFloat | None = 1.0
+    """Maximum gradient norm; null: no clipping."""
+    betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.95)
+    use_amp: StrictBool = True
     """bf16 autocast on a GPU."""
-    compile: Flag = False
-    """torch.compile the model's step: it takes minutes at the start."""
-    ema_momentum: Share = 0.996
-    ema_final_momentum: Share = 1.0
-    max_steps: Count | None = None
-    """null: epochs decide."""
-    timeout_s: Positive = 900.0
-    """On several ranks: after so long without a step, the run ends and shows where each rank stands."""
-    max_skipped_steps: Count = 20
-    """Steps in a row with a loss or gradient that is no finite number, until the run goes back to its last checkpoint; if they
-    come again, it stops. Each such step is left out."""
+    compile: StrictBool = False
+    """torch.compile the model's step; takes minutes at the start."""
+    ema_momentum: Fraction = 0.996
+    ema_final_momentum: Fraction = 1.0
+    max_steps: PositiveInt | None = None
+    """null: `epochs` decides."""
+    timeout_s: PositiveFloat = 900.0
+    """With several ranks: after this time without a step, the run stops and shows where each rank is."""
+    max_skipped_steps: PositiveInt = 20
+    """Consecutive steps with a non-finite loss or gradient, which are skipped, before the run returns to its last checkpoint.
+    If they recur, it stops."""
 
     def rules(self) -> Iterator[BrokenRule]:
         if self.warmup_epochs > self.epochs:
             keys = ("warmup_epochs", "epochs")
-            yield keys, f"{self.warmup_epochs:g} is more than epochs = {self.epochs}; lr would never peak"
+            yield keys, f"{self.warmup_epochs:g} is more than epochs = {self.epochs}; lr would never reach its peak"
 
 
 class Checkpoint(Section):
-    save_frequency: Count = 1000
+    save_frequency: PositiveInt = 1000
     """In steps."""
-    keep_last_n: Count = 3
-    keep_best_n: Whole = 0
-    """More that are kept: those of the best k-NN measured during the run or, with eval_frequency 0, of the lowest loss."""
-    resume: Literal["auto", "none"] | Place = "auto"
-    """auto: go on from the run folder's newest checkpoint; none: start over; or the path of a checkpoint."""
+    keep_last_n: PositiveInt = 3
+    keep_best_n: NonNegativeInt = 0
+    """Kept in addition: those with the best k-NN accuracy or, with eval_frequency 0, the lowest loss."""
+    resume: Literal["auto", "none"] | PathText = "auto"
+    """auto: continue from the run folder's newest checkpoint; none: start over; or the path of a checkpoint."""
 
 
 class Wandb(Section):
-    enabled: Flag = False
+    enabled: StrictBool = False
     """Also log to Weights & Biases, if `wandb` is installed."""
     project: Name = "hjepa"
 
@@ -81,30 +222,30 @@ class Wandb(Section):
 class Logging(Section):
     run_name: FolderName
     """The run's folder inside run_dir."""
-    run_dir: Place = "runs"
-    log_frequency: Count = 10
+    run_dir: PathText = "runs"
+    log_frequency: PositiveInt = 10
     """In steps."""
-    tensorboard: Flag = True
+    tensorboard: StrictBool = True
     wandb: Wandb = Wandb()
 
 
 class Evaluation(Section):
-    eval_frequency: Whole = 0
-    """In epochs; 0: at the start and the end alone."""
-    knn_k: Count = 20
-    batch_size: Count = 64
-    max_samples: Count = 50_000
-    """Images of each split that are used, evenly spread over it."""
-    linear_epochs: Whole = 20
-    """Passes of the linear probe over the features, at each measurement; 0: k-NN alone."""
-    crop_ratio: SomeShare = 0.875
-    """Share of the shorter side that the centre crop keeps."""
+    eval_frequency: NonNegativeInt = 0
+    """In epochs; 0: only at the start and the end."""
+    knn_k: PositiveInt = 20
+    batch_size: PositiveInt = 64
+    max_samples: PositiveInt = 50_000
+    """Images used of each split, evenly spaced."""
+    linear_epochs: NonNegativeInt = 20
+    """Epochs of the linear probe; 0: k-NN only."""
+    crop_ratio: PositiveFraction = 0.875
+    """Side of the centre crop as a fraction of the shorter side."""
 
 
-class Config(RuledSection):
+class Config(Section):
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """auto: the GPU when there is one, for DALI and torch alike."""
-    seed: Whole = 0
+    """For DALI and torch; auto: the GPU if there is one."""
+    seed: NonNegativeInt = 0
     data: Data
     masking: Masking = Masking()
     model: Model = Model()
@@ -139,4 +280,4 @@ class Config(RuledSection):
             if count and patch and size % patch:
                 near = f"{size // patch * patch} or {(size // patch + 1) * patch}" if size > patch else patch
                 keys = (f"data.multicrop.{kind}_crop_size", "model.encoder", "model.encoder_kwargs", *count_keys)
-                yield keys, f"{size} is no multiple of the patch size {patch}; try {near}"
+                yield keys, f"{size} is not a multiple of the patch size {patch}; try {near}"

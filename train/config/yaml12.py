@@ -1,25 +1,28 @@
-"""A strict dialect of YAML: a plain scalar is what it looks like, or it is text.
+"""YAML 1.2, strictly: a plain scalar is a decimal number, true, false, null, ~, or else text; a key occurs once.
 
 PyYAML alone reads 1e-4 as text, 010 as 8, 1:30 as 90, `on` as true, and keeps the last of two equal keys.
-Here numbers are decimal, booleans are true and false, null is null or ~, all else is text, and a key comes once.
 """
 
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 KeyPath = tuple[str | int, ...]
-
-_INT = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})")  # 18 digits always fit 64 bits
-_FLOAT = re.compile(r"[-+]?((0|[1-9][0-9]*)\.[0-9]*|\.[0-9]+|(0|[1-9][0-9]*)(?=[eE]))([eE][-+]?[0-9]+)?")
-_WORDS = {"null": None, "~": None, "true": True, "false": False}
-_YES_OR_NO = {"on", "off", "yes", "no", "y", "n", "true", "false"}
-_LIKE_A_NUMBER = re.compile(r"[-+]?\.?([0-9][0-9_:.]*|0[xob][0-9a-f_]+|inf|nan)(e[-+]?[0-9]+)?", re.IGNORECASE)
 MAX_DEPTH = 20
-COMMAND_LINE = "command line"
+COMMAND_LINE = 1_000_000_000  # the line of a value from the command line: after those of any file
+_TAG = "tag:yaml.org,2002:"
+# The first match decides; what matches none is text. 18 digits always fit 64 bits.
+_PATTERNS = {
+    f"{_TAG}null": r"(null|~|)\Z",
+    f"{_TAG}bool": r"(true|false)\Z",
+    f"{_TAG}int": r"[-+]?(0|[1-9][0-9]{0,17})\Z",
+    f"{_TAG}float": r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*|(?=[eE]))|\.[0-9]+)([eE][-+]?[12]?[0-9]{1,2})?\Z",
+    "!ambiguous": r"(?i)([-+]?\.?([0-9][0-9_:.]*|0[xob][0-9a-f_]+|inf|nan)(e[-+]?[0-9]+)?|on|off|yes|no|y|n|true|false)\Z",
+}
+_RESOLVERS: Any = {None: [(tag, re.compile(pattern)) for tag, pattern in _PATTERNS.items()]}
 
 
 class ConfigError(ValueError):
@@ -30,38 +33,105 @@ class AmbiguousText(str):
     """Plain text that another YAML reader would take for a number or a boolean, such as 010, 1:30 or `on`."""
 
 
-@dataclass(frozen=True)
-class Issue:
-    """One error: where (`file:line` or `command line`), at which key, and what about it."""
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers = _RESOLVERS
+    depth = 0
 
-    place: str
-    key: str
-    message: str
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()
+        refused = ""
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None or event.tag is not None:
+            refused = "anchors (&), aliases (*) and tags (!) are not supported; write the value out, or quote text"
+        elif self.depth == MAX_DEPTH:
+            refused = f"nested more than {MAX_DEPTH} deep"
+        if refused:
+            raise yaml.composer.ComposerError(None, None, refused, event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
-    def __str__(self) -> str:
-        return ": ".join(part for part in (self.place, self.key, self.message) if part)
+
+_Loader.add_constructor("!ambiguous", lambda _, node: AmbiguousText(node.value))
 
 
-@dataclass(frozen=True)
-class Mark:
-    """Where a value was written, and how."""
+def compose(text: str) -> yaml.Node | None:
+    """The one node of `text`, None if it is empty. Raises ConfigError: `LINE: message`."""
+    try:
+        return _Loader(text).get_single_node()
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two are for escapes such as "\UFFFFFFFF"
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        line = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
+        what = ", ".join(filter(None, (getattr(error, name, None) for name in ("context", "problem")))) or str(error)
+        hint = "; indent with spaces, not tabs" if "'\\t'" in what else ""
+        raise ConfigError(f"{line + 1}: invalid YAML: {shown(what, 160)}{hint}") from error
 
-    place: str
+
+class Mark(NamedTuple):
+    """Where a value was written, and how; `override` is the whole `section.key=value`, empty in a file."""
+
+    line: int
     text: str
+    override: str
 
 
 @dataclass
 class Document:
-    """A file's values, with the mark of each and the errors met on the way."""
+    """A file's values with overrides applied, the mark of each, and the errors found so far as (line, message)."""
 
+    name: str
     values: dict[str, Any] = field(default_factory=dict)
     marks: dict[KeyPath, Mark] = field(default_factory=dict)
-    issues: list[Issue] = field(default_factory=list)
-    refused: set[KeyPath] = field(default_factory=set)  # their issue is among `issues`
+    issues: list[tuple[int, str]] = field(default_factory=list)
+    refused: set[KeyPath] = field(default_factory=set)  # keys without a value, which are among the issues
 
-    def refuse(self, place: str, path: KeyPath, message: str) -> None:
-        self.issues.append(Issue(place, dotted(path), message))
-        self.refused.add(path)
+    def build(self, node: yaml.Node, path: KeyPath, override: str = "") -> Any:
+        """The plain value of `node`; its marks and errors are recorded."""
+        self.marks.setdefault(path, _mark(node, node, override))
+        if isinstance(node, yaml.SequenceNode):
+            return [self.build(item, (*path, i), override) for i, item in enumerate(node.value)]
+        if isinstance(node, yaml.ScalarNode):
+            if node.value == "" and node.style is None:
+                self.add_issue(path, "has no value; give one, or remove the key")
+                self.refused.add(path)
+            return _Loader("").construct_object(node)
+        values: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            mark = _mark(key_node, value_node, override)
+            is_valid = isinstance(key_node, yaml.ScalarNode) and key_node.value != "<<"
+            key = (*path, key_node.value if is_valid else _written(key_node))
+            if not is_valid:
+                self.add_issue(key, "invalid key; keys must be strings, and merge keys (<<) are not supported", mark)
+            elif key[-1] in values:
+                self.add_issue(key, f"duplicate key, first at {self.place(self.marks[key])}; remove one", mark)
+            else:
+                self.marks[key] = mark
+                values[key_node.value] = self.build(value_node, key, override)
+        return values
+
+    def add_issue(self, path: KeyPath, message: str, mark: Mark | None = None) -> None:
+        """Reports `message` at `mark`, or else where `path` was written."""
+        mark = mark or self.marks[self.written_part(path)]
+        key = shown(mark.override) if mark.override and path in self.marks else dotted(path)
+        self.issues.append((mark.line, f"{self.place(mark)}: {key}: {message}"))
+
+    def place(self, mark: Mark) -> str:
+        return "command line" if mark.override else f"{self.name}:{mark.line}"
+
+    def written_part(self, path: KeyPath) -> KeyPath:
+        """`path` as far as it was written; behind that, pydantic names the types it tried."""
+        return next(path[:n] for n in range(len(path), -1, -1) if path[:n] in self.marks)
+
+
+def _mark(start: yaml.Node, value: yaml.Node, override: str) -> Mark:
+    return Mark(COMMAND_LINE if override else start.start_mark.line + 1, _written(value), override)
+
+
+def _written(node: yaml.Node) -> str:
+    if isinstance(node, yaml.MappingNode):
+        return "a mapping"
+    start, end = node.start_mark, node.end_mark
+    return start.buffer[start.pointer : end.pointer].strip() if start.buffer else ""
 
 
 def dotted(path: KeyPath) -> str:
@@ -76,125 +146,25 @@ def shown(text: str, limit: int = 60) -> str:
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
-def resolve(text: str) -> Any:
-    """The value of a plain scalar."""
-    if text in _WORDS:
-        return _WORDS[text]
-    if _INT.fullmatch(text):
-        return int(text)
-    if _FLOAT.fullmatch(text) and math.isfinite(number := float(text)):
-        return number
-    if text.lower() in _YES_OR_NO or _LIKE_A_NUMBER.fullmatch(text):
-        return AmbiguousText(text)
-    return text
-
-
-class _Composer(yaml.SafeLoader):
-    """Nodes only: aliases, anchors and tags are refused, since each value is written once and out."""
-
-    depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event: Any = self.peek_event()
-        refused = ""
-        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-            refused = "anchors (&) and aliases (*) are not read; write the value out or, if it is text, in quotes"
-        elif event.tag is not None:
-            refused = "tags (!) are not read; write the bare value or, if it is text, in quotes"
-        elif self.depth == MAX_DEPTH:
-            refused = f"nested more than {MAX_DEPTH} deep"
-        if refused:
-            raise yaml.composer.ComposerError(None, None, refused, event.start_mark)
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-
-def compose(text: str, name: str) -> yaml.Node | None:
-    """The one node of `text`, None if it is empty. Raises ConfigError with the line of a syntax error."""
-    try:
-        return _Composer(text).get_single_node()
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        character = f"character {chr(error.character)!a}"
-        raise ConfigError(f"{name}:{line}: not text: {character} is not allowed in YAML") from error
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        what = shown(", ".join(part for part in (error.context, error.problem) if part), 160)
-        line = mark.line + 1 if mark else 1
-        hint = "; indent with spaces, not tabs" if "'\\t'" in what else ""
-        raise ConfigError(f"{name}:{line}: cannot be read as YAML: {what}{hint}") from error
-    except (ValueError, OverflowError) as error:  # PyYAML lets these out for escapes such as "\UFFFFFFFF"
-        raise ConfigError(f"{name}:1: cannot be read as YAML: {shown(str(error), 160)}") from error
-
-
-def build(node: yaml.Node, path: KeyPath, name: str, document: Document) -> Any:
-    """The plain value of `node`; marks and errors go to `document`. `name` is its file or `command line`."""
-    here = _place(node, name)
-    document.marks.setdefault(path, Mark(here, _written(node)))
-    if isinstance(node, yaml.MappingNode):
-        return _build_mapping(node, path, name, document)
-    if isinstance(node, yaml.SequenceNode):
-        return [build(item, (*path, i), name, document) for i, item in enumerate(node.value)]
-    assert isinstance(node, yaml.ScalarNode)
-    if node.style is not None:
-        return node.value
-    if node.value == "":
-        document.refuse(here, path, "nothing is written after it; give a value, or remove the key")
-    return resolve(node.value)
-
-
-def _build_mapping(node: yaml.MappingNode, path: KeyPath, name: str, document: Document) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        here = _place(key_node, name)
-        if not isinstance(key_node, yaml.ScalarNode):
-            document.refuse(here, (*path, _written(key_node)), "is no key; keys are plain words")
-            continue
-        inner = (*path, key_node.value)
-        if key_node.value == "<<":
-            document.refuse(here, inner, "merge keys are not read; write the values out")
-        elif key_node.value in values:
-            twice = f"written twice, first at {document.marks[inner].place}; remove one"
-            document.issues.append(Issue(here, dotted(inner), twice))
-        else:
-            document.marks[inner] = Mark(here, _written(value_node))
-            values[key_node.value] = build(value_node, inner, name, document)
-    return values
-
-
-def _place(node: yaml.Node, name: str) -> str:
-    return name if name == COMMAND_LINE else f"{name}:{node.start_mark.line + 1}"
-
-
-def _written(node: yaml.Node) -> str:
-    if isinstance(node, yaml.MappingNode):
-        return "a group of keys"
-    start, end = node.start_mark, node.end_mark
-    return start.buffer[start.pointer : end.pointer].strip() if start.buffer else ""
-
-
 class _Dumper(yaml.SafeDumper):
+    yaml_implicit_resolvers = _RESOLVERS
+
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        return self.represent_scalar(f"{_TAG}str", text, style=None if text.isprintable() else '"')
 
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    plain = type(resolve(text)) is str
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
-
-
-def _represent_group(dumper: yaml.SafeDumper, group: dict[str, Any]) -> yaml.MappingNode:
-    return dumper.represent_mapping("tag:yaml.org,2002:map", group, flow_style=False)  # a line for each key
+    def represent_section(self, section: dict[str, Any]) -> yaml.MappingNode:
+        return self.represent_mapping(f"{_TAG}map", section, flow_style=False)  # a line for each key
 
 
-_Dumper.add_representer(str, _represent_text)
-_Dumper.add_representer(dict, _represent_group)
+_Dumper.add_representer(str, _Dumper.represent_text)
+_Dumper.add_representer(dict, _Dumper.represent_section)
 
 
 def to_text(values: dict[str, Any]) -> str:
-    """YAML that reads back equal."""
+    """YAML that reads back equal, each key and its value on one line."""
     return yaml.dump(
         values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf, default_flow_style=None
     )

@@ -7,10 +7,10 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.crops.augment import Augmentation
-from train.config.errors import allowed, distance, known_keys
-from train.config.load import SHORT_FLAGS, load_config, load_config_with_origins
+from train.config.errors import allowed, meant_keys
+from train.config.load import SHORT_FLAGS, all_keys, annotated, load_config, load_config_with_origins
 from train.config.schema import Config
-from train.config.yaml12 import AmbiguousText, ConfigError, resolve
+from train.config.yaml12 import ConfigError
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
@@ -65,122 +65,124 @@ def test_origins_name_the_line_the_command_line_or_the_default():
     assert origins["training.grad_clip"] == "default"
 
 
+def encoder_argument(text: str, path: Path) -> object:
+    return load_config(path, [f"model.encoder_kwargs.a={text}"]).model.encoder_kwargs["a"]
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e-4", 1e-4), ("-2E3", -2e3), (".5", 0.5), ("1.", 1.0), ("07.5", "07.5"), ("12", 12), ("+3", 3), ("-0", 0)]
-    + [("true", True), ("null", None), ("~", None), ("True", "True"), ("shards/x", "shards/x"), ("1e999", "1e999")]
-    + [(text, text) for text in ("010", "0x1f", "0o17", "0b1", "1:30", "1_000", ".inf", "-.nan", "on", "No", "y")]
-    + [("9" * 19, "9" * 19), ("9" * 5000, "9" * 5000), ("2024-01-01", "2024-01-01")],
-)
-def test_a_plain_scalar_is_what_it_looks_like_or_text(text, value):
-    assert resolve(text) == value
-    assert isinstance(resolve(text), type(value))
-
-
-@pytest.mark.parametrize(
-    "text", ["010", "0x1f", "0o17", "1:30", "1_000", ".inf", ".nan", "on", "yes", "NO", "y", "1e999"]
-)
-def test_text_that_others_read_as_a_value_is_no_silent_string(text, write):
-    assert isinstance(resolve(text), AmbiguousText)
-    (error,) = errors_of(write(f"{LEAST}model:\n  encoder_kwargs: {{depth: {text}}}"))
-    assert error.startswith(f"run.yaml:4: model.encoder_kwargs.depth: {text} reads differently")
-
-
-@pytest.mark.parametrize(
-    ("line", "error"),
     [
-        ("training: {use_amp: on}", "training.use_amp: found on; allowed: true or false (on is text here)"),
-        ("training: {use_amp: 1}", "training.use_amp: found 1; allowed: true or false"),
-        ("training: {lr: true}", "training.lr: found true; allowed: a number > 0"),
-        (
-            "training: {epochs: 010}",
-            "training.epochs: found 010; allowed: a whole number >= 1 (write plain decimal digits)",
-        ),
-        (
-            "training: {epochs: '5'}",
-            "training.epochs: found '5'; allowed: a whole number >= 1 (the quotes make it text)",
-        ),
-        ("training: {epochs: 5.0}", "training.epochs: found 5.0; allowed: a whole number >= 1"),
-        ("training: {betas: [0.9]}", "training.betas: found [0.9]; allowed: a list of 2, each a number >= 0 and < 1"),
-        ("training: {max_steps: 0}", "training.max_steps: found 0; allowed: a whole number >= 1 or null"),
-        ("training: {lr: }", "training.lr: nothing is written after it; give a value, or remove the key"),
-        ("training:", "training: nothing is written after it; give a value, or remove the key"),
-        ("training: 3", "training: found 3; allowed: a group of keys"),
-        ("training: {quux: 3}", "training.quux: unknown key; known here: epochs, lr, "),
-        (
-            "training: {batch_size: 3}",
-            "training.batch_size: unknown key; did you mean data.batch_size? (batch_size is also at eval",
-        ),
-        ("training: {lr: 1, lr: 2}", "training.lr: written twice, first at run.yaml:3; remove one"),
-        ("training: {<<: {lr: 1}}", "training.<<: merge keys are not read; write the values out"),
-        ("training: {[a]: 1}", "training.[a]: is no key; keys are plain words"),
-        ("traning: {lr: 1}", "traning: unknown key; did you mean training?"),
-        ("training.lr: 1", "training.lr: unknown key: dots are for the command line; write lr under training"),
-        ("masking: {mask_scale: [0.3, 0.2]}", "masking.mask_scale: the first of [0.3, 0.2] is the greater"),
+        *[("1e-4", 1e-4), ("-2E3", -2e3), (".5", 0.5), ("1.", 1.0), ("1e100", 1e100), ("12", 12), ("+3", 3), ("-0", 0)],
+        *[("true", True), ("false", False), ("null", None), ("~", None), ("shards/x", "shards/x"), ("nullo", "nullo")],
+        *[("'12'", "12"), ('"on"', "on"), ("2024-01-01", "2024-01-01"), ("9" * 18, int("9" * 18))],
+    ],
+)
+def test_a_plain_scalar_is_what_it_looks_like_or_text(text, value, write):
+    found = encoder_argument(text, write(LEAST))
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [*["010", "07.5", "0x1f", "0o17", "0b1", "1:30", "1_000", ".inf", "-.nan", "on", "yes", "NO", "y", "True", "1e999"], "9" * 19, "9" * 5000],
+)
+def test_text_that_other_readers_take_for_a_number_or_boolean_is_refused(text, write):
+    (error,) = errors_of(write(f"{LEAST}model:\n  encoder_kwargs: {{depth: {text}}}"))
+    assert error.startswith(f"run.yaml:4: model.encoder_kwargs.depth: {text[:50]}")
+    assert "ambiguous" in error
+    (error,) = errors_of(write(LEAST), (f"training.lr={text}",))
+    assert "allowed: a number > 0" in error
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "facts"),
+    [
+        ("training: {use_amp: on}", "training.use_amp", ["found on", "true or false"]),
+        ("training: {use_amp: 1}", "training.use_amp", ["found 1", "true or false"]),
+        ("training: {lr: true}", "training.lr", ["found true", "a number > 0"]),
+        ("training: {epochs: 010}", "training.epochs", ["found 010", "an integer >= 1"]),
+        ("training: {epochs: '5'}", "training.epochs", ["found '5'", "an integer >= 1", "quotes"]),
+        ("training: {epochs: 5.0}", "training.epochs", ["found 5.0", "an integer >= 1"]),
+        ("training: {betas: [0.9]}", "training.betas", ["found [0.9]", "a list of 2, each a number >= 0 and < 1"]),
+        ("training: {max_steps: 0}", "training.max_steps", ["found 0", "an integer >= 1 or null"]),
+        ("training: {lr: }", "training.lr", ["no value"]),
+        ("training:", "training", ["no value"]),
+        ("training: 3", "training", ["found 3", "a mapping"]),
+        ("training: {quux: 3}", "training.quux", ["unknown key", "epochs, lr, "]),
+        ("training: {batch_size: 3}", "training.batch_size", ["data.batch_size or evaluation.batch_size?"]),
+        ("training: {knn_k: 3}", "training.knn_k", ["did you mean evaluation.knn_k?"]),
+        ("training: {lr: 1, lr: 2}", "training.lr", ["duplicate", "run.yaml:3"]),
+        ("training: {<<: {lr: 1}}", "training.<<", ["invalid key", "merge keys"]),
+        ("training: {[a]: 1}", "training.[a]", ["invalid key"]),
+        ("traning: {lr: 1}", "traning", ["did you mean training?"]),
+        ("training.lr: 1", "training.lr", ["write lr under training"]),
+        ("masking: {mask_scale: [0.3, 0.2]}", "masking.mask_scale", ["[0.3, 0.2]", "[low, high]"]),
+        ("data: {crop_device: tpu, data_path: a}", "data", ["duplicate"]),
         (
             "model: {levels: [{layer: -1, strid: 1, weight: 1, stride: 1}]}",
-            "model.levels[0].strid: unknown key; did you",
+            "model.levels[0].strid",
+            ["did you mean model.levels.stride?"],
         ),
-        ("model: {encoder: vit\\0}", None),
+        ("model: {levels: [{layer: -1, stride: 1}]}", "model.levels[0].weight", ["missing", "a number > 0"]),
     ],
 )
-def test_a_wrong_line_is_named_with_what_was_found_and_what_is_allowed(line, error, write):
-    path = write(f"{LEAST}{line}")
-    if error is None:
-        assert load_config(path).model.encoder == "vit\\0"
-    else:
-        (found,) = errors_of(path)
-        assert found.startswith(f"run.yaml:3: {error}")
+def test_a_wrong_line_is_named_with_what_was_found_and_what_is_allowed(line, key, facts, write):
+    (found,) = errors_of(write(f"{LEAST}{line}"))
+    assert found.startswith(f"run.yaml:3: {key}: ")
+    assert [fact for fact in facts if fact not in found] == []
 
 
-def test_text_for_a_number_and_a_number_for_text_get_opposite_hints(write):
+def test_a_backslash_is_no_escape_in_plain_text(write):
+    assert load_config(write(f"{LEAST}model: {{encoder: vit\\0}}")).model.encoder == "vit\\0"
+
+
+def test_a_number_for_a_name_is_to_be_quoted(write):
     folder = "data: {data_path: shards}\nlogging: {run_name: %s}"
-    assert errors_of(write(folder % "2024"))[0].endswith('(put it in quotes: "2024")')
-    assert errors_of(write(folder % "'..'"))[0].endswith("(not starting with . or -)")
+    assert '"2024"' in errors_of(write(folder % "2024"))[0]
+    assert "quote" not in errors_of(write(folder % "'..'"))[0]
 
 
-def test_a_key_that_would_change_nothing_is_refused_with_the_reason(write):
-    (error,) = errors_of(write("data: {data_path: shards, pin_memory: true}\nlogging: {run_name: a}"))
-    reason = "crops are made where the model is, none are copied there"
-    assert error == f"run.yaml:1: data.pin_memory: not needed: {reason}: remove this line"
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_the_blocks_of_the_guide_are_accepted(value, write):
+    data = f"data: {{data_path: shards, num_workers: 8, pin_memory: {value}}}"
+    assert load_config(write(f"{data}\nlogging: {{run_name: a}}")).data.pin_memory is (value == "true")
 
 
-def test_a_key_of_another_section_is_named_with_its_home(write):
-    (error,) = errors_of(write(f"{LEAST}training: {{batch_size: 3}}"))
-    assert error.endswith("did you mean data.batch_size? (batch_size is also at evaluation.batch_size)")
-    (error,) = errors_of(write(f"{LEAST}training: {{knn_k: 3}}"))
-    assert error.endswith("did you mean evaluation.knn_k?")
+def test_a_typo_does_not_hide_an_error_of_the_key_it_means(write):
+    found = errors_of(write(f"{LEAST}training: {{epoch: 3, epochs: x}}"))
+    assert {error.split(": ")[1] for error in found} == {"training.epoch", "training.epochs"}
 
 
 @pytest.mark.parametrize(
-    ("text", "error"),
+    ("text", "line", "fact"),
     [
-        ("", "run.yaml:1: the file is empty"),
-        ("# only words\n", "run.yaml:1: the file is empty"),
-        ("- 1\n- 2\n", "run.yaml:1: expected sections such as data: and training:, not a list"),
-        ("just words", "run.yaml:1: expected sections such as data: and training:, not a single value"),
-        ("data:\n\tbatch_size: 3\n", "run.yaml:2: cannot be read as YAML: "),
-        ("data: {a: 1\nlogging: [\n", "run.yaml:2: cannot be read as YAML: "),
-        ("a: &x 1\nb: *x\n", "run.yaml:1: cannot be read as YAML: anchors (&) and aliases (*) are not read"),
-        ("seed: !!python/object:os.system x", "run.yaml:1: cannot be read as YAML: tags (!) are not read"),
-        ("a: 1\n---\nb: 2\n", "run.yaml:2: cannot be read as YAML: expected a single document"),
-        ("a: 1\nb: " + "[" * 5000, "run.yaml:2: cannot be read as YAML: nested more than 20 deep"),
-        ('a: "\\UFFFFFFFF"', "run.yaml:1: cannot be read as YAML: "),
-        ("a: 1\nb: \x01", "run.yaml:2: not text: character '\\x01' is not allowed in YAML"),
-        (b"a: 1\nb: \xff\xfe", "run.yaml:2: not a text file: byte 0xff is not UTF-8"),
-        (b"\x1f\x8b\x08\x00" * 9, "run.yaml:1: not a text file: byte 0x8b is not UTF-8"),
-        ("a: 1\n" * 300_000, "run.yaml:1: over 100000 bytes; that is no config file"),
+        ("", 1, "empty"),
+        ("# only a comment\n", 1, "empty"),
+        ("\n- 1\n- 2\n", 2, "expected sections"),
+        ("just words", 1, "expected sections"),
+        ("data:\n\tbatch_size: 3\n", 2, "tabs"),
+        ("data: {a: 1\nlogging: [\n", 2, "invalid YAML"),
+        ("a: &x 1\nb: *x\n", 1, "anchors (&)"),
+        ("seed: !!python/object:os.system x", 1, "tags (!)"),
+        ("a: 1\n---\nb: 2\n", 2, "expected a single document"),
+        ("a: 1\nb: " + "[" * 5000, 2, "nested more than 20 deep"),
+        ('a: "\\UFFFFFFFF"', 1, "invalid YAML"),
+        ("a: 1\nb: \x01", 2, "#x0001"),
+        (b"a: 1\nb: \xff\xfe", 2, "byte 0xff is not UTF-8"),
+        (b"\x1f\x8b\x08\x00" * 9, 1, "byte 0x8b is not UTF-8"),
+        ("a: 1\n" * 300_000, 1, "larger than 100000 bytes"),
     ],
 )
-def test_a_file_that_is_no_config_gives_one_clear_line(text, error, write):
+def test_a_file_that_is_no_config_gives_one_clear_line(text, line, fact, write):
     (found,) = errors_of(write(text))
-    assert found.startswith(error)
+    assert found.startswith(f"run.yaml:{line}: ")
+    assert fact in found
 
 
 def test_a_missing_file_and_a_folder_give_one_clear_line(tmp_path):
-    assert errors_of(tmp_path / "no.yaml")[0].startswith(
-        "run.yaml: there is no such file; the shipped ones are in configs/"
-    )
+    (found,) = errors_of(tmp_path / "no.yaml")
+    assert "no such file" in found.replace(str(tmp_path / "no.yaml"), "")
     assert "cannot be opened" in errors_of(tmp_path)[0]
 
 
@@ -247,22 +249,28 @@ def test_one_number_serves_every_global_crop_and_one_crop_is_left_without_multic
 
 
 @pytest.mark.parametrize(
-    ("override", "error"),
+    ("override", "facts"),
     [
-        ("data.batch_szie=3", "data.batch_szie=3: unknown key; did you mean data.batch_size?"),
-        ("data.batch_size=x", "data.batch_size=x: found x; allowed: a whole number >= 1"),
-        ("data.batch_size=010", "data.batch_size=010: found 010; allowed: a whole number >= 1 (write plain"),
-        ("data.batch_size=", "data.batch_size=: nothing is written after ="),
-        ("data.batch_size", "data.batch_size: expected section.key=value"),
-        ("training.betas=[1,", "training.betas=[1,: cannot be read as YAML"),
-        ("data={batch_size: 3}", "data={batch_size: 3}: is a group of keys; set them one by one"),
-        ("model.levels.layer=3", "model.levels.layer=3: is inside a list; give the whole of model.levels"),
-        ("batch_size=3", "batch_size=3: unknown key; did you mean data.batch_size?"),
+        ("data.batch_szie=3", ["did you mean data.batch_size?"]),
+        ("data.batch_size=x", ["found x", "an integer >= 1"]),
+        ("data.batch_size=010", ["found 010", "an integer >= 1"]),
+        ("data.batch_size=", ["no value"]),
+        ("data.batch_size", ["section.key=value"]),
+        ("training.betas=[1,", ["invalid YAML"]),
+        ("data={batch_size: 3}", ["section"]),
+        ("model.levels.layer=3", ["model.levels", "a list"]),
+        ("data.batch_size.x=3", ["data.batch_size is not a section"]),
+        ("batch_size=3", ["did you mean data.batch_size or evaluation.batch_size?"]),
+        ("traning.lr=3", ["did you mean training?"]),
+        ("foo.bar=3", ["unknown key"]),
+        ("=3", ["unknown key"]),
+        ("model.encoder_kwargs={a: 1, a: 2}", ["duplicate"]),
     ],
 )
-def test_a_wrong_override_is_named_as_typed(override, error):
+def test_a_wrong_override_is_named_as_typed(override, facts):
     (found,) = errors_of(CONFIGS / "quickstart.yaml", (override,))
-    assert found.startswith(f"command line: {error}")
+    assert found.startswith(f"command line: {override}: ")
+    assert [fact for fact in facts if fact not in found] == []
 
 
 def test_an_override_given_twice_is_refused_so_that_neither_is_ignored():
@@ -280,7 +288,7 @@ def test_overrides_replace_what_the_file_says_even_if_that_was_wrong(write):
 
 def test_the_short_flags_of_the_guide_are_known_keys():
     assert set(SHORT_FLAGS) == {"batch_size", "epochs", "data_path", "dataset", "resume"}
-    assert set(SHORT_FLAGS.values()) <= set(known_keys(Config.model_json_schema()))
+    assert set(SHORT_FLAGS.values()) <= set(all_keys())
 
 
 def test_a_config_is_frozen():
@@ -289,22 +297,28 @@ def test_a_config_is_frozen():
 
 
 def test_every_key_says_what_it_allows():
-    for key, schema in known_keys(Config.model_json_schema()).items():
+    for key, schema in all_keys().items():
         assert "None" not in allowed(schema), key
         assert allowed(schema) not in ("", "text"), key
 
 
-def test_distance_counts_single_edits():
-    pairs = [
-        ("", "abc", 3),
-        ("lr", "lr", 0),
-        ("lr", "rl", 1),
-        ("epochs", "epoch", 1),
-        ("seed", "sead", 1),
-        ("ab", "bca", 3),
-        ("use_amp", "useampp", 2),
-    ]
-    assert [distance(a, b) for a, b, _ in pairs] == [steps for *_, steps in pairs]
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("training.rl", ["training.lr"]),
+        ("data.num_local_crop", ["data.multicrop.num_local_crops"]),
+        ("data.local_crops", ["data.multicrop.num_local_crops"]),
+        ("optimizer", []),
+    ],
+)
+def test_the_key_meant_by_an_unknown_one_is_found_in_any_section(key, meant):
+    assert meant_keys(key, all_keys()) == meant
+
+
+def test_text_of_several_lines_keeps_its_value_in_the_annotated_settings(write):
+    config, origins = load_config_with_origins(write(LEAST), ['model.encoder_kwargs.a="x\\ny # z"'])
+    assert config.model.encoder_kwargs == {"a": "x\ny # z"}
+    assert load_config(write(annotated(config, origins))) == config
 
 
 def test_the_schema_command_prints_a_json_schema_with_every_key():
