@@ -32,7 +32,7 @@ from train.checkpoint import (
 from train.checkpoint_writer import CheckpointWriter
 from train.config.schema import Config
 from train.distributed import Ranks, replicated
-from train.evaluation.online import Probe
+from train.evaluation.online import OnlineEvaluation
 from train.heartbeat import Heartbeat
 from train.optim import build_optimizer
 from train.output.folder import open_run_folder, run_folder
@@ -56,7 +56,7 @@ class Session:
     masks: MultiCropMaskGenerator
     optimizer: torch.optim.Optimizer
     settings: LoopSettings
-    probe: Probe | None
+    probe: OnlineEvaluation | None
     heartbeat: Heartbeat | None
     wandb: Any
     writer: CheckpointWriter
@@ -118,7 +118,7 @@ def prepare(config: Config, console: Console, ranks: Ranks, device: torch.device
     if ranks.is_first:
         open_run_folder(config, console.print)
         console.print(describe_epoch(config, loader), highlight=False)
-        probe = Probe(config, folder, model, console.print)
+        probe = OnlineEvaluation(config, folder, model)
         probe.measure_baselines()
         wandb = open_wandb(
             config.logging.wandb.enabled, config.logging.wandb.project, folder.name, folder, config.resolved

@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.shards.index import split_folder
+from train.command import show_messages
 from train.config.load import SHORT_FLAGS, annotated, load_config_with_origins
 from train.config.schema import Config
 from train.config.yaml12 import ConfigError
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path, overrides, given = parse_arguments(arguments)
     is_first = os.environ.get("RANK", "0") == "0"
     console = Console(soft_wrap=True, quiet=not is_first)
+    show_messages(console)
     try:
         config, origins = load_config_with_origins(path, overrides)
         if given.print_config or given.dry_run:

@@ -18,7 +18,7 @@ from train.output.advice import advice
 from train.output.display import Display, summary_table
 from train.output.folder import StopSignal
 from train.output.log import MetricsLog
-from train.output.pictures import NEIGHBOURS, QUERIES, draw_figures, read_picture
+from train.output.pictures import NEIGHBOURS, QUERIES, draw_run, read_picture
 from train.output.report import write_report, write_summary
 from train.prepare import Session, newest, prepare
 
@@ -150,7 +150,7 @@ def open_metrics(session: Session) -> AbstractContextManager[MetricsLog | None]:
 def show_pictures(session: Session, metrics: MetricsLog | None) -> list[Path]:
     """Draw the pictures of the run as it is now, and put them into its log."""
     neighbours = [] if session.probe is None else session.probe.neighbours(QUERIES, NEIGHBOURS)
-    figures = draw_figures(session.folder, session.config, session.dataset, session.model, session.masks, neighbours)
+    figures = draw_run(session.folder, session.config, session.dataset, session.model, session.masks, neighbours)
     if metrics is not None:
         for figure in figures:
             metrics.picture(session.state.step, figure.stem, read_picture(figure))

@@ -23,7 +23,7 @@ from train.config.schema import Config
 from train.distributed import Ranks, replicated
 from train.evaluation.features import Extractor, Features, extract, pixels, pooled_features
 from train.evaluation.knn import knn_accuracies
-from train.evaluation.linear import linear_probe
+from train.evaluation.probes import linear_probe
 from train.loop import train_steps
 from train.memory import measure_step
 from train.optim import build_optimizer
