@@ -18,4 +18,4 @@ class ShardProgress(ProgressDisplay):
     def update(self, images: int, num_bytes: int, rejects: int) -> None:
         passed = max(time.monotonic() - self._started, 1e-6)
         speed = f"{images / passed:,.0f} images/s · {num_bytes / MB / passed:,.0f} MB/s"
-        self.show(images, f"{images:,} of {self._total:,} images · {speed} · {rejects} rejected")
+        self.show(images, f"{speed} · {rejects} rejected")

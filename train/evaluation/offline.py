@@ -116,7 +116,7 @@ def evaluate(checkpoint: Path, config: Config, probes: tuple[str, ...]) -> dict[
             scores += attentive_scores(config, model, initial, device)
             continue
         for name in extractors:
-            scores += PROBES[probe](config, name, train[name], test[name], device)
+            scores += POOLED_PROBES[probe](config, name, train[name], test[name], device)
     return {
         "checkpoint": str(checkpoint),
         "step": checkpoint_step(checkpoint),
@@ -153,7 +153,7 @@ def lowshot_scores(_: Config, name: str, train: Features, test: Features, device
     return scores
 
 
-PROBES = {"knn": knn_scores, "linear": linear_scores, "lowshot": lowshot_scores}
+POOLED_PROBES = {"knn": knn_scores, "linear": linear_scores, "lowshot": lowshot_scores}
 
 
 def attentive_scores(config: Config, model: HJEPA, initial: MultiCropEncoder, device: torch.device) -> list[Score]:

@@ -16,7 +16,7 @@ WIDE = 132  # columns of a terminal that has room for more than the details
 
 
 class ProgressDisplay:
-    """Progress of `unit`s, a context. Call `show` as often as you like: it draws a few times a second at most."""
+    """Progress of a command. Used as a context; `show` may be called often, it draws a few times a second at most."""
 
     def __init__(
         self, console: Console, name: str, unit: str, total: int, start: int = 0, transient: bool = False
@@ -26,7 +26,8 @@ class ProgressDisplay:
         named = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
         details, left = TextColumn("{task.fields[details]}"), (TextColumn("ETA"), TimeRemainingColumn())
         wide = console.width >= WIDE
-        columns = (*named, details, TimeElapsedColumn(), *left) if wide else (details, *left)
+        percent = TextColumn("{task.percentage:.0f}%")
+        columns = (*named, details, TimeElapsedColumn(), *left) if wide else (percent, details, *left)
         self._live = console.is_terminal
         self._progress = Progress(
             *columns, console=console, refresh_per_second=4, transient=transient, disable=not self._live
@@ -34,7 +35,7 @@ class ProgressDisplay:
         self._task = self._progress.add_task(name, total=total, completed=start, details="")
 
     def show(self, done: int, details: str) -> None:
-        """`done` of `total`, and what else there is to say."""
+        """`done` of `total` units, and the details to print with it."""
         self._progress.update(self._task, completed=done, details=details)
         now = time.monotonic()
         if self._live or (now - self._plain_at < PLAIN_EVERY_S and done != self._total):

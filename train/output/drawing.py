@@ -238,8 +238,8 @@ def draw_neighbours(path: Path, rows: Sequence[Neighbours], cell: int = 104, tex
     Drawn without matplotlib, which takes a second for so many axes.
     """
     columns = max(len(row.pictures) for row in rows)
-    sheet = Image.new("RGB", (columns * cell, len(rows) * (cell + text)), "white")
-    canvas = ImageDraw.Draw(sheet)
+    mosaic = Image.new("RGB", (columns * cell, len(rows) * (cell + text)), "white")
+    canvas = ImageDraw.Draw(mosaic)
     for line, row in enumerate(rows):
         for number, (encoded, label) in enumerate(zip(row.pictures, row.labels, strict=True)):
             x, y = number * cell, line * (cell + text)
@@ -250,6 +250,6 @@ def draw_neighbours(path: Path, rows: Sequence[Neighbours], cell: int = 104, tex
                 parts.append(f"{row.similarities[number - 1]:.3f}")
             canvas.rectangle((x + 2, y + 2, x + cell - 3, y + cell - 3), fill=colour)
             picture = Image.open(io.BytesIO(encoded)).convert("RGB")
-            sheet.paste(ImageOps.pad(picture, (cell - 10, cell - 10), Image.Resampling.BOX), (x + 5, y + 5))
+            mosaic.paste(ImageOps.pad(picture, (cell - 10, cell - 10), Image.Resampling.BOX), (x + 5, y + 5))
             canvas.text((x + 5, y + cell - 2), ", ".join(parts), fill=colour)
-    sheet.save(path)
+    mosaic.save(path)
