@@ -1,7 +1,7 @@
 """Draw the crops, boxes and masks of any config: `python tools/preview.py CONFIG [--epoch E] [--position P]`.
 
-What is drawn is what training sees there: the stream is a function of (shards, seed, epoch, position), and a step's masks of
-(seed, step, rank). For the same bits, run it on the kind of device that training uses.
+It draws what training sees there: crops are a function of (shards, seed, epoch, position), and a step's masks of (seed, step,
+rank). For the same bits, run it on the kind of device that training uses.
 """
 
 import argparse
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.shards.index import split_folder
+from train.command import run_command
 from train.config.load import load_config
 from train.output.display import LOADING
 
@@ -19,32 +20,28 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("config", type=Path, help="a run's YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     parser.add_argument("--epoch", type=int, default=0, help="counted from 0; default: %(default)s")
-    parser.add_argument("--position", type=int, default=0, help="the first sample's place in the epoch; default: 0")
-    parser.add_argument("--count", type=int, default=2, help="samples, one below the other; default: %(default)s")
+    parser.add_argument("--position", type=int, default=0, help="of the first sample in the epoch; default: 0")
+    parser.add_argument("--count", type=int, default=2, help="number of samples; default: %(default)s")
     parser.add_argument("--world-size", type=int, default=1, help="ranks of the training run; default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("preview.png"), metavar="PNG", help="default: %(default)s")
     return parser.parse_intermixed_args(arguments)
 
 
+def preview(given: argparse.Namespace) -> None:
+    config = load_config(given.config, given.overrides)
+    split_folder(config.data.dataset, config.data.data_path, "train")
+    print(LOADING, file=sys.stderr)  # only now: a wrong setting is reported at once
+    from train.output.drawing import draw_sheet
+    from train.replay import replay
+
+    seen = replay(config, given.epoch, given.position, given.count, given.world_size)
+    draw_sheet(given.out, seen)
+    print(*seen.captions, f"wrote {given.out}", sep="\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     given = parse_arguments(arguments)
-    try:
-        config = load_config(given.config, given.overrides)
-        split_folder(config.data.dataset, config.data.data_path, "train")
-        print(LOADING, file=sys.stderr)  # only now: a wrong setting should be told at once
-        from train.output.sheet import draw_sheet
-        from train.replay import replay
-
-        seen = replay(config, given.epoch, given.position, given.count, given.world_size)
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        draw_sheet(given.out, seen)
-    except (ValueError, OSError) as error:
-        print(f"preview: {error}", file=sys.stderr)
-        return 2
-    for caption in seen.captions:
-        print(caption)
-    print(f"drawn in {given.out}")
-    return 0
+    return run_command("preview", lambda: preview(given))
 
 
 if __name__ == "__main__":

@@ -30,14 +30,14 @@ from train.checkpoint import (
 )
 from train.config.schema import Config
 from train.distributed import Ranks, Watchdog, replicated
-from train.evaluation.online import Probe
+from train.evaluation.online import OnlineEvaluation
 from train.monitor import CollapseAlarm, Heartbeat, RunningMeans, RunState, Speed, StepGuard, peak_memory
 from train.optim import build_optimizer
 from train.output.advice import advice
 from train.output.display import Display, summary_table
 from train.output.folder import StopSignal, open_run_folder, run_folder
 from train.output.log import MetricsLog, open_wandb
-from train.output.pictures import NEIGHBOURS, QUERIES, draw_figures, read_picture
+from train.output.pictures import NEIGHBOURS, QUERIES, draw_run, read_picture
 from train.output.report import write_report, write_summary
 from train.step import StepResult, Updater, batches
 
@@ -74,7 +74,7 @@ class Trainer:
         self._writer = CheckpointWriter(self.checkpoints, *keep)
         self._alarm = CollapseAlarm(self.model.encoder.width)
         self._console = Console(quiet=True)
-        self._probe: Probe | None = None
+        self._probe: OnlineEvaluation | None = None
         self._heartbeat: Heartbeat | None = None
         self._wandb: Any = None
         self._continue_from(RunState())
@@ -92,7 +92,7 @@ class Trainer:
         if self.ranks.is_first:
             open_run_folder(config)
             log.info(describe_epoch(config, self.loader))
-            self._probe = Probe(config, self.folder, self.model, log.info)
+            self._probe = OnlineEvaluation(config, self.folder, self.model)
             self._probe.measure_baselines()
             if logging_.wandb.enabled:
                 self._wandb = open_wandb(logging_.wandb.project, self.folder, config.resolved)
@@ -260,10 +260,10 @@ class Trainer:
             return nullcontext()
         return MetricsLog(self.folder, self.config.logging.tensorboard, self.state.step, self._wandb)
 
-    def _draw(self, probe: Probe, metrics: MetricsLog | None) -> list[Path]:
+    def _draw(self, probe: OnlineEvaluation, metrics: MetricsLog | None) -> list[Path]:
         """Draw the pictures of the run as it is now, and put them into its log."""
         neighbours = probe.neighbours(QUERIES, NEIGHBOURS)
-        paths = draw_figures(self.folder, self.config, self.dataset, self.model, self.masks, neighbours)
+        paths = draw_run(self.folder, self.config, self.dataset, self.model, self.masks, neighbours)
         if metrics is not None:
             for path in paths:
                 metrics.picture(self.state.step, path.stem, read_picture(path))

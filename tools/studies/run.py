@@ -15,7 +15,7 @@ from train.config.load import load_config
 from train.config.schema import Config
 from train.evaluation.features import Extractor, Features, extract, pixels, pooled_features
 from train.evaluation.knn import knn_accuracies
-from train.evaluation.linear import linear_probe
+from train.evaluation.probes import linear_probe
 from train.memory import measure_step
 from train.monitor import RunState
 from train.output.log import rankme

@@ -1,21 +1,16 @@
-"""The study's tables and its plot, from the lines of its CSV."""
+"""The study's tables and its plot, from the rows of its CSV."""
 
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib as mpl
-
-mpl.use("agg")
-
-from matplotlib import pyplot as plt
+from scipy import stats
 
 from tools.studies.grid import BASE, EXPERIMENTS, IMAGES, same_run
+from train.output.plots import draw_points
 
 Row = dict[str, str]
 
-# Two-sided 95% points of Student's t, by the number of seeds; beyond the table, the normal's.
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 BASELINES = ("raw pixels", "random initialisation")
 COLUMNS = (
     ("k-NN %", "knn"), ("linear %", "linear"), ("images", "images"), ("CPU s", "cpu_s"), ("images/CPU s", "images_per_cpu_s"),
@@ -30,10 +25,11 @@ CLAIMS = (
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean, and half the width of its 95% interval; None for a single value."""
+    """The mean, and half the width of its 95% interval by Student's t; None for a single value."""
     if len(values) < 2:
         return values[0], None
-    return statistics.mean(values), STUDENT.get(len(values), 1.96) * statistics.stdev(values) / len(values) ** 0.5
+    width = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values), float(width)
 
 
 def of_variant(rows: Sequence[Row], variant: str, equal: str) -> list[Row]:
@@ -55,7 +51,7 @@ def cell(rows: Sequence[Row], field: str) -> str:
 
 
 def experiment_lines(rows: Sequence[Row], title: str, variants: Sequence[tuple[str, str]]) -> list[str]:
-    """A table of the variants (name, what is equal) that there are lines of."""
+    """A table of those variants (name, what is equal) that have rows."""
     head = ["variant", "seeds", *(name for name, _ in COLUMNS)]
     lines = [f"### {title}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for variant, equal in variants:
@@ -67,7 +63,7 @@ def experiment_lines(rows: Sequence[Row], title: str, variants: Sequence[tuple[s
 
 
 def claim_lines(rows: Sequence[Row]) -> list[str]:
-    """The three claims of the user's guide, against the single-crop baseline and against two globals."""
+    """The claims of the user's guide, measured against the single-crop baseline and against two globals."""
     lines = ["### The guide's claims for 2+6 crops", "", "| claim | said | over 1+0 | over 2+0 |", "|---|---|---|---|"]
     many = of_variant(rows, *same_run(BASE, ""))
     for title, field, said in CLAIMS:
@@ -100,32 +96,19 @@ def write_tables(folder: Path, name: str, rows: Sequence[Row], steps: dict[str, 
     for title, variants, equal in EXPERIMENTS:
         text += experiment_lines(rows, title, [same_run(variant, equal) for variant in variants])
     (folder / f"{name}.md").write_text("\n".join(text + claim_lines(rows)))
-    draw(folder / f"{name}.png", name, rows)
+    draw_study(folder / f"{name}.png", name, rows)
 
 
-def draw(path: Path, name: str, rows: Sequence[Row]) -> None:
+def draw_study(path: Path, name: str, rows: Sequence[Row]) -> None:
     """k-NN of every training as a point, by experiment, with mean and interval; baselines as lines."""
-    shown = [
+    labels = [
         (f"{variant}, equal images" if equal == IMAGES and variant != BASE else variant, *same_run(variant, equal))
         for _, variants, equal in EXPERIMENTS
         for variant in variants
     ]
-    shown = [entry for entry in dict.fromkeys(shown) if of_variant(rows, *entry[1:])]
-    figure, axis = plt.subplots(figsize=(8, 1.6 + 0.42 * len(shown)), layout="constrained")
-    for place, (_, variant, equal) in enumerate(shown):
-        values = numbers(of_variant(rows, variant, equal), "knn")
-        mean, interval = mean_and_interval(values)
-        axis.plot(values, [place] * len(values), "o", color="#00a6d6", markersize=5, alpha=0.8)
-        axis.errorbar([mean], [place], xerr=interval, fmt="|", color="black", markersize=14, capsize=3, linewidth=1)
-    for baseline, style in zip(BASELINES, (":", "--"), strict=True):
-        values = numbers(of_variant(rows, baseline, ""), "knn")
-        if values:
-            axis.axvline(statistics.mean(values), linestyle=style, color="gray", label=baseline)
-    axis.set_yticks(range(len(shown)), [label for label, _, _ in shown])
-    axis.invert_yaxis()
-    axis.set_xlabel("k-NN, % (points: seeds; bar: mean and 95% interval)")
-    axis.set_title(name)
-    axis.grid(axis="x", alpha=0.3)
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    found = [(label, numbers(of_variant(rows, *run), "knn")) for label, *run in dict.fromkeys(labels)]
+    points = [(label, values, *mean_and_interval(values)) for label, values in found if values]
+    baselines = {
+        name: statistics.mean(values) for name in BASELINES if (values := numbers(of_variant(rows, name, ""), "knn"))
+    }
+    draw_points(path, name, "k-NN, % (points: seeds; bar: mean and 95% interval)", points, baselines)

@@ -1,6 +1,6 @@
-"""Frozen features: what is taken of an image, and one pass over a split that keeps it in a store of bounded size."""
+"""Frozen features of a split's images, kept in bounded memory: pooled ones in one pass, tokens epoch after epoch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +16,7 @@ Extractor = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 """`[n, 3, S, S] float32, normalised -> {name: [n, D]}`; every extractor gives `last`."""
 
 STORED = torch.float16  # half the memory; k-NN and probes do not notice
-USABLE = 0.5  # of the free memory
+FEATURES_SHARE, TOKENS_SHARE = 0.5, 0.25  # of the free memory
 LAST_BLOCKS = 4  # whose features the wide linear probe sees, as in DINO (arXiv 2104.14294)
 
 
@@ -26,6 +26,11 @@ class Features:
 
     values: dict[str, torch.Tensor]
     labels: torch.Tensor
+
+
+def mixed_precision(crops: torch.Tensor) -> torch.autocast:
+    """bf16 autocast on a GPU, as in training; float32 on a CPU, which is slower in bf16."""
+    return torch.autocast(crops.device.type, torch.bfloat16, enabled=crops.is_cuda)
 
 
 def pooled_features(encoder: MultiCropEncoder) -> Extractor:
@@ -94,23 +99,21 @@ def check_labels(loader: MultiCropLoader) -> None:
     missing = int((loader.index.samples["label"] == UNLABELLED).sum())
     if missing:
         raise ValueError(
-            f"{loader.index.folder}: {missing:,} of {len(loader.index):,} samples without labels, and accuracies need a label "
-            "for each: convert class folders, or tars with cls members"
+            f"{loader.index.folder}: {missing:,} of {len(loader.index):,} samples without labels; accuracies need a label for "
+            "each: convert class folders, or tars with cls members"
         )
 
 
 @torch.inference_mode()
 def extract(loader: MultiCropLoader, extractors: dict[str, Extractor]) -> dict[str, Features]:
-    """Features by extractor of all samples of `loader`, in one pass.
-
-    Raises ValueError when the features would not fit the memory.
-    """
+    """Features of all samples of `loader`, by extractor, in one pass. ValueError when they would not fit in memory."""
     loader.load_state_dict({"epoch": 0, "position": 0})
     count, done = len(loader.index), 0
     stores: dict[str, dict[str, torch.Tensor]] = {name: {} for name in extractors}
     labels = torch.empty(count, dtype=torch.int64)
     for batch in loader:
-        found = {name: extractor(batch.crops[0]) for name, extractor in extractors.items()}
+        with mixed_precision(batch.crops[0]):
+            found = {name: extractor(batch.crops[0]) for name, extractor in extractors.items()}
         if done == 0:
             _check_room(loader, count, found)
             for name, parts in found.items():
@@ -126,17 +129,51 @@ def extract(loader: MultiCropLoader, extractors: dict[str, Extractor]) -> dict[s
 
 def _check_room(loader: MultiCropLoader, count: int, found: dict[str, dict[str, torch.Tensor]]) -> None:
     width = sum(part.shape[1] for parts in found.values() for part in parts.values())
-    need, room = width * STORED.itemsize * count, USABLE * free_memory()
+    need, room = width * STORED.itemsize * count, FEATURES_SHARE * free_memory()
     if need > room:
         most = int(room / (width * STORED.itemsize))
         raise ValueError(
-            f"{loader.index.folder}: the features of {count:,} images take {need / 2**30:.1f} GiB, and {room / 2**30:.1f} GiB "
-            f"are to be had. Lower evaluation.max_samples (--max-samples) to {most:,} or less"
+            f"{loader.index.folder}: the features of {count:,} images take {need / 2**30:.1f} GiB, {room / 2**30:.1f} GiB are "
+            f"available. Lower evaluation.max_samples (--max-samples) to {most:,} or less"
         )
 
 
+class TokenStream:
+    """Batches of (tokens `[n, N, D] float32`, labels `[n]`, positions `[n]`) of a split, epoch after epoch.
+
+    Tokens that fit in a share of the free memory are computed once and kept as float16; otherwise each epoch computes them again.
+    """
+
+    def __init__(self, loader: MultiCropLoader, tokens: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._loader, self._tokens = loader, tokens
+        self._store: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
+
+    @property
+    def batches(self) -> int:
+        """Of one epoch."""
+        return len(self._loader)
+
+    def epoch(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        if self._store is not None:
+            for tokens, labels, positions in self._store:
+                yield tokens.to(labels.device).float(), labels, positions
+            return
+        store: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = []
+        room, taken = TOKENS_SHARE * free_memory(), 0
+        self._loader.load_state_dict({"epoch": 0, "position": 0})
+        for batch in self._loader:
+            with torch.inference_mode(), mixed_precision(batch.crops[0]):
+                found = self._tokens(batch.crops[0]).to(STORED)
+            taken += found.nbytes
+            if store is not None:
+                store.append((found.cpu(), batch.labels, batch.positions))
+                store = store if taken <= room else None
+            yield found.float(), batch.labels, batch.positions
+        self._store = store
+
+
 def free_memory() -> int:
-    """Bytes that this machine could still give."""
+    """Bytes available on this machine."""
     with open("/proc/meminfo") as file:
         fields = dict(line.split(":") for line in file)
     return 1024 * int(fields["MemAvailable"].split()[0])

@@ -1,7 +1,7 @@
 """All probes on one checkpoint, each next to raw pixels and the random initialisation."""
 
+import logging
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from train.build import build_evaluation_loaders, build_model, torch_threads
 from train.checkpoint import MANIFEST, checkpoint_step, load_checkpoint, newest_checkpoint
 from train.config.load import load_config
 from train.config.schema import Config
-from train.evaluation.attentive import TokenStream, attentive_probe
 from train.evaluation.features import (
     Features,
+    TokenStream,
     check_labels,
     colour_histogram,
     encoder_features,
@@ -27,11 +27,11 @@ from train.evaluation.features import (
     pixels,
 )
 from train.evaluation.knn import knn_accuracies
-from train.evaluation.linear import linear_probe, lowshot_accuracies
+from train.evaluation.probes import attentive_probe, linear_probe, lowshot_accuracies
 
 KNN_KS = (10, 20, 100, 200)
 SHOTS, SHOT_SEEDS = (1, 10), (0, 1, 2, 3, 4)
-LINEAR_EPOCHS = 20  # where the run itself asks for none
+LINEAR_EPOCHS = 20  # where the run's settings have 0
 ROW_NAMES = {
     "pixels": "raw pixels",
     "colour_histogram": "colour histogram",
@@ -39,10 +39,12 @@ ROW_NAMES = {
     "trained": "trained",
 }
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
-class Figure:
-    """One number of the report, in percent; `spread` is the standard deviation over `repeats` drawings of images."""
+class Score:
+    """One accuracy of the report, in percent; `spread` is the standard deviation over `repeats` random choices of images."""
 
     probe: str
     features: str
@@ -53,27 +55,27 @@ class Figure:
 
 
 def find_checkpoint(
-    place: Path, settings: Path | None = None, data: Path | None = None, max_samples: int | None = None,
+    path: Path, settings: Path | None = None, data: Path | None = None, max_samples: int | None = None,
     device: str | None = None,
 ) -> tuple[Path, Config]:  # fmt: skip
-    """The checkpoint that a run's folder or a checkpoint's path means, and its run's settings, with changes.
+    """The checkpoint at `path`, or the newest sound one of the run at `path`, and its run's settings with the changes given.
 
     Raises FileNotFoundError where there is none, ValueError for wrong settings.
     """
-    if (place / MANIFEST).exists():
-        checkpoint, run = place, place.resolve().parent.parent
-    elif (place / "checkpoints").is_dir():
-        found, run = newest_checkpoint(place / "checkpoints"), place
+    if (path / MANIFEST).exists():
+        checkpoint, run = path, path.resolve().parent.parent
+    elif (path / "checkpoints").is_dir():
+        found, run = newest_checkpoint(path / "checkpoints"), path
         if found is None:
-            raise FileNotFoundError(f"{place}: no sound checkpoint here")
+            raise FileNotFoundError(f"{path}: no undamaged checkpoint here")
         checkpoint = found
     else:
         raise FileNotFoundError(
-            f"{place}: neither a run's folder nor a checkpoint; give runs/NAME or runs/NAME/checkpoints/step_*"
+            f"{path}: neither a run's folder nor a checkpoint; give runs/NAME or runs/NAME/checkpoints/step_*"
         )
     settings = settings or run / "config.yaml"
     if not settings.exists():
-        raise FileNotFoundError(f"{settings}: there is no such file; name the checkpoint's settings with --config")
+        raise FileNotFoundError(f"{settings}: no such file; name the checkpoint's settings with --config")
     changes = {"data.data_path": data, "evaluation.max_samples": max_samples, "device": device}
     return checkpoint, load_config(settings, [f"{key}={value}" for key, value in changes.items() if value is not None])
 
@@ -85,8 +87,8 @@ def load_models(checkpoint: Path, config: Config, device: torch.device) -> tuple
     return model.eval(), initial.eval()
 
 
-def evaluate(checkpoint: Path, config: Config, probes: tuple[str, ...], say: Callable[[str], None]) -> dict[str, Any]:
-    """The report: where it was measured, and `figures`, one for each probe, features and setting.
+def evaluate(checkpoint: Path, config: Config, probes: tuple[str, ...]) -> dict[str, Any]:
+    """The report: what was measured, and under `figures` the scores of each probe on each kind of features.
 
     Raises FileNotFoundError for missing shards, ValueError for samples without labels and for another architecture.
     """
@@ -104,83 +106,75 @@ def evaluate(checkpoint: Path, config: Config, probes: tuple[str, ...], say: Cal
         "random_init": encoder_features(initial, model.levels),
         "trained": encoder_features(model.target, model.levels),
     }
-    say(f"features of {len(loaders[0].index):,} + {len(loaders[1].index):,} images ...")
+    log.info("features of %s ...", " + ".join(f"{len(loader.index):,}" for loader in loaders) + " images")
     train, test = (extract(loader, extractors) for loader in loaders)
-    figures = []
+    scores: list[Score] = []
     for probe in probes:
-        say(f"{probe} ...")
+        log.info("%s ...", probe)
         if probe == "attentive":
-            figures += attentive_figures(config, model, initial, device, say)
+            scores += attentive_scores(config, model, initial, device)
             continue
         for name in extractors:
-            figures += PROBES[probe](config, name, train[name], test[name], device)
+            scores += POOLED_PROBES[probe](config, name, train[name], test[name], device)
     return {
         "checkpoint": str(checkpoint),
         "step": checkpoint_step(checkpoint),
         "data": [str(loader.index.folder) for loader in loaders],
         "images": [len(loader.index) for loader in loaders],
-        "figures": [vars(figure) for figure in figures],
+        "figures": [vars(score) for score in scores],
     }
 
 
-def knn_figures(_: Config, name: str, train: Features, test: Features, device: torch.device) -> list[Figure]:
-    figures = []
+def knn_scores(_: Config, name: str, train: Features, test: Features, device: torch.device) -> list[Score]:
+    ks = [k for k in KNN_KS if k <= len(train.labels)] or [len(train.labels)]
+    scores = []
     for key in train.values:
         if key.startswith("last") and key != "last":
-            continue  # the linear probe's
-        parts = (train.values[key], train.labels, test.values[key], test.labels)
-        ks = [k for k in KNN_KS if k <= len(train.labels)] or [len(train.labels)]
-        for k, accuracy in knn_accuracies(*parts, ks, device).items():
-            figures.append(
-                Figure("knn", name if key == "last" else f"{name}, {key.replace('_', ' ')}", f"k={k}", accuracy)
-            )
-    return figures
+            continue  # for the linear probe
+        features = name if key == "last" else f"{name}, {key.replace('_', ' ')}"
+        found = knn_accuracies(train.values[key], train.labels, test.values[key], test.labels, ks, device)
+        scores += [Score("knn", features, f"k={k}", accuracy) for k, accuracy in found.items()]
+    return scores
 
 
-def linear_figures(config: Config, name: str, train: Features, test: Features, device: torch.device) -> list[Figure]:
+def linear_scores(config: Config, name: str, train: Features, test: Features, device: torch.device) -> list[Score]:
     names = [key for key in train.values if key.startswith("last")]
     accuracy, setting = linear_probe(train, test, names, config.evaluation.linear_epochs or LINEAR_EPOCHS, device)
-    return [Figure("linear", name, setting, accuracy)]
+    return [Score("linear", name, setting, accuracy)]
 
 
-def lowshot_figures(_: Config, name: str, train: Features, test: Features, device: torch.device) -> list[Figure]:
-    figures = []
+def lowshot_scores(_: Config, name: str, train: Features, test: Features, device: torch.device) -> list[Score]:
+    scores = []
     for shots in SHOTS:
-        scores = lowshot_accuracies(train, test, shots, SHOT_SEEDS, device)
-        figures.append(
-            Figure(
-                "lowshot", name, f"{shots} per class", statistics.mean(scores), statistics.stdev(scores), len(scores)
-            )
-        )
-    return figures
+        found = lowshot_accuracies(train, test, shots, SHOT_SEEDS, device)
+        spread = statistics.stdev(found)
+        scores.append(Score("lowshot", name, f"{shots} per class", statistics.mean(found), spread, len(found)))
+    return scores
 
 
-PROBES = {"knn": knn_figures, "linear": linear_figures, "lowshot": lowshot_figures}
+POOLED_PROBES = {"knn": knn_scores, "linear": linear_scores, "lowshot": lowshot_scores}
 
 
-def attentive_figures(
-    config: Config, model: HJEPA, initial: MultiCropEncoder, device: torch.device, say: Callable[[str], None]
-) -> list[Figure]:
+def attentive_scores(config: Config, model: HJEPA, initial: MultiCropEncoder, device: torch.device) -> list[Score]:
     patch = model.target.patch_size
     tokens = {
         "pixels": (pixel_tokens(patch), 3 * patch**2),
         "random_init": (patch_tokens(initial), initial.width),
         "trained": (patch_tokens(model.target), model.target.width),
     }
-    figures = []
+    scores = []
     for name, (take, width) in tokens.items():
-        say(f"  {ROW_NAMES[name]} ...")
-        # Its training images come shuffled: they are met batch by batch.
+        log.info("  %s ...", ROW_NAMES[name])
+        # The training images are shuffled once: the heads see them in stored batches.
         train, test = build_evaluation_loaders(config, shuffle=True)
         classes = 1 + max(int(loader.index.samples["label"].max()) for loader in (train, test))
-        streams = TokenStream(train, take), TokenStream(test, take)
-        accuracy, setting = attentive_probe(*streams, width, classes, device, say)
-        figures.append(Figure("attentive", name, setting, accuracy))
-    return figures
+        accuracy, setting = attentive_probe(TokenStream(train, take), TokenStream(test, take), width, classes, device)
+        scores.append(Score("attentive", name, setting, accuracy))
+    return scores
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as Markdown, one line for each probe and kind of features."""
+    """The report as Markdown, one row for each probe and kind of features."""
     train, test = report["images"]
     lines = [
         f"{report['checkpoint']}: {train:,} training and {test:,} validation images of {report['data'][1]}",
@@ -189,16 +183,16 @@ def table(report: dict[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     grouped: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for figure in report["figures"]:
-        grouped.setdefault((figure["probe"], figure["features"]), []).append(figure)
-    for (probe, features), figures in grouped.items():
+    for score in report["figures"]:
+        grouped.setdefault((score["probe"], score["features"]), []).append(score)
+    for (probe, features), scores in grouped.items():
         name, _, level = features.partition(", ")
-        shown = ROW_NAMES[name] + (f", {level}" if level else "")
-        settings, scores = " / ".join(figure["setting"] for figure in figures), " / ".join(map(shown_score, figures))
-        lines.append(f"| {probe} | {shown} | {settings} | {scores} |")
+        row = ROW_NAMES[name] + (f", {level}" if level else "")
+        settings, values = " / ".join(score["setting"] for score in scores), " / ".join(map(shown_score, scores))
+        lines.append(f"| {probe} | {row} | {settings} | {values} |")
     return "\n".join(lines)
 
 
-def shown_score(figure: dict[str, Any]) -> str:
-    spread = "" if figure["spread"] is None else f" ± {figure['spread']:.1f} (std of {figure['repeats']})"
-    return f"{figure['accuracy']:.1f}{spread}"
+def shown_score(score: dict[str, Any]) -> str:
+    spread = "" if score["spread"] is None else f" ± {score['spread']:.1f} (std of {score['repeats']})"
+    return f"{score['accuracy']:.1f}{spread}"

@@ -1,7 +1,7 @@
-"""k-NN and a linear probe on frozen features before, during and after a run, next to baselines that need no training."""
+"""k-NN and a linear probe on frozen features before, during and after a run, and baselines that need no training."""
 
 import json
-from collections.abc import Callable
+import logging
 from pathlib import Path
 
 import torch
@@ -20,20 +20,21 @@ from train.evaluation.features import (
     pooled_features,
 )
 from train.evaluation.knn import knn_accuracies, nearest_neighbours
-from train.evaluation.linear import linear_probe
+from train.evaluation.probes import linear_probe
 from train.output.drawing import Neighbours
 from train.output.log import rankme
 
+log = logging.getLogger(__name__)
 
-class Probe:
-    """Measures the target encoder of `model` on the validation split; without one it says so once and measures nothing.
 
-    Without labels there are no accuracies, but `rankme` and `neighbours` all the same.
+class OnlineEvaluation:
+    """Measures the target encoder of `model` on the validation split; without one it warns once and measures nothing.
+
+    Without labels there are `rankme` and `neighbours`, but no accuracies.
     """
 
-    def __init__(self, config: Config, folder: Path, model: HJEPA, say: Callable[[str], None]) -> None:
+    def __init__(self, config: Config, folder: Path, model: HJEPA) -> None:
         self._model, self._settings, self._file = model, config.evaluation, folder / "baselines.json"
-        self._say = say
         self.baselines: dict[str, float] | None = None
         self.rankme: float | None = None
         self.linear: float | None = None
@@ -43,26 +44,26 @@ class Probe:
         try:
             self._loaders = build_evaluation_loaders(config)
         except FileNotFoundError as error:
-            say(f"no validation images, so nothing is measured: {error}")
+            log.warning("no validation images, so nothing is measured: %s", error)
             return
         try:
             for loader in self._loaders:
                 check_labels(loader)
             self._labelled = True
         except ValueError as error:
-            say(f"no accuracies, RankMe and neighbours alone: {error}")
+            log.warning("no accuracies, only RankMe and neighbours: %s", error)
 
     @property
     def num_validation(self) -> int:
-        """Images that the figures are of."""
+        """Images that the scores are measured on."""
         return 0 if self._loaders is None else len(self._loaders[1].index)
 
     def measure_baselines(self) -> None:
-        """k-NN of raw pixels, colour histogram and the model as it is now, its initialisation; kept in baselines.json."""
+        """k-NN of raw pixels, colour histogram and the untrained model; kept in baselines.json. Call it before training."""
         if not self._labelled:
             return
         if not self._file.exists():
-            self._say("measuring the baselines: raw pixels, colour histogram, random initialisation ...")
+            log.info("measuring the baselines: raw pixels, colour histogram, random initialisation ...")
             extractors = {"pixels": pixels, "colour_histogram": colour_histogram, "random_init": self._encoder()}
             features = self._features(extractors)
             if features is None:
@@ -72,8 +73,7 @@ class Probe:
         self.baselines = json.loads(self._file.read_text())
 
     def measure(self) -> float | None:
-        """k-NN percent of the target encoder now, None without labels; also refreshes `rankme` of its validation features, and
-        `linear`."""
+        """k-NN percent of the target encoder, None without labels; updates `rankme` and `linear` as well."""
         features = self._features({"trained": self._encoder()})
         if features is None:
             return None
@@ -86,12 +86,12 @@ class Probe:
         return self._knn(train, test)
 
     def online(self) -> dict[str, float]:
-        """The figures of a measurement during the run, for its log."""
-        figures = {"knn": self.measure(), "knn_rankme": self.rankme, "linear": self.linear}
-        return {name: value for name, value in figures.items() if value is not None}
+        """The scores of a measurement during the run, for its log."""
+        scores = {"knn": self.measure(), "knn_rankme": self.rankme, "linear": self.linear}
+        return {name: value for name, value in scores.items() if value is not None}
 
     def neighbours(self, count: int, k: int) -> list[Neighbours]:
-        """The k nearest training images of `count` validation images, evenly spread, as measured last; none before that."""
+        """The k nearest training images of `count` validation images, evenly spread, at the last measurement."""
         if self._measured is None or self._loaders is None:
             return []
         (train, test), indices = self._measured, [loader.index for loader in self._loaders]
@@ -124,7 +124,7 @@ class Probe:
         try:
             return extract(self._loaders[0], extractors), extract(self._loaders[1], extractors)
         except ValueError as error:
-            self._say(f"nothing is measured: {error}")
+            log.warning("nothing is measured: %s", error)
             self._loaders = None
             return None
         finally:

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live bar in a terminal, plain lines elsewhere, and the table at the end."""
+"""What a person sees while a command works: a live bar in a terminal, plain lines elsewhere, and a run's table at its end."""
 
 import time
 from types import TracebackType
@@ -11,57 +11,69 @@ from rich.table import Table
 from train.monitor import RunState
 
 PLAIN_EVERY_S = 5.0
-LOADING = "loading torch, DALI and timm ..."  # about ten seconds of imports: nobody shall take them for a hang
-WIDE = 132  # columns of a terminal that has room for more than the figures
+LOADING = "loading torch, DALI and timm ..."  # ten seconds of imports, which would look like a hang
+WIDE = 132  # columns of a terminal that has room for more than the details
 
 
-class Display:
-    """Shows one run. Used as a context; `update` may be called every step, it draws a few times a second at most."""
+class ProgressDisplay:
+    """Progress of a command. Used as a context; `show` may be called often, it draws a few times a second at most."""
 
-    def __init__(self, console: Console, run_name: str, step: int, total_steps: int, steps_per_epoch: int) -> None:
-        self._console, self._name, self._total, self._steps_per_epoch = console, run_name, total_steps, steps_per_epoch
-        self._first_step, self._started, self._plain_at = step, time.monotonic(), 0.0
-        self._progress: Progress | None = None
-        if console.is_terminal:
-            named = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
-            figures = TextColumn("{task.fields[figures]}")
-            left = (TextColumn("ETA"), TimeRemainingColumn())
-            wide = console.width >= WIDE
-            columns = (*named, figures, TimeElapsedColumn(), *left) if wide else (figures, *left)
-            self._progress = Progress(*columns, console=console, refresh_per_second=4)
-            self._task = self._progress.add_task(run_name, total=total_steps, completed=step, figures="")
+    def __init__(
+        self, console: Console, name: str, unit: str, total: int, start: int = 0, transient: bool = False
+    ) -> None:
+        self._console, self._name, self._unit, self._total, self._start = console, name, unit, total, start
+        self._started, self._plain_at = time.monotonic(), 0.0
+        named = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
+        details, left = TextColumn("{task.fields[details]}"), (TextColumn("ETA"), TimeRemainingColumn())
+        wide = console.width >= WIDE
+        percent = TextColumn("{task.percentage:.0f}%")
+        columns = (*named, details, TimeElapsedColumn(), *left) if wide else (percent, details, *left)
+        self._live = console.is_terminal
+        self._progress = Progress(
+            *columns, console=console, refresh_per_second=4, transient=transient, disable=not self._live
+        )
+        self._task = self._progress.add_task(name, total=total, completed=start, details="")
 
-    def update(self, state: RunState) -> None:
-        """Show the run's figures so far: speed and data wait are means over the whole run, the loss is the latest logged."""
-        step = state.step
-        shown = "-" if state.loss_last is None else f"{state.loss_last:.4f}"
-        epoch, epochs = step / self._steps_per_epoch, self._total / self._steps_per_epoch
-        speed, wait = state.images / state.train_s, 100 * state.wait_s / state.train_s
-        figures = f"epoch {epoch:.1f}/{epochs:.4g} · loss {shown} · {speed:.0f} images/s · data wait {wait:.0f}%"
-        if state.bad_samples:
-            figures += f" · {state.bad_samples} bad samples replaced"
-        if state.skipped_steps:
-            figures += f" · {state.skipped_steps} steps left out"
-        if state.collapsed:
-            figures += " · COLLAPSE ALARM"
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step, figures=figures)
-            return
+    def show(self, done: int, details: str) -> None:
+        """`done` of `total` units, and the details to print with it."""
+        self._progress.update(self._task, completed=done, details=details)
         now = time.monotonic()
-        if now - self._plain_at >= PLAIN_EVERY_S or step == self._total:
-            self._plain_at = now
-            rate = (step - self._first_step) / max(now - self._started, 1e-9)
-            left = time.strftime("%H:%M:%S", time.gmtime((self._total - step) / rate)) if rate else "-"
-            self._console.print(f"{self._name}: step {step}/{self._total} · {figures} · ETA {left}", highlight=False)
+        if self._live or (now - self._plain_at < PLAIN_EVERY_S and done != self._total):
+            return
+        self._plain_at = now
+        rate = (done - self._start) / max(now - self._started, 1e-9)
+        left = time.strftime("%H:%M:%S", time.gmtime((self._total - done) / rate)) if rate else "-"
+        line = f"{self._name}: {self._unit} {done}/{self._total} · {details} · ETA {left}"
+        self._console.print(line, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
-        if self._progress is not None:
-            self._progress.start()
+        self._progress.start()
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        self._progress.stop()
+
+
+class Display(ProgressDisplay):
+    """Progress of one run, in steps."""
+
+    def __init__(self, console: Console, run_name: str, step: int, total_steps: int, steps_per_epoch: int) -> None:
+        super().__init__(console, run_name, "step", total_steps, step)
+        self._steps_per_epoch = steps_per_epoch
+
+    def update(self, state: RunState) -> None:
+        """Speed and data wait are means over the whole run; the loss is the latest logged."""
+        loss = "-" if state.loss_last is None else f"{state.loss_last:.4f}"
+        epoch, epochs = state.step / self._steps_per_epoch, self._total / self._steps_per_epoch
+        speed, wait = state.images / state.train_s, 100 * state.wait_s / state.train_s
+        details = f"epoch {epoch:.1f}/{epochs:.4g} · loss {loss} · {speed:.0f} images/s · data wait {wait:.0f}%"
+        if state.bad_samples:
+            details += f" · {state.bad_samples} bad samples replaced"
+        if state.skipped_steps:
+            details += f" · {state.skipped_steps} steps skipped"
+        if state.collapsed:
+            details += " · COLLAPSE ALARM"
+        self.show(state.step, details)
 
 
 KNN_NAMES = {
@@ -73,7 +85,7 @@ KNN_NAMES = {
 
 
 def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """What a person wants to know of `summary`, which is what summary.json holds."""
+    """Names and values of `summary`, the content of summary.json, as they are shown."""
     rows = [
         ("images seen", f"{summary['images']:,}"),
         ("images/s", f"{summary['images_per_s']:.0f}"),
@@ -84,7 +96,7 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     if summary["bad_samples"]:
         rows.append(("bad samples, replaced", f"{summary['bad_samples']:,}, see quarantine.jsonl"))
     if summary["skipped_steps"]:
-        rows.append(("steps left out, not finite", f"{summary['skipped_steps']:,}"))
+        rows.append(("steps skipped, not finite", f"{summary['skipped_steps']:,}"))
     if summary["collapse_alarms"]:
         rows.append(("collapse alarms at steps", ", ".join(map(str, summary["collapse_alarms"]))))
     if summary["rankme"] is not None:

@@ -12,15 +12,24 @@ from model.masks import MultiCropMaskGenerator
 from pipeline.dataset import MultiCropDataset
 from train.build import build_loader
 from train.config.schema import Config
-from train.output.drawing import Neighbours, draw_crops, draw_curves, draw_features, draw_masks, draw_neighbours
+from train.output.drawing import (
+    Neighbours,
+    Views,
+    draw_crops,
+    draw_features,
+    draw_masks,
+    draw_neighbours,
+    feature_colours,
+)
 from train.output.log import read_metrics
+from train.output.plots import RUN_PANELS, draw_curves
 from train.step import step_seed
 
-PICTURED = 4  # images in crops.png and features.png
+PICTURED, MASKED = 4, 2  # images in crops.png and features.png, and in masks.png
 QUERIES, NEIGHBOURS = 6, 7  # in neighbours.png
 
 
-def draw_figures(
+def draw_run(
     folder: Path,
     config: Config,
     dataset: MultiCropDataset,
@@ -28,38 +37,26 @@ def draw_figures(
     masks: MultiCropMaskGenerator,
     neighbours: Sequence[Neighbours] = (),
 ) -> list[Path]:
-    """Draw crops.png and masks.png of the first positions of epoch 0, as trained on, features.png, curves.png and, where there
-    are `neighbours`, neighbours.png."""
-    figures = folder / "figures"
-    figures.mkdir(exist_ok=True)
+    """Draw `folder/figures/*.png`; returns their paths.
+
+    crops and masks show the first positions of epoch 0, as trained on. neighbours needs some, and curves a logged loss.
+    """
+    paths = [folder / "figures" / f"{name}.png" for name in ("crops", "masks", "features", "neighbours", "curves")]
     count = min(PICTURED, len(dataset))
     loader = build_loader(config, dataset, count)
     batch = next(iter(loader))
-    normalisation = (dataset.mean, dataset.std)
-    paths = [figures / name for name in ("crops.png", "masks.png", "features.png", "neighbours.png", "curves.png")]
-    draw_crops(paths[0], batch, dataset.index, loader.rows_at(0, 0, count), model.num_global, *normalisation)
+    views = Views(batch, model.num_global, dataset.mean, dataset.std)
+    draw_crops(paths[0], views, [dataset.index.encoded(int(row)) for row in loader.rows_at(0, 0, count)])
     torch.manual_seed(step_seed(config.seed, 0, 1))
-    plan = masks(count)
-    draw_masks(paths[1], batch, plan, model.grid, masks.strides, *normalisation, count=2)
-    with torch.inference_mode():
-        tokens = model.target([(batch.crops[0], None)])[0].tokens.float()
-    draw_features(paths[2], batch.crops[0], token_colours(tokens), model.grid, *normalisation)
+    rows = [(i, g) for i in range(min(MASKED, count)) for g in range(model.num_global)]
+    draw_masks(paths[1], views, masks(count), model.grid, masks.strides, rows)
+    draw_features(paths[2], views, feature_colours(model.target, batch.crops[0]))
     if neighbours:
         draw_neighbours(paths[3], neighbours)
-    lines = [line for line in read_metrics(folder) if "loss" in line]
-    if lines:
-        draw_curves(paths[4], lines)
+    lines = read_metrics(folder)
+    if any("loss" in line for line in lines):
+        draw_curves(paths[4], {folder.name: lines}, RUN_PANELS)
     return [path for path in paths if path.exists()]
-
-
-def token_colours(tokens: torch.Tensor) -> torch.Tensor:
-    """`[n, N, D] -> [n, N, 3]`, 0..1: three principal components over all tokens, each from its 1st to 99th percentile."""
-    flat = tokens.flatten(0, 1).cpu()
-    centred = flat - flat.mean(dim=0)
-    axes = torch.linalg.svd(centred, full_matrices=False).Vh[:3]
-    scores = torch.nn.functional.pad(centred @ axes.T, (0, 3 - len(axes)))
-    low, high = (torch.quantile(scores, share, dim=0) for share in (0.01, 0.99))
-    return ((scores - low) / (high - low).clamp_min(1e-9)).clamp(0, 1).unflatten(0, tokens.shape[:2])
 
 
 def read_picture(path: Path) -> np.ndarray:

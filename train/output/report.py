@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from train.config.schema import Config
-from train.evaluation.online import Probe
+from train.evaluation.online import OnlineEvaluation
 from train.monitor import RunState
 from train.output.display import summary_rows
 
 
-def write_summary(folder: Path, config: Config, state: RunState, probe: Probe, width: int) -> dict[str, Any]:
+def write_summary(folder: Path, config: Config, state: RunState, probe: OnlineEvaluation, width: int) -> dict[str, Any]:
     """Evaluate the trained encoder and write summary.json. Percentages are 0..100."""
     trained = probe.measure()
     knn = None if trained is None or probe.baselines is None else {**probe.baselines, "trained": trained}

@@ -85,7 +85,27 @@ def test_a_plain_scalar_is_what_it_looks_like_or_text(text, value, write):
 
 @pytest.mark.parametrize(
     "text",
-    [*["010", "07.5", "0x1f", "0o17", "0b1", "1:30", "1_000", ".inf", "-.nan", "on", "yes", "NO", "y", "True", "1e999"], "9" * 19, "9" * 5000],
+    [
+        *[
+            "010",
+            "07.5",
+            "0x1f",
+            "0o17",
+            "0b1",
+            "1:30",
+            "1_000",
+            ".inf",
+            "-.nan",
+            "on",
+            "yes",
+            "NO",
+            "y",
+            "True",
+            "1e999",
+        ],
+        "9" * 19,
+        "9" * 5000,
+    ],
 )
 def test_text_that_other_readers_take_for_a_number_or_boolean_is_refused(text, write):
     (error,) = errors_of(write(f"{LEAST}model:\n  encoder_kwargs: {{depth: {text}}}"))

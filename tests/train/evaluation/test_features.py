@@ -19,6 +19,7 @@ from train.evaluation.features import (
     colour_histogram,
     encoder_features,
     extract,
+    mixed_precision,
     pixel_tokens,
     pixels,
     pooled_features,
@@ -63,6 +64,19 @@ def test_encoder_features_equal_what_timm_pools_block_by_block(encoder: MultiCro
     for rung, level in enumerate(default_levels(5)):
         torch.testing.assert_close(found[f"level_{rung}"], F.layer_norm(blocks[level.layer], (16,)).mean(dim=1))
     assert set(found) == {"last", "last4", "level_0", "level_1", "level_2"}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_features_are_computed_in_bf16_on_a_gpu_and_in_float32_on_a_cpu(encoder: MultiCropEncoder, device: str) -> None:
+    crops = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    extractor = encoder_features(encoder.to(device), default_levels(5))
+    with torch.inference_mode(), mixed_precision(crops):
+        product = crops.flatten(1) @ crops.flatten(1).T
+        found = extractor(crops)
+    assert product.dtype == (torch.bfloat16 if device == "cuda" else torch.float32)
+    tolerance = {"rtol": 5e-2, "atol": 5e-2} if device == "cuda" else {"rtol": 0.0, "atol": 0.0}
+    for name, values in extractor(crops).items():
+        torch.testing.assert_close(found[name].float(), values, **tolerance)
 
 
 @pytest.mark.parametrize("most", [1, 7, 50, 102, 103, 500])

@@ -12,17 +12,18 @@ from torch.nn import functional as F
 from pipeline.dataset import build_multicrop_dataloader, centre_crop_dataset
 from pipeline.loader import MultiCropLoader
 from pipeline.shards.index import ShardIndex
-from train.evaluation import attentive
-from train.evaluation.attentive import AttentiveProbe, TokenStream, attentive_probe
-from train.evaluation.features import Features
-from train.evaluation.linear import (
+from train.evaluation import features
+from train.evaluation.features import Features, TokenStream
+from train.evaluation.probes import (
+    AttentiveProbe,
     Standard,
+    accuracies,
+    attentive_probe,
     few_of_each,
-    head_accuracies,
+    linear_heads,
     linear_probe,
     logistic_regression,
     lowshot_accuracies,
-    train_heads,
 )
 
 CPU = torch.device("cpu")
@@ -49,8 +50,8 @@ def test_heads_trained_together_equal_each_trained_alone_with_torchs_sgd() -> No
     data = blobs(300, 0)
     standard = Standard(data.values["last"], CPU)
     rates = (0.01, 0.3)
-    weight, bias = train_heads(data.values["last"], data.labels, 3, rates, 2, standard)
-    for number, rate in enumerate(rates):
+    heads = linear_heads(data.values["last"], data.labels, 3, rates, 2, standard)
+    for rate, found in zip(rates, heads, strict=True):
         head = torch.nn.Linear(6, 3)
         torch.nn.init.zeros_(head.weight)
         torch.nn.init.zeros_(head.bias)
@@ -63,8 +64,8 @@ def test_heads_trained_together_equal_each_trained_alone_with_torchs_sgd() -> No
                 F.cross_entropy(head(standard(data.values["last"][rows])), data.labels[rows]).backward()
                 solver.step()
                 schedule.step()
-        torch.testing.assert_close(weight[number], head.weight.detach().T, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(bias[number], head.bias.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.weight, head.weight, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.bias, head.bias, rtol=1e-4, atol=1e-5)
 
 
 def test_the_linear_probe_reaches_scikit_learns_accuracy_and_prefers_features_that_tell_the_classes_apart() -> None:
@@ -78,9 +79,13 @@ def test_the_linear_probe_reaches_scikit_learns_accuracy_and_prefers_features_th
     standard = Standard(train.values["last"], CPU)
     reference = LogisticRegression(max_iter=1000).fit(standard(train.values["last"]), train.labels)
     assert score == pytest.approx(100 * reference.score(standard(test.values["last"]), test.labels), abs=1.5)
+    before = torch.get_rng_state()
     assert (score, setting) == linear_probe(
         Features(noise, train.labels), Features(test_noise, test.labels), ["last", "last4"], 10, CPU
     )
+    assert torch.equal(
+        before, torch.get_rng_state()
+    )  # measured during a run, it must not move the run's random numbers
 
 
 def test_logistic_regression_equals_scikit_learn() -> None:
@@ -110,11 +115,10 @@ def test_more_shots_are_better_and_each_seed_has_its_figure() -> None:
     assert ten == lowshot_accuracies(train, test, 10, (0, 1, 2), CPU)
 
 
-def test_head_accuracies_count_every_row_once() -> None:
-    features, labels = torch.eye(3).repeat(4000, 1), torch.arange(3).repeat(4000)
-    standard = Standard(features, CPU)
-    weight = torch.stack([torch.eye(3), torch.eye(3)[[0, 2, 1]]])
-    assert head_accuracies(features, labels, weight, torch.zeros(2, 3), standard) == pytest.approx([100, 100 / 3])
+def test_accuracies_count_every_row_once() -> None:
+    rows, labels = torch.eye(3).repeat(4000, 1), torch.arange(3).repeat(4000)
+    heads = [nn.Identity(), lambda inputs: inputs[:, [0, 2, 1]]]
+    assert accuracies(heads, Standard(rows, CPU).batches(rows, labels)) == [100, 100 / 3]
 
 
 def colour_tokens(crops: torch.Tensor) -> torch.Tensor:
@@ -153,7 +157,7 @@ def test_tokens_are_the_same_whether_kept_or_made_again_for_each_epoch(
     kept, again = streams
     first = list(kept.epoch())
     assert sum(len(labels) for _, labels, _ in first) == 103
-    monkeypatch.setattr(attentive, "STORE_SHARE", 0.0)
+    monkeypatch.setattr(features, "TOKENS_SHARE", 0.0)
     list(again.epoch())
     assert kept._store is not None
     assert again._store is None
@@ -164,9 +168,9 @@ def test_tokens_are_the_same_whether_kept_or_made_again_for_each_epoch(
 def test_the_attentive_probe_learns_what_it_can_and_repeats_itself(streams: tuple[TokenStream, TokenStream]) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    found = attentive_probe(*streams, 3, 2, CPU, print)
+    found = attentive_probe(*streams, 3, 2, CPU)
     assert found[0] > 85
-    assert found == attentive_probe(*streams, 3, 2, CPU, print)
+    assert found == attentive_probe(*streams, 3, 2, CPU)
     assert torch.equal(before, torch.get_rng_state())
 
 

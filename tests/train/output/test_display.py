@@ -1,4 +1,4 @@
-"""The line that a person watches, in terminals of several widths."""
+"""The progress that a person watches, in terminals of several widths and in a log file."""
 
 import io
 
@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from train.monitor import RunState
-from train.output.display import Display
+from train.output.display import Display, ProgressDisplay
 
 
 @pytest.mark.parametrize("width", [80, 100, 120, 200])
@@ -21,3 +21,14 @@ def test_a_terminal_shows_every_figure_whole_on_one_line(width: int) -> None:
     assert "ETA" in last
     assert "…" not in last
     assert ("84123/2001700" in last) == (width > 120)
+
+
+def test_a_log_file_gets_the_first_and_the_last_line_and_few_between_each_with_name_count_and_details() -> None:
+    written = io.StringIO()
+    with ProgressDisplay(Console(file=written, width=80), "train", "image", 500) as progress:
+        for done in range(501):
+            progress.show(done, f"{done} rejected")
+    lines = written.getvalue().splitlines()
+    assert lines[0].startswith("train: image 0/500 · 0 rejected · ETA ")
+    assert lines[-1] == "train: image 500/500 · 500 rejected · ETA 00:00:00"
+    assert len(lines) < 10
