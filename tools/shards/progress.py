@@ -1,52 +1,38 @@
 """Progress of a long command: a live bar on a terminal, plain lines elsewhere."""
 
-import sys
+import logging
 import time
-from types import TracebackType
-from typing import Self
 
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline.notices import Every
 
+log = logging.getLogger(__name__)
+
 PLAIN_LINE_EVERY_S = 5.0
-MB = 1e6
 
 
-class ShardProgress:
-    """Images, bytes and rejects of a run over `num_images`. Call `update` with totals so far."""
+class ShardProgress(Progress):
+    """Images, bytes and rejects of a run over `num_images`, on stderr. Call `show` with the totals so far."""
 
-    def __init__(self, what: str, num_images: int) -> None:
-        self.what, self.num_images = what, num_images
-        self.start, self.line = time.monotonic(), Every(PLAIN_LINE_EVERY_S)
-        self.figures = ""
-        self.live = sys.stderr.isatty()
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
+    def __init__(self, name: str, num_images: int) -> None:
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rates]}"))
+        super().__init__(
+            *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True
         )
-        self.bar = Progress(*columns, disable=not self.live, transient=True)
-        self.task = self.bar.add_task(what, total=num_images, figures="")
+        self._bar = self.add_task(name, total=num_images, rates="")
+        self._name, self._num_images = name, num_images
+        self._start, self._plain_line = time.monotonic(), Every(PLAIN_LINE_EVERY_S)
 
-    def update(self, images: int, num_bytes: int, rejects: int) -> None:
-        now = time.monotonic()
-        passed = max(now - self.start, 1e-6)
-        self.figures = (
-            f"{images:,} of {self.num_images:,} images, {images / passed:,.0f} img/s, "
-            f"{num_bytes / MB / passed:,.0f} MB/s, {rejects} rejected"
+    def show(self, images: int, num_bytes: int, rejects: int) -> None:
+        elapsed = max(time.monotonic() - self._start, 1e-6)
+        rates = (
+            f"{images:,} of {self._num_images:,} images, {images / elapsed:,.0f} img/s, "
+            f"{num_bytes / 1e6 / elapsed:,.0f} MB/s, {rejects} rejected"
         )
-        self.bar.update(self.task, completed=images, figures=self.figures)
-        if not self.live and self.line.due():
-            left = passed * (self.num_images - images) / max(images, 1)
-            print(f"{self.what}: {self.figures}, {left:,.0f} s left", file=sys.stderr, flush=True)
-
-    def __enter__(self) -> Self:
-        self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.stop()
+        self.update(self._bar, completed=images, rates=rates)
+        if self.disable and self._plain_line.due():
+            left = elapsed * (self._num_images - images) / max(images, 1)
+            log.info("%s: %s, %.0f s left", self._name, rates, left)
