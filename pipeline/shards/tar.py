@@ -43,6 +43,8 @@ def tar_members(path: Path, start: int = 0, stop: int | None = None) -> Iterator
             with tarfile.open(fileobj=cast(IO[bytes], _HeaderReader(file)), mode="r:") as tar:
                 while (member := tar.next()) is not None:
                     tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps every header
+                    if member.offset >= end:
+                        break
                     if member.issparse():
                         continue
                     if not 0 <= member.size <= end - member.offset_data:

@@ -5,6 +5,7 @@ the inner tar's stem is the class. Else the folder directly below the images' co
 """
 
 import json
+import os
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
@@ -90,15 +91,10 @@ def _label_by_folder(catalogue: Catalogue, where: str) -> tuple[tuple[str, ...],
 
 def common_folder(catalogue: Catalogue) -> str:
     """The deepest folder that every image lies in, as `a/b/` or ""."""
-    common = None
-    for row in range(len(catalogue)):
-        name = catalogue.name(row)
-        common = name[: name.rfind("/") + 1] if common is None else common
-        while not name.startswith(common):
-            common = common[: common.rfind("/", 0, -1) + 1]
-        if not common:
-            break
-    return common or ""
+    rows = range(len(catalogue))
+    first, last = (extreme(map(catalogue.name, rows), default="") for extreme in (min, max))
+    common = os.path.commonprefix([first, last])  # noqa: RUF071  (of the first and last in order, thus of all)
+    return common[: common.rfind("/") + 1]
 
 
 def split_folder(catalogue: Catalogue, split: str, where: str) -> str:
