@@ -10,27 +10,29 @@ from typing import Any
 from pipeline.notices import notify_after
 from tools.shards.archives import check_official
 from tools.shards.catalogue import LooseFiles, Source, hold_out
-from tools.shards.convert import ConvertOptions, Outcome, convert, describe_plan, describe_source, make_plan
+from tools.shards.convert import (
+    ConvertOptions,
+    ConvertResult,
+    assign_images,
+    convert,
+    describe_conversion,
+    describe_source,
+)
 from tools.shards.images import VERIFY_LEVELS, ImagePolicy
-from tools.shards.layouts.parquet import empty_spools
+from tools.shards.layouts.parquet import delete_spools
 from tools.shards.layouts.source import LAYOUTS, open_source
 from tools.shards.photographs import NUM_SHARDS, photograph_source
 from tools.shards.report import REJECTED_NAME
 from tools.shards.verify import index_split, split_folders, stats_split, verify_split
 from tools.shards.writer import RECORD_FOLDER
+from train.command import BAD_INPUT, run_command, show_messages
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 refused with one line on stderr, 130 interrupted."""
     parsed = build_parser().parse_args(arguments)
-    try:
-        return int(parsed.run(parsed) or 0)
-    except (ValueError, OSError) as error:
-        print(f"make_shards: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("make_shards: interrupted; the same command continues where it stopped", file=sys.stderr)
-        return 130
+    show_messages()
+    interrupted = "interrupted; the same command continues where it stopped"
+    return run_command("make_shards", lambda: parsed.run(parsed), interrupted)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,46 +42,45 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", type=Path, default=Path("shards/sample"), help="default: %(default)s")
     sample.set_defaults(run=run_sample)
     add_convert(commands.add_parser("convert", help="turn a data set into verified, indexed shards"))
-    for name, run, what in (
-        ("verify", run_verify, "check sums, index and every image of finished shards"),
+    for name, run, text in (
+        ("verify", run_verify, "check the checksums, index and every image of finished shards"),
         ("stats", run_stats, "sizes, classes, duplicates, mean and std of shards"),
-        ("index", run_index, "index a WebDataset that somebody else wrote"),
+        ("index", run_index, "index a WebDataset from another writer"),
     ):
-        command = commands.add_parser(name, help=what)
-        command.add_argument("folder", type=Path, help="a folder of tars, or one with such folders in it")
-        command.add_argument("--workers", type=positive, default=num_cores(), help="processes, default: the cores")
+        command = commands.add_parser(name, help=text)
+        command.add_argument("folder", type=Path, help="a folder of tars, or a folder of such folders")
+        command.add_argument("--workers", type=positive, default=num_cores(), help="processes; default: one per core")
         command.set_defaults(run=run)
     return parser
 
 
 def add_convert(command: argparse.ArgumentParser) -> None:
-    policy, options = ImagePolicy(), ConvertOptions()
-    command.add_argument(
-        "source", type=Path, help="a folder of images, of class folders or of tars; a tar; or a data set as downloaded"
+    policy, options, default = ImagePolicy(), ConvertOptions(), "default: %(default)s"
+    add = command.add_argument
+    add("source", type=Path, help="a folder of images, of class folders or of tars; a tar; or a data set as downloaded")
+    add("--out", type=Path, required=True, help="the shards go to OUT/SPLIT")
+    add("--split", choices=("train", "val"), default="train", help=default)
+    add("--val-ratio", type=float, default=0.0, metavar="R", help="hold out this share of every class as OUT/val")
+    add("--layout", choices=("auto", *LAYOUTS), default="auto", help="how the source is read; default: detected")
+    add("--seed", type=int, default=options.seed, help=f"of the shuffle; {default}")
+    add("--num-shards", type=positive, default=0, help="default: 256 MiB or 10,000 images each")
+    add("--resize", type=positive, default=0, metavar="PIXELS", help="reduce the shorter side to this; never enlarges")
+    add(
+        "--quality",
+        type=int,
+        choices=range(1, 101),
+        metavar="1..100",
+        help=f"of resized JPEGs; default: {policy.quality}",
     )
-    command.add_argument("--out", type=Path, required=True, help="the shards go to OUT/SPLIT")
-    command.add_argument("--split", choices=("train", "val"), default="train")
-    command.add_argument(
-        "--val-ratio", type=float, default=0.0, metavar="R", help="set this share of every class aside as OUT/val"
-    )
-    command.add_argument("--layout", choices=("auto", *LAYOUTS), default="auto")
-    command.add_argument("--seed", type=int, default=options.seed, help="of the shuffle")
-    command.add_argument("--num-shards", type=positive, default=0, help="default: 256 MiB or 10,000 images each")
-    command.add_argument("--resize", type=positive, default=0, metavar="PIXELS", help="shorter side, never enlarged")
-    command.add_argument(
-        "--quality", type=int, choices=range(1, 101), metavar="1..100", help="of resized JPEGs, default 90"
-    )
-    command.add_argument("--verify", choices=VERIFY_LEVELS, default=policy.verify, help="default: %(default)s")
-    command.add_argument("--max-pixels", type=positive, default=policy.max_pixels, help="default: %(default)s")
-    command.add_argument("--max-bytes", type=positive, default=policy.max_bytes, help="per image, default: %(default)s")
-    command.add_argument(
-        "--max-bad-fraction", type=float, default=options.max_bad_fraction, help="default: %(default)s"
-    )
-    command.add_argument("--workers", type=positive, default=num_cores(), help="processes, default: the cores")
-    command.add_argument("--task-index", type=int, default=0, help="of a job array, from 0")
-    command.add_argument("--num-tasks", type=positive, default=1, help="size of the job array")
-    command.add_argument("--official", action="store_true", help="check the md5 of the official archives first")
-    command.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    add("--verify", choices=VERIFY_LEVELS, default=policy.verify, help=default)
+    add("--max-pixels", type=positive, default=policy.max_pixels, help=f"per image; {default}")
+    add("--max-bytes", type=positive, default=policy.max_bytes, help=f"per image; {default}")
+    add("--max-bad-fraction", type=float, default=options.max_bad_fraction, help=f"stop above this; {default}")
+    add("--workers", type=positive, default=num_cores(), help="processes; default: one per core")
+    add("--task-index", type=int, default=0, help="of a job array, from 0")
+    add("--num-tasks", type=positive, default=1, help="size of the job array")
+    add("--official", action="store_true", help="check the md5 of the official archives first")
+    add("--dry-run", action="store_true", help="print what would be done and write nothing")
     command.set_defaults(run=run_convert)
 
 
@@ -96,8 +97,8 @@ def num_cores() -> int:
 def run_convert(parsed: argparse.Namespace) -> None:
     options = convert_options(parsed)
     if parsed.official:
-        with notify_after(2, f"taking the md5 of {parsed.source} ..."):
-            print(f"md5 as published: {', '.join(check_official(parsed.source))}")
+        with notify_after(2, f"computing the md5 of {parsed.source} ..."):
+            print(f"official md5: {', '.join(check_official(parsed.source))}")
     spools = parsed.out / parsed.split / RECORD_FOLDER / "spool"
     with notify_after(2, f"listing the images of {parsed.source} ..."):
         source = open_source(parsed.source, parsed.split, parsed.layout, None if parsed.dry_run else spools)
@@ -108,60 +109,45 @@ def run_convert(parsed: argparse.Namespace) -> None:
     print("\n".join(describe_source(source)), flush=True)
     if parsed.dry_run:
         for split, part in parts.items():
-            print("\n".join(describe_plan(make_plan(part, parsed.out / split, split, options), options)))
+            print("\n".join(describe_conversion(assign_images(part, parsed.out / split, split, options), options)))
         return
-    outcomes = []
-    for split, part in parts.items():
-        start, folder = time.perf_counter(), parsed.out / split
-        outcomes.append(convert(part, folder, split, options))
-        report(folder, len(part.catalogue), outcomes[-1], time.perf_counter() - start)
-    if all(outcome.complete for outcome in outcomes):
-        empty_spools(spools)
+    results = [convert_and_report(part, parsed.out / split, split, options) for split, part in parts.items()]
+    if all(result.complete for result in results):
+        delete_spools(spools)
 
 
 def check_apart(source: Source, out: Path) -> None:
     """Raise ValueError when the shards would lie among the images: the next call would take their folder for a class."""
     for container in source.catalogue.containers:
         if isinstance(container, LooseFiles) and out.resolve().is_relative_to(container.root.resolve()):
-            raise ValueError(f"--out {out} lies in {container.root}, which is read: choose a folder beside it")
+            raise ValueError(f"--out {out} is inside the source {container.root}: choose a folder outside it")
 
 
 def convert_options(parsed: argparse.Namespace) -> ConvertOptions:
     """Rules between options. Raises ValueError for one that would have no effect."""
     if parsed.quality and not parsed.resize:
         raise ValueError("--quality has no effect without --resize: images keep their bytes")
-    if not 0 <= parsed.val_ratio < 1 or (parsed.val_ratio and parsed.split == "val"):
-        raise ValueError(
-            f"--val-ratio {parsed.val_ratio} --split {parsed.split}: a share below 1 of a train split is needed"
-        )
-    if not 0 <= parsed.task_index < parsed.num_tasks:
-        raise ValueError(
-            f"--task-index {parsed.task_index} is outside 0..{parsed.num_tasks - 1} (--num-tasks {parsed.num_tasks})"
-        )
-    if not 0 <= parsed.max_bad_fraction <= 1:
-        raise ValueError(f"--max-bad-fraction {parsed.max_bad_fraction} is outside 0..1")
+    ratio, task, num_tasks, fraction = parsed.val_ratio, parsed.task_index, parsed.num_tasks, parsed.max_bad_fraction
+    if not 0 <= ratio < 1 or (ratio and parsed.split == "val"):
+        raise ValueError(f"--val-ratio {ratio} --split {parsed.split}: needs a share below 1 and the train split")
+    if not 0 <= task < num_tasks:
+        raise ValueError(f"--task-index {task} is outside 0..{num_tasks - 1} (--num-tasks {num_tasks})")
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"--max-bad-fraction {fraction} is outside 0..1")
     quality = parsed.quality or ImagePolicy().quality
     policy = ImagePolicy(parsed.verify, parsed.resize, quality, parsed.max_pixels, parsed.max_bytes)
-    return ConvertOptions(
-        seed=parsed.seed,
-        num_shards=parsed.num_shards,
-        policy=policy,
-        max_bad_fraction=parsed.max_bad_fraction,
-        workers=parsed.workers,
-        task_index=parsed.task_index,
-        num_tasks=parsed.num_tasks,
-    )
+    return ConvertOptions(parsed.seed, parsed.num_shards, policy, fraction, parsed.workers, task, num_tasks)
 
 
 def run_verify(parsed: argparse.Namespace) -> int:
     problems = []
     for folder in split_folders(parsed.folder):
         found = verify_split(folder, parsed.workers)
-        print(f"{folder}: {'whole' if not found else f'{len(found)} problems'}")
+        print(f"{folder}: {f'{len(found)} problems' if found else 'no problems'}")
         problems += found
     for line in problems:
         print(f"make_shards: {line}", file=sys.stderr)
-    return 2 if problems else 0
+    return BAD_INPUT if problems else 0
 
 
 def run_index(parsed: argparse.Namespace) -> None:
@@ -173,11 +159,11 @@ def run_stats(parsed: argparse.Namespace) -> None:
     for folder in split_folders(parsed.folder):
         print(f"{folder}:")
         for name, value in stats_split(folder, parsed.workers).items():
-            print(f"  {name:16} {shorten(value)}")
+            print(f"  {name:16} {one_line(value)}")
 
 
-def shorten(value: Any) -> str:
-    """A figure, or a dictionary of figures on one line, the first twelve of them."""
+def one_line(value: Any) -> str:
+    """A number, or the first twelve numbers of a dictionary."""
     if not isinstance(value, dict):
         return str(value)
     parts = [f"{key} {number}" for key, number in value.items() if key != "first_groups"]
@@ -186,21 +172,24 @@ def shorten(value: Any) -> str:
 
 def run_sample(parsed: argparse.Namespace) -> None:
     for split, num_shards in NUM_SHARDS.items():
-        start = time.perf_counter()
-        source = photograph_source(split)
-        outcome = convert(source, parsed.out / split, split, ConvertOptions(num_shards=num_shards, max_bad_fraction=0))
-        report(parsed.out / split, len(source.catalogue), outcome, time.perf_counter() - start)
+        options = ConvertOptions(num_shards=num_shards, max_bad_fraction=0)
+        convert_and_report(photograph_source(split), parsed.out / split, split, options)
 
 
-def report(folder: Path, num_images: int, outcome: Outcome, seconds: float) -> None:
-    if not outcome.changed:
-        print(f"{folder}: already complete and whole, nothing to do")
-    elif not outcome.complete:
-        print(f"{folder}: this task's {outcome.written} shards are written; other tasks are still to run")
+def convert_and_report(source: Source, folder: Path, split: str, options: ConvertOptions) -> ConvertResult:
+    start = time.perf_counter()
+    result = convert(source, folder, split, options)
+    seconds = time.perf_counter() - start
+    if not result.changed:
+        print(f"{folder}: already complete, nothing to do")
+    elif not result.complete:
+        print(f"{folder}: this task's {result.written} shards are written; other tasks have not finished")
     else:
-        left_out = f", {outcome.left_out:,} bad ones left out ({folder / REJECTED_NAME})" if outcome.left_out else ""
-        images = f"{num_images - outcome.left_out:,} images"
-        print(f"{folder}: {images}, {outcome.written} shards written in {seconds:.1f} s{left_out}")
+        rejected = folder / REJECTED_NAME
+        left_out = f", {result.left_out:,} bad images left out ({rejected})" if result.left_out else ""
+        images = f"{len(source.catalogue) - result.left_out:,} images"
+        print(f"{folder}: {images}, {result.written} shards written in {seconds:.1f} s{left_out}")
+    return result
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from pipeline.shards.object_store import is_s3, read_ranges
-from pipeline.shards.scan import IMAGE_EXTENSIONS, head_kind
+from pipeline.shards.scan import IMAGE_EXTENSIONS
+from pipeline.shards.tar import head_kind
 
 BLOCK = tarfile.BLOCKSIZE
 NAME_BYTES = 100  # of a tar header: a longer name is cut off there

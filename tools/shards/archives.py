@@ -23,7 +23,7 @@ OFFICIAL_MD5 = {
 
 
 class LimitedStream:
-    """Reads a stream and refuses to hand out more than a limit, whatever a compressed file expands to."""
+    """Reads a stream up to a limit, whatever a compressed file expands to."""
 
     def __init__(self, stream: IO[bytes] | gzip.GzipFile, path: Path, limit: int = MAX_UNPACKED) -> None:
         self.stream, self.path, self.left, self.limit = stream, path, limit, limit
@@ -32,9 +32,8 @@ class LimitedStream:
         content = self.stream.read(min(size, self.left + 1) if size >= 0 else self.left + 1)
         self.left -= len(content)
         if self.left < 0:
-            raise ValueError(
-                f"{self.path}: unpacks to more than {self.limit >> 20} MiB: not the archive it is named after"
-            )
+            limit = f"{self.limit >> 20} MiB"
+            raise ValueError(f"{self.path}: unpacks to more than {limit}: not the archive it is named after")
         return content
 
 
@@ -65,21 +64,16 @@ def read_maybe_gzip(path: Path) -> bytes:
 
 
 def check_official(path: Path) -> list[str]:
-    """Compare the official archives at a path with their published md5; returns the names that were checked.
-
-    Raises ValueError for a wrong archive, and when there is none to check.
-    """
+    """Compare the archives at a path with their published md5; returns their names. Raises ValueError for a wrong one or none."""
     files = [path] if path.is_file() else [path / name for name in OFFICIAL_MD5 if (path / name).is_file()]
     for file in files:
         expected = OFFICIAL_MD5.get(file.name)
         if expected is None:
-            raise ValueError(f"{file}: --official knows only {', '.join(OFFICIAL_MD5)}")
+            raise ValueError(f"{file}: --official supports only {', '.join(OFFICIAL_MD5)}")
         with file.open("rb") as stream:
             found = hashlib.file_digest(stream, "md5").hexdigest()
         if found != expected:
-            raise ValueError(
-                f"{file}: wrong archive, md5 {found} where the official one has {expected}: download it again"
-            )
+            raise ValueError(f"{file}: wrong archive, md5 {found}, expected {expected}: download it again")
     if not files:
         raise ValueError(f"{path}: --official found none of {', '.join(OFFICIAL_MD5)}")
     return [file.name for file in files]

@@ -1,6 +1,7 @@
 """What a source holds: one row per image, and how to read that image's bytes."""
 
 import hashlib
+import math
 import os
 import unicodedata
 from array import array
@@ -30,11 +31,8 @@ class LooseFiles:
     root: Path
 
     def read(self, offset: int, size: int, name: str) -> bytes:
-        descriptor = os.open(f"{self.root}/{name}", os.O_RDONLY)
-        try:
-            return os.read(descriptor, size)
-        finally:
-            os.close(descriptor)
+        with open(f"{self.root}/{name}", "rb", buffering=0) as file:
+            return file.read(size)
 
 
 @dataclass
@@ -49,15 +47,14 @@ class FileRanges:
             self._descriptor = os.open(self.path, os.O_RDONLY)
         content = os.pread(self._descriptor, size, offset)
         if len(content) != size:
-            raise ValueError(
-                f"{self.path}: ends at byte {offset + len(content)}, inside {name}: truncated. Copy it again"
-            )
+            end = offset + len(content)
+            raise ValueError(f"{self.path}: ends at byte {end}, inside {name}: truncated. Copy it again")
         return content
 
 
 @dataclass
 class ImageArray:
-    """Raw pixels in memory, `[N, H, W]` or `[N, H, W, 3]` uint8, handed out as PNG. `offset` is the row."""
+    """Raw pixels in memory, `[N, H, W]` or `[N, H, W, 3]` uint8, returned as PNG. `offset` is the row."""
 
     pixels: np.ndarray
 
@@ -76,6 +73,16 @@ class Catalogue:
         self.label = array("i")
         self._names = bytearray()
         self._name_ends = array("q")
+
+    @staticmethod
+    def of_pixels(pixels: np.ndarray, labels: list[int], names: Iterable[str] = ()) -> "Catalogue":
+        """Images of `[N, H, W]` or `[N, H, W, 3]` uint8; named by their row unless names are given."""
+        catalogue, size = Catalogue([ImageArray(pixels)]), math.prod(pixels.shape[1:])
+        for row, (label, name) in enumerate(
+            zip(labels, names or (f"{row:06d}" for row in range(len(labels))), strict=True)
+        ):
+            catalogue.add(0, row, size, label, name)
+        return catalogue
 
     def __len__(self) -> int:
         return len(self.container)
@@ -105,7 +112,7 @@ class Catalogue:
         return self.containers[self.container[row]].read(self.offset[row], self.size[row], self.name(row))
 
     def num_bytes(self, max_bytes: int) -> int:
-        """Of all images that are not above the limit."""
+        """The size of all images that are not above the limit."""
         return sum(size for size in self.size if size <= max_bytes)
 
     def digest(self) -> str:
@@ -120,9 +127,9 @@ class Catalogue:
 class Source:
     """One split of a data set as found on disk.
 
-    `classes[label]` is the class's identifier (a wnid, a folder name); empty for unlabelled data. `attributions` names
-    the origin and licence of the images where that is known. `notes` says what was found and how it was read, `passed_over`
-    counts the files that are no images by their kind.
+    `classes[label]` is the class's identifier (a wnid, a folder name); empty for unlabelled data. `attributions` lists the
+    origin and licence of the images where known. `notes` says what was found and how it was read, `skipped` counts the files
+    that are not images by kind.
     """
 
     layout: str
@@ -132,7 +139,7 @@ class Source:
     class_names: tuple[str, ...] = ()
     attributions: tuple[dict[str, str], ...] = ()
     notes: tuple[str, ...] = ()
-    passed_over: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
 
 
 def hold_out(source: Source, ratio: float, seed: int) -> tuple[Source, Source]:
@@ -157,7 +164,12 @@ def check_class_names(names: list[str], where: str) -> None:
     for name in names:
         plain = unicodedata.normalize("NFC", name).strip().casefold()
         if plain in seen:
-            raise ValueError(
-                f"{where}: two classes with one name, {seen[plain]!r} and {name!r}: rename or merge one of them"
-            )
+            both = f"{seen[plain]!r} and {name!r}"
+            raise ValueError(f"{where}: two classes with one name, {both}: rename or merge one of them")
         seen[plain] = name
+
+
+def check_labels(labels: np.ndarray, classes: list[str], where: str) -> None:
+    """Raise ValueError for a label without a class."""
+    if classes and len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
+        raise ValueError(f"{where}: labels {labels.min()}..{labels.max()} for {len(classes)} classes: wrong archive")

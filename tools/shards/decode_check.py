@@ -1,4 +1,4 @@
-"""Decode images with the decoder that training uses, and say which ones it refuses."""
+"""Decode images with the decoder that training uses."""
 
 import os
 from functools import cache
@@ -18,7 +18,7 @@ def decode_errors(images: list[Encoded]) -> list[str]:
         batch = images[start : start + BATCH]
         try:
             errors += _decode(batch)
-        except RuntimeError as error:  # one bad image fails its whole batch, and the pipeline with it
+        except RuntimeError as error:  # one bad image fails its whole batch and breaks the pipeline
             _graph.cache_clear()
             errors += [_one_line(error)] if len(batch) == 1 else [decode_errors([image])[0] for image in batch]
     return errors
@@ -38,7 +38,7 @@ def _decode(batch: list[Encoded]) -> list[str]:
 
 @cache
 def _graph(process: int) -> Pipeline:
-    """One per process: a DALI pipeline does not survive a fork."""
+    """One for each process: a DALI pipeline does not survive a fork."""
     graph = Pipeline(BATCH, num_threads=1, device_id=None, prefetch_queue_depth=1)
     with graph:
         encoded = fn.external_source(name=INPUT, dtype=types.UINT8, ndim=1, no_copy=True)
@@ -49,5 +49,5 @@ def _graph(process: int) -> Pipeline:
 
 def _one_line(error: RuntimeError) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
-    telling = [line for line in lines if "Error" in line or "error" in line or "ailed" in line]
-    return f"DALI does not decode it: {(telling or lines)[-1][:200]}"
+    specific = [line for line in lines if "Error" in line or "error" in line or "ailed" in line]
+    return f"DALI cannot decode it: {(specific or lines)[-1][:200]}"

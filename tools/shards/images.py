@@ -1,4 +1,4 @@
-"""One stored image: what it is, whether it can be trained on, and how it is rewritten when it cannot be as it stands."""
+"""One image: what it is, whether it can be trained on, and how it is rewritten when it cannot be stored unchanged."""
 
 import io
 from dataclasses import dataclass
@@ -16,15 +16,9 @@ VERIFY_LEVELS = ("none", "header", "full")
 JPEG_QUALITY = 95  # for images that must be written again
 ORIENTATION_TAG = 0x0112
 OTHER_FRAMES = frozenset(range(0xC3, 0xD0)) - {0xC4, 0xC8, 0xCC}  # lossless, hierarchical, arithmetic
-TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+# Not ImageOps.exif_transpose: it also rewrites the EXIF block, and fails on a damaged one although the pixels are sound.
+TURNS = "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"
+TRANSPOSE = {orientation: Image.Transpose[name] for orientation, name in enumerate(TURNS, 2)}
 
 
 @dataclass(frozen=True)
@@ -63,20 +57,19 @@ def check_image(content: bytes, name: str, policy: ImagePolicy) -> CheckedImage:
             if width * height > policy.max_pixels:
                 raise ValueError(f"{width}x{height} pixels, allowed {policy.max_pixels:,} (--max-pixels)")
             changes = _needed_changes(image, content, name, policy)
-            kept = [change for change in changes if change not in ("misnamed", "resized")]
-            if not kept and "resized" not in changes:
+            if set(changes) <= {"misnamed"}:
                 return CheckedImage(content, "png" if image.format == "PNG" else "jpg", height, width, tuple(changes))
             return _rewrite(image, changes, policy)
     except Image.UnidentifiedImageError:
         is_heic = not HEIC_IS_READ and _is_iso_media(content)
-        hint = "; it may be a HEIC, which pip install pillow-heif reads" if is_heic else ""
+        hint = "; it may be HEIC: pip install pillow-heif adds support" if is_heic else ""
         raise ValueError(f"not an image (allowed: {', '.join(_formats(content))}){hint}") from None
     except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"does not decode: {error}") from None
 
 
 def _is_iso_media(content: bytes) -> bool:
-    """HEIC and AVIF lie in the box format of MP4 (ISO/IEC 14496-12)."""
+    """HEIC and AVIF use the box format of MP4 (ISO/IEC 14496-12)."""
     return content[4:8] == b"ftyp"
 
 
@@ -92,9 +85,9 @@ def _heic_format() -> str:
 
 
 def _plain_jpeg_size(content: bytes) -> tuple[int, int] | None:
-    """(height, width) of a JPEG that needs no change, from its markers alone, sparing it the trip through Pillow.
+    """(height, width) of a JPEG that needs no change, from its markers alone, which is faster than Pillow.
 
-    None for everything else (EXIF, CMYK, 12 bits, arithmetic coding, no end marker, damage), which Pillow then looks at.
+    None for everything else (EXIF, CMYK, 12 bits, arithmetic coding, no end marker, damage), which Pillow then checks.
     ITU T.81, annex B: each marker segment is FF, its kind, a length and the payload.
     """
     if content[:3] != b"\xff\xd8\xff" or content.rfind(b"\xff\xd9") < 0:
@@ -102,7 +95,7 @@ def _plain_jpeg_size(content: bytes) -> tuple[int, int] | None:
     size, place = None, 2
     while place + 4 <= len(content) and content[place] == 0xFF:
         kind = content[place + 1]
-        if kind == 0xDA:  # the scan begins: nothing of interest follows
+        if kind == 0xDA:  # start of scan: nothing of interest follows
             return size
         start, place = place + 4, place + 2 + (content[place + 2] << 8 | content[place + 3])
         if kind in (0xC0, 0xC1, 0xC2):
@@ -117,24 +110,22 @@ def _plain_jpeg_size(content: bytes) -> tuple[int, int] | None:
 
 
 def _needed_changes(image: Image.Image, content: bytes, name: str, policy: ImagePolicy) -> list[str]:
-    changes = []
-    is_jpeg = image.format in ("JPEG", "MPO")
-    lower = name.lower()
-    if (lower.endswith(JPEG_EXTENSIONS) and not is_jpeg) or (lower.endswith(".png") and image.format != "PNG"):
+    changes, extension = [], name.lower()
+    is_jpeg, is_png = image.format in ("JPEG", "MPO"), image.format == "PNG"
+    if (extension.endswith(JPEG_EXTENSIONS) and not is_jpeg) or (extension.endswith(".png") and not is_png):
         changes.append("misnamed")
-    if not is_jpeg and image.format != "PNG":
+    if not is_jpeg and not is_png:
         changes.append(str(image.format).lower())
     if image.mode not in ("RGB", "L"):
         changes.append(_mode_change(image))
-    elif image.format == "PNG" and content[24] == 16:
+    elif is_png and content[24] == 16:
         changes.append("16-bit")
     elif "transparency" in image.info:
         changes.append("alpha")
     if "exif" in image.info and image.getexif().get(ORIENTATION_TAG, 1) in TRANSPOSE:
         changes.append("orientation")
-    if policy.verify != "none" and is_jpeg and content.rfind(b"\xff\xd9") < 0:
-        changes.append("no end marker")
-    if policy.verify != "none" and image.format == "PNG" and content.rfind(b"IEND") < 0:
+    end_marker = b"\xff\xd9" if is_jpeg else b"IEND" if is_png else b""
+    if policy.verify != "none" and content.rfind(end_marker) < 0:
         changes.append("no end marker")
     if policy.resize and min(image.size) > policy.resize:
         changes.append("resized")
@@ -147,23 +138,23 @@ def _mode_change(image: Image.Image) -> str:
 
 
 def _rewrite(image: Image.Image, changes: list[str], policy: ImagePolicy) -> CheckedImage:
-    is_jpeg = image.format in ("JPEG", "MPO")
+    is_jpeg, resized = image.format in ("JPEG", "MPO"), "resized" in changes
     orientation = image.getexif().get(ORIENTATION_TAG, 1) if "orientation" in changes else 1
-    if "resized" in changes and is_jpeg:
-        image.draft("RGB", (policy.resize, policy.resize))  # decodes at 1/2, 1/4 or 1/8: never below the wanted size
+    if resized and is_jpeg:
+        image.draft("RGB", (policy.resize, policy.resize))  # decodes at 1/2, 1/4 or 1/8: never below the target size
     pixels = to_rgb(image)
     if orientation in TRANSPOSE:
         pixels = pixels.transpose(TRANSPOSE[orientation])
-    if "resized" in changes:
+    if resized:
         scale = policy.resize / min(pixels.size)
         size = (max(1, round(pixels.width * scale)), max(1, round(pixels.height * scale)))
         pixels = pixels.resize(size, Image.Resampling.BICUBIC)
-    out = io.BytesIO()
-    if is_jpeg or "resized" in changes:
-        pixels.save(out, "JPEG", quality=policy.quality if "resized" in changes else JPEG_QUALITY)
-        return CheckedImage(out.getvalue(), "jpg", pixels.height, pixels.width, tuple(changes))
-    pixels.save(out, "PNG", compress_level=6)
-    return CheckedImage(out.getvalue(), "png", pixels.height, pixels.width, tuple(changes))
+    out, extension = io.BytesIO(), "jpg" if is_jpeg or resized else "png"
+    if extension == "jpg":
+        pixels.save(out, "JPEG", quality=policy.quality if resized else JPEG_QUALITY)
+    else:
+        pixels.save(out, "PNG", compress_level=6)
+    return CheckedImage(out.getvalue(), extension, pixels.height, pixels.width, tuple(changes))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -184,9 +175,9 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def pixel_sums(content: bytes) -> tuple[int, list[int], list[int]]:
-    """The number of pixels, and per RGB channel their sum and sum of squares, as exact integers."""
+def pixel_sums(content: bytes) -> np.ndarray:
+    """`[7] int64`: the number of pixels; per RGB channel their sum; per RGB channel the sum of their squares."""
     with Image.open(io.BytesIO(content)) as image:
         histogram = np.array(image.convert("RGB").histogram(), np.int64).reshape(3, 256)
     values = np.arange(256)
-    return int(histogram[0].sum()), (histogram @ values).tolist(), (histogram @ values**2).tolist()
+    return np.concatenate([histogram[0].sum(keepdims=True), histogram @ values, histogram @ values**2])

@@ -1,4 +1,4 @@
-"""The sample data set: tiles of the photographs that scikit-image, scikit-learn and matplotlib bring along."""
+"""The sample data set: tiles of the photographs shipped with scikit-image, scikit-learn and matplotlib."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tools.shards.catalogue import Catalogue, ImageArray, Source
+from tools.shards.catalogue import Catalogue, Source
 
 TILE = 48
-GAP = 4  # columns between the two parts that belong to neither
+GAP = 4  # columns between the train and val parts that belong to neither
 NUM_TILES = {"train": 150, "val": 40}
 NUM_SHARDS = {"train": 4, "val": 1}
 VAL_RATIO = 0.3
@@ -52,10 +52,9 @@ def photograph_source(split: str) -> Source:
         places = tile_places(pixels.shape[0], pixels.shape[1], split, seed=label)
         tiles += [pixels[y : y + TILE, x : x + TILE] for y, x in places]
         labels += [label] * len(places)
-    catalogue = Catalogue([ImageArray(np.stack(tiles))])
     classes = tuple(Path(file).stem for _, file, _, _ in PHOTOGRAPHS)
-    for row, label in enumerate(labels):
-        catalogue.add(0, row, TILE * TILE * 3, label, f"{classes[label]}/{split}-{row:05d}")
+    names = (f"{classes[label]}/{split}-{row:05d}" for row, label in enumerate(labels))
+    catalogue = Catalogue.of_pixels(np.stack(tiles), labels, names)
     attributions = tuple(
         {"class": Path(file).stem, "file": f"{folder}/{file}", "origin": origin, "licence": licence}
         for folder, file, origin, licence in PHOTOGRAPHS
@@ -64,7 +63,7 @@ def photograph_source(split: str) -> Source:
 
 
 def tile_places(height: int, width: int, split: str, seed: int) -> list[tuple[int, int]]:
-    """The top left corners (y, x) of one photograph's tiles, no two alike. Both splits' pixels are GAP columns apart."""
+    """The top left corners (y, x) of one photograph's tiles, all different. The splits are GAP columns apart."""
     val_start = width - max(TILE, round(width * VAL_RATIO))
     first, last = (0, val_start - GAP - TILE) if split == "train" else (val_start, width - TILE)
     rows, columns = height - TILE + 1, last - first + 1
@@ -77,12 +76,8 @@ def photograph_path(folder: str, file: str) -> Path:
     package, _, below = folder.partition("/")
     spec = find_spec(package)  # finds the package without importing it
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(
-            f"the sample is cut from photographs in {package}, which is not installed: pip install -e .[sample]"
-        )
+        raise ValueError(f"the sample needs photographs of {package}, which is not installed: pip install -e .[sample]")
     path = Path(spec.submodule_search_locations[0]) / below / file
     if not path.is_file():
-        raise ValueError(
-            f"{package} holds no {below}/{file}: another release of it is needed, pip install -e .[sample]"
-        )
+        raise ValueError(f"{package} has no {below}/{file}: install the supported release, pip install -e .[sample]")
     return path

@@ -1,4 +1,4 @@
-"""What lies beside the tars of a finished split: index, manifest, statistics, rejects, timm's info file."""
+"""The files beside the tars of a finished split: index, manifest, statistics, rejects, timm's info file."""
 
 import fcntl
 import hashlib
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.shards.index import INDEX_NAME, save_index
-from tools.shards.writer import RECORD_FOLDER, ShardPlan, ShardRecord, write_file
+from tools.shards.writer import RECORD_FOLDER, Conversion, ShardRecord, write_file
 
 MANIFEST_NAME = "manifest.json"
 STATS_NAME = "stats.json"
@@ -25,34 +25,41 @@ FORMAT_VERSION = 1
 SIZE_EDGES = (0, 32, 64, 128, 256, 384, 512, 768, 1024, 2048, 4096, 1 << 31)
 
 
-def finish_split(plan: ShardPlan, split: str, seed: int) -> bool:
-    """Write every file beside the tars from the shards' records; True when one of them was not there as it should be."""
-    with _only_one(plan.folder):
-        records = [ShardRecord.load(plan.record_path(shard)) for shard in range(plan.num_shards)]
-        names = [plan.shard_name(shard) for shard in range(plan.num_shards)]
+def finish_split(conversion: Conversion, split: str, seed: int) -> tuple[bool, int]:
+    """Write every file beside the tars from the shards' records.
+
+    Returns whether one of them had to be written, and the number of rejected images.
+    """
+    folder = conversion.folder
+    with _lock(folder):
+        records = [ShardRecord.load(conversion.record_path(shard)) for shard in range(conversion.num_shards)]
+        names = [conversion.shard_name(shard) for shard in range(conversion.num_shards)]
         rows = np.concatenate([record.rows for record in records])
         if len(rows) == 0:
-            raise ValueError(f"{plan.folder}: every image was rejected, see {RECORD_FOLDER}")
-        _sweep(plan)
-        changed = _save_index_if_new(plan.folder, names, rows)
+            raise ValueError(f"{folder}: every image was rejected, see {RECORD_FOLDER}")
+        for partial in (*folder.glob(".*.partial"), *(folder / RECORD_FOLDER).glob(".*.partial")):
+            partial.unlink(missing_ok=True)
+        changed = _save_index_if_new(folder, names, rows)
         rejected = [bad for record in records for bad in record.rejected]
+        fingerprints = np.concatenate([record.fingerprints for record in records])
+        stats = describe_rows(rows, conversion.source.classes)
+        stats["duplicates"] = find_duplicates(folder, names, rows, fingerprints)
+        stats |= mean_and_std([np.concatenate(record.pixels) for record in records])
         files = {
-            INFO_NAME: dump(_timm_info(plan.source.name, split, names, records)),
-            MANIFEST_NAME: dump(_manifest(plan, split, seed, names, records)),
-            STATS_NAME: dump(
-                describe_rows(rows, plan.source.classes) | _content_stats(plan.folder, names, rows, records)
-            ),
+            INFO_NAME: timm_info(conversion.source.name, split, names, [len(record.rows) for record in records]),
+            MANIFEST_NAME: dump(_manifest(conversion, split, seed, names, records)),
+            STATS_NAME: dump(stats),
         }
         if rejected:
             files[REJECTED_NAME] = "".join(json.dumps(bad) + "\n" for bad in rejected).encode()
-        elif (plan.folder / REJECTED_NAME).exists():
-            (plan.folder / REJECTED_NAME).unlink()
+        else:
+            (folder / REJECTED_NAME).unlink(missing_ok=True)
         for name, content in files.items():
-            path = plan.folder / name
+            path = folder / name
             if not path.exists() or path.read_bytes() != content:
                 write_file(path, content)
                 changed = True
-        return changed
+        return changed, len(rejected)
 
 
 def dump(value: dict[str, Any]) -> bytes:
@@ -60,20 +67,15 @@ def dump(value: dict[str, Any]) -> bytes:
 
 
 @contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Tasks of a job array may all find the last shard done at once: one of them writes at a time."""
+def _lock(folder: Path) -> Iterator[None]:
+    """Several tasks of a job array may find the last shard done at once: one of them writes at a time."""
     with (folder / RECORD_FOLDER / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _sweep(plan: ShardPlan) -> None:
-    for partial in (*plan.folder.glob(".*.partial"), *(plan.folder / RECORD_FOLDER).glob(".*.partial")):
-        partial.unlink(missing_ok=True)
-
-
 def _save_index_if_new(folder: Path, names: list[str], rows: np.ndarray) -> bool:
-    """The index is compared by content, so that a damaged one is written again."""
+    """Compared by content, so that a damaged index is replaced."""
     try:
         with np.load(folder / INDEX_NAME, allow_pickle=False) as file:
             if file["shards"].tolist() == names and np.array_equal(file["samples"], rows):
@@ -84,14 +86,16 @@ def _save_index_if_new(folder: Path, names: list[str], rows: np.ndarray) -> bool
     return True
 
 
-def _timm_info(name: str, split: str, names: list[str], records: list[ShardRecord]) -> dict[str, Any]:
-    lengths = [len(record.rows) for record in records]
+def timm_info(name: str, split: str, names: list[str], lengths: list[int]) -> bytes:
+    """The content of INFO_NAME, by which timm finds the shards of a split."""
     entry = {"name": split, "num_samples": sum(lengths), "filenames": names, "shard_lengths": lengths}
-    return {"name": name, "splits": {split: entry}}
+    return dump({"name": name, "splits": {split: entry}})
 
 
-def _manifest(plan: ShardPlan, split: str, seed: int, names: list[str], records: list[ShardRecord]) -> dict[str, Any]:
-    source, policy = plan.source, plan.policy
+def _manifest(
+    conversion: Conversion, split: str, seed: int, names: list[str], records: list[ShardRecord]
+) -> dict[str, Any]:
+    source, policy = conversion.source, conversion.policy
     changes: Counter[str] = Counter()
     for record in records:
         changes.update(record.changes)
@@ -121,7 +125,7 @@ def _manifest(plan: ShardPlan, split: str, seed: int, names: list[str], records:
 
 
 def describe_rows(rows: np.ndarray, classes: tuple[str, ...]) -> dict[str, Any]:
-    """Statistics that the index alone holds: counts, sizes in pixels and bytes, images per class."""
+    """Statistics from the index alone: counts, sizes in pixels and bytes, images per class."""
     shorter = np.minimum(rows["height"], rows["width"])
     counts = np.histogram(shorter, SIZE_EDGES)[0].tolist()
     histogram = {f"{low}-{high - 1}": n for low, high, n in zip(SIZE_EDGES, SIZE_EDGES[1:], counts, strict=False) if n}
@@ -141,27 +145,18 @@ def _spread(values: np.ndarray) -> dict[str, float]:
     return {"min": int(values.min()), "median": float(np.median(values)), "max": int(values.max())}
 
 
-def _content_stats(folder: Path, names: list[str], rows: np.ndarray, records: list[ShardRecord]) -> dict[str, Any]:
-    prints = np.concatenate([record.fingerprints for record in records])
-    return {"duplicates": find_duplicates(folder, names, rows, prints)} | mean_and_std(
-        [record.pixels for record in records]
-    )
-
-
-def mean_and_std(sums: list[list[list[int]]]) -> dict[str, Any]:
-    """Per channel over the sampled images, in 0..1. Sums are exact integers, so the order of shards does not matter."""
-    count = sum(entry[0][0] for entry in sums)
-    first = [sum(entry[1][channel] for entry in sums) for channel in range(3)]
-    second = [sum(entry[2][channel] for entry in sums) for channel in range(3)]
-    mean = [total / max(count, 1) / 255 for total in first]
-    variance = [squares / max(count, 1) / 255**2 - m * m for squares, m in zip(second, mean, strict=True)]
+def mean_and_std(sums: list[np.ndarray]) -> dict[str, Any]:
+    """Per channel over the sampled images, in 0..1, from their `pixel_sums`: exact, whatever the order of shards."""
+    count, *totals = np.sum(sums, axis=0).tolist()
+    mean = [total / max(count, 1) / 255 for total in totals[:3]]
+    variance = [squares / max(count, 1) / 255**2 - m * m for squares, m in zip(totals[3:], mean, strict=True)]
     std = [max(v, 0.0) ** 0.5 for v in variance]
     return {"mean": [round(m, 6) for m in mean], "std": [round(s, 6) for s in std], "mean_std_pixels": count}
 
 
-def find_duplicates(folder: Path, names: list[str], rows: np.ndarray, prints: np.ndarray) -> dict[str, Any]:
-    """Images with the same bytes: fingerprints find them, the bytes confirm it. Lists the first hundred groups."""
-    _, inverse, counts = np.unique(prints, return_inverse=True, return_counts=True)
+def find_duplicates(folder: Path, names: list[str], rows: np.ndarray, fingerprints: np.ndarray) -> dict[str, Any]:
+    """Images with the same bytes: found by fingerprint, confirmed by their bytes. Lists the first hundred groups."""
+    _, inverse, counts = np.unique(fingerprints, return_inverse=True, return_counts=True)
     suspects = np.flatnonzero(counts[inverse] > 1)
     groups: dict[bytes, list[int]] = {}
     for row in suspects.tolist():

@@ -1,4 +1,4 @@
-"""One shard: tar, DALI index and record, the same bytes for the same plan on any machine."""
+"""One shard: tar, DALI index and record. The same conversion writes the same bytes on any machine."""
 
 import hashlib
 import io
@@ -18,14 +18,17 @@ from tools.shards.images import CheckedImage, ImagePolicy, check_image, pixel_su
 
 BLOCK = 512
 RECORD_FOLDER = ".records"
-# Mean and std come from every 128th image, as decoding all would cost more than the conversion; of small sets from 256 or more.
+# Mean and std are those of every 128th image, as decoding all would cost more than the conversion; in small sets of 256 or more.
 PIXEL_STRIDE, PIXEL_IMAGES = 128, 256
 FULL_BATCH = 32
 
 
 @dataclass(frozen=True)
-class ShardPlan:
-    """Which image goes where. `order`: catalogue rows in stored order; shard k holds `order[starts[k]:starts[k + 1]]`."""
+class Conversion:
+    """Which image goes to which shard of a split.
+
+    `order`: catalogue rows in stored order; shard k holds `order[starts[k]:starts[k + 1]]`.
+    """
 
     source: Source
     folder: Path
@@ -47,7 +50,7 @@ class ShardPlan:
 
 @dataclass
 class ShardRecord:
-    """What is known of a written shard without reading it again. `rows`: `[n]` of SAMPLE_DTYPE."""
+    """What is known of a written shard without reading it. `rows`: `[n]` of SAMPLE_DTYPE."""
 
     rows: np.ndarray
     fingerprints: np.ndarray
@@ -71,7 +74,7 @@ class ShardRecord:
 
 
 class PartialFile:
-    """A file that appears under its name only when it is whole and on disk."""
+    """A file that appears under its name only when it is complete and on disk."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -102,13 +105,13 @@ class PartialFile:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a small file beside and rename it."""
+    """Write a small file atomically."""
     with PartialFile(path) as file:
         file.write([content])
 
 
 def tar_header(name: str, size: int) -> bytes:
-    """A USTAR header of a regular file with nothing in it that changes from run to run (POSIX.1-1988, `ustar`)."""
+    """A USTAR header (POSIX.1-1988) of a regular file, with nothing that changes from run to run."""
     fields = b"%-100b0000644\x000000000\x000000000\x00%011o\x0000000000000\x00        0" % (b"", size)
     fields = name.encode("ascii").ljust(100, b"\0") + fields[100:]
     block = fields.ljust(257, b"\0") + b"ustar\x0000"
@@ -117,8 +120,10 @@ def tar_header(name: str, size: int) -> bytes:
     return (block[:148] + checksum + block[156:]).ljust(BLOCK, b"\0")
 
 
-def member(name: str, content: bytes) -> list[bytes]:
-    return [tar_header(name, len(content)), content, bytes(-len(content) % BLOCK)]
+def idx_content(samples: list[list[tuple[str, int, int, str]]]) -> bytes:
+    """DALI's `v1.2` index: per sample `extension offset size name` of each member."""
+    lines = (" ".join(" ".join(map(str, member)) for member in members) for members in samples)
+    return "\n".join([f"v1.2 {len(samples)}", *lines, ""]).encode()
 
 
 def pixel_stride(num_images: int) -> int:
@@ -126,50 +131,45 @@ def pixel_stride(num_images: int) -> int:
 
 
 def fingerprint(content: bytes) -> bytes:
-    """16 bytes that tell images apart: length and three pieces. Equal ones are compared in full before they count."""
+    """16 bytes from the length and three pieces of an image; where two are equal, the images are compared in full."""
     middle = len(content) // 2
     pieces = content[:1024] + content[middle : middle + 1024] + content[-1024:]
     return hashlib.blake2b(pieces, digest_size=16, key=len(content).to_bytes(8, "little")).digest()
 
 
 class ShardBuilder:
-    """Writes samples one after another and remembers what it wrote."""
+    """Writes samples one after another and collects what the record and the index need."""
 
-    def __init__(self, plan: ShardPlan, shard: int, file: PartialFile) -> None:
-        self.plan, self.shard, self.file = plan, shard, file
+    def __init__(self, conversion: Conversion, shard: int, file: PartialFile) -> None:
+        self.conversion, self.shard, self.file = conversion, shard, file
         self.digest = hashlib.sha256()
         self.rows: list[tuple[int, int, int, int, int, int]] = []
         self.fingerprints: list[bytes] = []
-        self.idx_lines: list[str] = []
+        self.idx: list[list[tuple[str, int, int, str]]] = []
         self.changes: Counter[str] = Counter()
-        self.pixels: list[list[int]] = [[0], [0, 0, 0], [0, 0, 0]]
+        self.pixels = np.zeros(7, np.int64)
 
     def add(self, position: int, image: CheckedImage) -> None:
-        row = int(self.plan.order[position])
-        source = self.plan.source
-        label = source.catalogue.label[row]
-        key = f"{position:09d}"
-        origin = {"name": source.catalogue.name(row)} | ({"changes": image.changes} if image.changes else {})
+        catalogue, row = self.conversion.source.catalogue, int(self.conversion.order[position])
+        key, label = f"{position:09d}", catalogue.label[row]
         parts = {image.extension: image.content}
         if label != UNLABELLED:
             parts["cls"] = b"%d" % label
+        origin = {"name": catalogue.name(row)} | ({"changes": image.changes} if image.changes else {})
         parts["json"] = json.dumps(origin, ensure_ascii=True).encode()
-        offset, chunks, idx = self.file.num_bytes, [], []
+        offset, chunks, idx = self.file.num_bytes + BLOCK, [], []
+        self.rows.append((self.shard, offset, len(image.content), label, image.height, image.width))
         for extension, content in parts.items():
-            chunks += member(f"{key}.{extension}", content)
-            idx.append(f"{extension} {offset + BLOCK} {len(content)} {key}.{extension}")
-            offset += BLOCK + len(content) + -len(content) % BLOCK
-        self.rows.append(
-            (self.shard, self.file.num_bytes + BLOCK, len(image.content), label, image.height, image.width)
-        )
+            name, padding = f"{key}.{extension}", -len(content) % BLOCK
+            chunks += [tar_header(name, len(content)), content, bytes(padding)]
+            idx.append((extension, offset, len(content), name))
+            offset += len(content) + padding + BLOCK
         self._write(chunks)
-        self.idx_lines.append(" ".join(idx))
+        self.idx.append(idx)
         self.fingerprints.append(fingerprint(image.content))
         self.changes.update(image.changes)
-        if position % pixel_stride(len(self.plan.order)) == 0:
-            count, sums, squares = pixel_sums(image.content)
-            for total, new in zip(self.pixels, ([count], sums, squares), strict=True):
-                total[:] = [a + b for a, b in zip(total, new, strict=True)]
+        if position % pixel_stride(len(self.conversion.order)) == 0:
+            self.pixels += pixel_sums(image.content)
 
     def finish(self, rejected: list[dict[str, str | int]]) -> ShardRecord:
         self._write([bytes(2 * BLOCK)])
@@ -177,16 +177,12 @@ class ShardBuilder:
             rows=np.array(self.rows, SAMPLE_DTYPE),
             fingerprints=np.frombuffer(b"".join(self.fingerprints), "S16"),
             sha256=self.digest.hexdigest(),
-            idx_sha256=hashlib.sha256(self.idx()).hexdigest(),
+            idx_sha256=hashlib.sha256(idx_content(self.idx)).hexdigest(),
             num_bytes=self.file.num_bytes,
             rejected=rejected,
             changes=dict(sorted(self.changes.items())),
-            pixels=self.pixels,
+            pixels=[part.tolist() for part in np.split(self.pixels, (1, 4))],
         )
-
-    def idx(self) -> bytes:
-        """DALI's `v1.2` index: per sample `extension offset size name` of each member."""
-        return "\n".join([f"v1.2 {len(self.idx_lines)}", *self.idx_lines, ""]).encode()
 
     def _write(self, chunks: list[bytes]) -> None:
         self.file.write(chunks)
@@ -194,7 +190,7 @@ class ShardBuilder:
             self.digest.update(chunk)
 
 
-class Tally:
+class SharedCounts:
     """Images, bytes and rejects so far, shared by all processes; also how the parent asks them to stop."""
 
     def __init__(self, context: BaseContext) -> None:
@@ -215,60 +211,58 @@ class Tally:
         self._numbers[3] = 1
 
 
-def write_shard(plan: ShardPlan, shard: int, tally: Tally) -> ShardRecord:
+def write_shard(conversion: Conversion, shard: int, counts: SharedCounts) -> ShardRecord:
     """Write one shard, replacing what is there."""
-    path = plan.folder / plan.shard_name(shard)
+    path, catalogue = conversion.folder / conversion.shard_name(shard), conversion.source.catalogue
     rejected: list[dict[str, str | int]] = []
     with PartialFile(path) as file:
-        builder = ShardBuilder(plan, shard, file)
-        start, stop = int(plan.starts[shard]), int(plan.starts[shard + 1])
+        builder = ShardBuilder(conversion, shard, file)
+        start, stop = int(conversion.starts[shard]), int(conversion.starts[shard + 1])
         for first in range(start, stop, FULL_BATCH):
             before = file.num_bytes, len(rejected)
             batch = range(first, min(first + FULL_BATCH, stop))
-            for position, outcome in zip(batch, _check_batch(plan, batch), strict=True):
-                if isinstance(outcome, CheckedImage):
-                    builder.add(position, outcome)
+            for position, checked in zip(batch, _check_batch(conversion, batch), strict=True):
+                if isinstance(checked, CheckedImage):
+                    builder.add(position, checked)
                 else:
-                    row = int(plan.order[position])
-                    label = plan.source.catalogue.label[row]
-                    rejected.append({"name": plan.source.catalogue.name(row), "label": label, "reason": outcome})
-            tally.add(len(batch), file.num_bytes - before[0], len(rejected) - before[1])
+                    row = int(conversion.order[position])
+                    rejected.append({"name": catalogue.name(row), "label": catalogue.label[row], "reason": checked})
+            counts.add(len(batch), file.num_bytes - before[0], len(rejected) - before[1])
         record = builder.finish(rejected)
-    write_file(path.with_suffix(".idx"), builder.idx())
-    record.save(plan.record_path(shard))
+    write_file(path.with_suffix(".idx"), idx_content(builder.idx))
+    record.save(conversion.record_path(shard))
     return record
 
 
-def _check_batch(plan: ShardPlan, positions: range) -> list[CheckedImage | str]:
-    outcomes = [check_one(plan, int(plan.order[position])) for position in positions]
-    if plan.policy.verify == "full":
-        from tools.shards.decode_check import decode_errors  # DALI takes a second to import: only when asked for
+def _check_batch(conversion: Conversion, positions: range) -> list[CheckedImage | str]:
+    results = [check_one(conversion, int(conversion.order[position])) for position in positions]
+    if conversion.policy.verify == "full":
+        from tools.shards.decode_check import decode_errors  # DALI takes a second to import
 
-        good = [k for k, outcome in enumerate(outcomes) if isinstance(outcome, CheckedImage)]
-        images = [outcome for outcome in outcomes if isinstance(outcome, CheckedImage)]
-        errors = decode_errors([(image.content, image.height, image.width) for image in images])
-        for k, error in zip(good, errors, strict=True):
-            outcomes[k] = error or outcomes[k]
-    return outcomes
+        images = {k: image for k, image in enumerate(results) if isinstance(image, CheckedImage)}
+        errors = decode_errors([(image.content, image.height, image.width) for image in images.values()])
+        for k, error in zip(images, errors, strict=True):
+            results[k] = error or results[k]
+    return results
 
 
-def check_one(plan: ShardPlan, row: int) -> CheckedImage | str:
+def check_one(conversion: Conversion, row: int) -> CheckedImage | str:
     """The image as it is to be stored, or the reason to leave it out. Nothing above the limit is ever read."""
-    catalogue = plan.source.catalogue
-    if catalogue.size[row] > plan.policy.max_bytes:
-        return f"{catalogue.size[row]:,} bytes, allowed {plan.policy.max_bytes:,} (--max-bytes)"
+    catalogue, policy = conversion.source.catalogue, conversion.policy
+    if catalogue.size[row] > policy.max_bytes:
+        return f"{catalogue.size[row]:,} bytes, allowed {policy.max_bytes:,} (--max-bytes)"
     content = catalogue.read(row)
     try:
-        return check_image(content, catalogue.name(row), plan.policy)
+        return check_image(content, catalogue.name(row), policy)
     except ValueError as error:
         return str(error)
 
 
-def shard_is_whole(plan: ShardPlan, shard: int) -> bool:
+def shard_is_complete(conversion: Conversion, shard: int) -> bool:
     """Whether the shard, its .idx and its record are on disk with the bytes that were written."""
-    path = plan.folder / plan.shard_name(shard)
+    path = conversion.folder / conversion.shard_name(shard)
     try:
-        record = ShardRecord.load(plan.record_path(shard))
+        record = ShardRecord.load(conversion.record_path(shard))
         with path.open("rb") as file, path.with_suffix(".idx").open("rb") as idx:
             if os.fstat(file.fileno()).st_size != record.num_bytes:
                 return False

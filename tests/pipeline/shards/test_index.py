@@ -314,5 +314,5 @@ def test_a_label_that_is_none_is_named(tmp_path: Path, suffix: str, content: byt
         info = tarfile.TarInfo(f"00000000.{suffix}")
         info.size = len(content)
         archive.addfile(info, io.BytesIO(content))
-    with pytest.raises(ValueError, match=rf"/00000000\.{suffix} holds .* no label"):
+    with pytest.raises(ValueError, match=rf"00000000\.{suffix} .*holds .* no label"):
         open_index(tmp_path / "train")

@@ -12,8 +12,8 @@ import pytest
 import sources
 from reading import run_convert, stored_samples
 
+from pipeline.shards.tar import tar_members
 from tools.make_shards import main
-from tools.shards.layouts.tar_members import tar_members
 
 GB = 1 << 30
 
@@ -100,7 +100,7 @@ def test_a_hostile_tar_does_no_harm_within_a_gigabyte(tmp_path: Path) -> None:
     assert not Path("/etc/evil.jpg").exists()
 
 
-def test_a_long_name_header_of_a_gigabyte_is_not_read(tmp_path: Path) -> None:
+def test_a_long_name_header_of_a_gigabyte_is_refused_unread(tmp_path: Path) -> None:
     info = tarfile.TarInfo("././@LongLink")
     info.type, info.size = tarfile.GNUTYPE_LONGNAME, GB
     with (tmp_path / "x.tar").open("wb") as file:
@@ -108,7 +108,8 @@ def test_a_long_name_header_of_a_gigabyte_is_not_read(tmp_path: Path) -> None:
         file.seek(GB, 1)
         file.write(sources.tar_bytes([("a.jpg", b"x")]))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert [member.name for member in tar_members(tmp_path / "x.tar")] == ["a.jpg"]
+    with pytest.raises(ValueError, match=r"x.tar: a header of 1,073,741,824 bytes"):
+        list(tar_members(tmp_path / "x.tar"))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
 
 
@@ -182,3 +183,30 @@ def test_names_that_try_to_leave_the_folder_stay_labels_in_json(tmp_path: Path) 
     (tmp_path / "in/x.tar").write_bytes(sources.tar_bytes([("../../../../up.jpg", sources.picture(0, 0))]))
     samples = stored_samples(run_convert(tmp_path / "in", tmp_path / "out"))
     assert [(sample.key, sample.name) for sample in samples] == [("000000000", "../../../../up.jpg")]
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("kind", ["header", "zeros", "cut"])
+def test_a_tar_damaged_in_the_middle_is_refused_not_shortened(inner: bool, kind: str, tmp_path: Path) -> None:
+    content = bytearray(sources.tar_bytes([(f"{n}.jpg", bytes([n + 1]) * 700_000) for n in range(4)]))
+    third = 2 * (512 + 700_416)
+    if kind == "cut":
+        content = content[: third + 300_000]
+    else:
+        content[third : third + 512] = b"\1" * 512 if kind == "header" else bytes(512)
+    path, start, stop = tmp_path / "x.tar", 0, None
+    path.write_bytes(sources.tar_bytes([("in.tar", bytes(content)), ("z.jpg", b"x" * 9_000)]) if inner else content)
+    if inner:
+        start, stop = 512, 512 + len(content)
+    with pytest.raises(ValueError, match=f"^{path}: .*(damaged|truncated)"):
+        list(tar_members(path, start, stop))
+
+
+def test_the_members_of_a_tar_in_a_tar_end_where_it_ends(tmp_path: Path) -> None:
+    inner = sources.tar_bytes([("a.jpg", b"a" * 600), ("b.jpg", b"b")])[: 512 + 1024 + 1024]  # without its end marker
+    path = tmp_path / "x.tar"
+    path.write_bytes(sources.tar_bytes([("in.tar", inner), ("c.jpg", b"c")]))
+    assert [member.name for member in tar_members(path)] == ["in.tar", "c.jpg"]
+    found = list(tar_members(path, 512, 512 + len(inner)))
+    assert [(member.name, member.size) for member in found] == [("a.jpg", 600), ("b.jpg", 1)]
+    assert [path.read_bytes()[member.offset] for member in found] == [ord("a"), ord("b")]

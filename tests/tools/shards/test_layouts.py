@@ -104,5 +104,5 @@ def test_a_pickle_that_names_a_function_is_refused(tmp_path: Path, capsys: pytes
     archive = tmp_path / "cifar-10-python.tar.gz"
     archive.write_bytes(sources.tar_bytes([("c/data_batch_1", pickle.dumps({"data": Evil()}))], "w:gz"))
     assert main(["convert", str(archive), "--out", str(tmp_path / "out")]) == 2
-    assert "allowed are integer arrays only" in capsys.readouterr().err
+    assert "posix.system" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()

@@ -89,7 +89,7 @@ def test_folders_of_splits_in_a_tar_are_no_classes(tmp_path: Path, capsys: pytes
     [
         (["a.jpg", "b.jpg"], "2 images without labels)"),
         (["x/a.jpg", "x/b.jpg"], "2 images without labels)"),
-        (["x/a.jpg", "x/c/b.jpg", "x/d/b.jpg"], "3 images without labels: 1 lie beside the folders, so these are no"),
+        (["x/a.jpg", "x/c/b.jpg", "x/d/b.jpg"], "3 images without labels: 1 lie beside the folders"),
         (["IMG_1.jpg", "IMG_1.png"], "2 images without labels)"),
     ],
 )
@@ -108,7 +108,7 @@ def test_a_folder_of_class_tars_has_no_labels_and_says_how_it_gets_some(
     for label, name in enumerate(CLASSES):
         (tmp_path / f"in/{name}.tar").write_bytes(class_tar(label))
     run_convert(tmp_path / "in", tmp_path / "out")
-    assert "12 images without labels; where each tar is a class, `tar -cf all.tar" in capsys.readouterr().out
+    assert "12 images without labels; if each tar is a class, run `tar -cf all.tar" in capsys.readouterr().out
 
 
 def test_images_and_other_tars_beside_the_tars_of_a_split_are_counted(
@@ -140,7 +140,7 @@ def test_our_own_shards_are_read_again_under_their_name_and_classes(
     [
         (
             [("a.tar", sources.tar_bytes([("b.tar", class_tar(0))]))],
-            "a.tar holds a tar itself (b.tar), and tars in tars",
+            "a.tar contains a tar itself (b.tar)",
         ),
         ([("a/x.tar", class_tar(0)), ("b/X.tar", class_tar(1))], "two classes with one name, 'x' and 'X'"),
         ([("A/1.jpg", b"x"), ("a /1.jpg", b"x")], "two classes with one name, 'A' and 'a '"),

@@ -1,13 +1,12 @@
 """Hugging Face parquet shards: a column `image` with `bytes`, and a column `label`.
 
 A global shuffle reads images in random order, and parquet can only be read a row group (hundreds of images) at a time. So each
-file's images are first copied, as they are, into a spool file beside the shards; the spools go when the split is complete.
+file's images are first copied, unchanged, into a spool file beside the shards; spools are deleted when the split is complete.
 """
 
 import fcntl
 import json
 import os
-import re
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -17,35 +16,31 @@ import numpy as np
 
 from pipeline.shards.index import UNLABELLED
 from tools.shards.catalogue import Catalogue, FileRanges, Source, check_class_names
-from tools.shards.layouts.folders import plain_name, split_root
+from tools.shards.layouts.splits import files_of_split, plain_name, split_root
 from tools.shards.writer import PartialFile
 
 BATCH_ROWS = 64
 ROW = np.dtype([("offset", "<i8"), ("size", "<i8"), ("label", "<i4")])
 
 
-def find_parquet(path: Path, split: str) -> str:
-    files = _files(path, split)
-    return f"{len(files)} parquet files" if files else ""
-
-
-def _files(path: Path, split: str) -> list[Path]:
-    """One file, or those of a folder or its `data`; where some are named after a split, only those of ours."""
+def open_parquet(path: Path, split: str, spools: Path | None) -> Source | None:
+    """One file, or those of a folder or its `data`. Without `spools`, for a dry run, nothing is copied."""
     if path.is_file():
-        return [path] if path.suffix == ".parquet" else []
-    root = split_root(path, split)
-    found = [file for folder in (root, path / "data") if folder for file in sorted(folder.glob("*.parquet"))]
-    named = {"train": "train", "val": "val(idation)?"}[split]
-    ours = [file for file in found if re.match(rf"{named}[-_.]", file.name)]
-    others = [file for file in found if re.match(r"(train|val|validation|test)[-_.]", file.name)]
-    return ours or [file for file in found if file not in others]
-
-
-def _pyarrow() -> Any:
-    try:
-        return import_module("pyarrow.parquet")
-    except ModuleNotFoundError:
-        raise ValueError("parquet files need pyarrow, which is not installed: pip install -e .[parquet]") from None
+        files = [path] if path.suffix == ".parquet" else []
+    else:
+        folders = (split_root(path, split), path / "data")
+        files = files_of_split([file for root in folders if root for file in sorted(root.glob("*.parquet"))], split)
+    if not files:
+        return None
+    containers = [SpooledParquet(file, (spools or path) / f"{i:05d}.spool") for i, file in enumerate(files)]
+    catalogue = Catalogue(list(containers))
+    for container, spooled in enumerate(containers):
+        rows = spooled.rows() if spools else _estimated_rows(spooled.path)
+        for number, (offset, size, label) in enumerate(rows.tolist()):
+            catalogue.add(container, offset, size, label, f"{spooled.path.name}/{number:06d}")
+    classes = _class_names(files[0])
+    check_class_names(classes, str(files[0]))
+    return Source("parquet", plain_name(path), catalogue, tuple(classes), notes=(f"{len(files)} parquet files",))
 
 
 @dataclass
@@ -62,7 +57,7 @@ class SpooledParquet:
         return self._ranges.read(offset, size, name)
 
     def fill(self) -> np.ndarray:
-        """Copy the images once, whoever asks; returns where each one lies, `[N]` of ROW."""
+        """Copy the images once, whichever process asks first; returns where each one lies, `[N]` of ROW."""
         self.spool.parent.mkdir(parents=True, exist_ok=True)
         with self.spool.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -76,15 +71,23 @@ class SpooledParquet:
             return rows
 
     def rows(self) -> np.ndarray:
-        """As `fill`, but a spool that has been emptied after use is not filled again for it."""
+        """As `fill`, but does not fill again a spool that was deleted after use."""
         rows_path = self.spool.with_suffix(".npy")
         return np.load(rows_path) if rows_path.exists() else self.fill()
+
+
+def _open_file(path: Path) -> Any:
+    try:
+        parquet = import_module("pyarrow.parquet")
+    except ModuleNotFoundError:
+        raise ValueError("parquet files need pyarrow, which is not installed: pip install -e .[parquet]") from None
+    return parquet.ParquetFile(path)
 
 
 def _copy_images(path: Path, file: PartialFile) -> np.ndarray:
     rows = []
     try:
-        parquet = _pyarrow().ParquetFile(path)
+        parquet = _open_file(path)
         columns = ["image", "label"] if "label" in parquet.schema_arrow.names else ["image"]
         for batch in parquet.iter_batches(BATCH_ROWS, columns=columns):
             labels = batch.column("label").to_pylist() if len(columns) == 2 else [None] * len(batch)
@@ -97,30 +100,16 @@ def _copy_images(path: Path, file: PartialFile) -> np.ndarray:
     return np.array(rows, ROW)
 
 
-def open_parquet(path: Path, split: str, work: Path | None) -> Source:
-    files = _files(path, split)
-    containers = [SpooledParquet(file, (work or path) / f"{i:05d}.spool") for i, file in enumerate(files)]
-    catalogue = Catalogue(list(containers))
-    for container, spooled in enumerate(containers):
-        rows = spooled.rows() if work else _estimated_rows(spooled.path)
-        for number, (offset, size, label) in enumerate(rows.tolist()):
-            catalogue.add(container, offset, size, label, f"{spooled.path.name}/{number:06d}")
-    classes = _class_names(files[0])
-    check_class_names(classes, str(files[0]))
-    return Source("parquet", plain_name(path), catalogue, tuple(classes), notes=(f"{len(files)} parquet files",))
-
-
 def _estimated_rows(path: Path) -> np.ndarray:
-    """For a dry run: as many rows as the file has, each of the mean size; nothing is copied and nothing can be read."""
-    meta = _pyarrow().ParquetFile(path).metadata
-    rows = np.zeros(meta.num_rows, ROW)
-    rows["size"] = path.stat().st_size // max(meta.num_rows, 1)
+    """As many rows as the file has, each of the mean size; their images cannot be read."""
+    rows = np.zeros(_open_file(path).metadata.num_rows, ROW)
+    rows["size"] = path.stat().st_size // max(len(rows), 1)
     return rows
 
 
 def _class_names(path: Path) -> list[str]:
     """The names that `datasets` keeps in the schema's metadata, where there are any."""
-    metadata = _pyarrow().ParquetFile(path).schema_arrow.metadata or {}
+    metadata = _open_file(path).schema_arrow.metadata or {}
     try:
         features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
         return [str(name) for name in features.get("label", {}).get("names", [])]
@@ -128,7 +117,7 @@ def _class_names(path: Path) -> list[str]:
         return []
 
 
-def empty_spools(work: Path) -> None:
-    """Give the disk space back; the small lists of rows stay, so that a later run need not read the parquet again."""
-    for spool in work.glob("*.spool"):
+def delete_spools(folder: Path) -> None:
+    """Free the disk space; the small lists of rows stay, so that a later run need not read the parquet again."""
+    for spool in folder.glob("*.spool"):
         spool.unlink()

@@ -1,63 +1,67 @@
-"""Which data set lies at a path: detect the layout, or open the one that was named."""
+"""Which data set lies at a path: detect the layout, or open the requested one."""
 
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.shards.scan import tar_kind
+from pipeline.shards.tar import tar_kind
 from tools.shards.catalogue import Source
 from tools.shards.file_kinds import describe_no_images, is_image, packed_with
-from tools.shards.layouts import arrays as layout_arrays
-from tools.shards.layouts import folders as layout_folders
-from tools.shards.layouts import imagenet as layout_imagenet
-from tools.shards.layouts import parquet as layout_parquet
-from tools.shards.layouts import tars as layout_tars
-from tools.shards.layouts.folders import split_root, walk_images
+from tools.shards.layouts.cifar import open_cifar
+from tools.shards.layouts.flat import open_flat
+from tools.shards.layouts.folders import images_beside_folders, open_folders
+from tools.shards.layouts.idx import open_idx
+from tools.shards.layouts.imagenet import open_imagenet_val
+from tools.shards.layouts.kaggle import open_kaggle
+from tools.shards.layouts.parquet import open_parquet
+from tools.shards.layouts.splits import split_root
+from tools.shards.layouts.tars import open_tars
+from tools.shards.layouts.walk import walk_images
 
-Opener = Callable[[Path, str, Path | None], Source]
-
-# In the order they are tried. Each `find` says in words what it saw, or "" when the layout is not there.
-LAYOUTS: dict[str, tuple[Callable[[Path, str], str], Opener]] = {
-    "imagenet-val": (layout_imagenet.find_val, layout_imagenet.open_val),
-    "kaggle": (layout_imagenet.find_kaggle, layout_imagenet.open_kaggle),
-    "cifar": (layout_arrays.find_cifar, layout_arrays.open_cifar),
-    "idx": (layout_arrays.find_idx, layout_arrays.open_idx),
-    "parquet": (layout_parquet.find_parquet, layout_parquet.open_parquet),
-    "tars": (layout_tars.find_tars, layout_tars.open_tars),
-    "folders": (layout_folders.find_folders, layout_folders.open_folders),
-    "flat": (layout_folders.find_flat, layout_folders.open_flat),
+# In the order they are tried. Each lists the images of a split of a path; None when the layout is not there. The third
+# argument is a folder for what a layout must keep on disk (parquet only).
+LAYOUTS: dict[str, Callable[[Path, str, Path | None], Source | None]] = {
+    "imagenet-val": open_imagenet_val,
+    "kaggle": open_kaggle,
+    "cifar": open_cifar,
+    "idx": open_idx,
+    "parquet": open_parquet,
+    "tars": open_tars,
+    "folders": open_folders,
+    "flat": open_flat,
 }
 
 
-def open_source(path: Path, split: str, layout: str = "auto", work: Path | None = None) -> Source:
-    """List every image of one split. `work`: a folder for what a layout must keep on disk (parquet only).
+def open_source(path: Path, split: str, layout: str = "auto", spools: Path | None = None) -> Source:
+    """List every image of one split.
 
-    Raises FileNotFoundError when nothing is there, ValueError when it is not a layout we read, or not the one named.
+    Raises FileNotFoundError when nothing is there, ValueError when it is not a layout we read, or not the requested one.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    tried = LAYOUTS if layout == "auto" else {layout: LAYOUTS[layout]}
-    if layout == "auto" and layout_folders.images_beside_folders(path, split):
-        tried = {name: both for name, both in LAYOUTS.items() if name != "folders"}
-    for find, opener in tried.values():
-        if find(path, split):
-            source = opener(path, split, work)
+    tried = set(LAYOUTS) if layout == "auto" else {layout}
+    if layout == "auto" and images_beside_folders(path, split):
+        tried.remove("folders")
+    for name, opener in LAYOUTS.items():
+        if name in tried and (source := opener(path, split, spools)):
             if not len(source.catalogue):
-                raise ValueError(f"{path}: no {split} images: {describe_no_images(source.passed_over)}")
+                raise ValueError(f"{path}: no {split} images: {describe_no_images(source.skipped)}")
             return source
     if path.is_file() and (packed := packed_with(path)):
         raise ValueError(f"{path}: {packed}")
-    named = "" if layout == "auto" else f" as --layout {layout}"
-    raise ValueError(
-        f"{path}: no {split} images found{named}: {_seen(path, split)}. Look at the path, --split and --layout"
-    )
+    requested = "" if layout == "auto" else f" with --layout {layout}"
+    seen = _describe_content(path, split)
+    raise ValueError(f"{path}: no {split} images found{requested}: {seen}. Check the path, --split and --layout")
 
 
-def _seen(path: Path, split: str) -> str:
-    if path.is_file() and is_image(path.name):
-        return "it is one image, give the folder that it lies in"
+def _describe_content(path: Path, split: str) -> str:
     if path.is_file():
-        return f"{tar_kind(path)}, and no archive that is read"
+        single = is_image(path.name)
+        return (
+            "it is one image, give the folder that it lies in"
+            if single
+            else f"{tar_kind(path)}, not an archive we read"
+        )
     counts = Counter[str]()
     num_images = sum(1 for _ in walk_images(split_root(path, split) or path, "", counts))
     return f"{num_images:,} images in files of their own" if num_images else describe_no_images(counts)

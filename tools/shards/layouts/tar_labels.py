@@ -1,19 +1,22 @@
-"""The labels of images in tars, by one rule whatever the tars are called.
+"""The labels of images in tars, by one rule for all tars.
 
-Where samples have `cls` or `json` labels (WebDataset), these are the labels. Else, where images lie in tars inside the tar, the
-inner tar's stem is the class. Else the folder directly below the images' common folder is. Else there are no labels.
+Labels come from `cls` or `json` members (WebDataset) where samples have them. Else, where images lie in tars inside the tar,
+the inner tar's stem is the class. Else the folder directly below the images' common folder is. Else there are no labels.
 """
 
 import json
+import os
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.shards.index import UNLABELLED
+from pipeline.shards.tar import sample_key
 from tools.shards.catalogue import Catalogue, check_class_names
-from tools.shards.layouts.folders import ALL_SPLITS, SPLIT_NAMES, some
 from tools.shards.layouts.imagenet import is_wnid, label_order
+from tools.shards.layouts.splits import ALL_SPLITS, SPLIT_NAMES
+from tools.shards.layouts.walk import some
 
 
 @dataclass
@@ -26,15 +29,15 @@ class Listing:
     catalogue: Catalogue
     below: str
     inner: list[tuple[str, int, int]] = field(default_factory=list)
-    passed_over: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
     elsewhere: int = 0
 
 
 def set_labels(catalogue: Catalogue, start: int, prefix: int, labels: dict[str, int], tar: Path) -> None:
-    """Give the images from row `start` on the label of their key. Members of one sample need not be adjacent."""
+    """Label the images from row `start` on by their key. Members of one sample need not be adjacent."""
     seen = set()
     for row in range(start, len(catalogue)):
-        key = catalogue.name(row)[prefix:].rpartition(".")[0]
+        key = sample_key(catalogue.name(row)[prefix:])[0]
         if key in labels:
             if key in seen:
                 raise ValueError(f"{tar}: two images with the key {key!r}: re-key or remove one of them")
@@ -57,7 +60,7 @@ def label_images(found: Listing, tars: list[Path], name: str) -> tuple[str, tupl
     if classes:
         return name, classes, note
     if len(tars) > 1 and not all(tar.stem[-1:].isdigit() for tar in tars):
-        note += "; where each tar is a class, `tar -cf all.tar *.tar` and give all.tar"
+        note += "; if each tar is a class, run `tar -cf all.tar *.tar` and convert all.tar"
     return _manifest(tars[0].parent, name)[0], (), note
 
 
@@ -76,7 +79,7 @@ def _label_by_folder(catalogue: Catalogue, where: str) -> tuple[tuple[str, ...],
     common, total = len(common_folder(catalogue)), len(catalogue)
     folders = Counter(catalogue.name(row)[common:].rpartition("/")[0].partition("/")[0] for row in range(total))
     if beside := folders[""]:
-        why = f": {beside:,} lie beside the folders, so these are no classes" if beside < total else ""
+        why = f": {beside:,} lie beside the folders, so the folders are not classes" if beside < total else ""
         return (), f"{total:,} images without labels{why}"
     classes = sorted(folders.keys() - {""})
     check_class_names(classes, where)
@@ -88,15 +91,10 @@ def _label_by_folder(catalogue: Catalogue, where: str) -> tuple[tuple[str, ...],
 
 def common_folder(catalogue: Catalogue) -> str:
     """The deepest folder that every image lies in, as `a/b/` or ""."""
-    common = None
-    for row in range(len(catalogue)):
-        name = catalogue.name(row)
-        common = name[: name.rfind("/") + 1] if common is None else common
-        while not name.startswith(common):
-            common = common[: common.rfind("/", 0, -1) + 1]
-        if not common:
-            break
-    return common or ""
+    rows = range(len(catalogue))
+    first, last = (extreme(map(catalogue.name, rows), default="") for extreme in (min, max))
+    common = os.path.commonprefix([first, last])  # noqa: RUF071  (of the first and last in order, thus of all)
+    return common[: common.rfind("/") + 1]
 
 
 def split_folder(catalogue: Catalogue, split: str, where: str) -> str:
@@ -109,9 +107,8 @@ def split_folder(catalogue: Catalogue, split: str, where: str) -> str:
         folders.add(folder)
     ours = [name for name in SPLIT_NAMES[split] if name in folders]
     if folders and not ours:
-        raise ValueError(
-            f"{where}: no {split} images: the folders in it are {', '.join(sorted(folders))}. Choose another --split"
-        )
+        names = ", ".join(sorted(folders))
+        raise ValueError(f"{where}: no {split} images: the folders in it are {names}. Choose another --split")
     return f"{common}{ours[0]}/" if ours else ""
 
 

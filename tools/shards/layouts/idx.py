@@ -1,0 +1,57 @@
+"""MNIST-style IDX files, as downloaded or as torchvision unpacks them. Stored losslessly as PNG."""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+
+from tools.shards.archives import read_maybe_gzip
+from tools.shards.catalogue import Catalogue, Source, check_labels
+from tools.shards.layouts.splits import plain_name
+
+IDX_FILE = re.compile(r"(train|t10k)-(images|labels)[-.]idx[13]-ubyte(\.gz)?")
+CLOTHES = "t-shirt/top, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle-boot"
+
+
+def open_idx(path: Path, split: str, spools: Path | None) -> Source | None:
+    files = _images_and_labels(path, split)
+    if "images" not in files:
+        return None
+    if "labels" not in files:
+        raise FileNotFoundError(f"{files['images'].parent}: images without their labels file (...-labels-idx1-ubyte)")
+    images, labels = read_idx(files["images"], 3), read_idx(files["labels"], 1).astype(np.int64)
+    if len(images) != len(labels):
+        raise ValueError(f"{files['images']}: {len(images)} images but {len(labels)} labels: files of different sets")
+    fashion = "fashion" in str(files["images"].resolve()).lower()
+    classes = CLOTHES.split(", ") if fashion else [str(label) for label in range(int(labels.max(initial=0)) + 1)]
+    name = "fashion-mnist" if fashion else plain_name(path)
+    check_labels(labels, classes, name)
+    notes = (f"IDX files in {files['images'].parent}",)
+    return Source("idx", name, Catalogue.of_pixels(images, labels.tolist()), tuple(classes), notes=notes)
+
+
+def _images_and_labels(path: Path, split: str) -> dict[str, Path]:
+    """The files of a split, in the folder itself or where torchvision puts them (`raw`, `NAME/raw`)."""
+    prefix = "train" if split == "train" else "t10k"
+    for folder in (path, path / "raw", *sorted(path.glob("*/raw"))):
+        if not folder.is_dir():
+            continue
+        matches = [(file, IDX_FILE.fullmatch(file.name)) for file in sorted(folder.iterdir(), reverse=True)]
+        files = {match[2]: file for file, match in matches if match and match[1] == prefix}
+        if "images" in files:
+            return files
+    return {}
+
+
+def read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """The IDX format of yann.lecun.com/exdb/mnist: magic 0, 0, 8 (uint8), dimensions; big-endian sizes; bytes."""
+    content = read_maybe_gzip(path)
+    start = 4 + 4 * dimensions
+    if content[:4] != bytes((0, 0, 8, dimensions)) or len(content) < start:
+        raise ValueError(f"{path}: not an IDX file of {dimensions} dimensions of uint8: download it again")
+    shape = np.frombuffer(content, ">u4", dimensions, 4).tolist()
+    num_bytes = len(content) - start
+    if num_bytes != math.prod(shape):
+        raise ValueError(f"{path}: {num_bytes} bytes of data for shape {shape}: truncated, download it again")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
