@@ -1,4 +1,4 @@
-"""How much longer the steps after a save take while a thread writes the checkpoint, and how long writing it in the loop would."""
+"""What a save costs: the steps while a thread writes the checkpoint, against writing it in the loop."""
 
 import argparse
 import statistics
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pipeline.dataset import resolve_device
+from tools.benchmarks.tables import target
 from train.checkpoint import take_snapshot, write_checkpoint
 from train.checkpoint_writer import CheckpointWriter
 from train.config.load import load_config
@@ -27,10 +28,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--threads", type=int, default=1, help="of torch; default: %(default)s")
 
 
-def run(parsed: argparse.Namespace) -> dict[str, Any]:
+def run(given: argparse.Namespace) -> dict[str, Any]:
     """`step_s`, `after_s` (of each step after a save; the first includes it), `written_in_loop_s`, `bytes`."""
-    torch.set_num_threads(parsed.threads)
-    config = load_config(CONFIG, parsed.overrides)
+    torch.set_num_threads(given.threads)
+    config = load_config(CONFIG, given.overrides)
     model, step = trial_step(config, torch.device("cuda" if resolve_device(config.device) == "gpu" else "cpu"))
     optimizer = build_optimizer(model, config.training.weight_decay, config.training.betas)
 
@@ -44,17 +45,17 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         return time.perf_counter() - started
 
     plain: list[float] = []
-    after: list[list[float]] = [[] for _ in range(parsed.steps)]
+    after: list[list[float]] = [[] for _ in range(given.steps)]
     with tempfile.TemporaryDirectory() as folder:
         writer = CheckpointWriter(Path(folder), 1, 0, print)
         timed(None, 0)
-        for number in range(parsed.saves):
-            plain += [timed(None, 0) for _ in range(parsed.steps)]
+        for number in range(given.saves):
+            plain += [timed(None, 0) for _ in range(given.steps)]
             for place, times in enumerate(after):
                 times.append(timed(None if place else writer, number))
             writer.wait()
         started = time.perf_counter()
-        path = write_checkpoint(Path(folder), take_snapshot(model, optimizer, {"step": parsed.saves, "score": None}))
+        path = write_checkpoint(Path(folder), take_snapshot(model, optimizer, {"step": given.saves, "score": None}))
         in_loop = time.perf_counter() - started
         size = sum(file.stat().st_size for file in path.iterdir())
     figures = {
@@ -71,8 +72,5 @@ def report(figures: dict[str, Any]) -> None:
     step_s = figures["step_s"]
     print(f"a step {step_s * 1e3:.0f} ms; a checkpoint of {figures['bytes'] / 2**20:.0f} MiB")
     for number, time_s in enumerate(figures["after_s"], 1):
-        ratio = time_s / step_s
-        print(
-            f"  step {number} after a save: {ratio:.3f}x of one without {'ok' if ratio <= MOST else f'above {MOST}x'}"
-        )
-    print(f"  written in the loop it would stop it for {figures['written_in_loop_s'] / step_s:.2f} steps")
+        print(target(f"step {number} after a save / a step without", time_s / step_s, "<=", MOST))
+    print(f"written in the loop, it would take the time of {figures['written_in_loop_s'] / step_s:.2f} steps")

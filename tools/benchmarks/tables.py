@@ -1,0 +1,23 @@
+"""What the benchmarks print: Markdown tables, which read as well in a terminal as in a README, and targets."""
+
+from collections.abc import Iterable, Sequence
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table with aligned columns: the first to the left, figures to the right."""
+    cells = [[str(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        first, *others = row
+        padded = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(others, widths[1:], strict=True))]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join("-" * (width + 1) + (":" if i else "-") for i, width in enumerate(widths)) + "|"
+    return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
+
+
+def target(name: str, value: float, sign: str, limit: float) -> str:
+    """One line that says whether `value` is `<=` or `>=` the limit."""
+    met = value <= limit if sign == "<=" else value >= limit
+    return f"{name}: {value:,.3f}, target {sign} {limit:g}: {'met' if met else 'MISSED'}"
