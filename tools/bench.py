@@ -9,7 +9,7 @@ from pathlib import Path
 
 from train.command import run_command
 
-COMMANDS = ("convert", "pipeline", "save", "scale", "step", "windows")
+COMMANDS = ("convert", "gpu", "pipeline", "save", "scale", "step", "windows")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

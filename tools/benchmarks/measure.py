@@ -1,6 +1,7 @@
 """How the benchmarks measure: streams of batches in processes that take turns, and single calls on a CPU or a GPU."""
 
 import gc
+import math
 import multiprocessing
 import os
 import statistics
@@ -8,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +51,8 @@ def whole_batches(images: int, setup: Setup) -> int:
     return rounds * setup.threads
 
 
-def seconds_per_image(row: Row, setup: Setup, images: int) -> tuple[float, float]:
-    """Wall and CPU seconds per image in the middle of a row's stream.
+def seconds_per_image(row: Row, setup: Setup, images: int, seconds: float = math.inf) -> tuple[float, float]:
+    """Wall and CPU seconds per image in the middle of a row's stream: over `images` of them, or for `seconds`.
 
     The clocks start after as many batches as fill every worker's queue, and the stream does not end with them: every row has
     as much prepared at the end as at the start.
@@ -64,6 +66,8 @@ def seconds_per_image(row: Row, setup: Setup, images: int) -> tuple[float, float
     for _ in range(whole_batches(images, setup)):
         batch = next(stream)
         count += len(batch[0])
+        if time.perf_counter() - wall > seconds:
+            break
     _wait_for_gpu(setup)
     wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
     stream.close()  # type: ignore[attr-defined]  # a generator: stops its workers, so that it costs the others nothing
@@ -134,39 +138,36 @@ def count(step: Step, device: torch.device) -> dict[str, int]:
     flops = FlopCounterMode(display=False)
     with flops:
         step()
-    calls, peak = _count_on_gpu(step) if device.type == "cuda" else _count_on_cpu(step)
-    return {"flops": flops.get_total_flops(), "peak_bytes": peak, "calls": calls}
+    calls = _calls_on_gpu(step) if device.type == "cuda" else _calls_on_cpu(step)
+    return {"flops": flops.get_total_flops(), "peak_bytes": peak_bytes(step, device), "calls": calls}
 
 
-def _count_on_gpu(step: Step) -> tuple[int, int]:
-    peak = gpu_peak(step)
+def _calls_on_gpu(step: Step) -> int:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events()), peak
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
 
 
-def gpu_peak(step: Step) -> int:
-    """The most bytes that torch holds during a step, above what it held before."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - held
-
-
-def _count_on_cpu(step: Step) -> tuple[int, int]:
-    with _CallCounter() as calls:
+def _calls_on_cpu(step: Step) -> int:
+    with _CallCounter() as counter:
         step()
+    return counter.calls
+
+
+def peak_bytes(step: Step, device: torch.device) -> int:
+    """The most bytes that torch holds during a step, above what it held before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - held
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
-    held = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return calls.calls, peak
+    changes = (event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
+    return max(accumulate(changes, initial=0))
 
 
 class _CallCounter(TorchDispatchMode):

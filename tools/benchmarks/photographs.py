@@ -19,6 +19,7 @@ WIDTH, HEIGHT = 500, 375  # the usual ImageNet photograph
 MOST_ENLARGED = 1.3  # beyond it the pixels are smoother than a camera's
 QUALITY = 97  # makes the median file about 100 KB, which is what ImageNet's weigh
 NUM_CLASSES = 16
+EXTENSIONS = {"JPEG": ".jpg", "PNG": ".png"}
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -37,10 +38,10 @@ def benchmark_shards(given: Path | None, num_images: int, workers: int) -> Itera
         yield photograph_shards(Path(temporary), num_images, workers)
 
 
-def photograph_shards(folder: Path, num_images: int, workers: int) -> Path:
+def photograph_shards(folder: Path, num_images: int, workers: int, kind: str = "JPEG") -> Path:
     """Write `num_images` photographs and their shards; returns the folder of the shards."""
-    for number, content in enumerate(photographs(num_images)):
-        path = folder / "source" / f"class{number % NUM_CLASSES:02d}" / f"{number:06d}.jpg"
+    for number, content in enumerate(photographs(num_images, kind)):
+        path = folder / "source" / f"class{number % NUM_CLASSES:02d}" / f"{number:06d}{EXTENSIONS[kind]}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     shards = folder / "shards"
@@ -48,13 +49,13 @@ def photograph_shards(folder: Path, num_images: int, workers: int) -> Path:
     return shards
 
 
-def photographs(count: int) -> Iterator[bytes]:
-    """JPEG files of 500x375: windows of the sample's colour photographs, each at a scale of its own, mirrored or not."""
+def photographs(count: int, kind: str = "JPEG") -> Iterator[bytes]:
+    """JPEG (or PNG) files of 500x375: windows of the sample's colour photographs, each at a scale of its own, mirrored or not."""
     rng = np.random.default_rng(0)
     sources = [source for source in _colour_photographs() if _enlargement(source) <= MOST_ENLARGED]
     for number in range(count):
         encoded = io.BytesIO()
-        _cut(sources[number % len(sources)], rng).save(encoded, "JPEG", quality=QUALITY)
+        _cut(sources[number % len(sources)], rng).save(encoded, kind, quality=QUALITY)
         yield encoded.getvalue()
 
 

@@ -14,6 +14,7 @@ from tools.benchmarks.tables import target
 from train.checkpoint import take_snapshot, write_checkpoint
 from train.checkpoint_writer import CheckpointWriter
 from train.config.load import load_config
+from train.config.schema import Config
 from train.optim import build_optimizer
 from train.trial import trial_step
 
@@ -29,9 +30,14 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
-    """`step_s`, `after_s` (of each step after a save; the first includes it), `written_in_loop_s`, `bytes`."""
     torch.set_num_threads(given.threads)
-    config = load_config(CONFIG, given.overrides)
+    figures = measure(load_config(CONFIG, given.overrides), given.saves, given.steps)
+    report(figures)
+    return figures
+
+
+def measure(config: Config, saves: int, steps: int) -> dict[str, Any]:
+    """`step_s`, `after_s` (of each step after a save; the first includes it), `written_in_loop_s`, `bytes`."""
     model, step = trial_step(config, torch.device("cuda" if resolve_device(config.device) == "gpu" else "cpu"))
     optimizer = build_optimizer(model, config.training.weight_decay, config.training.betas)
 
@@ -45,27 +51,25 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         return time.perf_counter() - started
 
     plain: list[float] = []
-    after: list[list[float]] = [[] for _ in range(given.steps)]
+    after: list[list[float]] = [[] for _ in range(steps)]
     with tempfile.TemporaryDirectory() as folder:
         writer = CheckpointWriter(Path(folder), 1, 0, print)
         timed(None, 0)
-        for number in range(given.saves):
-            plain += [timed(None, 0) for _ in range(given.steps)]
+        for number in range(saves):
+            plain += [timed(None, 0) for _ in range(steps)]
             for place, times in enumerate(after):
                 times.append(timed(None if place else writer, number))
             writer.wait()
         started = time.perf_counter()
-        path = write_checkpoint(Path(folder), take_snapshot(model, optimizer, {"step": given.saves, "score": None}))
+        path = write_checkpoint(Path(folder), take_snapshot(model, optimizer, {"step": saves, "score": None}))
         in_loop = time.perf_counter() - started
         size = sum(file.stat().st_size for file in path.iterdir())
-    figures = {
+    return {
         "step_s": statistics.median(plain),
         "after_s": [statistics.median(times) for times in after],
         "written_in_loop_s": in_loop,
         "bytes": size,
     }
-    report(figures)
-    return figures
 
 
 def report(figures: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -48,7 +48,9 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of `name`, `time_s`, `peak_bytes`, `flops`, `calls`: one step each, and one draw of masks for 256 images each."""
     device = _device(given.device)
     torch.set_num_threads(given.threads)
-    steps = make_steps(ENCODERS[given.model], given.batch, given.context_ratio, device, given.compile)
+    steps = make_steps(
+        ENCODERS[given.model], given.batch, given.context_ratio, device, STRATEGIES if given.compile else ()
+    )
     draws = mask_steps(device)
     times = median_times(steps, given.repeats, device) | median_times(draws, 5 * given.repeats, device)
     rows = [{"name": name, "time_s": times[name], **count(step, device)} for name, step in (steps | draws).items()]
@@ -84,9 +86,12 @@ def _device(name: str) -> torch.device:
 
 
 def make_steps(
-    encoder: str, batch: int, context_ratio: float, device: torch.device, compiled: bool = False
+    encoder: str, batch: int, context_ratio: float, device: torch.device, compiled: Sequence[str] = ()
 ) -> dict[str, Step]:
-    """Forward, backward and target update of every row, on the same images and weights, which no step changes."""
+    """Forward, backward and target update of every row, on the same images and weights, which no step changes.
+
+    `compiled`: strategies of further rows.
+    """
 
     def plan_of(strategy: str, num_global: int, num_local: int) -> MaskPlan:
         masks = MultiCropMaskGenerator(strategy, num_global, num_local, context_ratio=context_ratio, device=device)
@@ -100,11 +105,10 @@ def make_steps(
     steps["unmasked-2+6"] = _step(model, everything, unmasked(plan))
     single = make_model(encoder, 1, view_weight=0.0, sigreg_weight=0.0).to(device)
     steps["single-crop"] = _step(single, draw_batch(batch, 1, 0, device), plan_of("global_only", 1, 0))
-    if compiled:
-        for name in STRATEGIES:
-            copied = copy.deepcopy(model)
-            copied.compile(dynamic=False)  # as training.compile does
-            steps[f"ours/{name}/compiled"] = _step(copied, everything, plan_of(name, 2, 6))
+    for name in compiled:
+        copied = copy.deepcopy(model)
+        copied.compile(dynamic=False)  # as training.compile does
+        steps[f"ours/{name}/compiled"] = _step(copied, everything, plan_of(name, 2, 6))
     return steps
 
 
