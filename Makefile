@@ -1,4 +1,4 @@
-# Everything a newcomer and CI need: `make quickstart`, `make test`, `make check`.
+# For newcomers and CI: `make quickstart`, `make test`, `make check`.
 PYTHON ?= python3.11
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: install quickstart study test lint format check soak docker-check lock clean
 
-# Re-installs only when the lock or the project file changes. Modules are compiled as they are first imported.
+# Installs again only when the lock or the project file changes. Modules are compiled on first import.
 $(INSTALLED): requirements-dev.lock pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; name a Python 3.11 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@echo "Installing into $(VENV): about 7 GB, minutes on a fast line."
@@ -23,7 +23,7 @@ quickstart: $(INSTALLED)
 	$(RUN) -m train.run configs/quickstart.yaml
 
 # Do crops, strategies, hierarchy and loss terms pay? Tables and plots in results/; about 40 minutes of one CPU core.
-# Stopped, it goes on where it was. The four files of Fashion-MNIST: the Debian package dataset-fashion-mnist, or FASHION=FOLDER.
+# A stopped study continues where it was. Fashion-MNIST's four files: Debian package dataset-fashion-mnist, or FASHION=FOLDER.
 FASHION ?= /usr/share/datasets/fashion-mnist
 BUDGET ?= 40
 study: $(INSTALLED)
@@ -34,7 +34,7 @@ study: $(INSTALLED)
 	OMP_NUM_THREADS=1 nice $(RUN) tools/study.py configs/study_fashion_mnist.yaml --budget $(BUDGET) --other-seeds 2
 	OMP_NUM_THREADS=1 nice $(RUN) tools/study.py configs/quickstart.yaml --budget $(BUDGET) --other-seeds 2
 
-# One process a core, up to four: most tests use one thread, and each process takes about 2 GB.
+# One process per core, up to four: most tests use one thread, and each process takes about 2 GB.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
@@ -53,11 +53,11 @@ check: lint test
 soak: $(INSTALLED) docker-check
 	$(RUN) -m pytest -m slow
 
-# Builds the image on a stand-in base and tries it as its user: root, buildah and mmdebstrap; 15 GB under TMPDIR.
+# Builds the image on a base made for it and tests it as its user: needs root, buildah, mmdebstrap and 15 GB under TMPDIR.
 docker-check:
 	docker/check
 
-# The locked packages: of the image, and with the tests' tools (a superset, the same versions). Needs uv.
+# Two locks: the image's packages, and these with the development tools, in the same versions. Needs uv.
 LOCK := uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --extra cuda120 --extra sample
 lock:
 	$(LOCK) pyproject.toml -o requirements.lock

@@ -1,7 +1,7 @@
-"""Whether the training in this container still moves: the age of the heartbeat file that it writes every few seconds.
+"""Whether the training in this container makes progress: the age of the heartbeat file that it writes every few seconds.
 
-Exit code 0: it does, or nothing trains here (a conversion, tensorboard, a machine without rank 0, a start). 1: it has not for
-HEARTBEAT_MAX_AGE_S seconds. Needs the standard library alone.
+Exit code 0: it does, or nothing trains here (a conversion, tensorboard, a machine without rank 0, a start). 1: no progress for
+HEARTBEAT_MAX_AGE_S seconds. Uses only the standard library.
 """
 
 import json
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 MAX_AGE_S = float(os.environ.get("HEARTBEAT_MAX_AGE_S", "900"))  # as training.timeout_s, after which ranks give up
-# While evaluating, and when it has ended, a run writes none.
+# A run that evaluates or has ended writes no heartbeat.
 BEATING = "training"
 
 
@@ -34,7 +34,7 @@ def read(path: Path) -> dict | None:
 
 
 def is_ours(beat: dict, processes: Path) -> bool:
-    """Whether its process lives in this container: run folders are shared, and stopped runs leave theirs behind."""
+    """Whether its process runs in this container: run folders are shared, and stopped runs leave the file behind."""
     try:
         return b"train.run" in (processes / str(beat["pid"]) / "cmdline").read_bytes()
     except OSError:

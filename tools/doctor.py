@@ -1,4 +1,4 @@
-"""What would go wrong here, and the line that mends it: `python tools/doctor.py [CONFIG] [section.key=value ...]`.
+"""What would go wrong here, each with a suggested fix: `python tools/doctor.py [CONFIG] [section.key=value ...]`.
 
 Exit code 1 when a check failed, 2 when the settings themselves are wrong.
 """
@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from tools.checks.check import CHECKS, Case, examine
+from train.command import run_command
 from train.config.load import load_config
 
-FAILED, BAD_INPUT = 1, 2
-# In the order of the report: what comes first is what the later ones stand on.
-for _module in ("doctor_packages", "doctor_machine", "doctor_gpu", "doctor_data"):
-    import_module(f"tools.{_module}")
+FAILED = 1
+# In the order of the report: later checks rely on earlier ones.
+for _module in ("packages", "machine", "gpu", "data"):
+    import_module(f"tools.checks.{_module}")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -38,7 +39,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def make_case(given: argparse.Namespace) -> Case:
-    """Raises ValueError for a config that is wrong, FileNotFoundError for one that is not there."""
+    """Raises ValueError for a wrong config, FileNotFoundError for a missing one."""
     if given.config is None:
         return Case(None, given.data, Path(given.out or "runs"))
     changes = [f"data.data_path={given.data}"] if given.data else []
@@ -54,7 +55,7 @@ def show(row: dict[str, Any]) -> None:
 
 
 def run_checks(case: Case, as_json: bool) -> list[dict[str, Any]]:
-    """Each finding is shown as it comes, so that one is seen even if the next check takes the process down."""
+    """Each finding is shown at once, so that it is seen even if the next check takes the process down."""
     rows = []
     for name, function in CHECKS.items():
         started = time.monotonic()
@@ -65,20 +66,17 @@ def run_checks(case: Case, as_json: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    given = parse_arguments(arguments)
-    try:
-        case = make_case(given)
-    except (ValueError, FileNotFoundError) as error:
-        print(error, file=sys.stderr)
-        return BAD_INPUT
-    rows = run_checks(case, given.json)
+def diagnose(given: argparse.Namespace) -> int:
+    rows = run_checks(make_case(given), given.json)
     counts = {status: sum(row["status"] == status for row in rows) for status in ("ok", "warn", "fail")}
-    if given.json:
-        print(json.dumps(rows, indent=1))
-    else:
-        print(", ".join(f"{count} {status}" for status, count in counts.items()))
+    print(
+        json.dumps(rows, indent=1) if given.json else ", ".join(f"{count} {status}" for status, count in counts.items())
+    )
     return FAILED if counts["fail"] else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_command("doctor", lambda: diagnose(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from train.command import run_command
 from train.config.schema import Config
 from train.output.display import LOADING, summary_rows
 
@@ -21,13 +22,13 @@ WEIGHTS, SETTINGS, CARD = "model.safetensors", "config.json", "README.md"
 
 
 def timm_settings(encoder: "MultiCropEncoder", config: Config) -> dict[str, Any]:
-    """What timm needs to build the encoder, and to bring an image to it as the evaluation does."""
+    """What timm needs to build the encoder and to prepare an image as the evaluation does."""
     size = config.data.multicrop.global_crop_size
     return {
         "architecture": config.model.encoder.partition(".")[0],
         "num_classes": 0,
         "num_features": encoder.width,
-        "global_pool": "avg",  # what every figure of a run is measured on
+        "global_pool": "avg",  # as in every evaluation
         "model_args": {**config.model.encoder_kwargs, "global_pool": "avg"},
         "pretrained_cfg": {
             "tag": config.logging.run_name,
@@ -80,7 +81,7 @@ def model_card(config: Config, checkpoint: Path, licence: str, summary: Path, fi
         "## Data",
         "",
         f"`{data.dataset}`; pixels in 0..1 are normalised with mean {list(data.augmentation.mean)} and standard deviation "
-        f"{list(data.augmentation.std)}. The data's own licence applies to what may be done with it.",
+        f"{list(data.augmentation.std)}. The data has its own licence.",
         "",
     ]
     if summary.exists():
@@ -93,7 +94,7 @@ def model_card(config: Config, checkpoint: Path, licence: str, summary: Path, fi
 
 
 def export(run: Path, out: Path, settings: Path | None, licence: str, figures: Path | None) -> None:
-    """Raises FileNotFoundError and ValueError for what is missing or does not fit."""
+    """Raises FileNotFoundError for missing files and ValueError for wrong ones."""
     if out.exists() and {path.name for path in out.iterdir()} - {WEIGHTS, SETTINGS, CARD}:
         raise ValueError(f"{out}: holds other files; name a new folder with --out")
     print(LOADING, file=sys.stderr)
@@ -114,6 +115,7 @@ def export(run: Path, out: Path, settings: Path | None, licence: str, figures: P
     save_file({name: value.contiguous() for name, value in encoder.vit.state_dict().items()}, out / WEIGHTS)
     (out / SETTINGS).write_text(json.dumps(timm_settings(encoder, config), indent=2) + "\n")
     (out / CARD).write_text(card)
+    print(f'exported; load it with timm.create_model("local-dir:{out}", pretrained=True)')
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -126,13 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--figures", type=Path, metavar="JSON", help="what train.evaluate --json wrote, for the card")
     parser.add_argument("--license", default="apache-2.0", help="of the weights; default: %(default)s")
     given = parser.parse_args(arguments)
-    try:
-        export(given.run, given.out, given.config, given.license, given.figures)
-    except (ValueError, OSError) as error:
-        print(f"export: {error}", file=sys.stderr)
-        return 2
-    print(f'exported; load it with timm.create_model("local-dir:{given.out}", pretrained=True)')
-    return 0
+    return run_command("export", lambda: export(given.run, given.out, given.config, given.license, given.figures))
 
 
 if __name__ == "__main__":

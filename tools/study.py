@@ -2,27 +2,28 @@
 
 Every variant is trained for the same CPU time (all threads of its process, calibrated in steps first, so that the schedule ends
 where the time does), or on as many images as the base variant; then its frozen encoder is measured. It writes OUT/NAME.csv (a
-line for each training), NAME.md (the tables) and NAME.png. Run again, it goes on where it stopped, or writes the tables anew.
+line for each training), NAME.md (the tables) and NAME.png. Run again, it continues where it stopped and rewrites the tables.
 """
 
 import argparse
 import csv
 import json
-import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tools.own_process import own_process
 from tools.studies.grid import BASE, TIME, VARIANTS, trials
+from train.command import run_command
 from train.config.load import load_config
 
 FIELDS = (
     "variant", "equal", "seed", "knn", "linear", "rankme", "steps", "images", "cpu_s", "wall_s", "images_per_cpu_s",
     "peak_mib", "step_mib",
 )  # fmt: skip
-ROUNDS = 2  # of the calibration; the fastest counts, for a busy machine only ever slows a step down
+ROUNDS = 2  # of the calibration; the fastest counts: other load only slows steps down
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -38,11 +39,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call it in a process of its own, whose peak memory is its own; torch is loaded once for all of them."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tools.studies.run"])
-    with context.Pool(1) as pool:
-        return pool.apply(function, arguments)
+    """Call it in a process of its own; torch is loaded once for all of them."""
+    with own_process("tools.studies.run") as worker:
+        return worker.submit(function, *arguments).result()
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -62,12 +61,14 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def calibrate(path: Path, config: Path, budget: float, variants: Sequence[str]) -> dict[str, int]:
-    """Steps that fill the budget, by variant; each measured once and kept. ValueError if they are of another budget."""
+    """Steps that fill the budget, by variant, measured once and kept. ValueError if they were measured for another budget."""
     record: dict[str, Any] = {"budget_s": budget, "step_cpu_ms": {}, "steps": {}}
     if path.exists():
         record = json.loads(path.read_text())
     if record["budget_s"] != budget:
-        raise ValueError(f"{path}: of a study of {record['budget_s']:g} s a run, not {budget:g}. Choose another --out")
+        raise ValueError(
+            f"{path}: belongs to a study with --budget {record['budget_s']:g}, not {budget:g}; choose another --out"
+        )
     missing = [name for name in variants if name not in record["steps"]]
     if not missing:
         return record["steps"]
@@ -112,16 +113,9 @@ def run_study(given: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = parse_arguments(arguments)
-    try:
-        run_study(given)
-    except (ValueError, OSError) as error:
-        print(f"study: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("study: interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(
+        "study", lambda: run_study(parse_arguments(arguments)), "interrupted; the same command continues"
+    )
 
 
 if __name__ == "__main__":

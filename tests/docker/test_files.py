@@ -95,6 +95,14 @@ def test_compose_and_kubernetes_start_what_the_entrypoint_and_the_settings_know(
         assert service["user"] == "${RUN_AS:-10001:10001}"
 
 
+def test_every_launcher_gets_the_jpeg_engine() -> None:
+    """The capability `video` brings it, and no launcher replaces what the image asks for."""
+    (capabilities,) = re.findall(r"NVIDIA_DRIVER_CAPABILITIES=(\S+)", (DOCKER / "Dockerfile").read_text())
+    assert {"compute", "utility", "video"} == set(capabilities.split(","))
+    for name in ("compose.yaml", "kubernetes.yaml", "slurm.sbatch"):
+        assert "NVIDIA_DRIVER_CAPABILITIES" not in (DOCKER / name).read_text()
+
+
 def test_a_change_of_the_code_comes_after_the_installation() -> None:
     lines = (DOCKER / "Dockerfile").read_text().splitlines()
     places = [next(i for i, line in enumerate(lines) if text in line) for text in ("--require-hashes", "COPY . .")]

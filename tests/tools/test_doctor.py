@@ -1,4 +1,4 @@
-"""The doctor on a sound machine, and on one fault at a time, planted where it would really lie."""
+"""The doctor on a sound machine, and on one fault at a time, planted where it would really occur."""
 
 import json
 import os
@@ -9,10 +9,7 @@ import pytest
 
 from pipeline.shards.index import open_index, split_folder
 from tools import doctor, make_shards
-from tools.checks import data as doctor_data
-from tools.checks import gpu as doctor_gpu
-from tools.checks import machine as doctor_machine
-from tools.checks import packages as doctor_packages
+from tools.checks import data, gpu, machine, packages
 from tools.checks.check import CHECKS, Case, Finding, examine
 from train.config.load import load_config
 
@@ -23,7 +20,7 @@ QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 @pytest.fixture
 def shards(data_path: Path, tmp_path: Path) -> Path:
     """Good shards with index and manifest, to be damaged."""
-    doctor_data.opened.cache_clear()
+    data.opened.cache_clear()
     assert (
         make_shards.main(["convert", str(data_path / "train"), "--out", str(tmp_path / "shards"), "--split", "train"])
         == 0
@@ -57,7 +54,7 @@ def test_on_a_sound_machine_nothing_fails_and_at_least_fifteen_things_are_looked
     assert list((tmp_path / "runs").iterdir()) == []  # nothing of the trials is left
 
 
-def test_a_damaged_shard_is_exit_code_1_with_the_line_that_mends_it(
+def test_a_damaged_shard_is_exit_code_1_with_a_suggested_fix(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for path in (shards / "train").glob("*.tar"):
@@ -99,7 +96,7 @@ def test_a_manifest_of_another_folder_fails(shards: Path) -> None:
     path.write_text(json.dumps(content))
     finding = found("shards: manifest", Case(data=str(shards)))
     assert finding.status == "fail"
-    assert "copy the folder again" in finding.fix
+    assert "make_shards.py index" in finding.fix
 
 
 def test_images_that_do_not_decode_fail(shards: Path) -> None:
@@ -141,15 +138,15 @@ def test_a_library_that_is_nowhere_is_missed(tmp_path: Path) -> None:
     place = tmp_path / "npp" / "lib"
     place.mkdir(parents=True)
     (place / "libnppc.so.99").write_bytes(b"")
-    assert doctor_packages.is_found("libnppc.so.99", tmp_path)
-    assert not doctor_packages.is_found("libnppig.so.99", tmp_path)
+    assert packages.is_found("libnppc.so.99", tmp_path)
+    assert not packages.is_found("libnppig.so.99", tmp_path)
 
 
 @pytest.mark.parametrize(("version", "status"), [("470.57.02", "fail"), ("595.71.05", "ok")])
 def test_an_old_driver_fails(version: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {version}  Wed Jul 14 18:00:00 UTC 2021\nGCC version: gcc 12.2\n"
     (tmp_path / "version").write_text(text)
-    monkeypatch.setattr(doctor_gpu, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(gpu, "DRIVER", tmp_path / "version")
     finding = found("driver", Case())
     assert finding.status == status
     assert finding.text.startswith(version)
@@ -158,7 +155,7 @@ def test_an_old_driver_fails(version: str, status: str, tmp_path: Path, monkeypa
 
 
 def test_a_tiny_shared_memory_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_machine, "SHARED_MEMORY", Path("/proc"))  # a file system of size 0
+    monkeypatch.setattr(machine, "SHARED_MEMORY", Path("/proc"))  # a file system of size 0
     finding = found("shared memory", Case())
     assert finding.status == "fail"
     assert "--shm-size=8g" in finding.fix
@@ -174,7 +171,7 @@ def test_a_run_folder_that_cannot_be_written_fails(tmp_path: Path) -> None:
 
 def test_more_threads_than_the_container_may_use_warn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cpu.max").write_text("100000 100000\n")
-    monkeypatch.setattr(doctor_machine, "CGROUP_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(machine, "CGROUP_QUOTA", tmp_path / "cpu.max")
     finding = found("cores and threads", Case(load_config(QUICKSTART, ["data.num_workers=4"])))
     assert finding.status == "warn"
     assert finding.fix.startswith("data.num_workers=1,")
@@ -188,13 +185,28 @@ def test_a_wish_for_compilation_without_a_compiler_fails(tmp_path: Path, monkeyp
 
 
 def test_a_wish_for_a_gpu_where_there_is_none_fails() -> None:
-    if doctor_gpu.sees_gpu():
+    if gpu.sees_gpu():
         pytest.skip("there is a GPU")
     finding = found("GPUs", Case(load_config(QUICKSTART, ["device=gpu"])))
     assert finding.status == "fail"
     assert "docker run --gpus all" in finding.fix
 
 
-def test_wrong_settings_are_told_as_the_trainer_tells_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_nvjpeg_reports_no_engine() -> None:
+    if gpu.sees_gpu():
+        pytest.skip("there is a GPU")
+    assert gpu.jpeg_engines() is None
+    assert found("GPU decode, JPEG engine", Case()).text == "skipped: no GPU"
+
+
+@pytest.mark.gpu
+def test_the_jpeg_engine_is_reported_and_decodes_as_pillow_does() -> None:
+    finding = found("GPU decode, JPEG engine", Case())
+    assert finding.status != "fail"
+    engines = gpu.jpeg_engines()
+    assert engines is None or f"{engines[0]} engine(s) with {engines[1]} cores" in finding.text
+
+
+def test_wrong_settings_are_reported_as_by_the_trainer(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main([str(QUICKSTART), "data.batch_siz=8"]) == 2
     assert "data.batch_size" in capsys.readouterr().err

@@ -99,7 +99,7 @@ def test_a_study_of_another_budget_is_not_continued(
 ) -> None:
     (tmp_path / "tiny_calibration.json").write_text('{"budget_s": 5.0, "step_cpu_ms": {}, "steps": {}}')
     assert study.main([str(base), "--out", str(tmp_path), "--budget", "6"]) == 2
-    assert "of a study of 5 s a run, not 6" in capsys.readouterr().err
+    assert "--budget 5, not 6" in capsys.readouterr().err
     assert study.main([str(tmp_path / "none.yaml"), "--out", str(tmp_path)]) == 2
 
 

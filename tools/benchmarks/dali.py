@@ -13,11 +13,11 @@ from tools.benchmarks.measure import Setup
 EXTENSIONS = "jpg;jpeg;png;JPEG;JPG;PNG"
 
 
-def ours(setup: Setup) -> Iterator[Sequence[torch.Tensor]]:
-    """This project's loader with its default recipe."""
+def ours(setup: Setup, **options: Any) -> Iterator[Sequence[torch.Tensor]]:
+    """This project's loader with its default recipe; `options` of `build_multicrop_dataloader`."""
     dataset = build_multicrop_dataset("custom", setup.folder)
     loader = build_multicrop_dataloader(
-        dataset, setup.batch_size, device=setup.device, num_workers=setup.threads, prefetch=2
+        dataset, setup.batch_size, device=setup.device, num_workers=setup.threads, prefetch=2, **options
     )
     while True:
         for batch in loader:

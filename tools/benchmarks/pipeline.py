@@ -4,23 +4,23 @@ All rows make the default 2 x 224 + 6 x 96 crops of the same shards with the sam
 or worker processes (torch), and hand over batches of normalised float32 tensors; `decode-only` reads and decodes.
 
 Counted per image is the user and system time of a row's process, its threads and its live workers, over the batches in the
-middle of a stream: start-up, the first batches and shutting down are left out of every row alike. Each row has a process to
-itself and only one is at work at a time. The rows take turns, in another order each round; figures are medians over the
-rounds, and ratios are medians of the ratios within a round, which a slow spell of the machine does not move.
+middle of a stream: start-up, the first batches and the shutdown are left out for every row alike. Each row has a process to
+itself and only one works at a time. The rows take turns, in another order each round; figures are medians over the rounds,
+and ratios are medians of the ratios within a round, which a slow spell of the machine does not move.
 """
 
 import argparse
 import os
 import statistics
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from pipeline.dataset import resolve_device
-from pipeline.shards.index import split_folder
+from pipeline.shards.index import open_index
 from tools.benchmarks.dali import dali_native, decode_only, ours
 from tools.benchmarks.measure import Row, Setup, interleave, whole_batches
-from tools.benchmarks.photographs import photograph_shards
+from tools.benchmarks.photographs import benchmark_shards
+from tools.benchmarks.tables import table, target
 from tools.benchmarks.torch import lightly_train, lightly_train_installed, torchvision_pil, torchvision_v2
 
 ROWS: dict[str, Row] = {
@@ -46,53 +46,41 @@ GPU_IMAGES_PER_S = 5000
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    cores = len(os.sched_getaffinity(0))
-    command.add_argument("--shards", type=Path, metavar="DIR", help="default: photographs of about 100 KB, made for it")
-    command.add_argument("--images", type=int, default=256, help="measured per row and round; default: %(default)s")
-    command.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
-    command.add_argument("--rows", help=f"comma-separated, of {', '.join(ROWS)}; default: all")
-    command.add_argument("--threads", type=int, default=cores, help="worker threads or processes; default: the cores")
-    command.add_argument("--batch", type=int, default=32, help="images in a batch; default: %(default)s")
-    command.add_argument(
-        "--device", choices=("auto", "cpu", "gpu"), default="auto", help="gpu adds rows for the device"
-    )
+    add = command.add_argument
+    add("--shards", type=Path, metavar="DIR", help="default: photographs of about 100 KB, made for it")
+    add("--images", type=int, default=256, help="measured per row and round; default: %(default)s")
+    add("--rounds", type=int, default=5, help="default: %(default)s")
+    add("--rows", help=f"comma-separated, of {', '.join(ROWS)}; default: all")
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads or processes; default: the cores")
+    add("--batch", type=int, default=32, help="images in a batch; default: %(default)s")
+    add("--device", choices=("auto", "cpu", "gpu"), default="auto", help="gpu adds rows for the device")
 
 
-def run(parsed: argparse.Namespace) -> list[dict[str, Any]]:
-    for name in ("images", "rounds", "threads", "batch"):
-        if getattr(parsed, name) < 1:
-            raise ValueError(f"--{name}: {getattr(parsed, name)}, must be at least 1")
-    names = chosen_rows(parsed.rows)
-    # In memory where there is room: what is measured is the making of crops, not the disk.
-    shared = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else None) as temporary:
-        if parsed.shards:
-            folder = split_folder("custom", parsed.shards, "train")
-        else:
-            folder = photograph_shards(
-                Path(temporary), max(NUM_PHOTOGRAPHS, GPU_BATCHES * parsed.batch), parsed.threads
-            )
-        setup = Setup(folder, parsed.batch, parsed.threads)
-        work = {name: (ROWS[name], setup, parsed.images) for name in names}
-        if resolve_device(parsed.device) == "gpu":
-            on_gpu = Setup(folder, GPU_BATCHES * parsed.batch, parsed.threads, "gpu")
-            work |= {name: (row, on_gpu, GPU_FACTOR * parsed.images) for name, row in GPU_ROWS.items()}
-        print(_describe(folder, setup, parsed), flush=True)
-        measured = interleave(work, parsed.rounds)
+def run(given: argparse.Namespace) -> list[dict[str, Any]]:
+    names = chosen_rows(given.rows)
+    num_photographs = max(NUM_PHOTOGRAPHS, GPU_BATCHES * given.batch)
+    with benchmark_shards(given.shards, num_photographs, given.threads) as folder:
+        setup = Setup(folder, given.batch, given.threads)
+        work = {name: (ROWS[name], setup, given.images) for name in names}
+        if resolve_device(given.device) == "gpu":
+            on_gpu = Setup(folder, GPU_BATCHES * given.batch, given.threads, "gpu")
+            work |= {name: (row, on_gpu, GPU_FACTOR * given.images) for name, row in GPU_ROWS.items()}
+        print(_describe(folder, setup, given), flush=True)
+        measured = interleave(work, given.rounds)
     rows = [summarise(name, measured) for name in work]
-    print_table(rows)
+    print_rows(rows)
     print_targets({row["name"]: row for row in rows}, measured)
     return rows
 
 
 def chosen_rows(given: str | None) -> list[str]:
-    """The rows to measure. Says when lightly-train is left out; raises ValueError for a name that is no row."""
+    """The rows to measure, without lightly-train where it is not installed. Raises ValueError for an unknown name."""
     names = given.split(",") if given else list(ROWS)
     for name in names:
         if name not in ROWS:
-            raise ValueError(f"--rows: {name!r} is no row, allowed are {', '.join(ROWS)}")
+            raise ValueError(f"--rows: unknown row {name!r}, allowed are {', '.join(ROWS)}")
     if "lightly-train" in names and not lightly_train_installed():
-        print("lightly-train: left out, it is not installed (pip install lightly-train, in an environment of its own)")
+        print("lightly-train: skipped, not installed (pip install lightly-train, in an environment of its own)")
         names = [name for name in names if name != "lightly-train"]
     return [name for name in ROWS if name in names]
 
@@ -100,14 +88,14 @@ def chosen_rows(given: str | None) -> list[str]:
 def summarise(name: str, measured: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
     """One row of the JSON: medians over the rounds. `cores_busy` is CPU time over wall time."""
     images_per_s = statistics.median(1 / wall for wall, _ in measured[name])
-    has_crops = not name.startswith("decode-only")
+    to_ours = ratio(measured, name, "ours", "cpu_ms_per_image")
     return {
         "name": name,
         "images_per_s": round(images_per_s, 1),
-        "crops_per_s": round(images_per_s * CROPS, 1) if has_crops else None,
+        "crops_per_s": None if name.startswith("decode-only") else round(images_per_s * CROPS, 1),
         "cpu_ms_per_image": round(1e3 * statistics.median(cpu for _, cpu in measured[name]), 3),
         "cores_busy": round(statistics.median(cpu / wall for wall, cpu in measured[name]), 2),
-        "cpu_to_ours": _rounded(ratio(measured, name, "ours", "cpu_ms_per_image")),
+        "cpu_to_ours": None if to_ours is None else round(to_ours, 3),
         "rounds_cpu_ms": [round(1e3 * cpu, 3) for _, cpu in measured[name]],
     }
 
@@ -122,42 +110,32 @@ def ratio(measured: dict[str, list[tuple[float, float]]], name: str, other: str,
     return statistics.median(other_wall / wall for (wall, _), (other_wall, _) in pairs)
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    print(f"{'row':16} {'images/s':>9} {'crops/s':>9} {'CPU ms/image':>13} {'/ ours':>7} {'cores busy':>11}")
-    for row in rows:
-        crops = "" if row["crops_per_s"] is None else f"{row['crops_per_s']:,.0f}"
-        to_ours = "" if row["cpu_to_ours"] is None else f"{row['cpu_to_ours']:.2f}"
-        print(
-            f"{row['name']:16} {row['images_per_s']:9,.1f} {crops:>9} {row['cpu_ms_per_image']:13.2f} {to_ours:>7} "
-            f"{row['cores_busy']:11.2f}"
-        )
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    head = {
+        "row": ("name", ""), "images/s": ("images_per_s", ",.1f"), "crops/s": ("crops_per_s", ",.0f"),
+        "CPU ms/image": ("cpu_ms_per_image", ".2f"), "/ ours": ("cpu_to_ours", ".2f"), "cores busy": ("cores_busy", ".2f"),
+    }  # fmt: skip
+    print(table(list(head), ([_shown(row[key], style) for key, style in head.values()] for row in rows)))
+
+
+def _shown(value: Any, style: str) -> str:
+    return "" if value is None else format(value, style)
 
 
 def print_targets(rows: dict[str, dict[str, Any]], measured: dict[str, list[tuple[float, float]]]) -> None:
     for name, other, key, least in TARGETS:
         value = ratio(measured, name, other, key)
         if value is not None:
-            print(f"{key} {name} / {other}: {value:.2f}, wanted >= {least}: {_verdict(value >= least)}")
+            print(target(f"{key} {name} / {other}", value, ">=", least))
     if "ours-gpu" in rows:
-        rate = rows["ours-gpu"]["images_per_s"]
-        print(f"ours-gpu images/s: {rate:,.0f}, wanted >= {GPU_IMAGES_PER_S:,}: {_verdict(rate >= GPU_IMAGES_PER_S)}")
+        print(target("images_per_s ours-gpu", rows["ours-gpu"]["images_per_s"], ">=", GPU_IMAGES_PER_S))
 
 
-def _verdict(met: bool) -> str:
-    return "met" if met else "MISSED"
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 3)
-
-
-def _describe(folder: Path, setup: Setup, parsed: argparse.Namespace) -> str:
-    from pipeline.shards.index import open_index
-
+def _describe(folder: Path, setup: Setup, given: argparse.Namespace) -> str:
     samples = open_index(folder).samples
     size = f"{statistics.median(samples['width']):.0f}x{statistics.median(samples['height']):.0f}"
-    count = whole_batches(parsed.images, setup) * setup.batch_size
+    count = whole_batches(given.images, setup) * setup.batch_size
     return (
         f"{len(samples):,} images, median {size} and {statistics.median(samples['size']) / 1e3:.0f} KB; "
-        f"{setup.threads} threads, batches of {setup.batch_size}, {count} images per row in each of {parsed.rounds} rounds"
+        f"{setup.threads} threads, batches of {setup.batch_size}, {count} images per row in each of {given.rounds} rounds"
     )

@@ -2,14 +2,12 @@
 
 import argparse
 import io
-import multiprocessing
 import os
 import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,8 @@ from PIL import Image
 from pipeline.plan import Plan
 from pipeline.shards.index import INDEX_NAME, SAMPLE_DTYPE, open_index, save_index
 from pipeline.shards.index_file import load_index
+from tools.benchmarks.tables import table
+from tools.own_process import own_process
 from tools.shards.writer import BLOCK, tar_header
 
 IMAGENET = 1_281_167
@@ -36,31 +36,32 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--batch", type=int, default=64, help="default: %(default)s")
 
 
-def run(parsed: argparse.Namespace) -> list[dict[str, Any]]:
-    for name in ("samples", "shard_size", "batch"):
-        if getattr(parsed, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: {getattr(parsed, name)}, must be at least 1")
-    if parsed.samples < BATCHES_AHEAD * parsed.batch:
-        raise ValueError(f"--samples: {parsed.samples}, must be at least {BATCHES_AHEAD} batches of {parsed.batch}")
+def run(given: argparse.Namespace) -> list[dict[str, Any]]:
+    if given.samples < BATCHES_AHEAD * given.batch:
+        raise ValueError(f"--samples: {given.samples}, must be at least {BATCHES_AHEAD} batches of {given.batch}")
     rows = []
     with tempfile.TemporaryDirectory(prefix="bench-scale-") as temporary:
         folder = Path(temporary)
-        make_empty_shards(folder, parsed.samples, parsed.shard_size, parsed.batch)
-        rows.append(_alone(measure_loader, folder, parsed.batch))
-    rows += [_alone(measure_larger, size, parsed.shard_size) for size in LARGER]
+        make_empty_shards(folder, given.samples, given.shard_size, given.batch)
+        rows.append(_alone(measure_loader, folder, given.batch))
+    rows += [_alone(measure_larger, size, given.shard_size) for size in LARGER]
     for row in rows:
-        print(f"{row['samples']:,} samples in {row['shards']:,} shards")
-        for name, value in row.items():
-            if name.endswith(("_s", "_bytes")):
-                shown = f"{value * 1e3:12,.1f} ms" if name.endswith("_s") else f"{value / 1e6:12,.1f} MB"
-                print(f"  {name.rpartition('_')[0].replace('_', ' '):34} {shown}")
+        shown = ((name.rpartition("_")[0].replace("_", " "), _shown(name, value)) for name, value in row.items())
+        print(
+            table([f"{row['samples']:,} samples in {row['shards']:,} shards", ""], (line for line in shown if line[1]))
+        )
     return rows
 
 
+def _shown(name: str, value: Any) -> str:
+    if name.endswith("_s"):
+        return f"{value * 1e3:,.1f} ms"
+    return f"{value / 1e6:,.1f} MB" if name.endswith("_bytes") else ""
+
+
 def _alone(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """In a process of its own, whose memory is that of the measured work."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measure, *arguments).result()
+    with own_process() as worker:
+        return worker.submit(measure, *arguments).result()
 
 
 def sample_rows(num_samples: int, shard_size: int, image_bytes: int) -> np.ndarray:

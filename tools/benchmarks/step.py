@@ -2,9 +2,8 @@
 
 import argparse
 import copy
-import json
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +14,9 @@ from model.losses import random_directions
 from model.masks import STRATEGIES, MaskPlan, MultiCropMaskGenerator
 from model.predictor import Predictor
 from pipeline.defaults import IMAGENET_MEAN, IMAGENET_STD
-from tools.benchmarks.cost import Step, count, median_times
+from tools.benchmarks.measure import Step, count, median_times
 from tools.benchmarks.naive import naive_losses
+from tools.benchmarks.tables import table, target
 
 ENCODERS = {"small": "vit_small_patch16_dinov3", "tiny": "vit_tiny_patch16_dinov3_qkvb"}
 GLOBAL, LOCAL = 224, 96
@@ -33,7 +33,7 @@ TARGETS = {
         ("peak_bytes", "single-crop", 1.6),
     ),
 }
-MASK_TARGET_S = {"cuda": 0.5e-3}
+MASK_TARGET_MS = 0.5  # on a GPU
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -46,43 +46,39 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--compile", action="store_true", help="add rows of ours, compiled: minutes at the start")
 
 
-def run(parsed: argparse.Namespace) -> list[dict[str, Any]]:
+def run(given: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of `name`, `time_s`, `peak_bytes`, `flops`, `calls`: one step each, and one draw of masks for 256 images each."""
-    device = _device(parsed.device)
-    torch.set_num_threads(parsed.threads)
-    steps = make_steps(ENCODERS[parsed.model], parsed.batch, parsed.context_ratio, device, parsed.compile)
-    draws = {
-        f"masks/{strategy}": _draw(MultiCropMaskGenerator(strategy, 2, 6, device=device)) for strategy in STRATEGIES
-    }
-    times = median_times(steps, parsed.repeats, device) | median_times(draws, 5 * parsed.repeats, device)
+    device = _device(given.device)
+    torch.set_num_threads(given.threads)
+    steps = make_steps(
+        ENCODERS[given.model], given.batch, given.context_ratio, device, STRATEGIES if given.compile else ()
+    )
+    draws = mask_steps(device)
+    times = median_times(steps, given.repeats, device) | median_times(draws, 5 * given.repeats, device)
     rows = [{"name": name, "time_s": times[name], **count(step, device)} for name, step in (steps | draws).items()]
-    where = "GPU, bfloat16" if device.type == "cuda" else f"CPU, float32, {parsed.threads} threads"
-    print(f"{ENCODERS[parsed.model]}, {parsed.batch} images, {where}; masks of {MASKED_IMAGES} images")
+    where = "GPU, bfloat16" if device.type == "cuda" else f"CPU, float32, {given.threads} threads"
+    print(f"{ENCODERS[given.model]}, {given.batch} images, {where}; masks of {MASKED_IMAGES} images")
     report(rows, device)
     return rows
 
 
 def report(rows: list[dict[str, Any]], device: torch.device) -> None:
-    print(f"{'row':42} {'time ms':>9} {'GFLOP':>8} {'peak MB':>8} {'calls':>6} {'flops/naive':>12} {'time/naive':>11}")
     by_name = {row["name"]: row for row in rows}
-    for row in rows:
-        shares = [row[key] / by_name["naive"][key] for key in ("flops", "time_s")]
-        print(
-            f"{row['name']:42} {row['time_s'] * 1e3:9.1f} {row['flops'] / 1e9:8.1f} {row['peak_bytes'] / 1e6:8.0f} "
-            f"{row['calls']:6} {shares[0]:12.3f} {shares[1]:11.3f}"
+    naive = by_name["naive"]
+    shown = (
+        (
+            row["name"], f"{row['time_s'] * 1e3:,.1f}", f"{row['flops'] / 1e9:,.1f}", f"{row['peak_bytes'] / 1e6:,.0f}",
+            row["calls"], *(f"{row[key] / naive[key]:.3f}" for key in ("flops", "time_s", "peak_bytes")),
         )
+        for row in rows
+    )  # fmt: skip
+    print(table(["row", "ms", "GFLOP", "peak MB", "calls", "FLOPs/naive", "time/naive", "peak/naive"], shown))
     for key, other, most in TARGETS[device.type]:
         share = by_name["ours/global_only"][key] / by_name[other][key]
-        print(f"ours/global_only {key} / {other}: {share:.3f}, wanted <= {most}: {_verdict(share, most)}")
-    if device.type in MASK_TARGET_S:
-        most = MASK_TARGET_S[device.type]
+        print(target(f"ours/global_only {key} / {other}", share, "<=", most))
+    if device.type == "cuda":
         for strategy in STRATEGIES:
-            taken = by_name[f"masks/{strategy}"]["time_s"]
-            print(f"masks/{strategy}: {taken * 1e3:.3f} ms, wanted <= {most * 1e3} ms: {_verdict(taken, most)}")
-
-
-def _verdict(value: float, most: float) -> str:
-    return "met" if value <= most else "MISSED"
+            print(target(f"masks/{strategy}, ms", 1e3 * by_name[f"masks/{strategy}"]["time_s"], "<=", MASK_TARGET_MS))
 
 
 def _device(name: str) -> torch.device:
@@ -92,9 +88,12 @@ def _device(name: str) -> torch.device:
 
 
 def make_steps(
-    encoder: str, batch: int, context_ratio: float, device: torch.device, compiled: bool = False
+    encoder: str, batch: int, context_ratio: float, device: torch.device, compiled: Sequence[str] = ()
 ) -> dict[str, Step]:
-    """Forward, backward and target update of every row, on the same images and weights, which no step changes."""
+    """Forward, backward and target update of every row, on the same images and weights, which no step changes.
+
+    `compiled`: strategies of further rows.
+    """
 
     def plan_of(strategy: str, num_global: int, num_local: int) -> MaskPlan:
         masks = MultiCropMaskGenerator(strategy, num_global, num_local, context_ratio=context_ratio, device=device)
@@ -108,19 +107,17 @@ def make_steps(
     steps["unmasked-2+6"] = _step(model, everything, unmasked(plan))
     single = make_model(encoder, 1, view_weight=0.0, sigreg_weight=0.0).to(device)
     steps["single-crop"] = _step(single, draw_batch(batch, 1, 0, device), plan_of("global_only", 1, 0))
-    if compiled:
-        for name in STRATEGIES:
-            copied = copy.deepcopy(model)
-            copied.compile(dynamic=False)  # as training.compile does
-            steps[f"ours/{name}/compiled"] = _step(copied, everything, plan_of(name, 2, 6))
+    for name in compiled:
+        copied = copy.deepcopy(model)
+        copied.compile(dynamic=False)  # as training.compile does
+        steps[f"ours/{name}/compiled"] = _step(copied, everything, plan_of(name, 2, 6))
     return steps
 
 
-def _draw(masks: MultiCropMaskGenerator) -> Step:
-    def draw() -> None:
-        masks(MASKED_IMAGES)
-
-    return draw
+def mask_steps(device: torch.device) -> dict[str, Step]:
+    """The masks of each strategy for MASKED_IMAGES images."""
+    masks = {name: MultiCropMaskGenerator(name, 2, 6, device=device) for name in STRATEGIES}
+    return {f"masks/{name}": partial(generator, MASKED_IMAGES) for name, generator in masks.items()}
 
 
 def make_model(encoder: str, num_global: int, view_weight: float = 1.0, sigreg_weight: float = 0.05) -> HJEPA:
@@ -176,13 +173,3 @@ def _step(
         model.update_target(0.99)
 
     return step
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m tools.benchmarks.step", description=__doc__)
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows here too")
-    add_arguments(parser)
-    given = parser.parse_args()
-    figures = run(given)
-    if given.json:
-        given.json.write_text(json.dumps(figures, indent=1) + "\n")

@@ -4,6 +4,7 @@ import io
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,8 @@ Views = Callable[[bytes], list[torch.Tensor]]
 def torchvision_pil(setup: Setup) -> Iterator[Sequence[torch.Tensor]]:
     """Pillow images and torchvision's first transforms, composed as the DINOv2 and DINOv3 loaders do."""
     dataset = build_multicrop_dataset("custom", setup.folder)
-    transforms = [_pil_transform(recipe, dataset) for recipe in dataset.recipes]
+    last = [v1.ToTensor(), v1.Normalize(dataset.mean, dataset.std)]
+    transforms = [_transform(v1, recipe, last) for recipe in dataset.recipes]
 
     def views(encoded: bytes) -> list[torch.Tensor]:
         image = Image.open(io.BytesIO(encoded)).convert("RGB")
@@ -36,9 +38,10 @@ def torchvision_pil(setup: Setup) -> Iterator[Sequence[torch.Tensor]]:
 
 
 def torchvision_v2(setup: Setup) -> Iterator[Sequence[torch.Tensor]]:
-    """Tensors and transforms v2: uint8 until the last step, which is the fast way that its documentation gives."""
+    """Tensors and transforms v2: uint8 until the last step, the fast way according to its documentation."""
     dataset = build_multicrop_dataset("custom", setup.folder)
-    transforms = [_tensor_transform(recipe, dataset) for recipe in dataset.recipes]
+    last = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(dataset.mean, dataset.std)]
+    transforms = [_transform(v2, recipe, last) for recipe in dataset.recipes]
 
     def views(encoded: bytes) -> list[torch.Tensor]:
         image = decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
@@ -89,39 +92,21 @@ def _load(setup: Setup, dataset: MultiCropDataset, views: Views) -> Iterator[Seq
         yield crops
 
 
-def _pil_transform(recipe: ViewRecipe, dataset: MultiCropDataset) -> v1.Compose:
+def _transform(tv: ModuleType, recipe: ViewRecipe, last: list[Any]) -> Any:
+    """The recipe in torchvision's transforms v1 or v2, whose names and arguments are the same."""
     assert recipe.scale is not None
-    steps: list[Any] = [
-        v1.RandomResizedCrop(recipe.size, recipe.scale, recipe.ratio, v1.InterpolationMode.BILINEAR),
-        v1.RandomHorizontalFlip(recipe.flip_prob),
-        v1.RandomApply(
-            [v1.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)], recipe.jitter_prob
-        ),
-        v1.RandomGrayscale(recipe.gray_prob),
+    jitter = tv.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
+    steps = [
+        tv.RandomResizedCrop(recipe.size, recipe.scale, recipe.ratio, v1.InterpolationMode.BILINEAR, antialias=True),
+        tv.RandomHorizontalFlip(recipe.flip_prob),
+        tv.RandomApply([jitter], recipe.jitter_prob),
+        tv.RandomGrayscale(recipe.gray_prob),
     ]
     if recipe.blur_prob > 0:
-        steps.append(v1.RandomApply([v1.GaussianBlur(BLUR_KERNEL, recipe.blur_sigma)], recipe.blur_prob))
+        steps.append(tv.RandomApply([tv.GaussianBlur(BLUR_KERNEL, recipe.blur_sigma)], recipe.blur_prob))
     if recipe.solarize_prob > 0:
-        steps.append(v1.RandomSolarize(128, recipe.solarize_prob))
-    return v1.Compose([*steps, v1.ToTensor(), v1.Normalize(dataset.mean, dataset.std)])
-
-
-def _tensor_transform(recipe: ViewRecipe, dataset: MultiCropDataset) -> v2.Compose:
-    assert recipe.scale is not None
-    steps: list[Any] = [
-        v2.RandomResizedCrop(recipe.size, recipe.scale, recipe.ratio, v2.InterpolationMode.BILINEAR, antialias=True),
-        v2.RandomHorizontalFlip(recipe.flip_prob),
-        v2.RandomApply(
-            [v2.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)], recipe.jitter_prob
-        ),
-        v2.RandomGrayscale(recipe.gray_prob),
-    ]
-    if recipe.blur_prob > 0:
-        steps.append(v2.RandomApply([v2.GaussianBlur(BLUR_KERNEL, recipe.blur_sigma)], recipe.blur_prob))
-    if recipe.solarize_prob > 0:
-        steps.append(v2.RandomSolarize(128, recipe.solarize_prob))
-    steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(dataset.mean, dataset.std)]
-    return v2.Compose(steps)
+        steps.append(tv.RandomSolarize(128, recipe.solarize_prob))
+    return tv.Compose([*steps, *last])
 
 
 def _lightly_arguments(dataset: MultiCropDataset) -> Any:

@@ -1,7 +1,8 @@
-"""What a check of the doctor is: a small function from the case to a finding, listed by a decorator."""
+"""A check of the doctor: a small function from the case to a finding, registered by a decorator."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -22,10 +23,14 @@ class Case:
     def needs_gpu(self) -> bool:
         return self.config is not None and self.config.device == "gpu"
 
+    @property
+    def compiles(self) -> bool:
+        return self.config is not None and self.config.training.compile
+
 
 @dataclass(frozen=True)
 class Finding:
-    """`fix`: the line that mends it, "" where nothing is to be done."""
+    """`fix`: a suggested fix, "" where nothing is to be done."""
 
     status: Literal["ok", "warn", "fail"]
     text: str
@@ -37,29 +42,20 @@ CHECKS: dict[str, Check] = {}
 
 
 def check(name: str) -> Callable[[Check], Check]:
-    """List a function under `name`; checks run in the order in which they are listed."""
+    """Register a function under `name`; checks run in the order of their registration."""
 
-    def listed(function: Check) -> Check:
+    def register(function: Check) -> Check:
         CHECKS[name] = function
         return function
 
-    return listed
+    return register
 
 
-def ok(text: str) -> Finding:
-    return Finding("ok", text)
-
-
-def warn(text: str, fix: str) -> Finding:
-    return Finding("warn", text, fix)
-
-
-def fail(text: str, fix: str) -> Finding:
-    return Finding("fail", text, fix)
+ok, warn, fail = (partial(Finding, status) for status in ("ok", "warn", "fail"))
 
 
 def skipped(reason: str) -> Finding:
-    return Finding("ok", f"skipped: {reason}")
+    return ok(f"skipped: {reason}")
 
 
 def sees_gpu() -> bool:
@@ -69,9 +65,9 @@ def sees_gpu() -> bool:
 
 
 def examine(function: Check, case: Case) -> Finding:
-    """The finding of one check; what it raised is a finding too, so that one fault does not hide the others."""
+    """The finding of one check. What it raises is a finding too, so that one fault does not hide the others."""
     try:
         return function(case)
     except (ImportError, OSError, RuntimeError, ValueError, AssertionError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        return fail(f"could not be checked: {lines[0][:300]}", f"mend the failures above first, then: {LOCKED}")
+        return fail(f"could not be checked: {lines[0][:300]}", f"fix the failures above first, then: {LOCKED}")

@@ -1,4 +1,4 @@
-"""Checks of the shards, and of the pipeline's rate against what the model takes."""
+"""Checks of the shards, and of the pipeline's images/s against the model's."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ import random
 import time
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from pipeline.shards.index import ShardIndex, open_index, split_folder
 from pipeline.shards.object_store import is_s3
@@ -15,7 +16,7 @@ MANIFEST = "manifest.json"
 SAMPLED_SHARDS, SAMPLED_IMAGES = 8, 32
 MOST_HASHED = 2 * 2**30
 RATE_S, NEED_S = 3.0, 1.0
-NO_DATA = "no CONFIG and no --data"
+NO_DATA, NO_MANIFEST = "no CONFIG and no --data", "no manifest beside the shards"
 COPY_AGAIN = "copy the shard again, or convert again; all shards: python tools/make_shards.py verify FOLDER"
 
 
@@ -25,7 +26,7 @@ def opened(dataset: str, data: str) -> ShardIndex:
 
 
 def index_of(case: Case) -> ShardIndex | None:
-    """The training split's, None where it cannot be read: the check of the index says why."""
+    """Of the training split; None where it cannot be read: the check of the index says why."""
     try:
         return opened(_dataset(case), case.data) if case.data else None
     except (ValueError, OSError):
@@ -47,46 +48,50 @@ def shard_index(case: Case) -> Finding:
     return ok(f"{index.folder}: {len(index):,} images in {len(index.shards)} shards")
 
 
+def manifest_beside(index: ShardIndex | None) -> dict[str, Any] | None:
+    if index is None or is_s3(index.folder) or not (Path(index.folder) / MANIFEST).exists():
+        return None
+    return json.loads((Path(index.folder) / MANIFEST).read_text())
+
+
 @check("shards: manifest")
 def manifest(case: Case) -> Finding:
     index = index_of(case)
-    if index is None or is_s3(index.folder) or not (Path(index.folder) / MANIFEST).exists():
-        return skipped("no manifest beside the shards" if index else "no index")
-    content = json.loads((Path(index.folder) / MANIFEST).read_text())
+    content = manifest_beside(index)
+    if index is None or content is None:
+        return skipped(NO_MANIFEST)
     listed, found = {entry["name"] for entry in content["shards"]}, set(index.shards)
     if listed != found:
-        one = min(listed ^ found)
-        text = f"{len(listed)} shards are listed and {len(found)} indexed; {one} is in only one of them"
-        return fail(
-            text, "copy the folder again whole, or python tools/make_shards.py index FOLDER if the manifest is old"
-        )
+        text = f"{len(listed)} shards are listed, {len(found)} are indexed; only one of them has {min(listed ^ found)}"
+        return fail(text, "copy the whole folder again or, if the manifest is old: tools/make_shards.py index FOLDER")
     if content["num_samples"] != len(index):
-        text = f"{content['num_samples']:,} images are listed and {len(index):,} indexed"
+        text = f"{content['num_samples']:,} images are listed, {len(index):,} are indexed"
         return fail(text, f"python tools/make_shards.py index {index.folder}")
     return ok(f"{len(listed)} shards, {content['num_samples']:,} images, as indexed")
 
 
 @check("shards: a sampled checksum")
 def checksum(case: Case) -> Finding:
-    """The smallest of a few shards drawn anew each time, so that several runs look at several."""
+    """The smallest of a few shards, drawn anew each time so that several runs look at several."""
     index = index_of(case)
-    if index is None or is_s3(index.folder) or not (Path(index.folder) / MANIFEST).exists():
-        return skipped("no manifest beside the shards" if index else "no index")
-    entries = json.loads((Path(index.folder) / MANIFEST).read_text())["shards"]
-    paths = {Path(index.folder) / entry["name"]: entry["sha256"] for entry in entries}
-    drawn = random.sample(sorted(path for path in paths if path.exists()), min(SAMPLED_SHARDS, len(paths)))
+    content = manifest_beside(index)
+    if index is None or content is None:
+        return skipped(NO_MANIFEST)
+    sums = {Path(index.folder) / entry["name"]: entry["sha256"] for entry in content["shards"]}
+    there = sorted(path for path in sums if path.exists())
+    drawn = random.sample(there, min(SAMPLED_SHARDS, len(there)))
     path = min(drawn, key=lambda path: path.stat().st_size)
     if path.stat().st_size > MOST_HASHED:
         return skipped(f"{path.name} is too large to read here; python tools/make_shards.py verify {index.folder}")
     with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != paths[path]:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sums[path]:
             return fail(f"{path}: sha256 differs from {MANIFEST}", COPY_AGAIN)
-    return ok(f"{path.name}")
+    return ok(path.name)
 
 
 @check("shards: sampled images")
 def sampled_images(case: Case) -> Finding:
-    """With the decoder of the training, on a CPU."""
+    """With the training's decoder, on the CPU."""
     index = index_of(case)
     if index is None:
         return skipped("no index")
@@ -105,7 +110,7 @@ def rate(case: Case) -> Finding:
     """Images/s of the pipeline alone, against a forward and backward pass of the model alone."""
     index = index_of(case)
     if index is None or case.config is None:
-        return skipped("no CONFIG, or no shards that can be read")
+        return skipped("no CONFIG, or no readable shards")
     from pipeline.tuning import measure
     from train.build import build_dataset, build_loader
 
@@ -114,11 +119,11 @@ def rate(case: Case) -> Finding:
     loader = build_loader(config, build_dataset(config), batch_size, normalized=False)
     made = measure(loader, RATE_S)
     if not sees_gpu() and config.device != "cpu":
-        return ok(f"{made:,.0f} images/s; the model's need is measured on a GPU, or with device=cpu")
+        return ok(f"{made:,.0f} images/s; the model is measured on a GPU, or with device=cpu")
     needed = model_rate(case)
-    text = f"{made:,.0f} images/s, the model takes {needed:,.0f}"
+    text = f"the pipeline makes {made:,.0f} images/s, the model takes {needed:,.0f}"
     if made < needed:
-        fix = "more cores, data.num_workers=auto, data.hw_decoder_load=auto, smaller stored images, or shards on a local disk"
+        fix = "more cores, data.num_workers=auto, data.hw_decoder_load=auto, images stored smaller, or shards on a local disk"
         return warn(f"{text}: it would wait for data", fix)
     return ok(text)
 

@@ -1,8 +1,10 @@
-"""Checks of GPUs: the driver, decoding, talking to one another, compiling. Without a GPU they say that they were skipped."""
+"""Checks of GPUs: driver, decoding, communication and compilation. Without a GPU they are skipped."""
 
+import ctypes
 import io
 import re
 import threading
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,18 +12,21 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tools.checks.check import LOCKED, Case, Finding, check, fail, ok, sees_gpu, skipped
-from tools.checks.packages import FLAVOURS, flavour
+from tools.checks.check import LOCKED, Case, Finding, check, fail, ok, sees_gpu, skipped, warn
+from tools.checks.packages import CUDA_12, FLAVOURS, flavour, is_found, packages_folder
 
 DRIVER = Path("/proc/driver/nvidia/version")
 # The oldest Linux driver of each CUDA: the table of CUDA's release notes.
 OLDEST_DRIVER = {12: (525, 60), 13: (580, 65)}
 DECODE_TOLERANCE = 4.0  # mean of |difference| to Pillow, of 255: two JPEG decoders round differently
 NO_GPU = "no GPU"
+VIDEO_LIBRARY = "libnvcuvid.so.1"  # comes with the capability `video` of NVIDIA's container toolkit
+VIDEO_FIX = "docker run --env NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"
+HARDWARE_BACKEND = 3  # NVJPEG_BACKEND_HARDWARE of nvjpeg.h
 
 
 def driver_version() -> str | None:
-    """Of the kernel's module, which a container shares, as in 580.65.06; None without one."""
+    """Of the kernel module, which containers share, as in 580.65.06; None without one."""
     try:
         found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", DRIVER.read_text())
     except OSError:
@@ -70,7 +75,7 @@ def gpus(case: Case) -> Finding:
 
 
 def real_jpeg() -> bytes:
-    """A photograph that comes with matplotlib."""
+    """A photograph from matplotlib's package."""
     from matplotlib import cbook
 
     return Path(str(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))).read_bytes()
@@ -103,15 +108,35 @@ def cpu_decode(_: Case) -> Finding:
     return judged(decode_difference("cpu"))
 
 
+def jpeg_engines() -> tuple[int, int] | None:
+    """Engines and cores in each, as nvJPEG reports them; None where its hardware backend does not start."""
+    library = f"libnvjpeg.so.{FLAVOURS[flavour() or CUDA_12][1]}"
+    nvjpeg = ctypes.CDLL(str(next(packages_folder().glob(f"*/lib/{library}"), library)))
+    handle, engines, cores = ctypes.c_void_p(), ctypes.c_uint(), ctypes.c_uint()
+    if nvjpeg.nvjpegCreateEx(HARDWARE_BACKEND, None, None, 0, ctypes.byref(handle)):
+        return None
+    failed = nvjpeg.nvjpegGetHardwareDecoderInfo(handle, ctypes.byref(engines), ctypes.byref(cores))
+    nvjpeg.nvjpegDestroy(handle)
+    return None if failed or not engines.value else (engines.value, cores.value)
+
+
 @check("GPU decode")
 def gpu_decode(_: Case) -> Finding:
     return judged(decode_difference("mixed", 0.0)) if sees_gpu() else skipped(NO_GPU)
 
 
 @check("GPU decode, JPEG engine")
-def engine_decode(_: Case) -> Finding:
-    """A GPU without the engine decodes on its cores instead."""
-    return judged(decode_difference("mixed", 1.0)) if sees_gpu() else skipped(NO_GPU)
+def jpeg_engine(_: Case) -> Finding:
+    import torch
+
+    if not sees_gpu():
+        return skipped(NO_GPU)
+    if not is_found(VIDEO_LIBRARY, packages_folder()):
+        return warn(f"{VIDEO_LIBRARY} of the driver is missing: the GPU's cores decode the JPEGs", VIDEO_FIX)
+    if (engines := jpeg_engines()) is None:
+        return ok(f"{torch.cuda.get_device_name()} has none that nvJPEG can use: its cores decode the JPEGs")
+    finding = judged(decode_difference("mixed", 1.0))
+    return replace(finding, text=f"{engines[0]} engine(s) with {engines[1]} cores each; {finding.text}")
 
 
 @check("all-reduce, gloo")
@@ -136,7 +161,7 @@ def gloo(_: Case) -> Finding:
         thread.join(10)
     if errors or any(values.tolist() != [2.0] * 4 for values in sums):
         fix = "GLOO_SOCKET_IFNAME=INTERFACE (see `ip address`), and this machine's name in DNS or /etc/hosts"
-        return fail(f"two ranks do not hear each other: {errors[0] if errors else 'no answer'}", fix)
+        return fail(f"two ranks cannot communicate: {errors[0] if errors else 'no answer'}", fix)
     return ok("two ranks on this machine")
 
 
@@ -152,7 +177,7 @@ def nccl(_: Case) -> Finding:
         torch.cuda.nccl.all_reduce(values)
         torch.cuda.synchronize()
     except RuntimeError as error:
-        return fail(f"{count} GPUs: {str(error).splitlines()[0]}", "NCCL_DEBUG=INFO tells why; see shared memory above")
+        return fail(f"{count} GPUs: {str(error).splitlines()[0]}", "NCCL_DEBUG=INFO shows why; see shared memory above")
     if any(float(value[0]) != count for value in values):
         return fail(f"{count} GPUs: wrong sums", "NCCL_P2P_DISABLE=1; if that helps, IOMMU or ACS is in the way")
     return ok(f"{count} GPUs, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
@@ -162,7 +187,7 @@ def nccl(_: Case) -> Finding:
 def compiles(case: Case) -> Finding:
     import torch
 
-    if case.config is None or not case.config.training.compile:
+    if not case.compiles:
         return skipped("training.compile is false")
     values = torch.linspace(0, 1, 256, device="cuda" if sees_gpu() else "cpu")
     compiled = torch.compile(lambda x: (x.sin() * 2).sum())

@@ -17,7 +17,7 @@ CLOCK_SKEW_S = 5.0
 
 
 def free_bytes(folder: Path) -> int:
-    """What this user may still write there."""
+    """What this user may still write."""
     stat = os.statvfs(folder)
     return stat.f_bavail * stat.f_frsize
 
@@ -40,7 +40,7 @@ def shared_memory(_: Case) -> Finding:
 
 @check("run folder")
 def run_folder(case: Case) -> Finding:
-    """Does what a checkpoint does: a file written, flushed and renamed."""
+    """Writes, flushes and renames a file, as a checkpoint does."""
     fix = f'mount it writable for user {os.geteuid()} (chown, docker run --user "$(id -u)", -v without :ro), or --out'
     trial = case.out / f".doctor-{os.getpid()}"
     try:
@@ -53,8 +53,8 @@ def run_folder(case: Case) -> Finding:
         trial.replace(renamed)
         renamed.unlink()
     except OSError as error:
-        return fail(f"{case.out}: {error.strerror}: no checkpoint could be written", fix)
-    return ok(f"{case.out}: written and renamed on {file_system(case.out) or 'an unknown file system'}")
+        return fail(f"{case.out}: {error.strerror}: no checkpoint can be written", fix)
+    return ok(f"{case.out}: writable, on {file_system(case.out) or 'an unknown file system'}")
 
 
 @check("free disk")
@@ -65,7 +65,7 @@ def free_disk(case: Case) -> Finding:
     if free < LEAST_DISK:
         return fail(f"{text}: the first checkpoints fill it", fix)
     if free < ENOUGH_DISK:
-        return warn(f"{text}: a ViT-B's checkpoint takes 1.5 GiB, and keep_last_n + 1 of them are there at a time", fix)
+        return warn(f"{text}: a checkpoint of ViT-B takes 1.5 GiB, and keep_last_n + 1 of them exist at a time", fix)
     return ok(text)
 
 
@@ -89,7 +89,7 @@ def clock(case: Case) -> Finding:
 
 
 def quota_cores() -> float:
-    """What the container's limit leaves, in cores; infinite without one."""
+    """The container's limit in cores; infinite without one."""
     try:
         quota, period = CGROUP_QUOTA.read_text().split()
     except (OSError, ValueError):
@@ -109,7 +109,7 @@ def cores(case: Case) -> Finding:
     if threads > usable:
         best = max(1, int(usable) // 2)
         fix = f"data.num_workers={best}, or give the container more: docker run --cpus, Slurm --cpus-per-task"
-        return warn(f"{text}: they wait for one another", fix)
+        return warn(f"{text}: threads wait for cores", fix)
     return ok(text)
 
 

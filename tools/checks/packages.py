@@ -1,4 +1,4 @@
-"""Checks of what is installed: Python, and the packages that must fit one another."""
+"""Checks of what is installed: Python, and the packages that depend on each other."""
 
 import ctypes
 import importlib.metadata as metadata
@@ -13,9 +13,10 @@ from packaging.version import Version
 from tools.checks.check import LOCKED, Case, Finding, check, fail, ok, sees_gpu, skipped, warn
 
 OLDEST_PYTHON = (3, 11)
-# Of each DALI: the decoder it is made for, the major version of CUDA, and the package with the library that pip does not bring.
+# Of each DALI: its decoder, the major version of CUDA, and the package of the library that pip does not install with it.
+CUDA_12 = "nvidia-dali-cuda120"
 FLAVOURS = {
-    "nvidia-dali-cuda120": ("nvidia-nvimgcodec-cu12", 12, "nvidia-npp-cu12"),
+    CUDA_12: ("nvidia-nvimgcodec-cu12", 12, "nvidia-npp-cu12"),
     "nvidia-dali-cuda130": ("nvidia-nvimgcodec-cu13", 13, "nvidia-npp"),
 }
 
@@ -29,7 +30,7 @@ def installed(name: str) -> str | None:
 
 
 def unmet(name: str, wanted: str | None = None, extra: str = "") -> list[str]:
-    """Requirements of the package `name` that what is installed does not meet, those for `wanted` alone if given."""
+    """Requirements of the package `name` that are not met; only those on `wanted` if given."""
     problems = []
     for line in metadata.requires(name) or []:
         need = Requirement(line)
@@ -44,7 +45,7 @@ def unmet(name: str, wanted: str | None = None, extra: str = "") -> list[str]:
 
 
 def flavour() -> str | None:
-    """The DALI that is installed; the first of two."""
+    """The installed DALI; the first of two."""
     return next((name for name in FLAVOURS if installed(name)), None)
 
 
@@ -63,7 +64,7 @@ def packages(_: Case) -> Finding:
     extra = (flavour() or "").rpartition("-")[2]  # of the DALI that is installed
     if problems := unmet("multicrop-hjepa", extra=extra):
         return fail("; ".join(problems), LOCKED)
-    return ok(f"multicrop-hjepa {installed('multicrop-hjepa')} and all that it needs")
+    return ok(f"multicrop-hjepa {installed('multicrop-hjepa')} and all its requirements")
 
 
 @check("torch and torchvision")
@@ -97,14 +98,20 @@ def dali_pair(_: Case) -> Finding:
 
 
 def opened_by_name(cuda: int) -> list[str]:
-    """The libraries that DALI opens by name when it first needs them, so that nothing notices before that they are missing."""
+    """The libraries that DALI opens by name on first use: nothing notices earlier that they are missing."""
     npp = [f"libnpp{part}.so.{cuda}" for part in ("c", "icc", "ig")]
     return [*npp, f"libnvjpeg.so.{cuda}", "libnvcomp.so.5", "libnvimgcodec.so.0"]
 
 
-def is_found(library: str, packages_folder: Path) -> bool:
-    """Beside DALI, where its run path looks, or wherever the system's loader does."""
-    if any(any(packages_folder.glob(f"{place}/{library}")) for place in ("*/lib", "*/lib64", "nvimgcodec")):
+def packages_folder() -> Path:
+    """The folder `nvidia`, in which DALI and its libraries lie side by side."""
+    spec = find_spec("nvidia.dali") if find_spec("nvidia") else None
+    return Path(spec.origin).parents[1] if spec is not None and spec.origin is not None else Path("nvidia")
+
+
+def is_found(library: str, folder: Path) -> bool:
+    """In `folder`, where DALI's run path looks, or wherever the system's loader does."""
+    if any(any(folder.glob(f"{place}/{library}")) for place in ("*/lib", "*/lib64", "nvimgcodec")):
         return True
     try:
         ctypes.CDLL(library)
@@ -116,12 +123,11 @@ def is_found(library: str, packages_folder: Path) -> bool:
 @check("libnpp and other libraries")
 def libraries(case: Case) -> Finding:
     name = flavour()
-    spec = find_spec("nvidia.dali") if name else None
-    if name is None or spec is None or spec.origin is None:
+    if name is None:
         return skipped("no DALI")
     _, cuda, package = FLAVOURS[name]
     wanted = opened_by_name(cuda)
-    missing = [library for library in wanted if not is_found(library, Path(spec.origin).parents[1])]
+    missing = [library for library in wanted if not is_found(library, packages_folder())]
     if not missing:
         return ok(f"{len(wanted)} libraries that {name} opens by name")
     fix = f"pip install {package}" if all("npp" in library for library in missing) else LOCKED
@@ -131,11 +137,10 @@ def libraries(case: Case) -> Finding:
 
 @check("compiler")
 def compiler(case: Case) -> Finding:
-    wanted = case.config is not None and case.config.training.compile
     found = next((path for name in ("g++", "clang++", "gcc", "clang") if (path := shutil.which(name))), None)
     if found:
         return ok(f"{found}, for training.compile=true")
-    if not wanted:
+    if not case.compiles:
         return ok("none, and none is needed: training.compile is false")
     fix = "apt-get install g++ (in the image: --build-arg EXTRA_PACKAGES=g++), or training.compile=false"
     return fail("training.compile=true needs a C compiler, and there is none", fix)

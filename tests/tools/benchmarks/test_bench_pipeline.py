@@ -1,4 +1,4 @@
-"""The pipeline's benchmark: that its rows do the same work, that it counts all of it, and what it prints and writes."""
+"""The pipeline's benchmark: its rows do the same work, all of it is counted, and what it prints and writes."""
 
 import json
 import multiprocessing
@@ -39,7 +39,7 @@ def test_the_command_prints_each_row_and_each_target_and_writes_the_rows(data_pa
         assert row["crops_per_s"] == pytest.approx(8 * row["images_per_s"], rel=0.02)
     lines = done.stdout.splitlines()
     assert "103 images" in lines[0]
-    assert [line.split()[0] for line in lines[2:5]] == list(SOME_ROWS)
+    assert [line.split()[1] for line in lines[3:6]] == list(SOME_ROWS)
     verdicts = [line for line in lines if line.startswith("cpu_ms_per_image")]
     assert [line.split()[1] for line in verdicts] == ["torchvision-pil", "dali-native"]
     assert all(line.endswith((": met", ": MISSED")) for line in verdicts)
@@ -138,7 +138,7 @@ def test_a_row_that_fails_is_one_line_with_its_name() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--rows", "ours,theirs"], "'theirs' is no row, allowed are ours, torchvision-pil"),
+        (["--rows", "ours,theirs"], "'theirs', allowed are ours, torchvision-pil"),
         (["--rounds", "0"], "--rounds: 0, must be at least 1"),
         (["--shards", "nowhere"], "nowhere/train: no custom shards"),
     ],
