@@ -88,7 +88,7 @@ def _document(text: str, name: str) -> Document:
     except ConfigError as error:
         raise ConfigError(f"{name}:{error}") from error
     if not isinstance(node, yaml.MappingNode):
-        found = "the file is empty" if node is None else "these are no sections"
+        found = "the file is empty" if node is None else "not a mapping"
         line = node.start_mark.line + 1 if node else 1
         raise ConfigError(f"{name}:{line}: {found}; expected sections such as data: and training:")
     document = Document(name)

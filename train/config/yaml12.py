@@ -112,7 +112,9 @@ class Document:
     def add_issue(self, path: KeyPath, message: str, mark: Mark | None = None) -> None:
         """Reports `message` at `mark`, or else where `path` was written."""
         mark = mark or self.marks[self.written_part(path)]
-        key = shown(mark.override) if mark.override and path in self.marks else dotted(path)
+        key = dotted(path)
+        if mark.override:
+            key = shown(mark.override) + ("" if mark.override.startswith(f"{key}=") else f": {key}")
         self.issues.append((mark.line, f"{self.place(mark)}: {key}: {message}"))
 
     def place(self, mark: Mark) -> str:

@@ -28,6 +28,8 @@ FREE_KEYS = (
     "data.batch_size",
     "data.num_workers",
     "data.prefetch",
+    "data.crop_device",
+    "data.pin_memory",
     "data.use_mmap",
     "data.hw_decoder_load",
     "data.max_bad_share",
