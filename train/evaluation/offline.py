@@ -165,7 +165,7 @@ def attentive_scores(config: Config, model: HJEPA, initial: MultiCropEncoder, de
     scores = []
     for name, (take, width) in tokens.items():
         log.info("  %s ...", ROW_NAMES[name])
-        # The training images are shuffled once: the heads see them in stored batches.
+        # Shuffled, since the heads train on the loader's batches.
         train, test = build_evaluation_loaders(config, shuffle=True)
         classes = 1 + max(int(loader.index.samples["label"].max()) for loader in (train, test))
         accuracy, setting = attentive_probe(TokenStream(train, take), TokenStream(test, take), width, classes, device)
