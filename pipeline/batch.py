@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -35,8 +36,10 @@ class Normalization:
     std: tuple[float, float, float]
 
     def __call__(self, crops: torch.Tensor) -> torch.Tensor:
-        offset, spread = (
-            255 * torch.tensor(values, dtype=torch.float32, device=crops.device).view(3, 1, 1)
-            for values in (self.mean, self.std)
-        )
-        return (crops - offset).div_(spread)
+        return (crops - _levels(self.mean, crops.device)).div_(_levels(self.std, crops.device))
+
+
+@cache  # to make it on a GPU is a copy that waits
+def _levels(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
+    """`[3, 1, 1]`: from 0..1 to grey levels."""
+    return 255 * torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)

@@ -113,17 +113,20 @@ def resolve_reader(
     folder: Path | str,
     *,
     device: str = "auto",
+    crop_device: str = "auto",
     num_workers: int | str = "auto",
     use_mmap: bool | str = "auto",
     **options: Any,
 ) -> ReaderOptions:
     """The options for reading the shards in `folder`, with a value for every `auto`; `options` as in `ReaderOptions`.
 
-    `device`: `gpu`, `cpu`, or `auto` for the GPU when torch sees one. `num_workers`: CPU threads of DALI, `auto` for half of
+    `device`: `gpu`, `cpu`, or `auto` for the GPU when torch sees one. `crop_device`: `auto` for the same (`pipeline.tuning`
+    measures which is faster). `num_workers`: CPU threads of DALI, `auto` for half of
     this process's cores (`pipeline.tuning` measures what is best). `use_mmap`: `auto` for local disks only.
     """
     return ReaderOptions(
         device=resolve_device(device),
+        crop_device=resolve_device(device) if crop_device == "auto" else crop_device,
         num_threads=default_threads() if num_workers == "auto" else int(num_workers),
         use_mmap=resolve_use_mmap(use_mmap, folder),
         **options,

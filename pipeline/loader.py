@@ -10,6 +10,7 @@ import torch
 from pipeline.batch import CropBatch, Normalization
 from pipeline.crops.augment import ViewRecipe
 from pipeline.crops.decode import find_faults
+from pipeline.crops.device import DeviceError, device_fault
 from pipeline.crops.graph import ReaderOptions
 from pipeline.quarantine import Quarantine
 from pipeline.sequence import BatchSequence, Place
@@ -36,7 +37,7 @@ class MultiCropLoader:
         normalization: Normalization | None = None,
     ) -> None:
         if reader.device == "gpu" and not torch.cuda.is_available():
-            raise ValueError("device gpu: torch sees no CUDA GPU. Use device cpu, or check the driver with nvidia-smi")
+            raise DeviceError("device gpu: torch sees no CUDA GPU. Use device cpu, or check the driver with nvidia-smi")
         if not reader.use_mmap:
             allow_open_files(OPEN_WINDOWS * WINDOW_TARS)  # without a mapping every tar of a window stays open
         self.sequence, self.reader, self.normalization = sequence, reader, normalization
@@ -102,8 +103,16 @@ class MultiCropLoader:
                 return window.next()
             except GraphFailed as error:
                 # The graph is lost with its batches in flight; the next one begins at this batch, without the bad samples.
-                self._window = None
-                self._set_aside(window.rows_in_flight(), str(error))
+                rows, message = window.rows_in_flight(), str(error)
+            self._window = None
+            del window
+            self._set_aside(rows, message)
+
+    def close(self) -> None:
+        """Free the graphs, with their threads and their memory on the device. The next batch builds a new one."""
+        builder, self._window, self._builder = self._builder, None, None
+        if builder is not None:
+            builder.result()
 
     def _window_at(self, here: Place) -> Window:
         """The window whose next batch begins at `here`: the one in use, the one built ahead, or a new one."""
@@ -115,9 +124,14 @@ class MultiCropLoader:
         return ahead if ahead is not None and ahead.here == here else self._make_window(here)
 
     def _set_aside(self, rows: np.ndarray, dali_error: str) -> None:
-        """Quarantine those of the rows that do not decode. ValueError when DALI failed on none of them."""
+        """Quarantine those of the rows that do not decode.
+
+        Raises DeviceError or torch.OutOfMemoryError when the device is at fault, ValueError when DALI failed on no row.
+        """
+        if fault := device_fault(dali_error, self.reader.where):
+            raise fault
         unknown = [row for row in np.unique(rows).tolist() if row not in self.quarantine.reasons]
-        faults = find_faults(self.index, unknown, self.reader.device)
+        faults = find_faults(self.index, unknown, self.reader.decoder)
         if not faults:
             reason = dali_error.split("encountered:")[-1].strip().splitlines()[0]
             raise ValueError(f"{self.index.folder}: DALI failed on one of {len(unknown)} samples: {reason}") from None

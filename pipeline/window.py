@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from nvidia.dali.tensors import TensorGPU, TensorListCPU, TensorListGPU
 
 from pipeline.batch import CropBatch
 from pipeline.crops.augment import ViewRecipe
 from pipeline.crops.draws import Draws, draw
-from pipeline.crops.graph import ReaderOptions, build_graph
+from pipeline.crops.graph import ReaderOptions, build_graph, define_graph
 from pipeline.sequence import BatchSequence, Place
 from pipeline.shards.dali_index import write_dali_indices
 
@@ -26,22 +27,46 @@ class GraphFailed(RuntimeError):
     """DALI's graph raised; it is of no use any more."""
 
 
+class Feeder:
+    """DALI's source of drawn parameters: one call for each batch. It does not know its graph, so that the two form no cycle and
+    a graph that nobody needs any more is freed at once, with its threads and its memory.
+
+    `places`: of the global batches; `rows`: `[len(places), B]`, this rank's index rows of each.
+    """
+
+    def __init__(self, sequence: BatchSequence, recipes: tuple[ViewRecipe, ...], place: Place) -> None:
+        self.sequence, self.recipes = sequence, recipes
+        places = list(islice(sequence.places_from(*place), max(1, WINDOW_ROWS // sequence.batch_size)))
+        rows = sequence.own_rows(places)
+        self.rows = rows[: fitting_batches(sequence.index.samples["shard"][rows])]
+        self.places = places[: len(self.rows)]
+        self.fed = 0
+        self.pending: deque[tuple[np.ndarray, int, Draws]] = deque()
+
+    def __call__(self) -> list[np.ndarray]:
+        if self.fed == len(self.places):
+            raise StopIteration
+        rows, place = self.rows[self.fed], self.places[self.fed]
+        self.fed += 1
+        start, samples = self.sequence.own_start(place), self.sequence.index.samples[rows]
+        draws = draw(self.recipes, self.sequence.plan.seed, place[0], start, samples["height"], samples["width"])
+        self.pending.append((rows, start, draws))
+        return list(draws.values)
+
+
 class Window:
     """One DALI graph, and the global batches at `places` of which it makes this rank's part. `place` is the first."""
 
     def __init__(
         self, sequence: BatchSequence, recipes: tuple[ViewRecipe, ...], reader: ReaderOptions, place: Place
     ) -> None:
-        self.sequence, self.recipes, self.reader = sequence, recipes, reader
-        self.places = list(islice(sequence.places_from(*place), max(1, WINDOW_ROWS // sequence.batch_size)))
-        self.rows = sequence.own_rows(self.places)
-        self.rows = self.rows[: fitting_batches(sequence.index.samples["shard"][self.rows])]
-        self.places = self.places[: len(self.rows)]
-        self.fed = self.taken = 0
-        self.pending: deque[tuple[np.ndarray, int, Draws]] = deque()
+        self.sequence, self.reader = sequence, reader
+        feeder = self.feeder = Feeder(sequence, recipes, place)
+        self.places, self.taken = feeder.places, 0
         with tempfile.TemporaryDirectory(prefix="multicrop-hjepa-") as folder:
-            tars, indices = write_dali_indices(sequence.index, self.rows.reshape(-1), Path(folder))
-            self.graph = build_graph(tars, indices, self._feed, recipes, sequence.batch_size, reader)
+            tars, indices = write_dali_indices(sequence.index, feeder.rows.reshape(-1), Path(folder))
+            graph = define_graph(tars, indices, feeder, recipes, sequence.batch_size, reader)
+            self.graph = build_graph(graph, reader)
 
     @property
     def here(self) -> Place | None:
@@ -55,31 +80,20 @@ class Window:
 
     def rows_in_flight(self) -> np.ndarray:
         """`[n] int64`: the index rows that were fed and not yet handed out."""
-        return np.concatenate([rows for rows, _, _ in self.pending])
-
-    def _feed(self) -> list[np.ndarray]:
-        if self.fed == len(self.places):
-            raise StopIteration
-        sequence, rows, place = self.sequence, self.rows[self.fed], self.places[self.fed]
-        self.fed += 1
-        start, samples = sequence.own_start(place), sequence.index.samples[rows]
-        draws = draw(self.recipes, sequence.plan.seed, place[0], start, samples["height"], samples["width"])
-        self.pending.append((rows, start, draws))
-        return list(draws.values)
+        return np.concatenate([rows for rows, _, _ in self.feeder.pending])
 
     def next(self) -> CropBatch:
         """The next batch, its crops as uint8. Raises GraphFailed."""
         # On a GPU the outputs are ready for the work that torch queues on its current stream.
-        stream = torch.cuda.current_stream() if self.reader.device == "gpu" else None
+        stream = torch.cuda.current_stream(self.reader.device_id) if self.reader.device == "gpu" else None
         try:
             outputs = self.graph.run(stream)
         except RuntimeError as error:
             raise GraphFailed(str(error)) from None
-        rows, start, draws = self.pending.popleft()
+        rows, start, draws = self.feeder.pending.popleft()
         self.taken += 1
         valid = max(0, min(len(rows), len(self.sequence.index) - start))
-        # as_tensor and DLPack share DALI's memory, which lives as long as the tensor does.
-        crops = [torch.from_dlpack(output.as_tensor())[:valid] for output in outputs]
+        crops = [as_torch(output)[:valid] for output in outputs]
         samples = self.sequence.index.samples[rows[:valid]]
         sides = np.stack([samples["height"], samples["width"]] * 2, axis=1).astype(np.float32)
         parts = (
@@ -89,6 +103,16 @@ class Window:
             np.arange(start, start + valid),
         )
         return CropBatch(crops, *(torch.from_numpy(part).to(crops[0].device, non_blocking=True) for part in parts))
+
+
+def as_torch(output: TensorListCPU | TensorListGPU) -> torch.Tensor:
+    """DALI's memory as a tensor, which keeps it alive."""
+    tensor = output.as_tensor()
+    if isinstance(tensor, TensorGPU):
+        # `run` has made torch's stream wait for this batch. A capsule for a stream, or a copy to torch's memory, would wait for
+        # the batches made ahead too, and the copy would make DALI wait for the training step that is queued before it.
+        return torch.from_dlpack(tensor.__dlpack__(stream=-1))  # type: ignore[attr-defined]
+    return torch.from_dlpack(tensor)
 
 
 def fitting_batches(shards: np.ndarray) -> int:

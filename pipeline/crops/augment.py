@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nvidia.dali.types import DataNode
 
 THRESHOLD = 128  # of solarisation, as torchvision's users write it
+GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # of ITU-R BT.601, as torchvision and DALI use
 SOLARIZE_TABLE = [value if value < THRESHOLD else 255 - value for value in range(256)]
 PerGlobal = float | tuple[float, ...]
 
@@ -142,6 +143,10 @@ def _twist_dali(crop: "DataNode", values: "DataNode") -> "DataNode":
     As in torchvision, contrast pivots on the mean gray of the brightened (and clipped) crop.
     """
     crop = fn.brightness_contrast(crop, brightness=values[BRIGHTNESS])
-    gray = fn.color_space_conversion(crop, image_type=types.RGB, output_type=types.GRAY)
-    crop = fn.brightness_contrast(crop, contrast=values[CONTRAST], contrast_center=fn.reductions.mean(gray))
+    # Named arguments must be on the CPU, so the pivot, which is computed on the device, is added. GPU color_space_conversion
+    # would launch one kernel for each sample.
+    weights = types.Constant(np.array(GRAY_WEIGHTS, np.float32)) * (1 - values[CONTRAST])
+    pivot = fn.reductions.sum(fn.reductions.mean(crop, axes=(0, 1)) * weights)
+    crop = fn.brightness_contrast(crop, contrast=values[CONTRAST], contrast_center=0.0, dtype=types.FLOAT) + pivot
+    crop = fn.cast(crop, dtype=types.UINT8)  # saturates
     return fn.color_twist(crop, saturation=values[SATURATION], hue=values[HUE])

@@ -1,7 +1,8 @@
-"""The DALI graph: encoded images and drawn parameters in, crops out. One function serves both devices.
+"""The DALI graph: encoded images and drawn parameters in, crops out. One function serves all devices.
 
-On the CPU every crop is one compiled operator over the decoded image (`pipeline/crops/cpu_operator.py`); on the GPU it is a chain
-of DALI's own operators. Both do the same to within a rounding, and both can run on the CPU, so that a test compares them.
+On the CPU every crop is one compiled operator over the decoded image (`pipeline/crops/cpu_operator.py`), and where a GPU trains
+on the crops DALI uploads them; on the GPU it is a chain of DALI's own operators. Both do the same to within a rounding, and both
+can run on the CPU, so that a test compares them.
 """
 
 import gc
@@ -14,12 +15,15 @@ import numpy as np
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 
 from pipeline.crops.augment import ViewRecipe, apply_dali
+from pipeline.crops.device import device_fault
 from pipeline.crops.draws import FLIP, PIXEL_PARAMETERS
 from pipeline.notices import notify_after
 from pipeline.shards.dali_index import IMAGE
 
 if TYPE_CHECKING:
     from nvidia.dali.types import DataNode
+
+DEVICES = ("cpu", "gpu")
 
 # A pipeline shuts down by joining its threads, and a fork copies none: a child that collects an inherited one waits for ever.
 os.register_at_fork(after_in_child=gc.freeze)
@@ -29,21 +33,45 @@ os.register_at_fork(after_in_child=gc.freeze)
 class ReaderOptions:
     """How a graph reads and where it runs. None of this changes a crop by more than a rounding.
 
-    `device`: `cpu`, or `gpu` number `device_id`. `num_threads`: DALI's threads on the CPU. `prefetch`: batches made ahead.
+    `device`: where the crops end up, `cpu`, or `gpu` number `device_id`. `crop_device`: where images are decoded and crops are
+    made; `cpu` with device gpu uploads them. `num_threads`: DALI's threads on the CPU. `prefetch`: batches made ahead.
     `hw_decoder_load`: share of the JPEGs that the GPU's own engine decodes, where it has one. `use_mmap`: read shards through
-    memory mappings. `compiled`: on the CPU, crops by the compiled operator, or else by DALI's operators, as on the GPU.
+    memory mappings. `compiled`: crops on the CPU by the compiled operator, or else by DALI's operators, as on the GPU.
+
+    Raises ValueError for crops made on the GPU and used on the CPU.
     """
 
     device: str = "cpu"
     device_id: int = 0
+    crop_device: str = "cpu"
     num_threads: int = 2
     prefetch: int = 2
     hw_decoder_load: float = 0.65
     use_mmap: bool = True
     compiled: bool = True
 
+    @property
+    def where(self) -> str:
+        """The device, for messages."""
+        return f"GPU {self.device_id}" if self.device == "gpu" else "the CPU"
 
-def build_graph(
+    @property
+    def decoder(self) -> str:
+        """The device that decodes, as DALI names it."""
+        return f"gpu:{self.device_id}" if self.crop_device == "gpu" else "cpu"
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES or self.crop_device not in DEVICES:
+            raise ValueError(
+                f"device {self.device}, crop_device {self.crop_device}: allowed are {' and '.join(DEVICES)}"
+            )
+        if (self.device, self.crop_device) == ("cpu", "gpu"):
+            raise ValueError(
+                "crop_device gpu needs device gpu: crops are not brought back from a GPU. Use crop_device cpu"
+            )
+
+
+def define_graph(
     tars: list[str],
     dali_indices: list[str],
     source: Callable[[], list[np.ndarray]],
@@ -51,13 +79,14 @@ def build_graph(
     batch_size: int,
     reader: ReaderOptions,
 ) -> Pipeline:
-    """Build the graph. Its outputs are V tensors `[B, 3, size, size] uint8`.
+    """A graph that is defined, and not yet built: without a driver too. Its outputs are V tensors `[B, 3, size, size] uint8`.
 
     `source` is called once per batch for the values of `Draws`, V arrays `[B, P] float32`, and raises StopIteration at the end.
     """
-    on_gpu, views = reader.device == "gpu", len(recipes)
+    on_gpu, views = reader.crop_device == "gpu", len(recipes)
     decoder = {"device": "mixed", "hw_decoder_load": reader.hw_decoder_load} if on_gpu else {"device": "cpu"}
     make_crops = _compiled_crops if reader.compiled and not on_gpu else _dali_crops
+    upload = reader.device == "gpu" and not on_gpu
 
     @pipeline_def(enable_conditionals=True)
     def graph() -> tuple:
@@ -69,18 +98,29 @@ def build_graph(
             dont_use_mmap=not reader.use_mmap,
         )
         # make_shards applies the EXIF orientation; boxes are drawn for the stored height and width.
-        image = fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False, **decoder)
+        # Fancy upsampling of chroma is what a CPU does by default, and a GPU does not.
+        image = fn.decoders.image(
+            encoded, output_type=types.RGB, adjust_orientation=False, jpeg_fancy_upsampling=True, **decoder
+        )
         values = fn.external_source(source=source, num_outputs=views, dtype=[types.FLOAT] * views, ndim=[1] * views)
-        return tuple(make_crops(image, values, recipes))
+        crops = make_crops(image, values, recipes)
+        return tuple(crop.gpu() for crop in crops) if upload else tuple(crops)
 
-    pipe = graph(
+    return graph(
         batch_size=batch_size,
         num_threads=reader.num_threads,
-        device_id=reader.device_id if on_gpu else None,
+        device_id=reader.device_id if reader.device == "gpu" else None,
         prefetch_queue_depth=reader.prefetch,
     )
-    pipe.build()
-    return pipe
+
+
+def build_graph(graph: Pipeline, reader: ReaderOptions) -> Pipeline:
+    """The same graph, built. Raises DeviceError or torch.OutOfMemoryError where the device is at fault."""
+    try:
+        graph.build()
+    except RuntimeError as error:
+        raise device_fault(str(error), reader.where) or error from None
+    return graph
 
 
 def _compiled_crops(

@@ -3,8 +3,6 @@
 import io
 import json
 import shutil
-import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +12,8 @@ import torch
 from PIL import Image
 
 from pipeline import build_multicrop_dataloader, build_multicrop_dataset
-from pipeline.crops.decode import find_faults
+from pipeline.crops.decode import decode_error, find_faults
+from pipeline.crops.device import DeviceError, device_fault
 from pipeline.loader import MultiCropLoader
 from pipeline.quarantine import Quarantine
 from pipeline.shards.index import SAMPLE_DTYPE, ShardIndex, open_index, save_index
@@ -41,13 +40,6 @@ def gif(content: bytes) -> bytes:
     image = io.BytesIO()
     Image.open(io.BytesIO(content)).resize((16, 16)).save(image, "GIF")
     return image.getvalue()
-
-
-def png_with(content: bytes, width: int) -> bytes:
-    """A PNG whose header claims another width, with a right checksum."""
-    whole = png(content)
-    header = b"IHDR" + struct.pack(">I", width) + whole[20:29]
-    return whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:]
 
 
 DEFECTS: dict[str, Callable[[bytes], bytes]] = {
@@ -252,3 +244,46 @@ def test_lines_about_other_data_and_half_a_line_are_passed_over(index: ShardInde
     other = {**entry, "shard": "of-another-set.tar"}
     path.write_text(json.dumps(other) + "\n" + json.dumps(entry) + "\n" + '{"shard": "pho')
     assert Quarantine(index, path).reasons == {5: "empty file"}
+
+
+DEVICE_ERRORS = {
+    "CUDA runtime API error cudaErrorInsufficientDriver (35):\nCUDA driver version is insufficient": DeviceError,
+    "dlopen libcuda.so failed. Please install GPU driver.": DeviceError,
+    "CUDA driver API error CUDA_ERROR_ILLEGAL_ADDRESS (700)": DeviceError,
+    "nvml error (15): the GPU has fallen off the bus or has otherwise become inaccessible": DeviceError,
+    "Can't allocate 1073741824 bytes on device 0.": torch.OutOfMemoryError,
+    "CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory": torch.OutOfMemoryError,
+    "CUDA allocation failed": torch.OutOfMemoryError,
+    "CUBLAS_STATUS_ALLOC_FAILED": torch.OutOfMemoryError,
+}
+
+
+@pytest.mark.parametrize("message", DEVICE_ERRORS)
+def test_an_error_of_the_device_puts_no_sample_in_quarantine(data_path: Path, tmp_path: Path, message: str) -> None:
+    loader = loader_of(data_path, tmp_path / "q.jsonl")
+    with pytest.raises(DEVICE_ERRORS[message]) as caught:
+        loader._set_aside(np.arange(4), f"Error in thread 0: encountered:\n{message}")
+    assert "\n" not in str(caught.value)
+    assert len(loader.quarantine) == 0
+    assert not (tmp_path / "q.jsonl").exists()
+
+
+def test_what_dali_says_of_damaged_images_is_no_error_of_a_device(
+    pictures: tuple[list[bytes], list[tuple[int, int]]],
+) -> None:
+    for defect in DEFECTS.values():
+        message = decode_error(defect(pictures[0][1]), "cpu")
+        assert message
+        assert device_fault(message, "cpu") is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_without_a_gpu_its_decoder_is_one_error_and_no_images_are_named(index: ShardIndex) -> None:
+    with pytest.raises(DeviceError, match="gpu") as caught:
+        find_faults(index, range(4), "gpu")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.gpu
+def test_a_gpu_names_no_good_image(index: ShardIndex) -> None:
+    assert find_faults(index, range(4), "gpu:0") == {}

@@ -1,0 +1,73 @@
+"""Graphs are freed at once, not when the garbage collector happens to run: each holds threads and memory."""
+
+import gc
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from nvidia.dali import Pipeline
+
+from pipeline import build_multicrop_dataloader, build_multicrop_dataset, window
+from pipeline.loader import MultiCropLoader
+from pipeline.tuning import ReaderSettings, tune
+
+WINDOW_BATCHES, BATCH = 3, 8
+
+
+@pytest.fixture(autouse=True)
+def _small_windows_and_no_collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(window, "WINDOW_ROWS", WINDOW_BATCHES * BATCH)
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def loader_of(data_path: Path, **options: object) -> MultiCropLoader:
+    dataset = build_multicrop_dataset("custom", data_path, global_crop_size=32, num_local_crops=0)
+    return build_multicrop_dataloader(dataset, BATCH, device="cpu", **{"num_workers": 1, **options})
+
+
+def graph_of(loader: MultiCropLoader) -> weakref.ref[Pipeline]:
+    assert loader._window is not None
+    return weakref.ref(loader._window.graph)
+
+
+def test_of_all_graphs_the_one_in_use_is_alive(data_path: Path) -> None:
+    loader, graphs = loader_of(data_path), []
+    for _ in range(2):
+        for _batch in loader:
+            if not graphs or graphs[-1]() is not loader._window.graph:
+                graphs.append(graph_of(loader))
+            assert [graph() is None for graph in graphs] == [True] * (len(graphs) - 1) + [False]
+    assert len(graphs) == 2 * 12 // WINDOW_BATCHES
+    loader.close()
+    assert [graph() for graph in graphs] == [None] * len(graphs)
+
+
+def test_a_graph_that_failed_is_freed_before_the_next_is_built(data_path: Path) -> None:
+    loader = loader_of(data_path)
+    next(iter(loader))
+    graph = graph_of(loader)
+    loader.index.samples["size"][loader.rows_at(0, 0, 103)] = 0
+    dead = []
+    make = loader._make_window
+    loader._make_window = lambda place: dead.append(graph() is None) or make(place)
+    with pytest.raises(ValueError, match="samples cannot be decoded"):
+        list(loader)
+    assert dead == [True] * len(dead) != []
+
+
+def test_measured_loaders_leave_no_graph_behind(data_path: Path) -> None:
+    loaders: list[weakref.ref[Pipeline]] = []
+
+    def make(settings: ReaderSettings) -> MultiCropLoader:
+        assert [graph() for graph in loaders] == [None] * len(loaders)
+        loader = loader_of(data_path, num_workers=settings.num_threads)
+        next(iter(loader))
+        loaders.append(graph_of(loader))
+        return loader
+
+    tune(make, [ReaderSettings(1, 0.5, "cpu"), ReaderSettings(2, 0.5, "cpu")], seconds=0.02)
+    assert [graph() for graph in loaders] == [None, None]
