@@ -7,8 +7,8 @@ from pipeline.shards.index import UNLABELLED
 from train.build import amp_enabled, build_dataset, build_masks, build_model, build_schedule, build_training_loader
 from train.checkpoint import list_checkpoints
 from train.config.schema import Config
-from train.distributed import ranks_from_environment
-from train.memory import device_memory, measure_step
+from train.distributed import ranks_from_environment, use_device
+from train.memory import device_memory, measure_step, pipeline_bytes
 from train.output.folder import check_run_folder, run_folder
 
 log = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ GIB = 2**30
 def dry_run(config: Config) -> None:
     """Log a line for each part that was tried. Raises ValueError or FileNotFoundError as a run would."""
     ranks, kind = ranks_from_environment(), resolve_device(config.device)
-    device = ranks.device(kind)
+    device = use_device(ranks, kind)
     dataset = build_dataset(config)
     loader = build_training_loader(config, dataset, ranks)
     batch = next(iter(loader))
@@ -41,11 +41,11 @@ def dry_run(config: Config) -> None:
         f"run: {schedule.total_steps:,} steps of {loader.global_batch * parts:,} images on {ranks.world_size} rank(s), "
         f"{len(loader) // parts:,} steps an epoch, {schedule.warmup_steps:,} of warm-up"
     )
-    need = measure_step(config, amp_enabled(config, device)).total(config.data.batch_size, config.data.crop_counts[1])
-    have = device_memory(device)
+    step = measure_step(config, amp_enabled(config, device)).total(config.data.batch_size, config.data.crop_counts[1])
+    crops, have = pipeline_bytes(config, dataset.index), device_memory(device)
     log.info(
-        f"memory: about {need / GIB:.2f} GiB for a step (weights, optimiser and activations), of {have / GIB:.1f} GiB of {device}"
-        + ("" if need < have else ": IT WILL NOT FIT")
+        f"memory: about {step / GIB:.2f} GiB for a step (weights, optimiser and activations) and {crops / GIB:.2f} GiB for "
+        f"DALI's images and crops, of {have / GIB:.1f} GiB of {device}{'' if step + crops < have else ': IT WILL NOT FIT'}"
     )
     check_run_folder(config)
     folder, resume = run_folder(config), config.checkpoint.resume

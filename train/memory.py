@@ -7,11 +7,23 @@ from dataclasses import dataclass
 import torch
 
 from model.losses import random_directions
+from pipeline.shards.index import ShardIndex
 from train.build import amp_enabled, build_masks, build_model, crop_sizes
 from train.config.schema import Config
 
 IMAGES = 2  # enough for batch statistics
 USABLE = 0.9  # of the memory: the rest goes to buffers, the crops and fragmentation
+# What torch, DALI, CUDA, cuBLAS and nvJPEG say, in lower case; DALI's std::bad_alloc arrives as a MemoryError.
+OUT_OF_MEMORY = (
+    "out of memory",
+    "out_of_memory",
+    "can't allocate",
+    "cuda allocation failed",
+    "cudaerrormemoryallocation",
+    "status_alloc_failed",
+    "allocator_failure",
+    "bad_alloc",
+)
 COPIES = 4  # float32 weight, gradient and two moments of each trained weight
 
 
@@ -79,12 +91,28 @@ def storages_kept() -> Iterator[dict[int, int]]:
         yield kept
 
 
+def pipeline_bytes(config: Config, index: ShardIndex) -> float:
+    """Estimate of what DALI holds: the crops of the batches made ahead and of the one in use, and of the batch in the making
+    the decoded images and the crops in float32. On the device on which crops are made."""
+    pixels = sum(size**2 for size in crop_sizes(config))
+    decoded = float((index.samples["height"].astype(float) * index.samples["width"]).mean())
+    return 3 * config.data.batch_size * ((config.data.prefetch + 1) * pixels + 4 * pixels + decoded)
+
+
 def device_memory(device: torch.device) -> int:
     """Bytes of the GPU, or of this machine."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+        return torch.cuda.mem_get_info(device)[1]
     with open("/proc/meminfo") as file:
         return 1024 * int(file.readline().split()[1])
+
+
+def held_by_others(device: torch.device) -> int:
+    """Bytes of the GPU that are in use and not by torch's allocator: DALI's pool, the CUDA context, other processes."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, total - free - torch.cuda.memory_reserved(device))
 
 
 def remedies(config: Config, memory: StepMemory, budget: float) -> list[str]:
@@ -111,16 +139,18 @@ def remedies(config: Config, memory: StepMemory, budget: float) -> list[str]:
     ]
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        text in str(error).lower() for text in OUT_OF_MEMORY
+    )
 
 
 @contextmanager
 def out_of_memory_explained(config: Config, device: torch.device) -> Iterator[None]:
-    """Out-of-memory errors inside become a ValueError that says which settings would fit."""
+    """Out-of-memory errors of torch, DALI or CUDA inside become a ValueError that says which settings would fit."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise ValueError(out_of_memory_advice(config, device)) from None
@@ -128,12 +158,15 @@ def out_of_memory_explained(config: Config, device: torch.device) -> Iterator[No
 
 def out_of_memory_advice(config: Config, device: torch.device) -> str:
     """One line for a step that did not fit."""
-    budget = device_memory(device)
+    have, held = device_memory(device), held_by_others(device)
     try:
-        lines = remedies(config, measure_step(config, amp_enabled(config, device)), budget)
+        lines = remedies(config, measure_step(config, amp_enabled(config, device)), have - held)
     except (MemoryError, RuntimeError):
         lines = ["data.multicrop.num_local_crops", "data.batch_size", "data.multicrop.local_crop_size"]
+    where = f"{have / 2**30:.1f} GiB of {device}"
+    if held:
+        where += f", {held / 2**30:.1f} GiB of which DALI, CUDA and other processes hold"
     return (
-        f"out of memory: a step does not fit the {budget / 2**30:.1f} GiB of {device}. By estimate, any of these is enough: "
-        f"{'; '.join(lines)}. model.grad_checkpointing=true takes less memory and more time"
+        f"out of memory: a step does not fit the {where}. By estimate, any of these is enough: {'; '.join(lines)}. "
+        "model.grad_checkpointing=true takes less memory and more time; data.prefetch=1 and smaller crops leave DALI less to hold"
     )

@@ -148,11 +148,15 @@ class Speed:
         return {"images_per_s": images / train_s, "data_wait_percent": 100 * wait_s / train_s}
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: allocated on the GPU, or resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def memory_metrics(device: torch.device) -> dict[str, float]:
+    """Bytes. `peak_memory_bytes`: allocated by torch on the GPU at most, or resident in this process at most.
+
+    `device_memory_bytes`: in use on the GPU now, by DALI's pool, the CUDA context and other processes too.
+    """
+    if device.type != "cuda":
+        return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    free, total = torch.cuda.mem_get_info(device)
+    return {"peak_memory_bytes": torch.cuda.max_memory_allocated(device), "device_memory_bytes": total - free}
 
 
 class Heartbeat:

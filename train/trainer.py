@@ -31,7 +31,7 @@ from train.checkpoint import (
 from train.config.schema import Config
 from train.distributed import Ranks, Watchdog, replicated
 from train.evaluation.online import OnlineEvaluation
-from train.monitor import CollapseAlarm, Heartbeat, RunningMeans, RunState, Speed, StepGuard, peak_memory
+from train.monitor import CollapseAlarm, Heartbeat, RunningMeans, RunState, Speed, StepGuard, memory_metrics
 from train.optim import build_optimizer
 from train.output.advice import advice
 from train.output.display import Display, summary_table
@@ -222,7 +222,7 @@ class Trainer:
             "skipped_steps": state.skipped_steps,
             "collapse_alarm": float(state.collapsed),
             "bad_samples": state.bad_samples,
-            "peak_memory_bytes": peak_memory(self.device),
+            **memory_metrics(self.device),
             "epoch": self.loader.state_dict()["epoch"],
         }
 
