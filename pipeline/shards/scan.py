@@ -50,7 +50,7 @@ def _parsed(parse: Callable[[bytes], Any], content: bytes, place: str) -> Any:
         return parse(content)
     except ValueError:
         raise ValueError(
-            f"{place} holds {content[:40]!r}, which is no label. Mend the data set or leave it out"
+            f"{place} holds {content[:40]!r}, not a label. Fix the data set or leave this sample out"
         ) from None
 
 
@@ -78,7 +78,7 @@ def _members(path: Path) -> Iterator[tuple[str, str, tarfile.TarInfo, IO[bytes]]
 
 
 def tar_kind(path: Path) -> str:
-    """What a file called .tar is, in words."""
+    """A description of what a file called .tar really is."""
     with path.open("rb") as file:
         return head_kind(file.read(tarfile.BLOCKSIZE))
 
