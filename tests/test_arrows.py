@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "train": {"pipeline", "model", "train"},
     "train.config": {"train.config", "train.command", "pipeline.defaults"},
     "tools": {"pipeline", "model", "train", "tools"},
-    "tools.shards": {"pipeline", "tools.shards", "train.command"},
+    "tools.shards": {"pipeline", "tools.shards", "train.command", "train.output.display"},
 }
 
 

@@ -193,7 +193,7 @@ def test_a_disk_that_refuses_a_checkpoint_is_reported_and_training_continues_wit
     assert "step 7 are NOT saved" in said or "the summary could not be written" in said
     for step in (6, 7):
         assert f"step {step} could not be saved" in said
-    assert said.count("step_00000004") == 2
+    assert said.count("step_00000004") >= 2
     checkpoints = tmp_path / "quickstart" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000002", "step_00000004"]
     verify_checkpoint(checkpoints / "step_00000004")

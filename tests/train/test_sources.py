@@ -15,7 +15,13 @@ CALLS = {
     "yaml.load",
     "yaml.unsafe_load",
 }
-OBJECT_COLLECTIVES = ("_object", "_object_list")
+OBJECT_COLLECTIVES = (
+    "gather_object",
+    "broadcast_object_list",
+    "scatter_object_list",
+    "send_object_list",
+    "recv_object_list",
+)
 
 
 def unsafe(tree: ast.AST) -> list[str]:

@@ -117,7 +117,7 @@ def test_an_epoch_has_the_crops_of_local_files_bit_for_bit_and_every_sample_once
         assert all(torch.equal(a, b) for a, b in zip(ours.crops, theirs.crops, strict=True))
         assert torch.equal(ours.labels, theirs.labels)
         positions += ours.positions.tolist()
-        rows += loaders[0].plan.rows(0, int(ours.positions[0]), int(ours.positions[-1]) + 1).tolist()
+        rows += loaders[0].sequence.plan.rows(0, int(ours.positions[0]), int(ours.positions[-1]) + 1).tolist()
     assert sorted(positions) == sorted(rows) == list(range(103))
     assert len(loaders[0].quarantine) == 0
 
