@@ -22,7 +22,7 @@ class ProgressDisplay:
         self, console: Console, name: str, unit: str, total: int, start: int = 0, transient: bool = False
     ) -> None:
         self._console, self._name, self._unit, self._total, self._start = console, name, unit, total, start
-        self._started, self._plain_at = time.monotonic(), 0.0
+        self._started, self._plain_at, self._printed = time.monotonic(), 0.0, -1
         named = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
         details, left = TextColumn("{task.fields[details]}"), (TextColumn("ETA"), TimeRemainingColumn())
         wide = console.width >= WIDE
@@ -38,9 +38,9 @@ class ProgressDisplay:
         """`done` of `total` units, and the details to print with it."""
         self._progress.update(self._task, completed=done, details=details)
         now = time.monotonic()
-        if self._live or (now - self._plain_at < PLAIN_EVERY_S and done != self._total):
+        if self._live or done == self._printed or (now - self._plain_at < PLAIN_EVERY_S and done != self._total):
             return
-        self._plain_at = now
+        self._plain_at, self._printed = now, done
         rate = (done - self._start) / max(now - self._started, 1e-9)
         left = time.strftime("%H:%M:%S", time.gmtime((self._total - done) / rate)) if rate else "-"
         line = f"{self._name}: {self._unit} {done}/{self._total} · {details} · ETA {left}"

@@ -28,7 +28,9 @@ def test_a_log_file_gets_the_first_and_the_last_line_and_few_between_each_with_n
     with ProgressDisplay(Console(file=written, width=80), "train", "image", 500) as progress:
         for done in range(501):
             progress.show(done, f"{done} rejected")
+        progress.show(500, "500 rejected")
     lines = written.getvalue().splitlines()
     assert lines[0].startswith("train: image 0/500 · 0 rejected · ETA ")
+    assert sum("500/500" in line for line in lines) == 1
     assert lines[-1] == "train: image 500/500 · 500 rejected · ETA 00:00:00"
     assert len(lines) < 10
