@@ -1,18 +1,15 @@
 """Checks of the shards, and of the pipeline's images/s against the model's."""
 
 import hashlib
-import json
 import random
 import time
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from pipeline.shards.index import ShardIndex, open_index, split_folder
-from pipeline.shards.object_store import is_s3
+from pipeline.shards.manifest import MANIFEST_NAME, Manifest, check_class_count, read_manifest
 from tools.checks.check import Case, Finding, check, fail, ok, sees_gpu, skipped, warn
 
-MANIFEST = "manifest.json"
 SAMPLED_SHARDS, SAMPLED_IMAGES = 8, 32
 MOST_HASHED = 2 * 2**30
 RATE_S, NEED_S = 3.0, 1.0
@@ -48,26 +45,28 @@ def shard_index(case: Case) -> Finding:
     return ok(f"{index.folder}: {len(index):,} images in {len(index.shards)} shards")
 
 
-def manifest_beside(index: ShardIndex | None) -> dict[str, Any] | None:
-    if index is None or is_s3(index.folder) or not (Path(index.folder) / MANIFEST).exists():
-        return None
-    return json.loads((Path(index.folder) / MANIFEST).read_text())
+def manifest_beside(index: ShardIndex | None) -> Manifest | None:
+    return None if index is None else read_manifest(index.folder)
 
 
 @check("shards: manifest")
 def manifest(case: Case) -> Finding:
     index = index_of(case)
-    content = manifest_beside(index)
-    if index is None or content is None:
-        return skipped(NO_MANIFEST)
-    listed, found = {entry["name"] for entry in content["shards"]}, set(index.shards)
+    try:
+        content = manifest_beside(index)
+        if index is None or content is None:
+            return skipped(NO_MANIFEST)
+        check_class_count(index, content)
+    except ValueError as error:
+        return fail(str(error), "copy the manifest again, or convert again")
+    listed, found = set(content.checksums), set(index.shards)
     if listed != found:
         text = f"{len(listed)} shards are listed, {len(found)} are indexed; only one of them has {min(listed ^ found)}"
         return fail(text, "copy the whole folder again or, if the manifest is old: tools/make_shards.py index FOLDER")
-    if content["num_samples"] != len(index):
-        text = f"{content['num_samples']:,} images are listed, {len(index):,} are indexed"
+    if content.num_samples not in (None, len(index)):
+        text = f"{content.num_samples:,} images are listed, {len(index):,} are indexed"
         return fail(text, f"python tools/make_shards.py index {index.folder}")
-    return ok(f"{len(listed)} shards, {content['num_samples']:,} images, as indexed")
+    return ok(f"{len(listed)} shards, {len(index):,} images, as indexed")
 
 
 @check("shards: a sampled checksum")
@@ -75,9 +74,9 @@ def checksum(case: Case) -> Finding:
     """The smallest of a few shards, drawn anew each time so that several runs look at several."""
     index = index_of(case)
     content = manifest_beside(index)
-    if index is None or content is None:
+    if index is None or content is None or not content.checksums:
         return skipped(NO_MANIFEST)
-    sums = {Path(index.folder) / entry["name"]: entry["sha256"] for entry in content["shards"]}
+    sums = {Path(index.folder) / name: checksum for name, checksum in content.checksums.items()}
     there = sorted(path for path in sums if path.exists())
     drawn = random.sample(there, min(SAMPLED_SHARDS, len(there)))
     path = min(drawn, key=lambda path: path.stat().st_size)
@@ -85,7 +84,7 @@ def checksum(case: Case) -> Finding:
         return skipped(f"{path.name} is too large to read here; python tools/make_shards.py verify {index.folder}")
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != sums[path]:
-            return fail(f"{path}: sha256 differs from {MANIFEST}", COPY_AGAIN)
+            return fail(f"{path}: sha256 differs from {MANIFEST_NAME}", COPY_AGAIN)
     return ok(path.name)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from pipeline.shards.index import UNLABELLED
 from tools.shards.catalogue import Source
+from pipeline.shards.manifest import read_object
 from tools.shards.file_kinds import describe_left_out
 from tools.shards.images import ImagePolicy
 from tools.shards.progress import ShardProgress
@@ -117,7 +118,7 @@ def _claim_folder(conversion: Conversion, options: ConvertOptions) -> None:
         if foreign := sorted(item.name for item in folder.glob("*.tar")):
             raise ValueError(f"{folder}: holds other shards ({foreign[0]}, ...): choose another --out")
         write_file(path, json.dumps(identity, indent=1).encode())
-    before = json.loads(path.read_text())
+    before = read_object(path, f"Remove {folder} and convert again")
     if before != identity:
         different = sorted(key for key in identity.keys() | before.keys() if identity.get(key) != before.get(key))
         changed = ", ".join(IN_WORDS.get(key, key) for key in different)

@@ -52,8 +52,8 @@ def open_run_folder(config: Config) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         if config.checkpoint.resume == "none":
             _move_aside(folder)
-        _write_whole(folder / "config.yaml", config.to_yaml())
-        _write_whole(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
+        write_whole(folder / "config.yaml", config.to_yaml())
+        write_whole(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
     except OSError as error:
         raise ValueError(
             f"{folder}: cannot be written ({error.strerror}); free some space, or choose another logging.run_dir"
@@ -61,10 +61,13 @@ def open_run_folder(config: Config) -> Path:
     return folder
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """On a full disk, the old content stays."""
+def write_whole(path: Path, text: str) -> None:
+    """Write beside and rename: on a full disk or after a crash, the old content stays. Raises OSError."""
     temporary = path.with_name(f"{path.name}.partial")
-    temporary.write_text(text)
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 

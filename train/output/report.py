@@ -8,6 +8,7 @@ from train.config.schema import Config
 from train.evaluation.online import OnlineEvaluation
 from train.monitor import RunState
 from train.output.display import summary_rows
+from train.output.folder import write_whole
 
 
 def write_summary(folder: Path, config: Config, state: RunState, probe: OnlineEvaluation, width: int) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def write_summary(folder: Path, config: Config, state: RunState, probe: OnlineEv
         "collapse_alarms": state.alarms,
         "collapsed": state.collapsed,
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_whole(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
 
@@ -41,7 +42,8 @@ def write_report(folder: Path, summary: dict[str, Any], hints: list[str], figure
     rows = [f"| {name} | {value} |" for name, value in summary_rows(summary)]
     shown = [f"## {figure.stem}\n\n![{figure.stem}](figures/{figure.name})\n" for figure in figures]
     path = folder / "report.md"
-    path.write_text(
+    write_whole(
+        path,
         "\n".join(
             [
                 f"# {summary['run_name']}",
@@ -56,6 +58,6 @@ def write_report(folder: Path, summary: dict[str, Any], hints: list[str], figure
                 *(f"{hint}.\n" for hint in hints),
                 *shown,
             ]
-        )
+        ),
     )
     return path

@@ -4,7 +4,6 @@ Labels come from `cls` or `json` members (WebDataset) where samples have them. E
 the inner tar's stem is the class. Else the folder directly below the images' common folder is. Else there are no labels.
 """
 
-import json
 import os
 from array import array
 from collections import Counter
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.shards.index import UNLABELLED
+from pipeline.shards.manifest import read_manifest
 from pipeline.shards.tar import sample_key
 from tools.shards.catalogue import Catalogue, check_class_names
 from tools.shards.layouts.imagenet import is_wnid, label_order
@@ -113,10 +113,6 @@ def split_folder(catalogue: Catalogue, split: str, where: str) -> str:
 
 
 def _manifest(folder: Path, name: str) -> tuple[str, tuple[str, ...]]:
-    """Name and classes as one of our own manifests gives them."""
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text()) if path.is_file() else {}
-        return str(manifest.get("name", name)), tuple(str(item) for item in manifest.get("classes", ()))
-    except (ValueError, AttributeError):
-        return name, ()
+    """Name and classes as one of our own manifests gives them. ValueError for a damaged one."""
+    manifest = read_manifest(folder)
+    return (manifest.name or name, manifest.classes) if manifest else (name, ())
