@@ -9,6 +9,15 @@ from pipeline.plan import STAND_IN_STREAM, random_words
 from pipeline.shards.index import ShardIndex
 
 LISTED = 10  # bad samples that an error line names
+FEW_BAD = 5
+
+
+def allowed_bad(total: int, share: float) -> int:
+    """How many of `total` samples may be bad: the share or, in a small set, five and a tenth; none where the share is 0.
+
+    One of fifty is above a hundredth, and no reason to stop.
+    """
+    return max(int(share * total), min(FEW_BAD, total // 10)) if share > 0 else 0
 
 
 class Quarantine:
@@ -55,7 +64,7 @@ class Quarantine:
         if self.path is not None and new:
             with self.path.open("a") as file:
                 file.write("".join(json.dumps(self._entry(row)) + "\n" for row in new))
-        allowed = int(self.max_share * len(self.index))
+        allowed = allowed_bad(len(self.index), self.max_share)
         if len(self) > allowed:
             listed = [f"{self.index.describe(row)} ({reason})" for row, reason in list(self.reasons.items())[-LISTED:]]
             where = f"all are listed in {self.path}" if self.path else f"the last {len(listed)} follow"

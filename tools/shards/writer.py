@@ -17,7 +17,7 @@ from tools.shards.catalogue import Source
 from tools.shards.images import CheckedImage, ImagePolicy, check_image, pixel_sums
 
 BLOCK = 512
-RECORD_FOLDER = ".records"
+RECORD_FOLDER, IDENTITY_NAME = ".records", "plan.json"
 # Mean and std are those of every 128th image, as decoding all would cost more than the conversion; in small sets of 256 or more.
 PIXEL_STRIDE, PIXEL_IMAGES = 128, 256
 FULL_BATCH = 32

@@ -9,6 +9,14 @@ LEAST_STEPS = 50  # of fewer, most are the start
 LEAST_IMAGES = 100  # of fewer, a k-NN is chance: one image is more than a point
 
 
+def limiting_key(config: Config, steps: int) -> str:
+    """The setting that ends a run after so many steps, with its value."""
+    training = config.training
+    if training.max_steps is not None and steps >= training.max_steps:
+        return f"training.max_steps, now {training.max_steps}"
+    return f"training.epochs, now {training.epochs}"
+
+
 def advice(config: Config, summary: dict[str, Any]) -> list[str]:
     """`summary` is what summary.json holds. One line for each thing that does not look right."""
     lines = []
@@ -26,12 +34,10 @@ def advice(config: Config, summary: dict[str, Any]) -> list[str]:
             "Set more aside (make_shards.py convert --val-ratio), or judge by neighbours.png and features.png"
         )
     elif knn is not None and knn["trained"] <= knn["random_init"]:
-        training = config.training
-        by_steps = training.max_steps is not None and summary["steps"] >= training.max_steps
-        longer = f"max_steps, now {training.max_steps}" if by_steps else f"epochs, now {training.epochs}"
+        longer = limiting_key(config, summary["steps"])
         lines.append(
             f"poor results: k-NN is no better than at the random initialisation ({knn['random_init']:.1f} %). Train longer "
-            f"(training.{longer}), try another masking.strategy, a training.lr two or four times higher or lower, or weaker "
+            f"({longer}), try another masking.strategy, a training.lr two or four times higher or lower, or weaker "
             "augmentation (data.multicrop.*_color_jitter, data.augmentation)"
         )
     return lines
