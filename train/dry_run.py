@@ -8,6 +8,7 @@ from train.build import amp_enabled, build_dataset, build_masks, build_model, bu
 from train.checkpoint import list_checkpoints
 from train.config.schema import Config
 from train.distributed import ranks_from_environment, use_device
+from train.evaluation.online import OnlineEvaluation
 from train.memory import device_memory, measure_step, pipeline_bytes
 from train.output.folder import check_run_folder, run_folder
 

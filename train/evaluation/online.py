@@ -13,13 +13,13 @@ from train.config.schema import Config
 from train.evaluation.features import (
     Extractor,
     Features,
-    check_labels,
     colour_histogram,
     extract,
     pixels,
     pooled_features,
 )
 from train.evaluation.knn import knn_accuracies, nearest_neighbours
+from train.evaluation.labels import check_labels, one_label, unknown_labels
 from train.evaluation.probes import linear_probe
 from train.output.drawing import Neighbours
 from train.output.log import rankme
@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 class OnlineEvaluation:
     """Measures the target encoder of `model` on the validation split; without one it warns once and measures nothing.
 
-    Without labels there are `rankme` and `neighbours`, but no accuracies.
+    Without labels, or with one label for all images, there are `rankme` and `neighbours`, but no accuracies. Raises ValueError
+    when the labels of the two splits mean different classes.
     """
 
     def __init__(self, config: Config, folder: Path, model: HJEPA) -> None:
@@ -40,18 +41,22 @@ class OnlineEvaluation:
         self.linear: float | None = None
         self._measured: tuple[Features, Features] | None = None
         self._loaders: tuple[MultiCropLoader, MultiCropLoader] | None = None
-        self._labelled = False
+        self._labelled, self.one_label = False, False
         try:
             self._loaders = build_evaluation_loaders(config)
         except FileNotFoundError as error:
             log.warning("no validation images, so nothing is measured: %s", error)
             return
+        indices = [loader.index for loader in self._loaders]
+        self.one_label = bool(one_label(indices[0]))
         try:
-            for loader in self._loaders:
-                check_labels(loader)
-            self._labelled = True
+            check_labels(*indices)
         except ValueError as error:
             log.warning("no accuracies, only RankMe and neighbours: %s", error)
+            return
+        self._labelled = True
+        if unknown := unknown_labels(*indices):
+            log.warning(unknown)
 
     @property
     def num_validation(self) -> int:

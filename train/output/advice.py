@@ -27,6 +27,11 @@ def advice(config: Config, summary: dict[str, Any]) -> list[str]:
             f"{config.data.multicrop.num_local_crops}), more data.num_workers (now {config.data.num_workers}) and cores, "
             "images stored smaller (make_shards.py convert --resize 512), or shards on a local disk"
         )
+    if summary.get("one_label"):
+        lines.append(
+            "no accuracies: all training images have one label, so they would mean nothing. Convert a folder that holds one "
+            "folder for each class, or judge by neighbours.png and features.png"
+        )
     images = summary["validation_images"]
     if knn is not None and images < LEAST_IMAGES:
         lines.append(

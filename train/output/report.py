@@ -27,6 +27,7 @@ def write_summary(folder: Path, config: Config, state: RunState, probe: OnlineEv
         "width": width,
         "validation_images": probe.num_validation,
         "knn": knn,
+        "one_label": probe.one_label,
         "linear": probe.linear,
         "bad_samples": state.bad_samples,
         "skipped_steps": state.skipped_steps,
