@@ -48,8 +48,9 @@ def dry_run(config: Config) -> None:
         f"memory: about {step / GIB:.2f} GiB for a step (weights, optimiser and activations) and {crops / GIB:.2f} GiB for "
         f"DALI's images and crops, of {have / GIB:.1f} GiB of {device}{'' if step + crops < have else ': IT WILL NOT FIT'}"
     )
-    check_run_folder(config)
     folder, resume = run_folder(config), config.checkpoint.resume
+    OnlineEvaluation(config, folder, model)  # reports what is wrong with the validation split and the labels
+    check_run_folder(config, dataset.index.digest)
     found = list_checkpoints(folder / "checkpoints") if resume == "auto" else []
     start = f"would continue from {found[-1].name}" if found else "would start at step 0"
     log.info(f"folder: {folder}; {start if resume in ('auto', 'none') else f'would continue from {resume}'}")

@@ -90,9 +90,9 @@ class Trainer:
         config, logging_ = self.config, self.config.logging
         self._console = console
         if self.ranks.is_first:
-            open_run_folder(config)
-            log.info(describe_epoch(config, self.loader))
             self._probe = OnlineEvaluation(config, self.folder, self.model)
+            open_run_folder(config, self.dataset.index.digest)
+            log.info(describe_epoch(config, self.loader))
             self._probe.measure_baselines()
             if logging_.wandb.enabled:
                 self._wandb = open_wandb(logging_.wandb.project, self.folder, config.resolved)

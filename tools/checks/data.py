@@ -9,6 +9,7 @@ from pathlib import Path
 from pipeline.shards.index import ShardIndex, open_index, split_folder
 from pipeline.shards.manifest import MANIFEST_NAME, Manifest, check_class_count, read_manifest
 from tools.checks.check import Case, Finding, check, fail, ok, sees_gpu, skipped, warn
+from train.evaluation.labels import check_classes, one_label, unknown_labels
 
 SAMPLED_SHARDS, SAMPLED_IMAGES = 8, 32
 MOST_HASHED = 2 * 2**30
@@ -102,6 +103,63 @@ def sampled_images(case: Case) -> Finding:
     if bad:
         return fail(f"{len(bad)} of {len(rows)}: {index.describe(bad[0][0])}: {bad[0][1]}", COPY_AGAIN)
     return ok(f"{len(rows)} decoded to their indexed sizes")
+
+
+@check("shards: classes")
+def classes(case: Case) -> Finding:
+    """Labels of train against those of val: one that means another class, or none, and one label for all images."""
+    index = index_of(case)
+    if index is None:
+        return skipped("no index")
+    if fault := one_label(index):
+        return warn(fault, "convert the folder whose folders are the classes; without classes, ignore all accuracies")
+    val = validation_index(case)
+    if val is None:
+        return skipped("no val split")
+    try:
+        check_classes(index, val)
+    except ValueError as error:
+        return fail(str(error), "remove the val shards and convert val again beside train, with the same --out")
+    if unknown := unknown_labels(index, val):
+        return warn(unknown, "leave those images out of val, or add some of their classes to train")
+    return ok("each label means the same class in train and val")
+
+
+def validation_index(case: Case) -> ShardIndex | None:
+    try:
+        folder = split_folder(_dataset(case), case.data, "val") if case.data else None
+    except (ValueError, OSError):
+        return None
+    index = index_of(case)
+    return None if folder is None or index is None or folder == index.folder else open_index(folder)
+
+
+@check("run: data")
+def run_data(case: Case) -> Finding:
+    """Whether what the run's folder holds was trained and measured on these shards."""
+    index = index_of(case)
+    if index is None or case.config is None:
+        return skipped("no CONFIG, or no readable shards")
+    from train.evaluation.baselines import FILE, measured_on, read_baselines
+    from train.evaluation.features import spread_rows
+    from train.output.folder import check_run_folder, run_folder
+
+    config = case.config
+    try:
+        check_run_folder(config, index.digest)
+    except ValueError as error:
+        return fail(str(error), "data.data_path=OLD_SHARDS, another logging.run_name, or checkpoint.resume=none")
+    path, val = run_folder(config) / FILE, validation_index(case)
+    if val is None or not path.exists():
+        return ok("no run, or none that was measured, is in its folder")
+    key = measured_on(*(spread_rows(each, config.evaluation.max_samples) for each in (index, val)), config.evaluation)
+    fix = "the same training command measures them again; until then, do not compare with summary.json and report.md"
+    try:
+        if read_baselines(path, key) is None:
+            return warn(f"{path}: baselines of other images or evaluation settings than these", fix)
+    except ValueError as error:
+        return warn(str(error), fix)
+    return ok(f"{path}: measured on these images")
 
 
 @check("pipeline rate")

@@ -1,6 +1,5 @@
 """k-NN and a linear probe on frozen features before, during and after a run, and baselines that need no training."""
 
-import json
 import logging
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from model.hjepa import HJEPA
 from pipeline.loader import MultiCropLoader
 from train.build import build_evaluation_loaders
 from train.config.schema import Config
+from train.evaluation.baselines import FILE, measured_on, read_baselines, write_baselines
 from train.evaluation.features import (
     Extractor,
     Features,
@@ -35,7 +35,7 @@ class OnlineEvaluation:
     """
 
     def __init__(self, config: Config, folder: Path, model: HJEPA) -> None:
-        self._model, self._settings, self._file = model, config.evaluation, folder / "baselines.json"
+        self._model, self._settings, self._file = model, config.evaluation, folder / FILE
         self.baselines: dict[str, float] | None = None
         self.rankme: float | None = None
         self.linear: float | None = None
@@ -64,18 +64,27 @@ class OnlineEvaluation:
         return 0 if self._loaders is None else len(self._loaders[1].index)
 
     def measure_baselines(self) -> None:
-        """k-NN of raw pixels, colour histogram and the untrained model; kept in baselines.json. Call it before training."""
-        if not self._labelled:
+        """k-NN of raw pixels, colour histogram and the untrained model. Call it before training.
+
+        Kept in baselines.json, and measured again for other images or settings of the evaluation.
+        """
+        if not self._labelled or self._loaders is None:
             return
-        if not self._file.exists():
-            log.info("measuring the baselines: raw pixels, colour histogram, random initialisation ...")
-            extractors = {"pixels": pixels, "colour_histogram": colour_histogram, "random_init": self._encoder()}
-            features = self._features(extractors)
-            if features is None:
-                return
-            scores = {name: self._knn(features[0][name], features[1][name]) for name in extractors}
-            self._file.write_text(json.dumps(scores, indent=1) + "\n")
-        self.baselines = json.loads(self._file.read_text())
+        key = measured_on(self._loaders[0].index, self._loaders[1].index, self._settings)
+        try:
+            self.baselines = read_baselines(self._file, key)
+        except ValueError as error:
+            log.warning("%s", error)
+        if self.baselines is not None:
+            return
+        again = f" again, since {self._file} is of other images or settings" if self._file.exists() else ""
+        log.info(f"measuring the baselines{again}: raw pixels, colour histogram, random initialisation ...")
+        extractors = {"pixels": pixels, "colour_histogram": colour_histogram, "random_init": self._encoder()}
+        features = self._features(extractors)
+        if features is None:
+            return
+        self.baselines = {name: self._knn(features[0][name], features[1][name]) for name in extractors}
+        write_baselines(self._file, key, self.baselines)
 
     def measure(self) -> float | None:
         """k-NN percent of the target encoder, None without labels; updates `rankme` and `linear` as well."""
