@@ -88,7 +88,7 @@ def test_what_cannot_be_measured_is_one_clean_line(
     assert "belongs to another architecture" in refusal([str(alone)], capsys)
     weights = alone / "checkpoints" / "step_00000024" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    assert "no sound checkpoint here" in refusal([str(alone)], capsys)
+    assert "no undamaged checkpoint here" in refusal([str(alone)], capsys)
 
     one_split = write_shards(tmp_path / "one_split", [12])
     assert "one split alone" in refusal([str(run), "--data", str(one_split)], capsys)
