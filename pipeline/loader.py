@@ -119,18 +119,23 @@ class MultiCropLoader:
 
     def close(self) -> None:
         """Free the graphs, with their threads and their memory on the device. The next batch builds a new one."""
-        builder, self._window, self._builder = self._builder, None, None
-        if builder is not None:
-            builder.result()
+        self._window = None
+        self._take_ahead()
 
     def _window_at(self, here: Place) -> Window:
         """The window whose next batch begins at `here`: the one in use, the one built ahead, or a new one."""
         if self._window is not None and self._window.here == here:
             return self._window
         self._window = None  # free the old graph before the new one is filled
+        ahead = self._take_ahead()
+        if ahead is not None and ahead.here == here:
+            return ahead
+        del ahead
+        return self._make_window(here)
+
+    def _take_ahead(self) -> Window | None:
         builder, self._builder = self._builder, None
-        ahead = builder.result() if builder is not None else None
-        return ahead if ahead is not None and ahead.here == here else self._make_window(here)
+        return builder.result() if builder is not None else None
 
     def _set_aside(self, rows: np.ndarray, dali_error: str) -> None:
         """Quarantine those of the rows that do not decode.

@@ -38,7 +38,7 @@ class Quarantine:
         return len(self.reasons)
 
     def reload(self) -> None:
-        """Read what this run, or another rank of it, has found so far. Lines about other data are passed over."""
+        """Read what this run, or another rank of it, has found so far. Lines about other data are ignored."""
         if self.path is None or not self.path.exists():
             return
         numbers = {name: i for i, name in enumerate(self.index.shards)}

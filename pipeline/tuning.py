@@ -62,7 +62,7 @@ def tune(
             try:
                 rates[each] = _rate_of(make_loader(each), seconds, step)
             except (DeviceError, torch.OutOfMemoryError) as error:
-                failed[each.crop_device] = error.with_traceback(None)
+                failed[each.crop_device] = type(error)(str(error))  # itself it would keep the graph alive
             free_unused_memory()
     rates = {each: rate for each, rate in rates.items() if each.crop_device not in failed}
     if not rates:

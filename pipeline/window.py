@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from nvidia.dali.tensors import TensorGPU, TensorListCPU, TensorListGPU
+from nvidia.dali.tensors import TensorListCPU, TensorListGPU
 
 from pipeline.batch import CropBatch
 from pipeline.crops.augment import ViewRecipe
@@ -24,13 +24,13 @@ WINDOW_ROWS, WINDOW_TARS = 50_000, 256
 
 
 class GraphFailed(RuntimeError):
-    """DALI's graph raised; it is of no use any more."""
+    """DALI's graph raised and cannot run any more."""
 
 
 class Feeder:
-    """DALI's source of drawn parameters: one call for each batch. It does not know its graph, so that the two form no cycle and
-    a graph that nobody needs any more is freed at once, with its threads and its memory.
+    """DALI's source of drawn parameters, called once per batch.
 
+    It does not refer to its graph: without a reference cycle an unused graph is freed at once, with its threads and memory.
     `places`: of the global batches; `rows`: `[len(places), B]`, this rank's index rows of each.
     """
 
@@ -107,12 +107,9 @@ class Window:
 
 def as_torch(output: TensorListCPU | TensorListGPU) -> torch.Tensor:
     """DALI's memory as a tensor, which keeps it alive."""
-    tensor = output.as_tensor()
-    if isinstance(tensor, TensorGPU):
-        # `run` has made torch's stream wait for this batch. A capsule for a stream, or a copy to torch's memory, would wait for
-        # the batches made ahead too, and the copy would make DALI wait for the training step that is queued before it.
-        return torch.from_dlpack(tensor.__dlpack__(stream=-1))  # type: ignore[attr-defined]
-    return torch.from_dlpack(tensor)
+    # On a GPU, `run` has made torch's stream wait for this batch, so that the capsule need not (-1). A capsule for a stream, or a
+    # copy to torch's memory, would wait for the batches made ahead too, and DALI after the copy for the training step before it.
+    return torch.from_dlpack(output.as_tensor().__dlpack__(stream=-1))  # type: ignore[union-attr]
 
 
 def fitting_batches(shards: np.ndarray) -> int:

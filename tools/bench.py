@@ -16,13 +16,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Each command prints its own table and returns the figures for `--json`."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in COMMANDS:
+    given = sys.argv[1:] if arguments is None else arguments
+    for name in [name for name in COMMANDS if name in given[:1]] or COMMANDS:  # one alone, or all for --help
         module = import_module(f"tools.benchmarks.{name}")
         command = commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
         command.add_argument("--json", type=Path, metavar="OUT", help="write the figures here too")
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    return run_command("bench", lambda: measure(parser.parse_args(arguments)))
+    return run_command("bench", lambda: measure(parser.parse_args(given)))
 
 
 def measure(given: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from model.encoder import MultiCropEncoder
 from model.hjepa import HJEPA, Level, default_levels
 from model.masks import MultiCropMaskGenerator
 from model.predictor import Predictor
+from pipeline.batch import CropBatch
 from pipeline.crops.augment import Augmentation
 from pipeline.dataset import (
     MultiCropDataset,
@@ -66,6 +67,7 @@ def build_loader(
         "seed": config.seed,
         "device": config.device,
         "device_id": ranks.local_rank,
+        "crop_device": config.data.crop_device,
         "num_workers": config.data.num_workers,
         "hw_decoder_load": HW_DECODER_LOAD if config.data.hw_decoder_load == "auto" else config.data.hw_decoder_load,
         "prefetch": config.data.prefetch,
@@ -100,30 +102,66 @@ def describe_epoch(config: Config, loader: MultiCropLoader) -> str:
     return f"data: {count:,} images in {shards} shards, {count // per_step:,} steps of {per_step} an epoch{dropped}"
 
 
-def tuned_reader(config: Config, dataset: MultiCropDataset, ranks: Ranks = ALONE) -> dict[str, Any]:
-    """Arguments for `build_loader` in place of `auto`: measured on a GPU, where the pipeline has the CPU to itself."""
+def tuned_reader(
+    config: Config, dataset: MultiCropDataset, model: HJEPA, masks: MultiCropMaskGenerator, ranks: Ranks = ALONE
+) -> Config:
+    """`config` with numbers in place of `auto` in data.crop_device, num_workers and hw_decoder_load.
+
+    On a GPU they are measured on rank 0 under a step of the run's encoder, and hold for all ranks; on a CPU all stays as it is.
+    """
     data = config.data
-    if resolve_device(config.device) != "gpu" or "auto" not in (data.num_workers, data.hw_decoder_load):
-        return {}
-    settings = candidates(own_cores(), None if data.hw_decoder_load == "auto" else data.hw_decoder_load)
+    if resolve_device(config.device) != "gpu" or "auto" not in (
+        data.crop_device,
+        data.num_workers,
+        data.hw_decoder_load,
+    ):
+        return config
+    devices = ("gpu", "cpu") if data.crop_device == "auto" else (data.crop_device,)
+    settings = candidates(own_cores(), None if data.hw_decoder_load == "auto" else data.hw_decoder_load, devices)
     if data.num_workers != "auto":
         settings = sorted({replace(each, num_threads=data.num_workers) for each in settings})
-    return _fastest_reader(config, dataset, settings, ranks)
+    number = _fastest_reader(config, dataset, settings, model, masks) if ranks.is_first else 0
+    chosen = settings[ranks.from_first(number)]
+    return _with_reader(config, chosen)
+
+
+def _with_reader(config: Config, chosen: ReaderSettings) -> Config:
+    changes = {
+        "num_workers": chosen.num_threads,
+        "hw_decoder_load": chosen.hw_decoder_load,
+        "crop_device": chosen.crop_device,
+    }
+    return config.model_copy(update={"data": config.data.model_copy(update=changes)})
 
 
 def _fastest_reader(
-    config: Config, dataset: MultiCropDataset, settings: list[ReaderSettings], ranks: Ranks = ALONE
-) -> dict[str, Any]:
-    def arguments(each: ReaderSettings) -> dict[str, Any]:
-        return {"num_workers": each.num_threads, "hw_decoder_load": each.hw_decoder_load}
+    config: Config,
+    dataset: MultiCropDataset,
+    settings: list[ReaderSettings],
+    model: HJEPA,
+    masks: MultiCropMaskGenerator,
+) -> int:
+    """Which of the settings feeds a training step best. The step is the encoder's share of it: the rest needs all ranks."""
 
-    chosen, rates = tune(lambda each: build_training_loader(config, dataset, ranks, **arguments(each)), settings)
-    listed = ", ".join(f"{each.num_threads}/{each.hw_decoder_load:g}: {rate:,.0f}" for each, rate in rates.items())
-    log.info(
-        f"data: {chosen.num_threads} DALI threads, {chosen.hw_decoder_load:.0%} of the JPEGs on the JPEG engine, chosen by "
-        f"images/s of threads/engine: {listed}"
+    def step(batch: CropBatch) -> None:
+        with torch.autocast(masks.device.type, torch.bfloat16, enabled=amp_enabled(config, masks.device)):
+            model.encoder_load(batch.crops, masks(len(batch.labels))).backward()
+        model.zero_grad(set_to_none=True)
+
+    def loader(each: ReaderSettings) -> MultiCropLoader:
+        return build_training_loader(
+            _with_reader(config, each), dataset, replace(ALONE, local_rank=masks.device.index or 0)
+        )
+
+    chosen, rates = tune(loader, settings, step=step)
+    listed = ", ".join(
+        f"{each.crop_device}/{each.num_threads}/{each.hw_decoder_load:g}: {rate:,.0f}" for each, rate in rates.items()
     )
-    return arguments(chosen)
+    log.info(
+        f"data: crops on the {chosen.crop_device}, {chosen.num_threads} DALI threads, {chosen.hw_decoder_load:.0%} of the JPEGs "
+        f"on the JPEG engine, chosen by images/s with the encoder at work (crop device/threads/engine): {listed}"
+    )
+    return settings.index(chosen)
 
 
 def build_evaluation_loaders(config: Config, shuffle: bool = False) -> tuple[MultiCropLoader, MultiCropLoader]:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from model.losses import random_directions
 from pipeline.shards.index import ShardIndex
 from train.build import amp_enabled, build_masks, build_model, crop_sizes
 from train.config.schema import Config
+from train.step import noise_inputs
 
 IMAGES = 2  # enough for batch statistics
 USABLE = 0.9  # of the memory: the rest goes to buffers, the crops and fragmentation
@@ -62,17 +62,12 @@ def measure_step(config: Config, amp: bool) -> StepMemory:
 def kept_bytes(config: Config, amp: bool) -> int:
     """What autograd keeps of the forward pass of `IMAGES` images, weights left out."""
     device = torch.device("cpu")
-    sizes = crop_sizes(config)
     model = build_model(config, device)
     plan = build_masks(config, model, device)(IMAGES)
-    boxes = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(IMAGES, len(sizes), 4)
-    flips = torch.zeros(IMAGES, len(sizes), dtype=torch.bool)
-    directions = random_directions(
-        config.model.projector_dim, config.loss.sigreg_slices, torch.default_generator, device
-    )
+    crops, boxes, flips, directions = noise_inputs(config, IMAGES, device)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     with storages_kept() as kept, torch.autocast("cpu", torch.bfloat16, enabled=amp):
-        losses = model([torch.rand(IMAGES, 3, size, size) for size in sizes], boxes, flips, plan, directions)
+        losses = model(crops, boxes, flips, plan, directions)
         total = sum(size for place, size in kept.items() if place not in weights)
     del losses
     return total

@@ -102,20 +102,28 @@ class Updater:
         return losses
 
 
-def trial_step(config: Config, device: torch.device) -> tuple[HJEPA, Callable[[], None]]:
-    """The model of `config`, and a call that computes loss and gradients of one batch of noise and waits for the device."""
-    count, sizes = config.data.batch_size, crop_sizes(config)
-    model = build_model(config, device)
-    masks = build_masks(config, model, device)
-    images = [torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device) for size in sizes]
+def noise_inputs(
+    config: Config, count: int, device: torch.device
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `HJEPA.forward` takes for `count` images besides masks: crops of noise, boxes, flips and directions."""
+    sizes = crop_sizes(config)
+    crops = [torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device) for size in sizes]
     boxes = torch.tensor([0.0, 0.0, 1.0, 1.0], device=device).expand(count, len(sizes), 4)
     flips = torch.zeros(count, len(sizes), dtype=torch.bool, device=device)
     generator = torch.Generator(device).manual_seed(0)
-    directions = random_directions(config.model.projector_dim, config.loss.sigreg_slices, generator, device)
+    shape = (config.model.projector_dim, config.loss.sigreg_slices)
+    return crops, boxes, flips, random_directions(*shape, generator, device)
+
+
+def trial_step(config: Config, device: torch.device) -> tuple[HJEPA, Callable[[], None]]:
+    """The model of `config`, and a call that computes loss and gradients of one batch of noise and waits for the device."""
+    count, model = config.data.batch_size, build_model(config, device)
+    masks = build_masks(config, model, device)
+    crops, boxes, flips, directions = noise_inputs(config, count, device)
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=amp_enabled(config, device)):
-            loss = model(images, boxes, flips, masks(count), directions)["loss"]
+            loss = model(crops, boxes, flips, masks(count), directions)["loss"]
         loss.backward()
         if device.type == "cuda":
             torch.cuda.synchronize()

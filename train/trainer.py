@@ -58,11 +58,12 @@ class Trainer:
     def __init__(self, config: Config, ranks: Ranks = ALONE) -> None:
         self.config, self.ranks, self.device = config, ranks, ranks.device(resolve_device(config.device))
         self.dataset = build_dataset(config)
-        self.loader = build_training_loader(config, self.dataset, ranks, **tuned_reader(config, self.dataset, ranks))
-        self.schedule = build_schedule(config, len(self.loader))
-        self.steps_per_epoch = len(self.loader) // config.training.accumulation_steps
         self.model = build_model(config, self.device)
         self.masks = build_masks(config, self.model, self.device)
+        self._tuned = tuned_reader(config, self.dataset, self.model, self.masks, ranks)
+        self.loader = build_training_loader(self._tuned, self.dataset, ranks)
+        self.schedule = build_schedule(config, len(self.loader))
+        self.steps_per_epoch = len(self.loader) // config.training.accumulation_steps
         if config.training.compile:
             self.model.compile(dynamic=False)  # in place: the parameters keep their names
         self.optimizer = build_optimizer(self.model, config.training.weight_decay, config.training.betas)
@@ -90,7 +91,7 @@ class Trainer:
         config, logging_ = self.config, self.config.logging
         self._console = console
         if self.ranks.is_first:
-            self._probe = OnlineEvaluation(config, self.folder, self.model)
+            self._probe = OnlineEvaluation(self._tuned, self.folder, self.model)
             open_run_folder(config, self.dataset.index.digest)
             log.info(describe_epoch(config, self.loader))
             self._probe.measure_baselines()
@@ -262,7 +263,7 @@ class Trainer:
     def _draw(self, probe: OnlineEvaluation, metrics: MetricsLog | None) -> list[Path]:
         """Draw the pictures of the run as it is now, and put them into its log."""
         neighbours = probe.neighbours(QUERIES, NEIGHBOURS)
-        paths = draw_run(self.folder, self.config, self.dataset, self.model, self.masks, neighbours)
+        paths = draw_run(self.folder, self._tuned, self.dataset, self.model, self.masks, neighbours)
         if metrics is not None:
             for path in paths:
                 metrics.picture(self.state.step, path.stem, read_picture(path))

@@ -1,4 +1,4 @@
-"""Whether the tars are those that an index was made for: told from their length and the headers of two samples in each."""
+"""Check that tars match their index, by their length and the headers of two samples in each."""
 
 import os
 import tarfile
@@ -22,7 +22,7 @@ def check_shards(places: Sequence[str], samples: np.ndarray, counts: np.ndarray,
     """Raise ValueError for the first tar that is not as the index says, with the number of others.
 
     At most a `stat` and two reads of 512 bytes for each, on S3 three range requests. `places`: the tars. `samples`, `counts`:
-    as in `ShardIndex`. `index`: the name of the index. `rebuild`: how to make it anew.
+    as in `ShardIndex`. `index`: the name of the index. `rebuild`: how to make it again.
     """
     used = np.flatnonzero(counts)
     ends = np.cumsum(counts)[used]
@@ -60,7 +60,7 @@ def _headers(pair: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _last_byte(pair: np.ndarray) -> tuple[int, int]:
-    """The piece of the last sample's last block, whose reading shows that the object goes so far."""
+    """The used part of the last sample's last block: it can only be read if the object is long enough."""
     last = int(pair["offset"][1] + pair["size"][1]) - 1
     return last // BLOCK * BLOCK, last % BLOCK + 1
 
@@ -73,7 +73,7 @@ def _local_fault(place: str, pair: np.ndarray) -> str | None:
             head = os.pread(descriptor, BLOCK, 0)
             blocks = [os.pread(descriptor, count, offset) for offset, count in _headers(pair)]
     except FileNotFoundError:
-        return f"{place}: listed in the index but missing. Copy it again, or write the index anew"
+        return f"{place}: listed in the index but missing. Copy it again, or rebuild the index"
     except OSError as error:
         return f"{place}: cannot be read ({error.strerror}). Check its permissions"
     if fault := _header_fault(place, pair, blocks, head):

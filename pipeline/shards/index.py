@@ -88,7 +88,7 @@ class ShardIndex:
         return read_range(self.shard_place(sample["shard"]), int(sample["offset"]), int(sample["size"]))
 
     def describe(self, row: int) -> str:
-        """One sample in words, for error lines: shard, member name and offset."""
+        """One sample for error messages: shard, member name and offset."""
         sample = self.samples[row]
         return f"{self.shard_place(sample['shard'])}: {self.key(row)} at byte {sample['offset']}"
 
@@ -100,7 +100,7 @@ def split_folder(dataset_name: str, data_path: Path | str, split: str) -> Path |
 def split_folder(dataset_name: str, data_path: Path | str, split: str) -> Path | str:
     """The folder with the shards of `split`: `data_path/split`, or `data_path` itself when it holds tars.
 
-    Of an `s3://` prefix the same, told by where the index lies. Raises FileNotFoundError that names the command which makes
+    The same holds for an `s3://` prefix, where the index decides. Raises FileNotFoundError that names the command which makes
     the shards of `dataset_name`, or the settings of S3.
     """
     if is_s3(data_path):
@@ -146,7 +146,7 @@ def open_index(folder: Path | str) -> ShardIndex:
     Raises FileNotFoundError when there are no shards, ValueError for an index that is damaged or does not fit its tars, and
     for a tar that is missing, unreadable, truncated, zero-filled or foreign.
     """
-    place, rebuild = join(folder, INDEX_NAME), f"Write it anew: `python tools/make_shards.py index {folder}`"
+    place, rebuild = join(folder, INDEX_NAME), f"Rebuild it: `python tools/make_shards.py index {folder}`"
     if isinstance(folder, str) and is_s3(folder):
         folder = folder.rstrip("/")
         index = ShardIndex(folder, *load_index(download(place), place, "Upload it again"))
@@ -162,7 +162,7 @@ def open_index(folder: Path | str) -> ShardIndex:
         index = ShardIndex(folder, *load_index(folder / INDEX_NAME, place, rebuild))
         unknown = sorted(set(names) - set(index.shards))
         if unknown:
-            # Passing over them would train on a part of the data without a word.
+            # Ignoring them would silently train on a part of the data.
             raise ValueError(
                 f"{place}: lists {len(index.shards)} tars, and {folder} holds {len(unknown)} more ({unknown[0]}, ...). "
                 f"Move them away, or include them. {rebuild}"

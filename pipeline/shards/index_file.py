@@ -57,7 +57,7 @@ def save_index(folder: Path, shards: list[str], samples: np.ndarray) -> None:
 def load_index(source: Path | bytes, place: str, rebuild: str) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
     """The shards' names, their samples `[N]` and the number of each shard's samples, `[num_shards] int64`.
 
-    `source`: the file, or its content. `place` and `rebuild`, the command that makes it anew, are for the ValueError that a
+    `source`: the file, or its content. `place` and `rebuild`, the command that makes it again, are for the ValueError that a
     file raises which is damaged or no index.
     """
     try:
@@ -85,7 +85,7 @@ def _read(file: BinaryIO, source: Path | bytes) -> tuple[tuple[str, ...], np.nda
     if shards.dtype.kind != "U" or shards.ndim != 1 or samples.dtype != SAMPLE_DTYPE or samples.ndim != 1:
         raise ValueError(
             f"shards is {shards.dtype} {shards.shape}, samples is {samples.dtype} {samples.shape}; "
-            f"wanted are names and one row per sample of {SAMPLE_DTYPE.names}"
+            f"expected are names and one row per sample of {SAMPLE_DTYPE.names}"
         )
     if counts is None:
         counts = np.bincount(samples["shard"], minlength=len(shards))

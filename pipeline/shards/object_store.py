@@ -1,7 +1,7 @@
 """Objects on `s3://`, read by DALI's own S3 client, so that no other one is needed.
 
 The client takes its settings from the environment when a process first uses it (`AWS_ENDPOINT_URL` for anything but Amazon's own,
-credentials and region as for any AWS tool) and keeps them. Every read is a range request: right, not fast. Where the disk is
+credentials and region as for any AWS tool) and keeps them. Every read is a range request: correct, but slow. Where the disk is
 large enough, shards copied to it beforehand feed a GPU better.
 """
 

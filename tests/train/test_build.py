@@ -2,6 +2,7 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.tuning import ReaderSettings
 from train import build
@@ -18,10 +19,31 @@ def test_reader_settings_are_measured_and_the_choice_is_logged(
         ROOT / "configs" / "quickstart.yaml", [f"data.data_path={data_path}", "data.dataset=custom", "device=cpu"]
     )
     caplog.set_level(logging.INFO)
-    dataset = build.build_dataset(config)
-    assert build.tuned_reader(config, dataset) == {}
-    arguments = build._fastest_reader(config, dataset, [ReaderSettings(1, 0.5), ReaderSettings(2, 0.5)])
-    assert arguments["num_workers"] in (1, 2)
-    assert caplog.messages[0].startswith(f"data: {arguments['num_workers']} DALI threads")
-    loader = build.build_loader(config, dataset, 8, normalized=False, **arguments)
-    assert loader.reader.num_threads == arguments["num_workers"]
+    dataset, device = build.build_dataset(config), torch.device("cpu")
+    model = build.build_model(config, device)
+    masks = build.build_masks(config, model, device)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert build.tuned_reader(config, dataset, model, masks) == config
+    settings = [ReaderSettings(threads, 0.5, "cpu") for threads in (1, 2)]
+    number = build._fastest_reader(config, dataset, settings, model, masks)
+    (chosen,) = [text for text in caplog.messages if "DALI threads" in text]
+    assert f"crops on the cpu, {settings[number].num_threads} DALI threads" in chosen
+    tuned = build._with_reader(config, settings[number])
+    loader = build.build_loader(tuned, dataset, 8, normalized=False)
+    assert loader.reader.num_threads == settings[number].num_threads
+    assert loader.reader.crop_device == "cpu"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_encoder_load_is_a_pass_through_student_and_target_without_the_other_parts(data_path: Path) -> None:
+    config = load_config(
+        ROOT / "configs" / "quickstart.yaml", [f"data.data_path={data_path}", "data.dataset=custom", "device=cpu"]
+    )
+    model = build.build_model(config, torch.device("cpu"))
+    masks = build.build_masks(config, model, torch.device("cpu"))
+    batch = next(iter(build.build_training_loader(config, build.build_dataset(config))))
+    model.encoder_load(batch.crops, masks(len(batch.labels))).backward()
+    without = [name for name, value in model.encoder.named_parameters() if value.grad is None]
+    assert without == []
+    assert all(value.grad is None for value in model.predictor.parameters())

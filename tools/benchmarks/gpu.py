@@ -22,6 +22,7 @@ from pipeline.dataset import resolve_device
 from tools.benchmarks.gpu_parts.part import PARTS, Case, Line, Measurement, attempt
 from tools.benchmarks.photographs import benchmark_shards
 from tools.benchmarks.tables import table
+from tools.checks.gpu import driver_version
 from tools.shards.convert import die_with_parent
 
 # In the order of the table; what is needed first comes first.
@@ -83,7 +84,7 @@ def describe(device: str) -> dict[str, Any]:
     place = f"{cores} CPU cores, a rehearsal"
     if device == "gpu":
         gpu = torch.cuda.get_device_properties(0)
-        place = f"{gpu.name} {gpu.total_memory / 2**30:.0f} GiB, {cores} CPU cores"
+        place = f"{gpu.name} {gpu.total_memory / 2**30:.0f} GiB, driver {driver_version()}, {cores} CPU cores"
     versions = f"torch {torch.__version__}, DALI {nvidia.dali.__version__}"
     return {"where": f"{place}, {versions}, {time.strftime('%Y-%m-%d')}", "device": device}
 

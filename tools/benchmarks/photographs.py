@@ -55,7 +55,7 @@ def photographs(count: int, kind: str = "JPEG") -> Iterator[bytes]:
     sources = [source for source in _colour_photographs() if _enlargement(source) <= MOST_ENLARGED]
     for number in range(count):
         encoded = io.BytesIO()
-        _cut(sources[number % len(sources)], rng).save(encoded, kind, quality=QUALITY)
+        _cut(sources[number % len(sources)], rng).save(encoded, kind, quality=QUALITY, icc_profile=None)
         yield encoded.getvalue()
 
 

@@ -1,12 +1,12 @@
-"""What to try when a run waited for its data or learnt little: lines for the end of the run and for its report."""
+"""Suggestions for a run that waited for its data or learned little, for the end of the run and for its report."""
 
 from typing import Any
 
 from train.config.schema import Config
 
 MOST_WAIT_PERCENT = 10.0
-LEAST_STEPS = 50  # of fewer, most are the start
-LEAST_IMAGES = 100  # of fewer, a k-NN is chance: one image is more than a point
+LEAST_STEPS = 50  # of fewer, most of the time is start-up
+LEAST_IMAGES = 100  # with fewer, one image is more than a point
 
 
 def limiting_key(config: Config, steps: int) -> str:
@@ -18,14 +18,14 @@ def limiting_key(config: Config, steps: int) -> str:
 
 
 def advice(config: Config, summary: dict[str, Any]) -> list[str]:
-    """`summary` is what summary.json holds. One line for each thing that does not look right."""
+    """`summary` is the content of summary.json. One line for each problem."""
     lines = []
     wait, knn = summary["data_wait_percent"], summary["knn"]
     if wait > MOST_WAIT_PERCENT and summary["steps"] >= LEAST_STEPS:
         lines.append(
             f"too slow: the model waited for data {wait:.0f} % of the time. Fewer data.multicrop.num_local_crops (now "
             f"{config.data.multicrop.num_local_crops}), more data.num_workers (now {config.data.num_workers}) and cores, "
-            "images stored smaller (make_shards.py convert --resize 512), or shards on a local disk"
+            "smaller stored images (make_shards.py convert --resize 512), or shards on a local disk"
         )
     if summary.get("one_label"):
         lines.append(
@@ -35,13 +35,13 @@ def advice(config: Config, summary: dict[str, Any]) -> list[str]:
     images = summary["validation_images"]
     if knn is not None and images < LEAST_IMAGES:
         lines.append(
-            f"accuracies are of {images} validation images alone, one of which makes {100 / images:.1f} points: too few to tell. "
-            "Set more aside (make_shards.py convert --val-ratio), or judge by neighbours.png and features.png"
+            f"accuracies are measured on only {images} validation images, {100 / images:.1f} points each: too few to judge by. "
+            "Set more aside (make_shards.py convert --val-ratio), or look at neighbours.png and features.png"
         )
     elif knn is not None and knn["trained"] <= knn["random_init"]:
         longer = limiting_key(config, summary["steps"])
         lines.append(
-            f"poor results: k-NN is no better than at the random initialisation ({knn['random_init']:.1f} %). Train longer "
+            f"poor results: k-NN is no better than with the random initialisation ({knn['random_init']:.1f} %). Train longer "
             f"({longer}), try another masking.strategy, a training.lr two or four times higher or lower, or weaker "
             "augmentation (data.multicrop.*_color_jitter, data.augmentation)"
         )

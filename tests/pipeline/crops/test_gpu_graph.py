@@ -30,7 +30,7 @@ def defined(recipes: tuple[ViewRecipe, ...], crop_device: str) -> Pipeline:
 
 def operators(graph: Pipeline, name: str) -> list[str]:
     """The devices of the operators of this name."""
-    return [operator.device for operator in graph._ops if type(operator).__name__.endswith(name)]
+    return [node._op.device for node in graph._ops if type(node._op).__name__ == name]
 
 
 @pytest.mark.parametrize("crop_device", CROPPED_ON)

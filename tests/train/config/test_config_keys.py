@@ -42,7 +42,6 @@ def test_the_augmentation_of_the_config_is_that_of_the_pipeline() -> None:
 def test_every_key_is_read_somewhere() -> None:
     # The first three reach the code through Data.crop_counts; pin_memory is documented to have no effect.
     through = {"num_global_crops", "num_local_crops", "use_multicrop", "pin_memory"}
-    through |= {"crop_device"}  # until the pipeline takes it
     read = attributes_read()
     assert "crop_counts" in read
     assert [key for key, name in keys(Config) if name not in read | through] == []

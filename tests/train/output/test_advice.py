@@ -1,4 +1,4 @@
-"""What a run says when it waited for its data or learnt nothing."""
+"""What a run suggests when it waited for its data or learned nothing."""
 
 from pathlib import Path
 
@@ -16,10 +16,10 @@ ROOT = Path(__file__).parents[3]
         (9.9, 1000, 50.0, 500, []),
         (10.1, 1000, 50.0, 500, ["too slow: the model waited for data 10 %"]),
         (80.0, 20, 50.0, 500, []),
-        (1.0, 1000, 40.0, 500, ["poor results: k-NN is no better than at the random initialisation (40.0 %)"]),
+        (1.0, 1000, 40.0, 500, ["poor results: k-NN is no better than with the random initialisation (40.0 %)"]),
         (50.0, 1000, 10.0, 500, ["too slow", "poor results"]),
         (50.0, 1000, None, 500, ["too slow"]),
-        (1.0, 1000, 10.0, 13, ["accuracies are of 13 validation images alone, one of which makes 7.7 points"]),
+        (1.0, 1000, 10.0, 13, ["accuracies are measured on only 13 validation images, 7.7 points each"]),
         (1.0, 1000, None, 13, []),
     ],
 )

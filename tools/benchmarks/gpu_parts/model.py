@@ -107,6 +107,8 @@ class Trained:
 
 def train(case: Case, name: str, encoder: str, way: str, seconds: float) -> Iterator[Line]:
     config = settings(case, encoder)
+    if not case.rehearsal:
+        torch.cuda.reset_peak_memory_stats()
     trained = Trained(config, case.torch_device)
     loader = build_training_loader(config, build_dataset(config), **way_options(case, way))
     stream = endless(loader)
