@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,12 +69,20 @@ class MultiCropLoader:
         if epoch != self._epoch:
             self._epoch, self._position = epoch, 0
 
-    def state_dict(self) -> dict[str, int]:
-        """Where the next batch begins: `epoch` and the `position` inside it, over all ranks."""
-        return {"epoch": self._epoch, "position": self._position}
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch begins: `epoch` and the `position` inside it, over all ranks; `data`: the index's digest."""
+        return {"epoch": self._epoch, "position": self._position, "data": self.index.digest}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from `state_dict()` of a loader of any batch size and world size."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()` of a loader of any batch size and world size, over the same shards in any folder.
+
+        Raises ValueError for a state of other shards. A state without `data` is taken for one of these.
+        """
+        if state.get("data", self.index.digest) != self.index.digest:
+            raise ValueError(
+                f"{self.index.folder}: holds other samples than those that the state was saved with: the state belongs to "
+                "another data set, or the shards were converted again. Continue with the old ones, or start over"
+            )
         if not 0 <= state["position"] <= len(self.index):
             raise ValueError(
                 f"{self.index.folder}: position {state['position']} lies outside its {len(self.index)} samples: "

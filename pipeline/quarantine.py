@@ -9,13 +9,23 @@ from pipeline.plan import STAND_IN_STREAM, random_words
 from pipeline.shards.index import ShardIndex
 
 LISTED = 10  # bad samples that an error line names
+FEW_BAD = 5
+
+
+def allowed_bad(total: int, share: float) -> int:
+    """How many of `total` samples may be bad: the share or, in a small set, five and a tenth; none where the share is 0.
+
+    One of fifty is above a hundredth, and no reason to stop.
+    """
+    return max(int(share * total), min(FEW_BAD, total // 10)) if share > 0 else 0
 
 
 class Quarantine:
     """The bad rows of one index, with the reason for each.
 
-    `path`: a file of JSON lines `{shard, key, offset, reason}` that is read at the start and appended to, one line per sample;
-    None keeps them in memory alone. `max_share`: more than this share of all samples is an error.
+    `path`: a file of JSON lines `{shard, key, offset, reason, data}`, with the index's digest as `data`, that is read at the
+    start and appended to, one line per sample; None keeps them in memory alone. More bad samples than `allowed_bad` are an
+    error.
     """
 
     def __init__(self, index: ShardIndex, path: Path | None = None, max_share: float = 0.01) -> None:
@@ -36,8 +46,10 @@ class Quarantine:
         for line in self.path.read_text().splitlines():
             try:
                 entry = json.loads(line)
+                if entry.get("data", self.index.digest) != self.index.digest:
+                    continue  # of another data set, whose tars may have the same names
                 places[numbers[entry["shard"]], int(entry["offset"])] = str(entry["reason"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 continue  # cut off in the middle by a crash, or of another data set
         samples = self.index.samples
         for row in np.flatnonzero(np.isin(samples["offset"], [offset for _, offset in places])).tolist():
@@ -55,7 +67,7 @@ class Quarantine:
         if self.path is not None and new:
             with self.path.open("a") as file:
                 file.write("".join(json.dumps(self._entry(row)) + "\n" for row in new))
-        allowed = int(self.max_share * len(self.index))
+        allowed = allowed_bad(len(self.index), self.max_share)
         if len(self) > allowed:
             listed = [f"{self.index.describe(row)} ({reason})" for row, reason in list(self.reasons.items())[-LISTED:]]
             where = f"all are listed in {self.path}" if self.path else f"the last {len(listed)} follow"
@@ -72,6 +84,7 @@ class Quarantine:
             "key": self.index.key(row),
             "offset": int(sample["offset"]),
             "reason": self.reasons[row],
+            "data": self.index.digest,
         }
 
     def replace(self, rows: np.ndarray, seed: int, epoch: int, start: int) -> np.ndarray:

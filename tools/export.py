@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.shards.manifest import read_object
 from train.command import run_command
 from train.config.schema import Config
 from train.output.display import LOADING, summary_rows
@@ -18,6 +19,7 @@ from train.output.display import LOADING, summary_rows
 if TYPE_CHECKING:
     from model.encoder import MultiCropEncoder
 
+WRITE_AGAIN = "Run the command again that wrote it"
 WEIGHTS, SETTINGS, CARD = "model.safetensors", "config.json", "README.md"
 
 
@@ -85,10 +87,10 @@ def model_card(config: Config, checkpoint: Path, licence: str, summary: Path, fi
         "",
     ]
     if summary.exists():
-        rows = [f"| {name} | {value} |" for name, value in summary_rows(json.loads(summary.read_text()))]
+        rows = [f"| {name} | {value} |" for name, value in summary_rows(read_object(summary, WRITE_AGAIN))]
         lines += ["## Training", "", "| | |", "|---|---|", *rows, ""]
     if figures is not None:
-        lines += ["## Evaluation", "", table(json.loads(figures.read_text())), ""]
+        lines += ["## Evaluation", "", table(read_object(figures, WRITE_AGAIN)), ""]
     lines += ["## Settings", "", "```yaml", config.to_yaml().rstrip(), "```", "", "## Licence", "", licence, ""]
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.notices import notify_after
 from tools.shards.archives import check_official
 from tools.shards.catalogue import LooseFiles, Source, hold_out
+from tools.shards.classes import with_classes_beside
 from tools.shards.convert import (
     ConvertOptions,
     ConvertResult,
@@ -106,7 +107,8 @@ def run_convert(parsed: argparse.Namespace) -> None:
         parts = {parsed.split: source}
         if parsed.val_ratio:
             parts["train"], parts["val"] = hold_out(source, parsed.val_ratio, parsed.seed)
-    print("\n".join(describe_source(source)), flush=True)
+        parts = {split: with_classes_beside(part, parsed.out, split) for split, part in parts.items()}
+    print("\n".join(describe_source(parts[parsed.split])), flush=True)
     if parsed.dry_run:
         for split, part in parts.items():
             print("\n".join(describe_conversion(assign_images(part, parsed.out / split, split, options), options)))

@@ -27,6 +27,7 @@ from pipeline.tuning import ReaderSettings, candidates, tune
 from train.config.schema import Config
 from train.distributed import Ranks
 from train.evaluation.features import spread_rows
+from train.evaluation.labels import check_classes
 from train.optim import Schedule
 
 log = logging.getLogger(__name__)
@@ -166,15 +167,18 @@ def _fastest_reader(
 def build_evaluation_loaders(config: Config, shuffle: bool = False) -> tuple[MultiCropLoader, MultiCropLoader]:
     """Centre crops of the training split, in stored order unless `shuffle`, and of the validation split.
 
-    Of each at most `evaluation.max_samples` images. FileNotFoundError when a split is missing.
+    Of each at most `evaluation.max_samples` images. FileNotFoundError when a split is missing, ValueError when their labels
+    mean different classes.
     """
     loaders = []
     folders = [split_folder(config.data.dataset, config.data.data_path, split) for split in ("train", "val")]
     if folders[0] == folders[1]:
         raise FileNotFoundError(f"{folders[0]}: one split alone; evaluation needs train/ and val/ in it")
-    for folder in folders:
+    indices = [spread_rows(open_index(folder), config.evaluation.max_samples) for folder in folders]
+    check_classes(*indices)
+    for folder, index in zip(folders, indices, strict=True):
         dataset = centre_crop_dataset(
-            spread_rows(open_index(folder), config.evaluation.max_samples),
+            index,
             config.data.multicrop.global_crop_size,
             config.evaluation.crop_ratio,
             config.data.augmentation.mean,

@@ -95,6 +95,14 @@ def _score(path: Path) -> float | None:
         return None  # damaged: it may be deleted
 
 
+def data_of(path: Path) -> str | None:
+    """The digest of the shards that a checkpoint was trained on; None in old checkpoints and damaged ones."""
+    try:
+        return json.loads((path / STATE).read_text())["loader"]["data"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}"
 

@@ -8,6 +8,7 @@ from train.build import amp_enabled, build_dataset, build_masks, build_model, bu
 from train.checkpoint import list_checkpoints
 from train.config.schema import Config
 from train.distributed import ranks_from_environment, use_device
+from train.evaluation.online import OnlineEvaluation
 from train.memory import device_memory, measure_step, pipeline_bytes
 from train.output.folder import check_run_folder, run_folder
 
@@ -47,8 +48,9 @@ def dry_run(config: Config) -> None:
         f"memory: about {step / GIB:.2f} GiB for a step (weights, optimiser and activations) and {crops / GIB:.2f} GiB for "
         f"DALI's images and crops, of {have / GIB:.1f} GiB of {device}{'' if step + crops < have else ': IT WILL NOT FIT'}"
     )
-    check_run_folder(config)
     folder, resume = run_folder(config), config.checkpoint.resume
+    OnlineEvaluation(config, folder, model)  # reports what is wrong with the validation split and the labels
+    check_run_folder(config, dataset.index.digest)
     found = list_checkpoints(folder / "checkpoints") if resume == "auto" else []
     start = f"would continue from {found[-1].name}" if found else "would start at step 0"
     log.info(f"folder: {folder}; {start if resume in ('auto', 'none') else f'would continue from {resume}'}")

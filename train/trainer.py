@@ -33,7 +33,7 @@ from train.distributed import Ranks, Watchdog, replicated
 from train.evaluation.online import OnlineEvaluation
 from train.monitor import CollapseAlarm, Heartbeat, RunningMeans, RunState, Speed, StepGuard, memory_metrics
 from train.optim import build_optimizer
-from train.output.advice import advice
+from train.output.advice import advice, limiting_key
 from train.output.display import Display, summary_table
 from train.output.folder import StopSignal, open_run_folder, run_folder
 from train.output.log import MetricsLog, open_wandb
@@ -91,9 +91,9 @@ class Trainer:
         config, logging_ = self.config, self.config.logging
         self._console = console
         if self.ranks.is_first:
-            open_run_folder(config)
-            log.info(describe_epoch(config, self.loader))
             self._probe = OnlineEvaluation(self._tuned, self.folder, self.model)
+            open_run_folder(config, self.dataset.index.digest)
+            log.info(describe_epoch(config, self.loader))
             self._probe.measure_baselines()
             if logging_.wandb.enabled:
                 self._wandb = open_wandb(logging_.wandb.project, self.folder, config.resolved)
@@ -107,9 +107,8 @@ class Trainer:
         if checkpoint is not None:
             self.restore(checkpoint)
             if self.complete:
-                log.info(
-                    "this run is complete: raise training.epochs to continue, or checkpoint.resume=none starts over"
-                )
+                limit = limiting_key(config, self.schedule.total_steps)
+                log.info(f"this run is complete: to continue, raise {limit}; checkpoint.resume=none starts over")
 
     def restore(self, path: Path) -> None:
         """Raises ValueError when the checkpoint is damaged or of another architecture."""

@@ -1,8 +1,10 @@
 """The shard index: where every sample lies, how large it is and what it is labelled."""
 
+import hashlib
 import os
 import tarfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import overload
 
@@ -27,6 +29,9 @@ __all__ = [
 ]
 
 
+EXACT_ROWS, SPREAD_ROWS = 1 << 21, 1 << 14  # of a digest: a larger index is mapped, and reading it all takes minutes
+
+
 @dataclass(frozen=True)
 class ShardIndex:
     """All samples of one split, in stored order.
@@ -42,6 +47,19 @@ class ShardIndex:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hex digits that tell this data set from others, wherever its folder lies.
+
+        Of the tars' names and sizes in samples, and of every sample's place, size and label. Of more than two million samples
+        only 16,384, evenly spread, are looked at.
+        """
+        digest = hashlib.sha256("\0".join(self.shards).encode("utf-8", "surrogatepass"))
+        digest.update(self.counts.astype("<i8").tobytes())
+        step = 1 if len(self) <= EXACT_ROWS else len(self) // SPREAD_ROWS
+        digest.update(np.ascontiguousarray(self.samples[::step]).tobytes())
+        return digest.hexdigest()[:16]
 
     def shard_place(self, shard: int) -> str:
         """The path or URL of one tar, as DALI reads it."""

@@ -152,6 +152,28 @@ def test_a_defective_shard_is_one_clear_error_at_start(data_path: Path, tmp_path
     assert "\n" not in str(caught.value)
 
 
+def test_a_state_belongs_to_its_samples_wherever_their_folder_lies(
+    dataset: MultiCropDataset, data_path: Path, tmp_path: Path
+) -> None:
+    state = {**loader_of(dataset, 8).state_dict(), "epoch": 3, "position": 16}
+    moved = damaged_copy(data_path, tmp_path)
+    index = open_index(moved)
+    other = build_multicrop_dataset("custom", tmp_path, global_crop_size=32, local_crop_size=16)
+    loader_of(other, 8).load_state_dict(state)
+    save_index(moved, list(index.shards), index.samples)
+    assert open_index(moved).digest == dataset.index.digest  # scanned or read from a file
+    samples = index.samples.copy()
+    samples["label"][7] += 1
+    save_index(moved, list(index.shards), samples)
+    changed = loader_of(build_multicrop_dataset("custom", tmp_path, global_crop_size=32, local_crop_size=16), 8)
+    with pytest.raises(ValueError, match="belongs to another data set") as caught:
+        changed.load_state_dict(state)
+    assert str(moved) in str(caught.value)
+    del state["data"]  # saved before states had it
+    changed.load_state_dict(state)
+    assert changed.state_dict() == {"epoch": 3, "position": 16, "data": open_index(moved).digest}
+
+
 def test_missing_shards_name_the_command_that_makes_them(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"make_shards.py convert SOURCE --out .* --split train"):
         build_multicrop_dataset("imagenet", tmp_path)

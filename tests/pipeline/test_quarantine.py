@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from pipeline import build_multicrop_dataloader, build_multicrop_dataset
 from pipeline.crops.decode import decode_error, find_faults
 from pipeline.crops.device import DeviceError, device_fault
 from pipeline.loader import MultiCropLoader
-from pipeline.quarantine import Quarantine
+from pipeline.quarantine import Quarantine, allowed_bad
 from pipeline.shards.index import SAMPLE_DTYPE, ShardIndex, open_index, save_index
 from tests.conftest import photographs
 from tests.train.test_run import ROOT, command
@@ -185,7 +186,7 @@ def test_two_ranks_name_a_sample_once(damaged: tuple[Path, list[int]], tmp_path:
 
 def test_more_than_the_allowed_share_stops_with_the_list(damaged: tuple[Path, list[int]], tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
-    with pytest.raises(ValueError, match=r"more than the 3 that data.max_bad_share 0.01 allows") as caught:
+    with pytest.raises(ValueError, match=r"more than the 5 that data.max_bad_share 0.01 allows") as caught:
         list(loader_of(damaged[0], path, max_bad_share=0.01))
     assert "000000.tar: 0" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -235,6 +236,32 @@ def test_training_on_all_this_damage_completes_with_the_exact_list(
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["bad_samples"] == len(bad) + 40
     assert f"{len(bad) + 40} bad samples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("total", "share", "allowed"),
+    [(9, 0.01, 0), (24, 0.01, 2), (60, 0.01, 5), (1000, 0.01, 10), (24, 0.5, 12), (24, 0.0, 0)],
+)
+def test_a_small_set_may_have_a_few_bad_samples(total: int, share: float, allowed: int) -> None:
+    assert allowed_bad(total, share) == allowed
+
+
+def test_training_goes_on_with_the_few_bad_samples_that_a_conversion_lets_pass(index: ShardIndex) -> None:
+    quarantine = Quarantine(index)
+    quarantine.add(dict.fromkeys(range(5), "empty file"))  # of 103; a hundredth is one
+    with pytest.raises(ValueError, match="6 samples cannot be decoded, more than the 5"):
+        quarantine.add({5: "empty file"})
+
+
+def test_lines_about_a_data_set_whose_tars_have_the_same_names_are_passed_over(
+    index: ShardIndex, tmp_path: Path
+) -> None:
+    path = tmp_path / "q.jsonl"
+    Quarantine(index, path).add({5: "empty file"})
+    assert Quarantine(index, path).reasons == {5: "empty file"}
+    samples = index.samples.copy()
+    samples["label"][0] += 1
+    assert Quarantine(replace(index, samples=samples), path).reasons == {}
 
 
 def test_lines_about_other_data_and_half_a_line_are_passed_over(index: ShardIndex, tmp_path: Path) -> None:

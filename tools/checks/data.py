@@ -1,18 +1,16 @@
 """Checks of the shards, and of the pipeline's images/s against the model's."""
 
 import hashlib
-import json
 import random
 import time
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from pipeline.shards.index import ShardIndex, open_index, split_folder
-from pipeline.shards.object_store import is_s3
+from pipeline.shards.manifest import MANIFEST_NAME, Manifest, check_class_count, read_manifest
 from tools.checks.check import Case, Finding, check, fail, ok, sees_gpu, skipped, warn
+from train.evaluation.labels import check_classes, one_label, unknown_labels
 
-MANIFEST = "manifest.json"
 SAMPLED_SHARDS, SAMPLED_IMAGES = 8, 32
 MOST_HASHED = 2 * 2**30
 RATE_S, NEED_S = 3.0, 1.0
@@ -48,26 +46,28 @@ def shard_index(case: Case) -> Finding:
     return ok(f"{index.folder}: {len(index):,} images in {len(index.shards)} shards")
 
 
-def manifest_beside(index: ShardIndex | None) -> dict[str, Any] | None:
-    if index is None or is_s3(index.folder) or not (Path(index.folder) / MANIFEST).exists():
-        return None
-    return json.loads((Path(index.folder) / MANIFEST).read_text())
+def manifest_beside(index: ShardIndex | None) -> Manifest | None:
+    return None if index is None else read_manifest(index.folder)
 
 
 @check("shards: manifest")
 def manifest(case: Case) -> Finding:
     index = index_of(case)
-    content = manifest_beside(index)
-    if index is None or content is None:
-        return skipped(NO_MANIFEST)
-    listed, found = {entry["name"] for entry in content["shards"]}, set(index.shards)
+    try:
+        content = manifest_beside(index)
+        if index is None or content is None:
+            return skipped(NO_MANIFEST)
+        check_class_count(index, content)
+    except ValueError as error:
+        return fail(str(error), "copy the manifest again, or convert again")
+    listed, found = set(content.checksums), set(index.shards)
     if listed != found:
         text = f"{len(listed)} shards are listed, {len(found)} are indexed; only one of them has {min(listed ^ found)}"
         return fail(text, "copy the whole folder again or, if the manifest is old: tools/make_shards.py index FOLDER")
-    if content["num_samples"] != len(index):
-        text = f"{content['num_samples']:,} images are listed, {len(index):,} are indexed"
+    if content.num_samples not in (None, len(index)):
+        text = f"{content.num_samples:,} images are listed, {len(index):,} are indexed"
         return fail(text, f"python tools/make_shards.py index {index.folder}")
-    return ok(f"{len(listed)} shards, {content['num_samples']:,} images, as indexed")
+    return ok(f"{len(listed)} shards, {len(index):,} images, as indexed")
 
 
 @check("shards: a sampled checksum")
@@ -75,9 +75,9 @@ def checksum(case: Case) -> Finding:
     """The smallest of a few shards, drawn anew each time so that several runs look at several."""
     index = index_of(case)
     content = manifest_beside(index)
-    if index is None or content is None:
+    if index is None or content is None or not content.checksums:
         return skipped(NO_MANIFEST)
-    sums = {Path(index.folder) / entry["name"]: entry["sha256"] for entry in content["shards"]}
+    sums = {Path(index.folder) / name: checksum for name, checksum in content.checksums.items()}
     there = sorted(path for path in sums if path.exists())
     drawn = random.sample(there, min(SAMPLED_SHARDS, len(there)))
     path = min(drawn, key=lambda path: path.stat().st_size)
@@ -85,7 +85,7 @@ def checksum(case: Case) -> Finding:
         return skipped(f"{path.name} is too large to read here; python tools/make_shards.py verify {index.folder}")
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != sums[path]:
-            return fail(f"{path}: sha256 differs from {MANIFEST}", COPY_AGAIN)
+            return fail(f"{path}: sha256 differs from {MANIFEST_NAME}", COPY_AGAIN)
     return ok(path.name)
 
 
@@ -103,6 +103,63 @@ def sampled_images(case: Case) -> Finding:
     if bad:
         return fail(f"{len(bad)} of {len(rows)}: {index.describe(bad[0][0])}: {bad[0][1]}", COPY_AGAIN)
     return ok(f"{len(rows)} decoded to their indexed sizes")
+
+
+@check("shards: classes")
+def classes(case: Case) -> Finding:
+    """Labels of train against those of val: one that means another class, or none, and one label for all images."""
+    index = index_of(case)
+    if index is None:
+        return skipped("no index")
+    if fault := one_label(index):
+        return warn(fault, "convert the folder whose folders are the classes; without classes, ignore all accuracies")
+    val = validation_index(case)
+    if val is None:
+        return skipped("no val split")
+    try:
+        check_classes(index, val)
+    except ValueError as error:
+        return fail(str(error), "remove the val shards and convert val again beside train, with the same --out")
+    if unknown := unknown_labels(index, val):
+        return warn(unknown, "leave those images out of val, or add some of their classes to train")
+    return ok("each label means the same class in train and val")
+
+
+def validation_index(case: Case) -> ShardIndex | None:
+    try:
+        folder = split_folder(_dataset(case), case.data, "val") if case.data else None
+    except (ValueError, OSError):
+        return None
+    index = index_of(case)
+    return None if folder is None or index is None or folder == index.folder else open_index(folder)
+
+
+@check("run: data")
+def run_data(case: Case) -> Finding:
+    """Whether what the run's folder holds was trained and measured on these shards."""
+    index = index_of(case)
+    if index is None or case.config is None:
+        return skipped("no CONFIG, or no readable shards")
+    from train.evaluation.baselines import FILE, measured_on, read_baselines
+    from train.evaluation.features import spread_rows
+    from train.output.folder import check_run_folder, run_folder
+
+    config = case.config
+    try:
+        check_run_folder(config, index.digest)
+    except ValueError as error:
+        return fail(str(error), "data.data_path=OLD_SHARDS, another logging.run_name, or checkpoint.resume=none")
+    path, val = run_folder(config) / FILE, validation_index(case)
+    if val is None or not path.exists():
+        return ok("no run, or none that was measured, is in its folder")
+    key = measured_on(*(spread_rows(each, config.evaluation.max_samples) for each in (index, val)), config.evaluation)
+    fix = "the same training command measures them again; until then, do not compare with summary.json and report.md"
+    try:
+        if read_baselines(path, key) is None:
+            return warn(f"{path}: baselines of other images or evaluation settings than these", fix)
+    except ValueError as error:
+        return warn(str(error), fix)
+    return ok(f"{path}: measured on these images")
 
 
 @check("pipeline rate")

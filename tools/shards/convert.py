@@ -15,13 +15,16 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.quarantine import allowed_bad
 from pipeline.shards.index import UNLABELLED
+from pipeline.shards.manifest import read_object
 from tools.shards.catalogue import Source
 from tools.shards.file_kinds import describe_left_out
 from tools.shards.images import ImagePolicy
 from tools.shards.progress import ShardProgress
 from tools.shards.report import finish_split
 from tools.shards.writer import (
+    IDENTITY_NAME,
     RECORD_FOLDER,
     Conversion,
     ShardRecord,
@@ -34,8 +37,6 @@ from tools.shards.writer import (
 
 SHARD_BYTES = 256 << 20
 SHARD_SAMPLES = 10_000
-IDENTITY_NAME = "plan.json"
-FEW_BAD = 5
 MAX_TRIED = 1_000
 TAR_OVERHEAD = 3_000  # bytes per image: headers, padding, `cls` and `json`
 IN_WORDS = {"source": "the images, or --val-ratio,", "prefix": "the name of the source"}
@@ -117,7 +118,7 @@ def _claim_folder(conversion: Conversion, options: ConvertOptions) -> None:
         if foreign := sorted(item.name for item in folder.glob("*.tar")):
             raise ValueError(f"{folder}: holds other shards ({foreign[0]}, ...): choose another --out")
         write_file(path, json.dumps(identity, indent=1).encode())
-    before = json.loads(path.read_text())
+    before = read_object(path, f"Remove {folder} and convert again")
     if before != identity:
         different = sorted(key for key in identity.keys() | before.keys() if identity.get(key) != before.get(key))
         changed = ", ".join(IN_WORDS.get(key, key) for key in different)
@@ -182,9 +183,7 @@ def _complete_shard(shard: int) -> bool:
 
 def _check_rejects(conversion: Conversion, rejects: int, options: ConvertOptions) -> None:
     total = len(conversion.source.catalogue)
-    # In a small set up to five images and a tenth may be bad: one of fifty is above a hundredth, and no reason to stop.
-    few = min(FEW_BAD, total / 10) if options.max_bad_fraction > 0 else 0
-    if rejects <= max(options.max_bad_fraction * total, few):
+    if rejects <= allowed_bad(total, options.max_bad_fraction):
         return
     example = _first_reject(conversion)
     raise ValueError(

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.shards.index import INDEX_NAME, save_index
+from pipeline.shards.manifest import MANIFEST_NAME
 from tools.shards.writer import RECORD_FOLDER, Conversion, ShardRecord, write_file
 
-MANIFEST_NAME = "manifest.json"
 STATS_NAME = "stats.json"
 INFO_NAME = "_info.json"
 REJECTED_NAME = "rejected.jsonl"

@@ -1,7 +1,6 @@
 """Check, index and describe existing shards, our own or somebody else's."""
 
 import hashlib
-import json
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -12,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from pipeline.shards.index import INDEX_NAME, ShardIndex, open_index, save_index, scan_shard
+from pipeline.shards.manifest import MANIFEST_NAME, check_class_count, read_manifest, read_object
 from pipeline.shards.tar import sample_key, tar_members
 from tools.shards.images import pixel_sums
 from tools.shards.report import (
     INFO_NAME,
-    MANIFEST_NAME,
     STATS_NAME,
     describe_rows,
     find_duplicates,
@@ -58,18 +57,23 @@ def split_folders(folder: Path) -> list[Path]:
 
 def verify_split(folder: Path, workers: int) -> list[str]:
     """Checksums, index against tar, .idx against tar, full decode: the problems found, one line each."""
-    path = folder / MANIFEST_NAME
-    manifest = json.loads(path.read_text()) if path.exists() else {"shards": []}
-    checksums = {entry["name"]: entry["sha256"] for entry in manifest["shards"]}
+    try:
+        manifest = read_manifest(folder)
+    except ValueError as error:
+        return [str(error)]
+    checksums = manifest.checksums if manifest else {}
     if missing := [name for name in checksums if not (folder / name).exists()]:
         return [f"{folder / name}: listed in {MANIFEST_NAME} but missing" for name in missing]
     try:
         index = open_index(folder)
+        if manifest:
+            check_class_count(index, manifest)
     except ValueError as error:
         return [str(error)]
     foreign = set(checksums) ^ set(index.shards) if checksums else set()
     problems = [f"{folder / name}: in only one of {MANIFEST_NAME} and {INDEX_NAME}" for name in sorted(foreign)]
-    if (expected := manifest.get("num_samples", len(index))) != len(index):
+    expected = manifest.num_samples if manifest else None
+    if expected not in (None, len(index)):
         problems.append(f"{folder / INDEX_NAME}: {len(index)} samples, but {MANIFEST_NAME} says {expected}")
     found = _in_parallel(_verify_shard, _tasks(index, checksums), workers)
     return problems + [line for lines in found for line in lines]
@@ -142,7 +146,7 @@ def scan_idx(path: Path) -> bytes:
 def stats_split(folder: Path, workers: int) -> dict[str, Any]:
     """The content of `stats.json`; computed from the tars where there is none."""
     if (folder / STATS_NAME).exists():
-        return json.loads((folder / STATS_NAME).read_text())
+        return read_object(folder / STATS_NAME, "Remove it, and it is computed from the tars")
     index = open_index(folder)
     fingerprints, sums = zip(*_in_parallel(_describe_shard, _tasks(index, {}), workers), strict=True)
     duplicates = find_duplicates(folder, list(index.shards), index.samples, np.concatenate(fingerprints))

@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import os
-import zipfile
 from collections import Counter
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
@@ -13,11 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.shards.index import SAMPLE_DTYPE, UNLABELLED
+from pipeline.shards.index_file import DAMAGES
 from tools.shards.catalogue import Source
 from tools.shards.images import CheckedImage, ImagePolicy, check_image, pixel_sums
 
 BLOCK = 512
-RECORD_FOLDER = ".records"
+RECORD_FOLDER, IDENTITY_NAME = ".records", "plan.json"
 # Mean and std are those of every 128th image, as decoding all would cost more than the conversion; in small sets of 256 or more.
 PIXEL_STRIDE, PIXEL_IMAGES = 128, 256
 FULL_BATCH = 32
@@ -69,8 +69,13 @@ class ShardRecord:
 
     @staticmethod
     def load(path: Path) -> "ShardRecord":
-        with np.load(path, allow_pickle=False) as file:
-            return ShardRecord(file["rows"], file["fingerprints"], **json.loads(str(file["meta"])))
+        """Raises ValueError for a damaged file."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return ShardRecord(file["rows"], file["fingerprints"], **json.loads(str(file["meta"])))
+        except DAMAGES as error:
+            again = "Remove it and run the same command again: its shard is then written anew"
+            raise ValueError(f"{path}: damaged ({error or type(error).__name__}). {again}") from None
 
 
 class PartialFile:
@@ -268,5 +273,5 @@ def shard_is_complete(conversion: Conversion, shard: int) -> bool:
                 return False
             same_idx = hashlib.file_digest(idx, "sha256").hexdigest() == record.idx_sha256
             return same_idx and hashlib.file_digest(file, "sha256").hexdigest() == record.sha256
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
+    except (OSError, ValueError):
         return False

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from model.encoder import MultiCropEncoder, patchify
 from model.hjepa import Level
 from pipeline.loader import MultiCropLoader
-from pipeline.shards.index import UNLABELLED, ShardIndex
+from pipeline.shards.index import ShardIndex
 
 Extractor = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 """`[n, 3, S, S] float32, normalised -> {name: [n, D]}`; every extractor gives `last`."""
@@ -92,16 +92,6 @@ def spread_rows(index: ShardIndex, most: int) -> ShardIndex:
     rows = np.arange(most) * count // most
     samples = index.samples[rows]
     return replace(index, samples=samples, counts=np.bincount(samples["shard"], minlength=len(index.shards)))
-
-
-def check_labels(loader: MultiCropLoader) -> None:
-    """Raise ValueError unless every sample has a label."""
-    missing = int((loader.index.samples["label"] == UNLABELLED).sum())
-    if missing:
-        raise ValueError(
-            f"{loader.index.folder}: {missing:,} of {len(loader.index):,} samples without labels; accuracies need a label for "
-            "each: convert class folders, or tars with cls members"
-        )
 
 
 @torch.inference_mode()

@@ -18,7 +18,6 @@ from train.config.schema import Config
 from train.evaluation.features import (
     Features,
     TokenStream,
-    check_labels,
     colour_histogram,
     encoder_features,
     extract,
@@ -27,6 +26,7 @@ from train.evaluation.features import (
     pixels,
 )
 from train.evaluation.knn import knn_accuracies
+from train.evaluation.labels import check_labels, unknown_labels
 from train.evaluation.probes import attentive_probe, linear_probe, lowshot_accuracies
 
 KNN_KS = (10, 20, 100, 200)
@@ -90,7 +90,8 @@ def load_models(checkpoint: Path, config: Config, device: torch.device) -> tuple
 def evaluate(checkpoint: Path, config: Config, probes: tuple[str, ...]) -> dict[str, Any]:
     """The report: what was measured, and under `figures` the scores of each probe on each kind of features.
 
-    Raises FileNotFoundError for missing shards, ValueError for samples without labels and for another architecture.
+    Raises FileNotFoundError for missing shards, ValueError for another architecture and for labels that give no accuracy:
+    missing ones, one label for all images, other classes in val than in train.
     """
     kind = resolve_device(config.device)
     device = torch.device("cuda" if kind == "gpu" else "cpu")
@@ -98,8 +99,10 @@ def evaluate(checkpoint: Path, config: Config, probes: tuple[str, ...]) -> dict[
         torch.set_num_threads(torch_threads())
     model, initial = load_models(checkpoint, config, device)
     loaders = build_evaluation_loaders(config)
-    for loader in loaders:
-        check_labels(loader)
+    indices = [loader.index for loader in loaders]
+    check_labels(*indices)
+    if unknown := unknown_labels(*indices):
+        log.warning(unknown)
     extractors = {
         "pixels": pixels,
         "colour_histogram": colour_histogram,

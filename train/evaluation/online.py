@@ -1,6 +1,5 @@
 """k-NN and a linear probe on frozen features before, during and after a run, and baselines that need no training."""
 
-import json
 import logging
 from pathlib import Path
 
@@ -10,16 +9,17 @@ from model.hjepa import HJEPA
 from pipeline.loader import MultiCropLoader
 from train.build import build_evaluation_loaders
 from train.config.schema import Config
+from train.evaluation.baselines import FILE, measured_on, read_baselines, write_baselines
 from train.evaluation.features import (
     Extractor,
     Features,
-    check_labels,
     colour_histogram,
     extract,
     pixels,
     pooled_features,
 )
 from train.evaluation.knn import knn_accuracies, nearest_neighbours
+from train.evaluation.labels import check_labels, one_label, unknown_labels
 from train.evaluation.probes import linear_probe
 from train.output.drawing import Neighbours
 from train.output.log import rankme
@@ -30,28 +30,33 @@ log = logging.getLogger(__name__)
 class OnlineEvaluation:
     """Measures the target encoder of `model` on the validation split; without one it warns once and measures nothing.
 
-    Without labels there are `rankme` and `neighbours`, but no accuracies.
+    Without labels, or with one label for all images, there are `rankme` and `neighbours`, but no accuracies. Raises ValueError
+    when the labels of the two splits mean different classes.
     """
 
     def __init__(self, config: Config, folder: Path, model: HJEPA) -> None:
-        self._model, self._settings, self._file = model, config.evaluation, folder / "baselines.json"
+        self._model, self._settings, self._file = model, config.evaluation, folder / FILE
         self.baselines: dict[str, float] | None = None
         self.rankme: float | None = None
         self.linear: float | None = None
         self._measured: tuple[Features, Features] | None = None
         self._loaders: tuple[MultiCropLoader, MultiCropLoader] | None = None
-        self._labelled = False
+        self._labelled, self.one_label = False, False
         try:
             self._loaders = build_evaluation_loaders(config)
         except FileNotFoundError as error:
             log.warning("no validation images, so nothing is measured: %s", error)
             return
+        indices = [loader.index for loader in self._loaders]
+        self.one_label = bool(one_label(indices[0]))
         try:
-            for loader in self._loaders:
-                check_labels(loader)
-            self._labelled = True
+            check_labels(*indices)
         except ValueError as error:
             log.warning("no accuracies, only RankMe and neighbours: %s", error)
+            return
+        self._labelled = True
+        if unknown := unknown_labels(*indices):
+            log.warning(unknown)
 
     @property
     def num_validation(self) -> int:
@@ -59,18 +64,27 @@ class OnlineEvaluation:
         return 0 if self._loaders is None else len(self._loaders[1].index)
 
     def measure_baselines(self) -> None:
-        """k-NN of raw pixels, colour histogram and the untrained model; kept in baselines.json. Call it before training."""
-        if not self._labelled:
+        """k-NN of raw pixels, colour histogram and the untrained model. Call it before training.
+
+        Kept in baselines.json, and measured again for other images or settings of the evaluation.
+        """
+        if not self._labelled or self._loaders is None:
             return
-        if not self._file.exists():
-            log.info("measuring the baselines: raw pixels, colour histogram, random initialisation ...")
-            extractors = {"pixels": pixels, "colour_histogram": colour_histogram, "random_init": self._encoder()}
-            features = self._features(extractors)
-            if features is None:
-                return
-            scores = {name: self._knn(features[0][name], features[1][name]) for name in extractors}
-            self._file.write_text(json.dumps(scores, indent=1) + "\n")
-        self.baselines = json.loads(self._file.read_text())
+        key = measured_on(self._loaders[0].index, self._loaders[1].index, self._settings)
+        try:
+            self.baselines = read_baselines(self._file, key)
+        except ValueError as error:
+            log.warning("%s", error)
+        if self.baselines is not None:
+            return
+        again = f" again, since {self._file} is of other images or settings" if self._file.exists() else ""
+        log.info(f"measuring the baselines{again}: raw pixels, colour histogram, random initialisation ...")
+        extractors = {"pixels": pixels, "colour_histogram": colour_histogram, "random_init": self._encoder()}
+        features = self._features(extractors)
+        if features is None:
+            return
+        self.baselines = {name: self._knn(features[0][name], features[1][name]) for name in extractors}
+        write_baselines(self._file, key, self.baselines)
 
     def measure(self) -> float | None:
         """k-NN percent of the target encoder, None without labels; updates `rankme` and `linear` as well."""

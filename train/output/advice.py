@@ -9,6 +9,14 @@ LEAST_STEPS = 50  # of fewer, most of the time is start-up
 LEAST_IMAGES = 100  # with fewer, one image is more than a point
 
 
+def limiting_key(config: Config, steps: int) -> str:
+    """The setting that ends a run after so many steps, with its value."""
+    training = config.training
+    if training.max_steps is not None and steps >= training.max_steps:
+        return f"training.max_steps, now {training.max_steps}"
+    return f"training.epochs, now {training.epochs}"
+
+
 def advice(config: Config, summary: dict[str, Any]) -> list[str]:
     """`summary` is the content of summary.json. One line for each problem."""
     lines = []
@@ -19,6 +27,11 @@ def advice(config: Config, summary: dict[str, Any]) -> list[str]:
             f"{config.data.multicrop.num_local_crops}), more data.num_workers (now {config.data.num_workers}) and cores, "
             "smaller stored images (make_shards.py convert --resize 512), or shards on a local disk"
         )
+    if summary.get("one_label"):
+        lines.append(
+            "no accuracies: all training images have one label, so they would mean nothing. Convert a folder that holds one "
+            "folder for each class, or judge by neighbours.png and features.png"
+        )
     images = summary["validation_images"]
     if knn is not None and images < LEAST_IMAGES:
         lines.append(
@@ -26,12 +39,10 @@ def advice(config: Config, summary: dict[str, Any]) -> list[str]:
             "Set more aside (make_shards.py convert --val-ratio), or look at neighbours.png and features.png"
         )
     elif knn is not None and knn["trained"] <= knn["random_init"]:
-        training = config.training
-        by_steps = training.max_steps is not None and summary["steps"] >= training.max_steps
-        longer = f"max_steps, now {training.max_steps}" if by_steps else f"epochs, now {training.epochs}"
+        longer = limiting_key(config, summary["steps"])
         lines.append(
             f"poor results: k-NN is no better than with the random initialisation ({knn['random_init']:.1f} %). Train longer "
-            f"(training.{longer}), try another masking.strategy, a training.lr two or four times higher or lower, or weaker "
+            f"({longer}), try another masking.strategy, a training.lr two or four times higher or lower, or weaker "
             "augmentation (data.multicrop.*_color_jitter, data.augmentation)"
         )
     return lines

@@ -15,6 +15,7 @@ import nvidia.dali
 import torch
 import yaml
 
+from train.checkpoint import data_of, list_checkpoints
 from train.config.schema import Config
 
 log = logging.getLogger(__name__)
@@ -40,20 +41,20 @@ def run_folder(config: Config) -> Path:
     return Path(config.logging.run_dir) / config.logging.run_name
 
 
-def open_run_folder(config: Config) -> Path:
-    """Make `run_dir/run_name` with its config.yaml and environment.json.
+def open_run_folder(config: Config, data: str | None = None) -> Path:
+    """Make `run_dir/run_name` with its config.yaml and environment.json. `data`: the digest of the training shards.
 
-    With `resume: none` an earlier run's checkpoints are moved aside. Otherwise a folder of a run with other settings raises
-    ValueError, which lists them; so does a folder that cannot be written.
+    With `resume: none` an earlier run's checkpoints are moved aside. Otherwise a folder of a run with other settings or data
+    raises ValueError, which lists them; so does a folder that cannot be written.
     """
-    check_run_folder(config)
+    check_run_folder(config, data)
     folder = run_folder(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if config.checkpoint.resume == "none":
             _move_aside(folder)
-        _write_whole(folder / "config.yaml", config.to_yaml())
-        _write_whole(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
+        write_whole(folder / "config.yaml", config.to_yaml())
+        write_whole(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
     except OSError as error:
         raise ValueError(
             f"{folder}: cannot be written ({error.strerror}); free some space, or choose another logging.run_dir"
@@ -61,24 +62,50 @@ def open_run_folder(config: Config) -> Path:
     return folder
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """On a full disk, the old content stays."""
+def write_whole(path: Path, text: str) -> None:
+    """Write beside and rename: on a full disk or after a crash, the old content stays. Raises OSError."""
     temporary = path.with_name(f"{path.name}.partial")
-    temporary.write_text(text)
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 
-def check_run_folder(config: Config) -> None:
-    """Raise ValueError if the run's folder holds a run with other settings that this one would continue."""
+def check_run_folder(config: Config, data: str | None = None) -> None:
+    """Raise ValueError if the run's folder holds a run with other settings or on other data that this one would continue."""
     folder = run_folder(config)
     settings = folder / "config.yaml"
-    if config.checkpoint.resume != "none" and settings.exists() and (folder / "checkpoints").exists():
-        changes = _changes(yaml.safe_load(settings.read_text()), config.resolved)
-        if changes:
-            raise ValueError(
-                f"{folder}: holds a run with other settings ({'; '.join(changes)}). Choose another logging.run_name, or "
-                "checkpoint.resume=none to start over"
-            )
+    if config.checkpoint.resume == "none" or not (folder / "checkpoints").exists():
+        return
+    before = read_settings(settings) if settings.exists() else {}
+    if before and (changes := _changes(before, config.resolved)):
+        raise ValueError(
+            f"{folder}: holds a run with other settings ({'; '.join(changes)}). Choose another logging.run_name, or "
+            "checkpoint.resume=none to start over"
+        )
+    known = [digest for path in list_checkpoints(folder / "checkpoints") if (digest := data_of(path))]
+    if data and known and known[-1] != data:
+        path, now = _flatten(before, "").get("data.data_path"), str(config.data.data_path)
+        moved = f"data.data_path was {path}, is {now}" if str(path) != now else f"{now} has changed since"
+        raise ValueError(
+            f"{folder}: holds a run that was trained on other images ({moved}). Give the old ones with data.data_path, choose "
+            "another logging.run_name, or checkpoint.resume=none to start over"
+        )
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Raises ValueError for a file that holds no settings."""
+    try:
+        content = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = str(error).splitlines()[0]
+    if not isinstance(content, dict) or not content:
+        raise ValueError(
+            f"{path}: damaged, no settings ({content or 'the file is empty'}), so this run cannot be compared with them. Remove "
+            "it to continue with the settings of this command; checkpoint.resume=none starts over"
+        )
+    return content
 
 
 def _move_aside(folder: Path) -> None:

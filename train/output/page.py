@@ -1,7 +1,6 @@
 """report.html: a run, or several side by side, as one page that needs no other file and no network."""
 
 import base64
-import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.shards.manifest import read_object
 from train.output.chart import LEFT, RIGHT, WIDTH, line_chart
 from train.output.display import KNN_NAMES, summary_rows
 from train.output.log import read_metrics
@@ -33,6 +33,7 @@ CAPTIONS = {
     "features": "Three principal components of the patch features, as colours",
     "neighbours": "Validation images and their nearest training images: green where the labels agree",
 }
+REMEDY = "Run the training command again: it writes the file anew"
 WIDE = ("crops", "masks")  # many columns: on a phone they scroll instead of shrinking
 
 
@@ -41,7 +42,7 @@ def write_page(folder: Path, hints: Sequence[str] = ()) -> Path:
 
     `hints`: what to try next, one line each. Raises OSError.
     """
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = read_object(folder / "summary.json", REMEDY)
     metrics = read_metrics(folder)
     parts = [
         f"<h1>{escape(summary['run_name'])}</h1>",
@@ -73,8 +74,8 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
         if not runs[folder.name]:
             raise ValueError(f"{folder}: no metrics.jsonl with a line in it; give folders of runs, as runs/NAME")
         done = folder / "summary.json"
-        rows[folder.name] = dict(summary_rows(json.loads(done.read_text()))) if done.exists() else {}
-        settings[folder.name] = _flat(yaml.safe_load((folder / "config.yaml").read_text()))
+        rows[folder.name] = dict(summary_rows(read_object(done, REMEDY))) if done.exists() else {}
+        settings[folder.name] = _flat(yaml.safe_load((folder / "config.yaml").read_text()) or {})
     names = list(dict.fromkeys(name for found in rows.values() for name in found))
     differing = sorted(
         key

@@ -8,6 +8,7 @@ from train.config.schema import Config
 from train.evaluation.online import OnlineEvaluation
 from train.monitor import RunState
 from train.output.display import summary_rows
+from train.output.folder import write_whole
 
 
 def write_summary(folder: Path, config: Config, state: RunState, probe: OnlineEvaluation, width: int) -> dict[str, Any]:
@@ -26,13 +27,14 @@ def write_summary(folder: Path, config: Config, state: RunState, probe: OnlineEv
         "width": width,
         "validation_images": probe.num_validation,
         "knn": knn,
+        "one_label": probe.one_label,
         "linear": probe.linear,
         "bad_samples": state.bad_samples,
         "skipped_steps": state.skipped_steps,
         "collapse_alarms": state.alarms,
         "collapsed": state.collapsed,
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_whole(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
 
@@ -41,7 +43,8 @@ def write_report(folder: Path, summary: dict[str, Any], hints: list[str], figure
     rows = [f"| {name} | {value} |" for name, value in summary_rows(summary)]
     shown = [f"## {figure.stem}\n\n![{figure.stem}](figures/{figure.name})\n" for figure in figures]
     path = folder / "report.md"
-    path.write_text(
+    write_whole(
+        path,
         "\n".join(
             [
                 f"# {summary['run_name']}",
@@ -56,6 +59,6 @@ def write_report(folder: Path, summary: dict[str, Any], hints: list[str], figure
                 *(f"{hint}.\n" for hint in hints),
                 *shown,
             ]
-        )
+        ),
     )
     return path

@@ -15,7 +15,6 @@ from pipeline.loader import MultiCropLoader
 from pipeline.shards.index import UNLABELLED, ShardIndex
 from train.evaluation import features
 from train.evaluation.features import (
-    check_labels,
     colour_histogram,
     encoder_features,
     extract,
@@ -25,6 +24,7 @@ from train.evaluation.features import (
     pooled_features,
     spread_rows,
 )
+from train.evaluation.labels import check_labels
 from train.output.log import mean_std, rankme
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 5, "num_heads": 2, "num_reg_tokens": 1}
@@ -104,8 +104,8 @@ def test_samples_without_labels_are_refused(index: ShardIndex) -> None:
     samples = index.samples.copy()
     samples["label"][5] = UNLABELLED
     with pytest.raises(ValueError, match="1 of 103 samples without labels"):
-        check_labels(centre_loader(replace(index, samples=samples), 16))
-    check_labels(centre_loader(index, 16))
+        check_labels(index, replace(index, samples=samples))
+    check_labels(index, index)
 
 
 def test_rankme_of_orthogonal_features_is_their_number_and_of_a_line_is_one() -> None:

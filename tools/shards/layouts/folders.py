@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 from tools.shards.catalogue import Catalogue, LooseFiles, Source, check_class_names
+from tools.shards.classes import class_order
 from tools.shards.layouts.splits import plain_name, split_root
 from tools.shards.layouts.walk import (
     add_images,
@@ -17,11 +18,11 @@ from tools.shards.layouts.walk import (
 
 
 def open_folders(path: Path, split: str, spools: Path | None) -> Source | None:
-    """Labels in sorted order of the folders' names; images at any depth below."""
+    """Labels in the order of the folders' names, integers as numbers; images at any depth below."""
     root = split_root(path, split)
     if root is None or not any(has_images(root / name) for name in subfolders(root)):
         return None
-    classes = subfolders(root)
+    classes = class_order(subfolders(root))
     check_class_names(classes, str(root))
     catalogue, skipped = Catalogue([LooseFiles(root)]), Counter[str]()
     beside = count_images(root, skipped)

@@ -4,7 +4,6 @@ Labels come from `cls` or `json` members (WebDataset) where samples have them. E
 the inner tar's stem is the class. Else the folder directly below the images' common folder is. Else there are no labels.
 """
 
-import json
 import os
 from array import array
 from collections import Counter
@@ -12,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.shards.index import UNLABELLED
+from pipeline.shards.manifest import read_manifest
 from pipeline.shards.tar import sample_key
 from tools.shards.catalogue import Catalogue, check_class_names
+from tools.shards.classes import class_order
 from tools.shards.layouts.imagenet import is_wnid, label_order
 from tools.shards.layouts.splits import ALL_SPLITS, SPLIT_NAMES
 from tools.shards.layouts.walk import some
@@ -66,7 +67,7 @@ def label_images(found: Listing, tars: list[Path], name: str) -> tuple[str, tupl
 
 def _label_by_inner_tar(found: Listing, stems: list[str], where: str, wnids: bool) -> tuple[tuple[str, ...], str]:
     check_class_names(stems, where)
-    classes = label_order(stems) if wnids else sorted(stems)
+    classes = label_order(stems) if wnids else class_order(stems)
     labels = {stem: label for label, stem in enumerate(classes)}
     for stem, (_, start, stop) in zip(stems, found.inner, strict=True):
         found.catalogue.label[start:stop] = array("i", [labels[stem]]) * (stop - start)
@@ -81,7 +82,7 @@ def _label_by_folder(catalogue: Catalogue, where: str) -> tuple[tuple[str, ...],
     if beside := folders[""]:
         why = f": {beside:,} lie beside the folders, so the folders are not classes" if beside < total else ""
         return (), f"{total:,} images without labels{why}"
-    classes = sorted(folders.keys() - {""})
+    classes = class_order(folders.keys() - {""})
     check_class_names(classes, where)
     labels = {name: label for label, name in enumerate(classes)}
     for row in range(total):
@@ -113,10 +114,6 @@ def split_folder(catalogue: Catalogue, split: str, where: str) -> str:
 
 
 def _manifest(folder: Path, name: str) -> tuple[str, tuple[str, ...]]:
-    """Name and classes as one of our own manifests gives them."""
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text()) if path.is_file() else {}
-        return str(manifest.get("name", name)), tuple(str(item) for item in manifest.get("classes", ()))
-    except (ValueError, AttributeError):
-        return name, ()
+    """Name and classes as one of our own manifests gives them. ValueError for a damaged one."""
+    manifest = read_manifest(folder)
+    return (manifest.name or name, manifest.classes) if manifest else (name, ())

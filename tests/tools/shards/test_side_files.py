@@ -1,0 +1,81 @@
+"""The files that a conversion leaves for the next one: damaged, they are one line or written anew, never a traceback."""
+
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+import sources
+from reading import folder_bytes, run_convert
+
+from tools.make_shards import main
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return run_convert(sources.class_folders(tmp_path / "in"), tmp_path / "out", "--num-shards", "2")
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize("text", ["", "null", "5", "{"])
+@pytest.mark.parametrize("name", ["manifest.json", "stats.json"])
+def test_a_damaged_file_beside_the_shards_is_named_and_a_second_conversion_repairs_it(
+    name: str, text: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = folder_bytes(folder)
+    (folder / name).write_text(text)
+    check = {"manifest.json": "verify", "stats.json": "stats"}[name]
+    assert str(folder / name) in refused(capsys, check, str(folder), "--workers", "1")
+    run_convert(tmp_path / "in", tmp_path / "out", "--num-shards", "2")
+    assert folder_bytes(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("classes", "says"), [(5, "classes is 5"), (None, "classes is null"), (["ant"], "names 1 classes")]
+)
+def test_verify_and_a_conversion_of_the_shards_name_a_wrong_class_list(
+    classes: object, says: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "classes": classes}))
+    capsys.readouterr()
+    assert main(["verify", str(folder), "--workers", "1"]) == 2
+    assert says in capsys.readouterr().err
+    if not isinstance(classes, list):
+        assert says in refused(capsys, "convert", str(folder), "--out", str(folder.parent / "again"))
+
+
+@pytest.mark.parametrize("text", ["", "null", "{"])
+def test_a_damaged_plan_is_one_line(
+    text: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / ".records/plan.json").write_text(text)
+    error = refused(capsys, "convert", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--num-shards", "2")
+    assert "plan.json: damaged" in error
+    assert f"Remove {folder}" in error
+
+
+@pytest.mark.parametrize("part", ["rows", "fingerprints", "meta", "all"])
+def test_a_damaged_record_is_written_anew_and_that_of_another_task_is_named(
+    part: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, record, kept = folder_bytes(folder), folder / ".records/000001.npz", io.BytesIO()
+    if part != "all":
+        with zipfile.ZipFile(record) as old, zipfile.ZipFile(kept, "w") as new:
+            for name in set(old.namelist()) - {f"{part}.npy"}:
+                new.writestr(name, old.read(name))
+    record.write_bytes(kept.getvalue())
+    options = ("--num-shards", "2")
+    one_task = ("--task-index", "0", "--num-tasks", "2", "--workers", "1")
+    error = refused(capsys, "convert", str(tmp_path / "in"), "--out", str(tmp_path / "out"), *options, *one_task)
+    assert "000001.npz: damaged" in error
+    run_convert(tmp_path / "in", tmp_path / "out", *options)
+    assert folder_bytes(folder) == before
