@@ -1,4 +1,4 @@
-"""Curves of several runs together: `python tools/compare_runs.py RUN [RUN ...] [--out PNG]`."""
+"""Several runs together: `python tools/compare_runs.py RUN [RUN ...] [--out PNG] [--html PAGE]`."""
 
 import argparse
 import sys
@@ -8,6 +8,7 @@ from typing import Any
 
 from train.command import run_command
 from train.output.log import read_metrics
+from train.output.page import write_comparison
 from train.output.plots import COMPARED_PANELS, draw_curves
 
 
@@ -24,17 +25,30 @@ def read_runs(folders: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
     return runs
 
 
-def compare(runs: Sequence[Path], out: Path) -> None:
-    draw_curves(out, read_runs(runs), COMPARED_PANELS)
-    print(f"wrote {out}")
+def compare(folders: Sequence[Path], out: Path, page: Path | None) -> None:
+    runs = read_runs(folders)
+    if page is None:
+        draw_curves(out, runs, COMPARED_PANELS)
+    else:
+        write_comparison(dict(zip(runs, folders, strict=True)), page)
+    print(f"wrote {page or out}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="compare_runs", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run")
-    parser.add_argument("--out", type=Path, default=Path("curves.png"), metavar="PNG", help="default: %(default)s")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("curves.png"),
+        metavar="PNG",
+        help="picture of the curves; default: %(default)s",
+    )
+    parser.add_argument(
+        "--html", type=Path, metavar="PAGE", help="write one page with curves, results and differing settings instead"
+    )
     given = parser.parse_args(arguments)
-    return run_command("compare_runs", lambda: compare(given.runs, given.out))
+    return run_command("compare_runs", lambda: compare(given.runs, given.out, given.html))
 
 
 if __name__ == "__main__":

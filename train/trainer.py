@@ -37,6 +37,7 @@ from train.output.advice import advice, limiting_key
 from train.output.display import Display, summary_table
 from train.output.folder import StopSignal, open_run_folder, run_folder
 from train.output.log import MetricsLog, open_wandb
+from train.output.page import write_page
 from train.output.pictures import NEIGHBOURS, QUERIES, draw_run, read_picture
 from train.output.report import write_report, write_summary
 from train.step import StepResult, Updater, batches
@@ -270,7 +271,7 @@ class Trainer:
         return paths
 
     def evaluate(self) -> int:
-        """Measure the trained encoder, draw, and write summary.json and report.md: 0 or NOT_WRITTEN."""
+        """Measure the trained encoder, draw, and write summary.json, report.md and report.html: 0 or NOT_WRITTEN."""
         folder, state, probe = self.folder, self.state, self._probe
         assert probe is not None, "evaluate() is for rank 0, after open()"
         self._console.print("evaluating and drawing ...", style="dim")
@@ -281,11 +282,12 @@ class Trainer:
                 pictures = self._draw(probe, metrics)
             hints = advice(self.config, summary)
             write_report(folder, summary, hints, pictures)
+            page = write_page(folder, hints)
         except OSError as error:
             log.error(f"{folder}: the summary could not be written ({error}); the same command tries again")
             return NOT_WRITTEN
         self._console.print(summary_table(summary))
-        for line in (*hints, f"report: {folder / 'report.md'}, pictures: {folder / 'figures'}"):
+        for line in (*hints, f"report: {page}, pictures: {folder / 'figures'}"):
             log.info(line)
         if checkpoint_path(self.checkpoints, state.step).exists():
             return 0

@@ -152,7 +152,8 @@ def run_data(case: Case) -> Finding:
     path, val = run_folder(config) / FILE, validation_index(case)
     if val is None or not path.exists():
         return ok("no run, or none that was measured, is in its folder")
-    key = measured_on(*(spread_rows(each, config.evaluation.max_samples) for each in (index, val)), config.evaluation)
+    used = [spread_rows(each, config.evaluation.max_samples) for each in (index, val)]
+    key = measured_on(used[0], used[1], config.evaluation)
     fix = "the same training command measures them again; until then, do not compare with summary.json and report.md"
     try:
         if read_baselines(path, key) is None:

@@ -63,19 +63,16 @@ def write_page(folder: Path, hints: Sequence[str] = ()) -> Path:
     return _write(folder / "report.html", summary["run_name"], parts)
 
 
-def write_comparison(folders: Sequence[Path], out: Path) -> Path:
-    """Write the page `out`: the runs' curves in shared charts, their figures side by side, and the settings that differ.
-
-    Raises ValueError for a folder without metrics, and OSError.
+def write_comparison(folders: Mapping[str, Path], out: Path) -> Path:
+    """Write the page `out` about runs, by name: their curves in shared charts, their results side by side, and the settings
+    that differ. Raises OSError.
     """
-    runs, rows, settings = {}, {}, {}
-    for folder in folders:
-        runs[folder.name] = read_metrics(folder)
-        if not runs[folder.name]:
-            raise ValueError(f"{folder}: no metrics.jsonl with a line in it; give folders of runs, as runs/NAME")
-        done = folder / "summary.json"
-        rows[folder.name] = dict(summary_rows(read_object(done, REMEDY))) if done.exists() else {}
-        settings[folder.name] = _flat(yaml.safe_load((folder / "config.yaml").read_text()) or {})
+    runs = {name: read_metrics(folder) for name, folder in folders.items()}
+    rows, settings = {}, {}
+    for name, folder in folders.items():
+        summary = folder / "summary.json"
+        rows[name] = dict(summary_rows(json.loads(summary.read_text()))) if summary.exists() else {}
+        settings[name] = _flat(yaml.safe_load((folder / "config.yaml").read_text()))
     names = list(dict.fromkeys(name for found in rows.values() for name in found))
     differing = sorted(
         key

