@@ -71,8 +71,8 @@ def write_comparison(folders: Mapping[str, Path], out: Path) -> Path:
     rows, settings = {}, {}
     for name, folder in folders.items():
         summary = folder / "summary.json"
-        rows[name] = dict(summary_rows(json.loads(summary.read_text()))) if summary.exists() else {}
-        settings[name] = _flat(yaml.safe_load((folder / "config.yaml").read_text()))
+        rows[name] = dict(summary_rows(read_object(summary, REMEDY))) if summary.exists() else {}
+        settings[name] = _flat(yaml.safe_load((folder / "config.yaml").read_text()) or {})
     names = list(dict.fromkeys(name for found in rows.values() for name in found))
     differing = sorted(
         key
