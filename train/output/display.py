@@ -16,13 +16,17 @@ WIDE = 132  # columns of a terminal that has room for more than the details
 
 
 class ProgressDisplay:
-    """Progress of a command. Used as a context; `show` may be called often, it draws a few times a second at most."""
+    """Progress of a command. Used as a context; `show` may be called often, it draws a few times a second at most.
+
+    A `transient` one clears its bar at the end; short work leaves no plain line at all.
+    """
 
     def __init__(
         self, console: Console, name: str, unit: str, total: int, start: int = 0, transient: bool = False
     ) -> None:
         self._console, self._name, self._unit, self._total, self._start = console, name, unit, total, start
-        self._started, self._plain_at, self._printed = time.monotonic(), 0.0, -1
+        self._started, self._transient = time.monotonic(), transient
+        self._plain_at, self._printed = self._started if transient else 0.0, start
         named = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
         details, left = TextColumn("{task.fields[details]}"), (TextColumn("ETA"), TimeRemainingColumn())
         wide = console.width >= WIDE
@@ -38,7 +42,8 @@ class ProgressDisplay:
         """`done` of `total` units, and the details to print with it."""
         self._progress.update(self._task, completed=done, details=details)
         now = time.monotonic()
-        if self._live or done == self._printed or (now - self._plain_at < PLAIN_EVERY_S and done != self._total):
+        is_last = done == self._total and not self._transient
+        if self._live or done == self._printed or (now - self._plain_at < PLAIN_EVERY_S and not is_last):
             return
         self._plain_at, self._printed = now, done
         rate = (done - self._start) / max(now - self._started, 1e-9)

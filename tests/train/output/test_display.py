@@ -30,7 +30,15 @@ def test_a_log_file_gets_the_first_and_the_last_line_and_few_between_each_with_n
             progress.show(done, f"{done} rejected")
         progress.show(500, "500 rejected")
     lines = written.getvalue().splitlines()
-    assert lines[0].startswith("train: image 0/500 · 0 rejected · ETA ")
+    assert lines[0].startswith("train: image 1/500 · 1 rejected · ETA ")
     assert sum("500/500" in line for line in lines) == 1
     assert lines[-1] == "train: image 500/500 · 500 rejected · ETA 00:00:00"
     assert len(lines) < 10
+
+
+def test_short_transient_work_leaves_no_line_in_a_log_file() -> None:
+    written = io.StringIO()
+    with ProgressDisplay(Console(file=written, width=80), "train", "image", 3, transient=True) as progress:
+        for done in range(4):
+            progress.show(done, "")
+    assert written.getvalue() == ""
