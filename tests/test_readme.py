@@ -19,6 +19,7 @@ BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`(python (?:tools/|-m )[^`]+)`")
 # Of settings that a line gives itself, the line's stay.
 SMALL = [*TINY, "training.max_steps=2"]
+PAGES = ("README.md", "CONTRIBUTING.md", "docker/README.md", "docs/method.md", "docs/operating.md", "docs/pipeline.md")
 VERBS = ("train", "convert", "doctor", "tensorboard")
 
 
@@ -106,14 +107,20 @@ def test_every_command_of_the_readme_runs_in_its_order(trained: Path) -> None:
     assert (trained / "preview.png").exists()
 
 
-@pytest.mark.parametrize("number", range(len(blocks("README.md", "python"))))
-def test_every_python_block_of_the_readme_runs(number: int, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("page", "number"), [(page, n) for page in PAGES for n in range(len(blocks(page, "python")))])
+def test_every_python_block_runs(page: str, number: int, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(trained)
-    exec(compile(blocks("README.md", "python")[number], f"README.md, block {number}", "exec"), {})
+    exec(compile(blocks(page, "python")[number], f"{page}, block {number}", "exec"), {})
+
+
+def test_the_tests_that_the_pages_name_exist() -> None:
+    for page in PAGES:
+        for name in re.findall(r"`((?:tests/[\w/]*)?test_\w+\.py)`", (ROOT / page).read_text()):
+            assert list(ROOT.glob(name if "/" in name else f"tests/**/{name}")), (page, name)
 
 
 def test_every_tool_that_the_texts_name_in_passing_takes_these_options(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("README.md", "CONTRIBUTING.md", "docker/README.md"):
+    for name in PAGES:
         for line in INLINE.findall((ROOT / name).read_text()):
             words = shlex.split(line)
             options = [word.partition("=")[0] for word in words if word.startswith("--") and word != "--help"]
@@ -154,6 +161,6 @@ def test_the_walk_draws_its_pictures(tmp_path: Path, place: Path, capsys: pytest
 
 
 def test_the_pictures_and_pages_that_the_texts_link_are_there() -> None:
-    for name in ("README.md", "CONTRIBUTING.md", "docker/README.md"):
+    for name in PAGES:
         for link in re.findall(r"\]\(([^)#:]+)\)", (ROOT / name).read_text()):
             assert ((ROOT / name).parent / link).exists(), (name, link)
