@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from nvidia.dali import fn, types
 
-from pipeline.kernels import blur, compiled, invert_above, twist_colours
+from pipeline.colours import invert_above, twist_colours
+from pipeline.kernels import blur
+from pipeline.vectors import compiled
 
 if TYPE_CHECKING:
     from nvidia.dali.types import DataNode

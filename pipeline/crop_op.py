@@ -16,13 +16,14 @@ from nvidia.dali import types
 from nvidia.dali.plugin.numba import NumbaFunction
 from nvidia.dali.plugin.numba import address_as_void_pointer as pointer  # type: ignore[attr-defined]
 
-from pipeline import augment, draws, kernels
+from pipeline import augment, colours, draws, kernels, vectors
 from pipeline.draws import FLIP, PARAMETERS, PIXEL_PARAMETERS
-from pipeline.kernels import compiled, resize
+from pipeline.kernels import resize
+from pipeline.vectors import compiled
 
 NUM_INPUTS, NUM_PARAMETERS = 3, len(PARAMETERS)
 # All that the entry points are compiled from: code, and the constants that become a part of it.
-SOURCES = (augment.__file__, draws.__file__, kernels.__file__, __file__)
+SOURCES = (augment.__file__, colours.__file__, draws.__file__, kernels.__file__, vectors.__file__, __file__)
 
 
 @compiled
