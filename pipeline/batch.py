@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -30,7 +31,10 @@ class CropBatch:
 
 def normalize(crops: torch.Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> torch.Tensor:
     """`[..., 3, S, S] uint8 -> float32`: `(crops / 255 - mean) / std` for each channel."""
-    offset, spread = (
-        255 * torch.tensor(values, dtype=torch.float32, device=crops.device).view(3, 1, 1) for values in (mean, std)
-    )
+    offset, spread = torch.from_numpy(scaling(mean, std)).to(crops.device).T.view(2, 3, 1, 1)
     return (crops - offset).div_(spread)
+
+
+def scaling(mean: tuple[float, float, float], std: tuple[float, float, float]) -> np.ndarray:
+    """`[3, 2] float32`: what is taken from a channel's grey levels, and what they are then divided by."""
+    return 255 * np.array([mean, std], np.float32).T

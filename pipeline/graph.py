@@ -36,14 +36,19 @@ def build_graph(
     hw_decoder_load: float,
     use_mmap: bool,
     compiled: bool,
+    scaling: np.ndarray | None = None,
 ) -> Pipeline:
     """Build the graph on `device` (`cpu` or `gpu`). Its outputs are V tensors `[B, 3, size, size] uint8`.
 
     `device_id` numbers the GPU. `source` is called once per batch for the values of `Draws`, V arrays `[B, P] float32`, and
     raises StopIteration at the end. `hw_decoder_load`: share of the images that the GPU's JPEG engine decodes, where it has
-    one. `use_mmap`: map the tars. `compiled` (CPU only): crops by the compiled operator instead of DALI's own.
+    one. `use_mmap`: map the tars. `compiled` (CPU only): crops by the compiled operator instead of DALI's own; with `scaling`
+    `[3, 2] float32` they are float32, less the offset and divided by the spread of each channel.
     """
     decoder = {"device": "mixed", "hw_decoder_load": hw_decoder_load} if device == "gpu" else {"device": "cpu"}
+
+    def feed() -> np.ndarray:
+        return np.stack(source(), axis=1)  # [B, V, P]; not inside `graph`, whose functions DALI rewrites with all they call
 
     @pipeline_def(enable_conditionals=True)
     def graph() -> tuple:
@@ -56,9 +61,11 @@ def build_graph(
         )
         # make_shards bakes the EXIF orientation in; boxes are drawn for the stored height and width.
         image = fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False, **decoder)
+        if compiled:
+            return tuple(_compiled_crops(image, feed, recipes, scaling))
         views = len(recipes)
         values = fn.external_source(source=source, num_outputs=views, dtype=[types.FLOAT] * views, ndim=[1] * views)
-        return tuple((_compiled_crops if compiled else _dali_crops)(image, values, recipes))
+        return tuple(_dali_crops(image, values, recipes))
 
     pipe = graph(
         batch_size=batch_size,
@@ -70,13 +77,17 @@ def build_graph(
     return pipe
 
 
-def _compiled_crops(image: "types.DataNode", values: Nodes, recipes: tuple[ViewRecipe, ...]) -> list["types.DataNode"]:
+def _compiled_crops(
+    image: "types.DataNode",
+    feed: Callable[[], np.ndarray],
+    recipes: tuple[ViewRecipe, ...],
+    scaling: np.ndarray | None,
+) -> list["types.DataNode"]:
     with told_after(3, "compiling the crops for this processor: some seconds"):
-        from pipeline.crop_op import MakeCrop  # here, since a GPU needs no compiler
+        from pipeline.crop_op import make_crops  # here, since a GPU needs no compiler
 
-    make_crop = MakeCrop()
-    rulers = {recipe.size: types.Constant(np.zeros(recipe.size, np.uint8)) for recipe in recipes}
-    return [make_crop(image, values[v], rulers[recipe.size]) for v, recipe in enumerate(recipes)]
+    values = fn.external_source(source=feed, dtype=types.FLOAT, ndim=2)
+    return make_crops(image, values, [recipe.size for recipe in recipes], scaling)
 
 
 def _dali_crops(image: "types.DataNode", values: Nodes, recipes: tuple[ViewRecipe, ...]) -> list["types.DataNode"]:

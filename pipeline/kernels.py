@@ -119,6 +119,11 @@ def blur(crop: np.ndarray, sigma: float) -> None:
     for k in range(taps):
         exact[k] = math.exp(-((k - reach) ** 2) / (2 * sigma * sigma))
     round_weights(weights, exact)
+    while reach > 0 and weights[0] == 0:  # nor what is too far away to count
+        reach, weights = reach - 1, weights[1:-1].copy()
+    if reach == 0:
+        return
+    taps = 2 * reach + 1
     # A channel with its mirrored rows, the same with rows blurred, and with its mirrored columns.
     lines, step = np.zeros((size + 2 * reach) * width, np.uint8), width + 2 * reach
     rows, result = np.zeros(size * step, np.int16), np.empty(width, np.uint8)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from nvidia.dali import Pipeline
 
-from pipeline.batch import CropBatch, normalize
+from pipeline.batch import CropBatch, normalize, scaling
 from pipeline.dali_index import write_dali_indices
 from pipeline.draws import Draws, draw
 from pipeline.graph import build_graph
@@ -49,6 +49,7 @@ class Window:
                 loader.recipes,
                 batch_size=loader.batch_size,
                 compiled=loader.compiled,
+                scaling=scaling(loader.mean, loader.std) if loader.normalized and loader.compiled else None,
                 **loader.graph_options,
             )
 
@@ -112,7 +113,7 @@ class Window:
         valid = max(0, min(len(rows), len(loader.index) - start))
         # as_tensor and DLPack share DALI's memory, which lives as long as the tensor does.
         crops = [torch.from_dlpack(output.as_tensor())[:valid] for output in outputs]
-        if loader.normalized:
+        if loader.normalized and not loader.compiled:
             crops = [normalize(crop, loader.mean, loader.std) for crop in crops]
         samples = loader.index.samples[rows[:valid]]
         sides = np.stack([samples["height"], samples["width"]] * 2, axis=1).astype(np.float32)
