@@ -85,13 +85,12 @@ def crop_entry(sources: str) -> Any:
         crops = carray(pointer(outs), num_outs, np.int64)
         for v in range(num_outs):
             size, drawn = ruler[2 + v], values[ruler[1] + v]
+            # Each function is called at one place: the compiler copies it to every one.
+            crop = np.empty((3, size, size), np.uint8) if scaled else carray(pointer(crops[v]), (3, size, size), np.uint8)
+            make_crop(crop, image, drawn)
             if scaled:
-                crop = np.empty((3, size, size), np.uint8)
-                make_crop(crop, image, drawn)
                 out = carray(pointer(crops[v]), (3, size, size), np.float32)
                 scale_crop(out, crop, carray(pointer(data[3]), (3, 2), np.float32))
-            else:
-                make_crop(carray(pointer(crops[v]), (3, size, size), np.uint8), image, drawn)
 
     return kept_on_disk(run, uint64, uint64, uint64, int32, uint64, uint64, uint64, int32)
 

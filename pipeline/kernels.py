@@ -61,12 +61,10 @@ def resize(out: np.ndarray, image: np.ndarray, y0: int, x0: int, y1: int, x1: in
     step = 3 * image.shape[1]
     source = image.reshape(image.size)[y0 * step + 3 * x0 :]
     y_table, x_table = filter_table(height, size), filter_table(width, size)
+    result = np.empty((3, BLOCK, BLOCK), np.uint8) if size < BLOCK else out
+    resize_vectors(result, size, source, step, 3 * max(width, BLOCK), y_table, x_table, flip)
     if size < BLOCK:
-        large = np.empty((3, BLOCK, BLOCK), np.uint8)
-        resize_vectors(large, size, source, step, 3 * max(width, BLOCK), y_table, x_table, flip)
-        out[:] = large[:, :size, :size]
-    else:
-        resize_vectors(out, size, source, step, 3 * max(width, BLOCK), y_table, x_table, flip)
+        out[:] = result[:, :size, :size]
 
 
 @compiled
