@@ -17,13 +17,13 @@ ONE = 1 << WEIGHT_BITS
 def filter_table(length: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """The triangle filter of a resize from `length` to `size`, antialiased as in Pillow and torchvision.
 
-    `starts` `[size] int64` and `weights` `[size, taps] int16`, rows padded with zeros: a fixed number of taps lets the
+    `starts` `[size] int64` and `weights` `[size, taps] uint16`, rows padded with zeros: a fixed number of taps lets the
     processor foresee the loop.
     """
     scale = length / size
     support = max(scale, 1.0)
     taps = min(math.ceil(2 * support), length)
-    starts, weights, line = np.empty(size, np.int64), np.empty((size, taps), np.int16), np.empty(taps)
+    starts, weights, line = np.empty(size, np.int64), np.empty((size, taps), np.uint16), np.empty(taps)
     for i in range(size):
         centre = (i + 0.5) * scale
         starts[i] = start = min(max(int(centre - support + 0.5), 0), length - taps)
@@ -35,7 +35,7 @@ def filter_table(length: int, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 @compiled
 def round_weights(weights: np.ndarray, exact: np.ndarray) -> None:
-    """`weights` `int16` = `exact` `float64`, not negative, in fixed point: their sum is 1 but for a lone weight of 1 itself."""
+    """`weights` `uint16` = `exact` `float64`, not negative, in fixed point: their sum is 1 but for a lone weight of 1 itself."""
     unit = ONE / exact.sum()
     rest, largest = ONE, 0
     for k in range(len(exact)):
@@ -86,7 +86,7 @@ def resize_vectors(
     (y_starts, y_weights), (x_starts, x_weights) = y_table, x_table
     y_taps, x_taps = y_weights.shape[1], x_weights.shape[1]
     y_flat, x_flat = y_weights.reshape(y_weights.size), x_weights.reshape(x_weights.size)
-    rows, columns = np.empty(BLOCK * length, np.int16), np.empty(BLOCK * length, np.int16)
+    rows, columns = np.empty(BLOCK * length, np.uint16), np.empty(BLOCK * length, np.uint16)
     made, stride, result = np.empty(out.shape[1] * LANES, np.uint8), out.shape[1], out.reshape(out.size)
     for block in range(0, size, BLOCK):
         top = max(min(block, size - BLOCK), 0)
@@ -113,7 +113,7 @@ def blur(crop: np.ndarray, sigma: float) -> None:
     size = crop.shape[1]
     reach = min(math.ceil(3 * sigma), size - 1)
     taps, width = 2 * reach + 1, max(size, LANES)
-    exact, weights = np.empty(taps), np.empty(taps, np.int16)
+    exact, weights = np.empty(taps), np.empty(taps, np.uint16)
     for k in range(taps):
         exact[k] = math.exp(-((k - reach) ** 2) / (2 * sigma * sigma))
     round_weights(weights, exact)
@@ -124,7 +124,7 @@ def blur(crop: np.ndarray, sigma: float) -> None:
     taps = 2 * reach + 1
     # A channel with its mirrored rows, the same with rows blurred, and with its mirrored columns.
     lines, step = np.zeros((size + 2 * reach) * width, np.uint8), width + 2 * reach
-    rows, result = np.zeros(size * step, np.int16), np.empty(width, np.uint8)
+    rows, result = np.zeros(size * step, np.uint16), np.empty(width, np.uint8)
     flat = crop.reshape(crop.size)
     for c in range(3):
         for y in range(size + 2 * reach):

@@ -14,7 +14,8 @@ from numba.extending import intrinsic
 
 BLOCK = 16  # rows and columns of what `transpose` turns, and the length of a vector
 LANES = 3 * BLOCK  # what `weigh` makes at a time: a column of BLOCK pixels of three channels, or a piece of a row
-WEIGHT_BITS, SHORT_BITS = 15, 7  # fractions of a weight, and of a grey level between two passes
+WEIGHT_BITS = 16  # of fraction; between two passes grey levels have 8
+MOST_HALVES = 63  # added in a pass: two passes over white, and the last rounding, stay within 16 bits
 SHORT, WORD = ir.IntType(16), ir.IntType(32)
 
 # No check for a division by zero, which would keep loops from being vectorised. What is kept on disk is `crop_op`.
@@ -27,27 +28,32 @@ def weigh(
 ) -> tuple[Any, Callable]:
     """`out[at + i]` = the sum over k of `source[first + k * step + i] * weights[place + k]`, for i in 0..LANES.
 
-    `source` holds bytes, and `out` int16 with SHORT_BITS more; or the other way round. `weights` are int16, not negative, in
-    units of 2 ** -WEIGHT_BITS, and their sum is 1 at most. The sum is exact, and rounded once.
+    `source` and `out` hold bytes, or uint16 in units of 1 / 256. `weights` are uint16, in units of 2 ** -WEIGHT_BITS, and their
+    sum is 1 at most. Each product is rounded down to 1 / 256, for which half of that is added: the sum of n is right to
+    n / 512 of a grey level.
     """
-    of_bytes = source.dtype.bitwidth == 8
-    shift = WEIGHT_BITS + (-SHORT_BITS if of_bytes else SHORT_BITS)
+    of_bytes, to_bytes = source.dtype.bitwidth == 8, out.dtype.bitwidth == 8
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         out_at, source_at, weights_at = (_pointer(context, builder, signature, args, i) for i in (0, 2, 5))
         _, at, _, first, step, _, place, taps = args
-        sums = [_variable(builder, _constant(1 << shift - 1, WORD)) for _ in range(0, LANES, BLOCK)]
+        halves = builder.lshr(taps, taps.type(1))
+        halves = builder.select(builder.icmp_signed("<", halves, taps.type(MOST_HALVES)), halves, taps.type(MOST_HALVES))
+        halves = builder.add(builder.trunc(halves, SHORT), SHORT(128 if to_bytes else 0))
+        sums = [_variable(builder, _spread(builder, halves)) for _ in range(0, LANES, BLOCK)]
         with cgutils.for_range(builder, taps) as loop:
-            weight = builder.load(builder.gep(weights_at, [builder.add(place, loop.index)]))
-            # That it is not negative lets LLVM take the instruction that multiplies int16 and adds pairs.
-            weight = _spread(builder, builder.and_(builder.zext(weight, WORD), WORD((1 << WEIGHT_BITS) - 1)))
+            weight = _spread(builder, builder.load(builder.gep(weights_at, [builder.add(place, loop.index)])))
             here = builder.add(first, builder.mul(loop.index, step))
             for j, total in enumerate(sums):
                 values = _load(builder, source_at, builder.add(here, here.type(BLOCK * j)), BLOCK)
-                values = (builder.zext if of_bytes else builder.sext)(values, weight.type)
-                builder.store(builder.add(builder.load(total), builder.mul(values, weight)), total)
+                if of_bytes:
+                    values = builder.shl(builder.zext(values, weight.type), _constant(8, SHORT))
+                product = _high_half(builder, builder.zext, values, weight)
+                builder.store(builder.add(builder.load(total), product), total)
         for j, total in enumerate(sums):
-            result = builder.ashr(builder.load(total), _constant(shift, WORD))
+            result = builder.load(total)
+            if to_bytes:
+                result = builder.lshr(result, _constant(8, SHORT))
             _store(builder, result, out_at, builder.add(at, at.type(BLOCK * j)))
         return context.get_dummy_value()
 
@@ -57,7 +63,7 @@ def weigh(
 
 @intrinsic
 def transpose(_: Any, out: Any, at: Any, out_step: Any, source: Any, first: Any, step: Any) -> tuple[Any, Callable]:
-    """`out[at + i * out_step + j] = source[first + j * step + i]` for j in 0..BLOCK: of bytes for i in 0..16, of int16 in 0..8.
+    """`out[at + i * out_step + j] = source[first + j * step + i]` for j in 0..BLOCK: of bytes for i in 0..16, of uint16 in 0..8.
 
     Registers of 16 bytes are interleaved in pairs, until each holds what was at one place in all of them.
     """
