@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 
 
@@ -37,6 +38,11 @@ class Normalization:
 
     def __call__(self, crops: torch.Tensor) -> torch.Tensor:
         return (crops - _levels(self.mean, crops.device)).div_(_levels(self.std, crops.device))
+
+    @property
+    def scaling(self) -> np.ndarray:
+        """`[3, 2] float32`: what is subtracted from a channel's grey levels, and what they are then divided by."""
+        return 255 * np.array([self.mean, self.std], np.float32).T
 
 
 @cache  # to make it on a GPU is a copy that waits

@@ -43,7 +43,10 @@ class MultiCropLoader:
             allow_open_files(OPEN_WINDOWS * WINDOW_TARS)  # without a mapping every tar of a window stays open
         self.sequence, self.reader, self.normalization = sequence, reader, normalization
         self.index, self.global_batch = sequence.index, sequence.global_batch
-        self._make_window = partial(Window, sequence, recipes, reader)
+        # The compiled operator normalises a crop while it is in the cache; uploaded, it would be four times the bytes.
+        self._scaled = normalization is not None and reader.compiled and reader.device == "cpu"
+        scaling = normalization.scaling if normalization is not None and self._scaled else None
+        self._make_window = partial(Window, sequence, recipes, reader, scaling)
         self._epoch = self._position = 0
         self._window: Window | None = None
         self._builder: Builder | None = None
@@ -94,7 +97,7 @@ class MultiCropLoader:
         epoch = self._epoch
         for _ in range(self.sequence.steps(self._position)):
             batch = self._next_batch()
-            if self.normalization is not None:
+            if self.normalization is not None and not self._scaled:
                 batch = replace(batch, crops=[self.normalization(crop) for crop in batch.crops])
             # Moved on before the yield: a state saved while the batch is in use names the batch after it.
             self._position += self.global_batch

@@ -55,17 +55,25 @@ class Feeder:
 
 
 class Window:
-    """One DALI graph, and the global batches at `places` of which it makes this rank's part. `place` is the first."""
+    """One DALI graph, and the global batches at `places` of which it makes this rank's part. `place` is the first.
+
+    `scaling`: as in `define_graph`.
+    """
 
     def __init__(
-        self, sequence: BatchSequence, recipes: tuple[ViewRecipe, ...], reader: ReaderOptions, place: Place
+        self,
+        sequence: BatchSequence,
+        recipes: tuple[ViewRecipe, ...],
+        reader: ReaderOptions,
+        scaling: np.ndarray | None,
+        place: Place,
     ) -> None:
         self.sequence, self.reader = sequence, reader
         feeder = self.feeder = Feeder(sequence, recipes, place)
         self.places, self.taken = feeder.places, 0
         with tempfile.TemporaryDirectory(prefix="multicrop-hjepa-") as folder:
             tars, indices = write_dali_indices(sequence.index, feeder.rows.reshape(-1), Path(folder))
-            graph = define_graph(tars, indices, feeder, recipes, sequence.batch_size, reader)
+            graph = define_graph(tars, indices, feeder, recipes, sequence.batch_size, reader, scaling)
             self.graph = build_graph(graph, reader)
 
     @property
@@ -83,7 +91,7 @@ class Window:
         return np.concatenate([rows for rows, _, _ in self.feeder.pending])
 
     def next(self) -> CropBatch:
-        """The next batch, its crops as uint8. Raises GraphFailed."""
+        """The next batch, its crops as uint8 unless the graph scales them. Raises GraphFailed."""
         # On a GPU the outputs are ready for the work that torch queues on its current stream.
         stream = torch.cuda.current_stream(self.reader.device_id) if self.reader.device == "gpu" else None
         try:

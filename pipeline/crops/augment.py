@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from nvidia.dali import fn, types
 
-from pipeline.crops.kernels import blur, compiled, invert_above, twist_colours
+from pipeline.crops.colours import invert_above, twist_colours
+from pipeline.crops.kernels import blur
+from pipeline.crops.vectors import compiled
 from pipeline.defaults import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:

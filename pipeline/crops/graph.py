@@ -78,15 +78,23 @@ def define_graph(
     recipes: tuple[ViewRecipe, ...],
     batch_size: int,
     reader: ReaderOptions,
+    scaling: np.ndarray | None = None,
 ) -> Pipeline:
     """A graph that is defined, and not yet built: without a driver too. Its outputs are V tensors `[B, 3, size, size] uint8`.
 
     `source` is called once per batch for the values of `Draws`, V arrays `[B, P] float32`, and raises StopIteration at the end.
+    `scaling` `[3, 2] float32`, for the compiled operator alone: crops as float32, less the offset and divided by the spread of
+    each channel.
     """
     on_gpu, views = reader.crop_device == "gpu", len(recipes)
     decoder = {"device": "mixed", "hw_decoder_load": reader.hw_decoder_load} if on_gpu else {"device": "cpu"}
-    make_crops = _compiled_crops if reader.compiled and not on_gpu else _dali_crops
+    compiled = reader.compiled and not on_gpu
     upload = reader.device == "gpu" and not on_gpu
+
+    def feed() -> np.ndarray:
+        return np.stack(
+            source(), axis=1
+        )  # [B, V, P]; outside of `graph`, whose functions DALI rewrites with all they call
 
     @pipeline_def(enable_conditionals=True)
     def graph() -> tuple:
@@ -102,8 +110,11 @@ def define_graph(
         image = fn.decoders.image(
             encoded, output_type=types.RGB, adjust_orientation=False, jpeg_fancy_upsampling=True, **decoder
         )
-        values = fn.external_source(source=source, num_outputs=views, dtype=[types.FLOAT] * views, ndim=[1] * views)
-        crops = make_crops(image, values, recipes)
+        if compiled:
+            crops = _compiled_crops(image, feed, recipes, scaling)
+        else:
+            values = fn.external_source(source=source, num_outputs=views, dtype=[types.FLOAT] * views, ndim=[1] * views)
+            crops = _dali_crops(image, values, recipes)
         return tuple(crop.gpu() for crop in crops) if upload else tuple(crops)
 
     return graph(
@@ -124,14 +135,13 @@ def build_graph(graph: Pipeline, reader: ReaderOptions) -> Pipeline:
 
 
 def _compiled_crops(
-    image: "DataNode", values: Sequence["DataNode"], recipes: tuple[ViewRecipe, ...]
+    image: "DataNode", feed: Callable[[], np.ndarray], recipes: tuple[ViewRecipe, ...], scaling: np.ndarray | None
 ) -> list["DataNode"]:
     with notify_after(3, "compiling the crops for this processor: some seconds"):
-        from pipeline.crops.cpu_operator import MakeCrop  # here, since a GPU needs no compiler
+        from pipeline.crops.cpu_operator import make_crops  # here, since a GPU needs no compiler
 
-    make_crop = MakeCrop()
-    rulers = {recipe.size: types.Constant(np.zeros(recipe.size, np.uint8)) for recipe in recipes}
-    return [make_crop(image, values[v], rulers[recipe.size]) for v, recipe in enumerate(recipes)]
+    values = fn.external_source(source=feed, dtype=types.FLOAT, ndim=2)
+    return make_crops(image, values, [recipe.size for recipe in recipes], scaling)
 
 
 def _dali_crops(image: "DataNode", values: Sequence["DataNode"], recipes: tuple[ViewRecipe, ...]) -> list["DataNode"]:

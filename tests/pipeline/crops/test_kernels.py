@@ -10,8 +10,9 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from pipeline.batch import Normalization
+from pipeline.crops import colours, kernels
 from pipeline.crops import cpu_operator as crop_op
-from pipeline.crops import kernels
 from pipeline.crops.augment import ViewRecipe
 from pipeline.dataset import MultiCropDataset, build_multicrop_dataloader
 from pipeline.defaults import IMAGENET_MEAN, IMAGENET_STD
@@ -63,6 +64,40 @@ def test_a_blur_is_torchvisions_to_one_grey_level(image: np.ndarray, sigma: floa
     assert float((torch.from_numpy(crop).float() - expected).abs().max()) <= 0.52
 
 
+@pytest.mark.parametrize("size", [1, 5, 16, 33])
+@pytest.mark.parametrize(
+    "factors", [(1.0, 1.0, 1.0, 0.0), (1.3, 0.7, 1.4, 30.0), (0.6, 1.4, 0.0, 0.0), (3.0, 3.0, 2.0, -180.0)]
+)
+def test_colours_are_those_of_floating_point_to_one_grey_level(
+    image: np.ndarray, size: int, factors: tuple[float, float, float, float]
+) -> None:
+    crop = cut(image, (0, 0, 90, 120), size)
+    brightness, contrast, saturation, hue = factors
+    bright = np.minimum(np.floor(crop * brightness + 0.5), 255)
+    mean = float((bright.mean(axis=(1, 2)) * colours.GRAY).sum())
+    values = np.clip(mean + contrast * (bright - mean), 0, 255)
+    expected = np.clip(np.tensordot(colours.colour_matrix(saturation, hue), values, 1), 0, 255)
+    colours.twist_colours(crop, *factors)
+    # Where brightness meets a tie, its rounding may go the other way.
+    step = contrast * np.abs(colours.colour_matrix(saturation, hue)).sum(axis=1).max() if brightness != 1 else 0
+    assert np.abs(crop - expected).max() <= 0.6 + step
+    assert np.abs(crop - expected).mean() <= 0.5
+
+
+@pytest.mark.parametrize(("length", "size"), [(1, 5), (7, 7), (90, 64), (500, 96), (1000, 3), (9000, 2)])
+def test_the_weights_of_a_pixel_add_up_to_one(length: int, size: int) -> None:
+    starts, weights = kernels.filter_table(length, size)
+    assert starts.min() >= 0
+    assert starts.max() + weights.shape[1] <= length
+    sums = weights.sum(axis=1, dtype=np.int64)
+    assert set(sums.tolist()) <= {kernels.ONE, kernels.ONE - 1}
+
+
+def test_white_stays_white_however_far_it_is_reduced() -> None:
+    white = np.full((3000, 2000, 3), 255, np.uint8)
+    assert cut(white, (0, 0, 3000, 2000), 7).min() == 255
+
+
 def test_a_box_that_leaves_the_image_is_cut_off(image: np.ndarray) -> None:
     """An index that is wrong about an image's size must not make the kernel read other memory."""
     values = np.zeros(len(crop_op.PARAMETERS), np.float32)
@@ -102,6 +137,20 @@ def test_machine_code_is_kept_for_the_sources_that_it_was_made_from_and_for_no_o
         copy.write_text(copy.read_text() + " ")
         assert crop_op.digest(tuple(copies)) != before
         before = crop_op.digest(tuple(copies))
+
+
+def test_normalised_crops_are_the_crops_normalised(index: ShardIndex) -> None:
+    recipes = (ViewRecipe(33, (0.4, 1.0), blur_prob=0.5),) + (
+        ViewRecipe(17, (0.05, 0.4), jitter_prob=0.5, hue=0.1),
+    ) * 8
+    dataset = MultiCropDataset(index, recipes, IMAGENET_MEAN, IMAGENET_STD)
+    scaled, plain = (
+        next(iter(build_multicrop_dataloader(dataset, 16, device="cpu", normalized=normalized)))
+        for normalized in (True, False)
+    )
+    assert [crop.shape for crop in plain.crops] == [(16, 3, 33, 33)] + [(16, 3, 17, 17)] * 8
+    for ours, crop in zip(scaled.crops, plain.crops, strict=True):
+        assert torch.equal(ours, Normalization(IMAGENET_MEAN, IMAGENET_STD)(crop))
 
 
 FULL = ViewRecipe(
