@@ -15,6 +15,7 @@ from train.config.load import load_config
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+MULTICROP = ROOT / "configs" / "multicrop_training.yaml"  # with device auto
 
 
 @pytest.fixture
@@ -190,6 +191,33 @@ def test_a_wish_for_a_gpu_where_there_is_none_fails() -> None:
     finding = found("GPUs", Case(load_config(QUICKSTART, ["device=gpu"])))
     assert finding.status == "fail"
     assert "docker run --gpus all" in finding.fix
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"), [((), "on the CPU"), (("device=cpu",), "on the CPU"), (("device=gpu",), "skipped: no GPU")]
+)
+def test_without_a_gpu_crops_are_made_on_the_cpu(changes: tuple[str, ...], text: str) -> None:
+    if gpu.sees_gpu():
+        pytest.skip("there is a GPU")
+    finding = found("where crops are made", Case(load_config(MULTICROP, changes)))
+    assert finding.status == "ok"
+    assert finding.text.startswith(text)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        (("device=gpu",), "on the GPU or on the CPU"),
+        (("data.crop_device=gpu",), "on the GPU; data.crop_device"),
+        (("data.crop_device=cpu",), "on the CPU, by the compiled operator, and uploaded"),
+        (("device=cpu",), "on the CPU, by the compiled operator; device is cpu"),
+    ],
+)
+def test_with_a_gpu_the_settings_decide_where_crops_are_made(changes: tuple[str, ...], text: str) -> None:
+    finding = found("where crops are made", Case(load_config(MULTICROP, changes)))
+    assert finding.status == "ok"
+    assert finding.text.startswith(text)
 
 
 def test_without_a_gpu_nvjpeg_reports_no_engine() -> None:

@@ -115,6 +115,18 @@ def test_a_dry_run_under_torchrun_uses_the_gpu_of_its_rank(
         assert chosen == [1]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("crop_device", ["auto", "gpu", "cpu"])
+def test_a_dry_run_on_a_gpu_that_is_not_there_is_one_line(
+    crop_device: str, data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command(QUICKSTART, data_path, tmp_path, "device=gpu", f"data.crop_device={crop_device}")
+    assert main([*arguments, "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "device: gpu, but torch sees no GPU here" in error
+
+
 @pytest.mark.parametrize(
     ("count", "width", "rank"), [(512, 384, 384), (64, 384, 64), (300, 64, 7), (40, 40, 1), (2, 8, 2)]
 )

@@ -88,11 +88,12 @@ def _device(name: str) -> torch.device:
 
 
 def make_steps(
-    encoder: str, batch: int, context_ratio: float, device: torch.device, compiled: Sequence[str] = ()
-) -> dict[str, Step]:
+    encoder: str, batch: int, context_ratio: float, device: torch.device, compiled: Sequence[str] = (),
+    backend: str = "inductor",
+) -> dict[str, Step]:  # fmt: skip
     """Forward, backward and target update of every row, on the same images and weights, which no step changes.
 
-    `compiled`: strategies of further rows.
+    `compiled`: strategies of further rows. `backend`: of torch.compile; `eager` traces and compiles nothing.
     """
 
     def plan_of(strategy: str, num_global: int, num_local: int) -> MaskPlan:
@@ -109,7 +110,7 @@ def make_steps(
     steps["single-crop"] = _step(single, draw_batch(batch, 1, 0, device), plan_of("global_only", 1, 0))
     for name in compiled:
         copied = copy.deepcopy(model)
-        copied.compile(dynamic=False)  # as training.compile does
+        copied.compile(dynamic=False, backend=backend)  # as training.compile does
         steps[f"ours/{name}/compiled"] = _step(copied, everything, plan_of(name, 2, 6))
     return steps
 

@@ -139,6 +139,32 @@ def jpeg_engine(_: Case) -> Finding:
     return replace(finding, text=f"{engines[0]} engine(s) with {engines[1]} cores each; {finding.text}")
 
 
+@check("where crops are made")
+def crop_device(case: Case) -> Finding:
+    """By the settings, and by whether DALI decodes on the GPU."""
+    from pipeline.crops.decode import check_decoder
+    from pipeline.crops.device import DeviceError
+
+    data, on_cpu = case.config.data if case.config is not None else None, "on the CPU, by the compiled operator"
+    wanted = data.crop_device if data is not None else "auto"
+    if not sees_gpu():
+        return skipped(NO_GPU) if case.needs_gpu else ok(on_cpu)
+    if case.config is not None and case.config.device == "cpu":
+        return ok(f"{on_cpu}; device is cpu")
+    uploaded = f"{on_cpu}, and uploaded"
+    if wanted == "cpu":
+        return ok(f"{uploaded}; data.crop_device is cpu")
+    try:
+        check_decoder("gpu")
+    except (DeviceError, RuntimeError) as error:
+        if wanted == "gpu":
+            return fail(f"data.crop_device is gpu: {error}", "data.crop_device=auto, until the GPU decodes")
+        return warn(f"{uploaded}: {error}", "if the GPU is to make them, fix what GPU decode reports")
+    if wanted == "gpu":
+        return ok("on the GPU; data.crop_device is gpu")
+    return ok("on the GPU or on the CPU: each run measures at its start which feeds its model faster")
+
+
 @check("all-reduce, gloo")
 def gloo(_: Case) -> Finding:
     """Two ranks of this process, over the network interface that gloo chooses for this machine's name."""

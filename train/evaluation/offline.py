@@ -76,7 +76,9 @@ def find_checkpoint(
     settings = settings or run / "config.yaml"
     if not settings.exists():
         raise FileNotFoundError(f"{settings}: no such file; name the checkpoint's settings with --config")
-    changes = {"data.data_path": data, "evaluation.max_samples": max_samples, "device": device}
+    changes: dict[str, Any] = {"data.data_path": data, "evaluation.max_samples": max_samples, "device": device}
+    if device == "cpu":
+        changes["data.crop_device"] = "auto"  # whatever the run, trained on a GPU, has
     return checkpoint, load_config(settings, [f"{key}={value}" for key, value in changes.items() if value is not None])
 
 

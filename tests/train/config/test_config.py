@@ -229,6 +229,7 @@ logging: {run_name: 2024}
         (["masking.strategy=cross_crop_prediction", "data.use_multicrop=false"], "masking.strategy"),
         (["masking.strategy=global_with_local_context", "data.multicrop.num_local_crops=0"], "masking.strategy"),
         (["masking.exclude_covered=true"], "masking.exclude_covered"),
+        (["device=cpu", "data.crop_device=gpu"], "data.crop_device"),
     ],
 )
 def test_each_rule_between_keys_is_kept(overrides, key):

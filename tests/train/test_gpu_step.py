@@ -1,0 +1,132 @@
+"""The trainer's step on a GPU: bf16 on uint8 crops, and what a loss or a gradient that is not finite leaves as it was."""
+
+import copy
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.masks import STRATEGIES
+from tests.train.test_run import ROOT, command
+from train.build import tuned_reader
+from train.config.load import load_config
+from train.config.schema import Config
+from train.trainer import Trainer
+
+DEVICES = [pytest.param("gpu", marks=pytest.mark.gpu), pytest.param("cpu", marks=pytest.mark.slow)]
+on_each_device = pytest.mark.parametrize("device", DEVICES)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def config_of(device: str, data_path: Path, tmp_path: Path, *changes: str) -> Config:
+    given = [f"device={device}", "data.crop_device=cpu", "data.hw_decoder_load=0.65", "training.max_steps=30", *changes]
+    path, *overrides = command(ROOT / "configs" / "quickstart.yaml", data_path, tmp_path, *given)
+    return load_config(Path(path), overrides)
+
+
+def first_losses(trainer: Trainer, autocast: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Losses and gradients of the first batch, on masks that are the same in each call."""
+    batch, config = next(iter(trainer.loader)), trainer.config
+    assert {crop.dtype for crop in batch.crops} == {torch.uint8}
+    torch.manual_seed(0)
+    plan = trainer.masks(len(batch.labels))
+    directions = torch.randn(config.model.projector_dim, config.loss.sigreg_slices, device=trainer.device)
+    with torch.autocast(trainer.device.type, torch.bfloat16, enabled=autocast):
+        losses = trainer.model(batch.crops, batch.boxes, batch.flips, plan, directions / directions.norm(dim=0))
+    losses["loss"].backward()
+    gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+    return losses, gradients
+
+
+@on_each_device
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_bf16_on_uint8_crops_is_near_float32(device: str, strategy: str, data_path: Path, tmp_path: Path) -> None:
+    config = config_of(device, data_path, tmp_path, f"masking.strategy={strategy}")
+    (losses, gradients), (exact, exact_gradients) = (first_losses(Trainer(config), each) for each in (True, False))
+    assert losses["loss"].device.type == ("cuda" if device == "gpu" else "cpu")
+    assert losses["loss"].dtype == torch.float32
+    for name in ("loss", "level_0", "view", "sigreg"):
+        assert losses[name].item() == pytest.approx(exact[name].item(), rel=0.05), name
+    assert gradients.keys() == exact_gradients.keys()
+    for name, gradient in gradients.items():
+        assert gradient.dtype == torch.float32
+        assert bool(gradient.isfinite().all()), name
+    together = [torch.cat([each[name].flatten() for name in gradients]) for each in (gradients, exact_gradients)]
+    assert float(torch.nn.functional.cosine_similarity(*together, dim=0)) > 0.95
+
+
+def left_by(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Weights, the target's among them, and moments, copied."""
+    tensors = dict(trainer.model.state_dict())
+    for name, parameter in trainer.model.named_parameters():
+        tensors |= {f"{name}/{key}": value for key, value in trainer.optimizer.state.get(parameter, {}).items()}
+    return copy.deepcopy({name: tensor.detach() for name, tensor in tensors.items()})
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> list[str]:
+    assert before.keys() == after.keys()
+    return [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
+
+
+@on_each_device
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
+    device: str, kind: str, value: float, data_path: Path, tmp_path: Path
+) -> None:
+    trainer, spoilt = Trainer(config_of(device, data_path, tmp_path)), [1.0]
+
+    def spoil_loss(_module: object, _inputs: object, losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {**losses, "loss": losses["loss"] * (spoilt[0] if kind == "loss" else 1.0)}
+
+    trainer.model.register_forward_hook(spoil_loss)
+    weight = next(trainer.model.encoder.parameters())
+    weight.register_hook(lambda gradient: gradient * (spoilt[0] if kind == "gradient" else 1.0))
+    for _ in range(2):
+        trainer.step()
+    sound = left_by(trainer)
+    spoilt[0] = value
+    for _ in range(2):
+        trainer.step()
+    assert changed(sound, left_by(trainer)) == []
+    spoilt[0] = 1.0
+    trainer.step()
+    after = left_by(trainer)
+    assert len(changed(sound, after)) > 0.9 * len(sound)
+    assert all(bool(tensor.isfinite().all()) for tensor in after.values())
+    trainer._guard.read(trainer.state)
+    assert (trainer.state.skipped_steps, trainer.state.skipped_in_a_row) == (2, 0)
+
+
+@on_each_device
+@pytest.mark.parametrize("crop_device", ["auto", "gpu", "cpu"])
+def test_the_reader_of_a_run_is_measured_with_its_encoder_and_has_no_auto_left(
+    device: str, crop_device: str, data_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    place = crop_device if device == "gpu" or crop_device == "auto" else "cpu"
+    changes = ("data.num_workers=auto", "data.hw_decoder_load=auto", f"data.crop_device={place}")
+    config = config_of(device, data_path, tmp_path, *changes)
+    trainer = Trainer(config)
+    if device == "cpu":
+        assert trainer._tuned == config
+        return
+    chosen = trainer._tuned.data
+    assert "auto" not in (chosen.num_workers, chosen.hw_decoder_load, chosen.crop_device)
+    assert crop_device in ("auto", chosen.crop_device)
+    assert trainer.loader.reader.crop_device == chosen.crop_device
+    assert trainer.loader.reader.num_threads == chosen.num_workers
+    assert sum("chosen by images/s" in message for message in caplog.messages) == 1
+    again = tuned_reader(trainer._tuned, trainer.dataset, trainer.model, trainer.masks)
+    assert again == trainer._tuned  # nothing is left to measure
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
