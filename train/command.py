@@ -1,5 +1,6 @@
 """What every command does with its messages and its errors."""
 
+import io
 import logging
 import sys
 from collections.abc import Callable
@@ -37,6 +38,9 @@ def run_command(name: str, work: Callable[[], int | None], interrupted: str = "i
     Bad input (ValueError, OSError, a missing package) becomes one line on stderr and exit code 2, Ctrl-C exit code 130. Any
     other exception is a bug and keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files need not be text that a terminal can print
+            stream.reconfigure(errors="backslashreplace")
     try:
         return work() or 0
     except (ValueError, OSError) as error:

@@ -12,7 +12,7 @@ from pipeline.shards.scan import IMAGE_EXTENSIONS
 from pipeline.shards.tar import head_kind
 
 BLOCK = tarfile.BLOCKSIZE
-NAME_BYTES = 100  # of a tar header: a longer name is cut off there
+LONG_NAME = 90  # characters: writers cut longer names off in the header, at 100 bytes or before
 # A network file system answers many questions at once; on a local disk threads cost nothing.
 THREADS = 16
 CHUNK = 32
@@ -100,7 +100,7 @@ def _not_the_header(block: bytes, size: int) -> str | None:
     except tarfile.TarError:
         return "nothing" if not block else "zeros" if not any(block) else "no tar header"
     extension = member.name.rpartition(".")[2].lower()
-    if not member.isreg() or (extension not in IMAGE_EXTENSIONS and block[NAME_BYTES - 1] == 0):
+    if not member.isreg() or (extension not in IMAGE_EXTENSIONS and len(member.name) < LONG_NAME):
         return f"{member.name}, no image,"
     return f"{member.name} of {member.size:,} bytes instead of {size:,}" if member.size != size else None
 

@@ -1,17 +1,28 @@
 """Read tars by their headers: nothing is extracted, and memory stays bounded whatever the headers claim."""
 
+import logging
 import os
+import posixpath
 import tarfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import IO, BinaryIO, NamedTuple, cast
 
-MAX_HEADER_BYTES = 1 << 20  # of a long name or PAX record; a longer one is an attack, not a name
+log = logging.getLogger(__name__)
+
+MAX_HEADER_BYTES = 1 << 24  # of a long name or PAX record (macOS stores attributes there); a longer one is an attack
 LONGEST_PADDING = 1 << 20  # bytes of zeros that a tar may end with: writers fill up a record, mostly of 10 KB
+# Folders that file servers and systems leave: macOS in zips, Synology, QNAP, Windows, Linux.
+SYSTEM_FOLDERS = frozenset(
+    ("__macosx", "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "$recycle.bin", "recycler",
+     "system volume information", "lost+found", "__pycache__")
+)  # fmt: skip
+MAX_LINKS = 40  # of a chain, as in Linux
 
 
 class TarMember(NamedTuple):
-    """A regular file inside a tar: its content is `[offset, offset + size)` of the tar itself."""
+    """A file inside a tar: its content is `[offset, offset + size)` of the tar itself."""
 
     name: str
     offset: int
@@ -31,11 +42,50 @@ class _HeaderReader:
 
 
 def tar_members(path: Path, start: int = 0, stop: int | None = None) -> Iterator[TarMember]:
-    """Regular files of the uncompressed tar in bytes `[start, stop)` of a file (a tar inside a tar has `start` > 0).
+    """Files of the uncompressed tar in bytes `[start, stop)` of a file (a tar inside a tar has `start` > 0).
 
-    Links, devices, sparse files and folders are skipped. Names are returned as stored: use them as labels, never as paths.
-    Raises ValueError for damage.
+    Links to a file of the same tar come last, with the content of that file. Other links and sparse files are left out with a
+    warning, devices and folders silently. Names are returned as stored: use them as labels, never as paths. Raises ValueError
+    for damage.
     """
+    links: dict[str, str] = {}
+    lost: list[str] = []
+    for info in _headers(path, start, stop):
+        if info.issparse():
+            lost.append(f"{info.name} (a sparse file)")
+        elif info.isreg():
+            yield TarMember(info.name, info.offset_data, info.size)
+        elif info.islnk() or info.issym():
+            target = info.linkname if info.islnk() else posixpath.join(posixpath.dirname(info.name), info.linkname)
+            links[info.name] = posixpath.normpath(target)
+    if links:
+        found = _linked(path, start, stop, links)
+        yield from found
+        resolved = {member.name for member in found}
+        lost += [f"{name} (a link to {links[name]})" for name in links if name not in resolved]
+    if lost:
+        warn_once(f"{path}: {len(lost):,} members without content in this tar are left out, the first: {lost[0]}")
+
+
+def _linked(path: Path, start: int, stop: int | None, links: dict[str, str]) -> list[TarMember]:
+    """The links that lead to a file of the tar, in their order. Reads the tar's headers again: only tars with links pay."""
+    hops = {posixpath.normpath(name): target for name, target in links.items()}
+    ends = {}
+    for name, target in links.items():
+        for _ in range(MAX_LINKS):
+            if target not in hops:
+                ends[name] = target
+                break
+            target = hops[target]
+    wanted = set(ends.values())
+    files = {}
+    for info in _headers(path, start, stop):
+        if info.isreg() and not info.issparse() and (name := posixpath.normpath(info.name)) in wanted:
+            files[name] = (info.offset_data, info.size)
+    return [TarMember(name, *files[end]) for name, end in ends.items() if end in files]
+
+
+def _headers(path: Path, start: int, stop: int | None) -> Iterator[tarfile.TarInfo]:
     try:
         with path.open("rb") as file:
             end = os.fstat(file.fileno()).st_size if stop is None else stop
@@ -45,15 +95,12 @@ def tar_members(path: Path, start: int = 0, stop: int | None = None) -> Iterator
                     tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps every header
                     if member.offset >= end:
                         break
-                    if member.issparse():
-                        continue
-                    if not 0 <= member.size <= end - member.offset_data:
+                    if not member.issparse() and not 0 <= member.size <= end - member.offset_data:
                         raise ValueError(
                             f"{member.name} at byte {member.offset:,} claims {member.size:,} bytes, past the end: "
                             "truncated or forged. Copy it again"
                         )
-                    if member.isreg():
-                        yield TarMember(member.name, member.offset_data, member.size)
+                    yield member
                 _check_end(file, tar.offset, end)
     except (tarfile.TarError, ValueError) as error:
         kind = f"{tar_kind(path)}, not a readable tar (" if isinstance(error, tarfile.TarError) else ""
@@ -75,6 +122,20 @@ def sample_key(name: str) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.rpartition(".")
     return folder + slash + stem, extension.lower()
+
+
+def is_hidden(name: str) -> bool:
+    """A dot file, or a file in a dot folder or a system's folder: macOS leaves one `._x.jpg` for every `x.jpg` in tars."""
+    parts = name.split("/")
+    return any(part.startswith(".") and part not in (".", "..") for part in parts) or any(
+        part.lower() in SYSTEM_FOLDERS for part in parts
+    )
+
+
+@cache
+def warn_once(message: str) -> None:
+    """A tar is read more than once, and what is wrong with it is said once."""
+    log.warning("%s", message)
 
 
 def tar_kind(path: Path) -> str:

@@ -40,11 +40,6 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS)
 
 
-def is_hidden(name: str) -> bool:
-    """A dot file, or a file in a dot folder: macOS leaves one `._x.jpg` for every `x.jpg` in tars and on sticks."""
-    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
-
-
 def kind(name: str) -> str:
     """What a file that is not an image is counted as: its extension, or QUIET."""
     base = name.rpartition("/")[2].lower()

@@ -1,14 +1,26 @@
 """One image: what it is, whether it can be trained on, and how it is rewritten when it cannot be stored unchanged."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 
 import numpy as np
 from PIL import Image
 
+from pipeline.shards.scan import PILLOW_FAULTS
 from tools.shards.file_kinds import FORMATS, HEIC_IS_READ, JPEG_EXTENSIONS
+from tools.shards.pixels import (
+    END_OF_IMAGE,
+    START_OF_SCAN,
+    RejectedImageError,
+    decoding,
+    jpeg_segments,
+    pixel_sums,
+    scan_start,
+    to_rgb,
+    without_metadata,
+)
 
 Image.MAX_IMAGE_PIXELS = None  # our own limit is checked in the header, before anything is decoded
 
@@ -34,38 +46,64 @@ class ImagePolicy:
 
 @dataclass(frozen=True)
 class CheckedImage:
-    """An image that DALI and Pillow decode alike. `changes`: what had to be done to it, by kind."""
+    """An image that DALI and Pillow decode alike. `changes`: what had to be done to it, by kind.
+
+    `sums`: its `pixel_sums`, of the images that the statistics are made of.
+    """
 
     content: bytes
     extension: str
     height: int
     width: int
     changes: tuple[str, ...] = ()
+    sums: np.ndarray | None = None
 
 
-def check_image(content: bytes, name: str, policy: ImagePolicy) -> CheckedImage:
-    """Raise ValueError with the reason when the image must be left out."""
+def check_image(content: bytes, name: str, policy: ImagePolicy, with_sums: bool = False) -> CheckedImage:
+    """Raise ValueError with the reason when the image must be left out. With `with_sums` it is decoded in any case."""
     if not content:
-        raise ValueError("empty file")
+        raise RejectedImageError("empty file")
+    try:
+        return _checked(content, name, policy, with_sums)
+    except RejectedImageError:
+        # Damaged metadata is no reason to lose an image: once more without it.
+        if (plain := without_metadata(content)) == content:
+            raise
+        try:
+            checked = _checked(plain, name, policy, with_sums=True)
+        except RejectedImageError:
+            checked = None
+        if checked is None:
+            raise
+        return replace(checked, changes=(*checked.changes, "metadata"), sums=checked.sums if with_sums else None)
+
+
+def _checked(content: bytes, name: str, policy: ImagePolicy, with_sums: bool) -> CheckedImage:
     size = _plain_jpeg_size(content)
     if size and size[0] * size[1] <= policy.max_pixels and (not policy.resize or min(size) <= policy.resize):
         misnamed = () if name.lower().endswith(JPEG_EXTENSIONS) or "." not in name else ("misnamed",)
-        return CheckedImage(content, "jpg", *size, misnamed)
-    try:
-        with Image.open(io.BytesIO(content), formats=_formats(content)) as image:
+        image = CheckedImage(content, "jpg", *size, misnamed)
+    else:
+        image = _check_with_pillow(content, name, policy)
+    return replace(image, sums=pixel_sums(image.content)) if with_sums else image
+
+
+def _check_with_pillow(content: bytes, name: str, policy: ImagePolicy) -> CheckedImage:
+    with decoding():
+        try:
+            opened = Image.open(io.BytesIO(content), formats=_formats(content))
+        except Image.UnidentifiedImageError:
+            is_heic = not HEIC_IS_READ and _is_iso_media(content)
+            hint = "; it may be HEIC: pip install pillow-heif adds support" if is_heic else ""
+            raise RejectedImageError(f"not an image (allowed: {', '.join(_formats(content))}){hint}") from None
+        with opened as image:
             width, height = image.size
             if width * height > policy.max_pixels:
-                raise ValueError(f"{width}x{height} pixels, allowed {policy.max_pixels:,} (--max-pixels)")
+                raise RejectedImageError(f"{width}x{height} pixels, allowed {policy.max_pixels:,} (--max-pixels)")
             changes = _needed_changes(image, content, name, policy)
             if set(changes) <= {"misnamed"}:
                 return CheckedImage(content, "png" if image.format == "PNG" else "jpg", height, width, tuple(changes))
             return _rewrite(image, changes, policy)
-    except Image.UnidentifiedImageError:
-        is_heic = not HEIC_IS_READ and _is_iso_media(content)
-        hint = "; it may be HEIC: pip install pillow-heif adds support" if is_heic else ""
-        raise ValueError(f"not an image (allowed: {', '.join(_formats(content))}){hint}") from None
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"does not decode: {error}") from None
 
 
 def _is_iso_media(content: bytes) -> bool:
@@ -88,17 +126,17 @@ def _plain_jpeg_size(content: bytes) -> tuple[int, int] | None:
     """(height, width) of a JPEG that needs no change, from its markers alone, which is faster than Pillow.
 
     None for everything else (EXIF, CMYK, 12 bits, arithmetic coding, no end marker, damage), which Pillow then checks.
-    ITU T.81, annex B: each marker segment is FF, its kind, a length and the payload.
     """
-    if content[:3] != b"\xff\xd8\xff" or content.rfind(b"\xff\xd9") < 0:
+    if content[:3] != b"\xff\xd8\xff":
         return None
-    size, place = None, 2
-    while place + 4 <= len(content) and content[place] == 0xFF:
-        kind = content[place + 1]
-        if kind == 0xDA:  # start of scan: nothing of interest follows
-            return size
-        start, place = place + 4, place + 2 + (content[place + 2] << 8 | content[place + 3])
+    size = None
+    for kind, place, _ in jpeg_segments(content):
+        if kind == START_OF_SCAN:
+            return size if content.rfind(END_OF_IMAGE, place) >= 0 else None
+        start = place + 4
         if kind in (0xC0, 0xC1, 0xC2):
+            if start + 6 > len(content):
+                return None
             precision, components = content[start], content[start + 5]
             height, width = content[start + 1] << 8 | content[start + 2], content[start + 3] << 8 | content[start + 4]
             if size or precision != 8 or components not in (1, 3) or not height * width:
@@ -122,24 +160,41 @@ def _needed_changes(image: Image.Image, content: bytes, name: str, policy: Image
         changes.append("16-bit")
     elif "transparency" in image.info:
         changes.append("alpha")
-    if "exif" in image.info and image.getexif().get(ORIENTATION_TAG, 1) in TRANSPOSE:
+    if "exif" in image.info and _orientation(image) in TRANSPOSE:
         changes.append("orientation")
-    end_marker = b"\xff\xd9" if is_jpeg else b"IEND" if is_png else b""
-    if policy.verify != "none" and content.rfind(end_marker) < 0:
+    end_marker = END_OF_IMAGE if is_jpeg else b"IEND" if is_png else b""
+    if policy.verify != "none" and content.rfind(end_marker, scan_start(content)) < 0:
         changes.append("no end marker")
     if policy.resize and min(image.size) > policy.resize:
         changes.append("resized")
     return changes
 
 
+def _orientation(image: Image.Image) -> int:
+    """How the image is turned; damaged EXIF data say nothing, and the pixels are sound without them."""
+    try:
+        return int(image.getexif().get(ORIENTATION_TAG, 1))
+    except PILLOW_FAULTS:
+        return 1
+
+
 def _mode_change(image: Image.Image) -> str:
-    names = {"CMYK": "cmyk", "P": "palette", "1": "1-bit", "RGBA": "alpha", "LA": "alpha", "PA": "alpha"}
+    names = {
+        "F": "float",
+        "I": "32-bit",
+        "CMYK": "cmyk",
+        "P": "palette",
+        "1": "1-bit",
+        "RGBA": "alpha",
+        "LA": "alpha",
+        "PA": "alpha",
+    }
     return names.get(image.mode, "16-bit" if image.mode.startswith("I") else image.mode.lower())
 
 
 def _rewrite(image: Image.Image, changes: list[str], policy: ImagePolicy) -> CheckedImage:
     is_jpeg, resized = image.format in ("JPEG", "MPO"), "resized" in changes
-    orientation = image.getexif().get(ORIENTATION_TAG, 1) if "orientation" in changes else 1
+    orientation = _orientation(image) if "orientation" in changes else 1
     if resized and is_jpeg:
         image.draft("RGB", (policy.resize, policy.resize))  # decodes at 1/2, 1/4 or 1/8: never below the target size
     pixels = to_rgb(image)
@@ -157,27 +212,8 @@ def _rewrite(image: Image.Image, changes: list[str], policy: ImagePolicy) -> Che
     return CheckedImage(out.getvalue(), extension, pixels.height, pixels.width, tuple(changes))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode the first frame to RGB or gray of 8 bits: alpha is dropped, 16 bits keep their upper 8."""
-    image.load()
-    if image.mode.startswith("I"):
-        wide = np.asarray(image).astype(np.int64)
-        return Image.fromarray(np.clip(wide >> 8, 0, 255).astype(np.uint8))
-    if image.mode in ("1", "LA"):
-        return image.convert("L")
-    return image if image.mode in ("RGB", "L") else image.convert("RGB")
-
-
 def encode_png(pixels: np.ndarray) -> bytes:
     """`[H, W]` or `[H, W, 3]` uint8 to PNG, losslessly and always to the same bytes."""
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG", compress_level=6)
     return out.getvalue()
-
-
-def pixel_sums(content: bytes) -> np.ndarray:
-    """`[7] int64`: the number of pixels; per RGB channel their sum; per RGB channel the sum of their squares."""
-    with Image.open(io.BytesIO(content)) as image:
-        histogram = np.array(image.convert("RGB").histogram(), np.int64).reshape(3, 256)
-    values = np.arange(256)
-    return np.concatenate([histogram[0].sum(keepdims=True), histogram @ values, histogram @ values**2])

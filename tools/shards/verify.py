@@ -1,7 +1,9 @@
 """Check, index and describe existing shards, our own or somebody else's."""
 
 import hashlib
+import logging
 import multiprocessing
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -12,8 +14,8 @@ import numpy as np
 
 from pipeline.shards.index import INDEX_NAME, ShardIndex, open_index, save_index, scan_shard
 from pipeline.shards.manifest import MANIFEST_NAME, check_class_count, read_manifest, read_object
-from pipeline.shards.tar import sample_key, tar_members
-from tools.shards.images import pixel_sums
+from pipeline.shards.tar import is_hidden, sample_key, tar_members
+from tools.shards.pixels import RejectedImageError, pixel_sums
 from tools.shards.report import (
     INFO_NAME,
     STATS_NAME,
@@ -24,7 +26,10 @@ from tools.shards.report import (
 )
 from tools.shards.writer import fingerprint, idx_content, pixel_stride, write_file
 
+log = logging.getLogger(__name__)
+
 DECODE_BATCH = 32
+BLANKS = re.compile(r"\s")
 INDEX_AGAIN = "run `make_shards.py index` on its folder"
 
 
@@ -134,12 +139,16 @@ def _index_shard(task: ShardTask) -> np.ndarray:
 
 
 def scan_idx(path: Path) -> bytes:
-    """DALI's index of any WebDataset tar; extensions in lower case, members of a sample brought together."""
+    """DALI's index of any WebDataset tar; extensions in lower case, members of a sample brought together.
+
+    Its format has no blanks in names: they are replaced.
+    """
     samples: dict[str, list[tuple[str, int, int, str]]] = {}
     for member in tar_members(path):
         key, extension = sample_key(member.name)
-        if extension and key.rpartition("/")[2] and " " not in member.name:
-            samples.setdefault(key, []).append((extension, member.offset, member.size, member.name))
+        if extension and key.rpartition("/")[2] and not is_hidden(member.name):
+            name = BLANKS.sub("_", member.name)
+            samples.setdefault(key, []).append((BLANKS.sub("_", extension), member.offset, member.size, name))
     return idx_content(list(samples.values()))
 
 
@@ -158,7 +167,11 @@ def _describe_shard(task: ShardTask) -> tuple[np.ndarray, np.ndarray]:
     for number, content in enumerate(task.images()):
         fingerprints.append(fingerprint(content))
         if number % pixel_stride(len(task.rows)) == 0:
-            sums += pixel_sums(content)
+            try:
+                sums += pixel_sums(content)
+            except RejectedImageError as error:
+                where = f"{task.path}: the image at byte {task.rows[number]['offset']}"
+                log.warning("%s %s: left out of mean and std", where, error)
     return np.frombuffer(b"".join(fingerprints), "S16"), sums
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.shards.index import SAMPLE_DTYPE, UNLABELLED
 from pipeline.shards.index_file import DAMAGES
 from tools.shards.catalogue import Source
-from tools.shards.images import CheckedImage, ImagePolicy, check_image, pixel_sums
+from tools.shards.images import CheckedImage, ImagePolicy, check_image
 
 BLOCK = 512
 RECORD_FOLDER, IDENTITY_NAME = ".records", "plan.json"
@@ -128,7 +128,7 @@ def tar_header(name: str, size: int) -> bytes:
 def idx_content(samples: list[list[tuple[str, int, int, str]]]) -> bytes:
     """DALI's `v1.2` index: per sample `extension offset size name` of each member."""
     lines = (" ".join(" ".join(map(str, member)) for member in members) for members in samples)
-    return "\n".join([f"v1.2 {len(samples)}", *lines, ""]).encode()
+    return "\n".join([f"v1.2 {len(samples)}", *lines, ""]).encode("utf-8", "surrogateescape")
 
 
 def pixel_stride(num_images: int) -> int:
@@ -173,8 +173,8 @@ class ShardBuilder:
         self.idx.append(idx)
         self.fingerprints.append(fingerprint(image.content))
         self.changes.update(image.changes)
-        if position % pixel_stride(len(self.conversion.order)) == 0:
-            self.pixels += pixel_sums(image.content)
+        if image.sums is not None:
+            self.pixels += image.sums
 
     def finish(self, rejected: list[dict[str, str | int]]) -> ShardRecord:
         self._write([bytes(2 * BLOCK)])
@@ -240,7 +240,11 @@ def write_shard(conversion: Conversion, shard: int, counts: SharedCounts) -> Sha
 
 
 def _check_batch(conversion: Conversion, positions: range) -> list[CheckedImage | str]:
-    results = [check_one(conversion, int(conversion.order[position])) for position in positions]
+    stride = pixel_stride(len(conversion.order))
+    results = [
+        check_one(conversion, int(conversion.order[position]), with_sums=position % stride == 0)
+        for position in positions
+    ]
     if conversion.policy.verify == "full":
         from tools.shards.decode_check import decode_errors  # DALI takes a second to import
 
@@ -251,14 +255,14 @@ def _check_batch(conversion: Conversion, positions: range) -> list[CheckedImage 
     return results
 
 
-def check_one(conversion: Conversion, row: int) -> CheckedImage | str:
+def check_one(conversion: Conversion, row: int, with_sums: bool = False) -> CheckedImage | str:
     """The image as it is to be stored, or the reason to leave it out. Nothing above the limit is ever read."""
     catalogue, policy = conversion.source.catalogue, conversion.policy
     if catalogue.size[row] > policy.max_bytes:
         return f"{catalogue.size[row]:,} bytes, allowed {policy.max_bytes:,} (--max-bytes)"
     content = catalogue.read(row)
     try:
-        return check_image(content, catalogue.name(row), policy)
+        return check_image(content, catalogue.name(row), policy, with_sums)
     except ValueError as error:
         return str(error)
 

@@ -266,8 +266,10 @@ class Config(Section):
 
     def rules(self) -> Iterator[BrokenRule]:
         if (self.device, self.data.crop_device) == ("cpu", "gpu"):
-            keys = ("data.crop_device", "device")
-            yield keys, "gpu needs device: gpu; a run on the CPU makes its crops there, write auto or cpu"
+            yield (
+                ("data.crop_device", "device"),
+                "gpu needs device: gpu; a run on the CPU makes its crops there, write auto or cpu",
+            )
         counts = self.data.crop_counts
         count_keys = tuple(
             f"data.{key}" for key in ("multicrop.num_local_crops", "multicrop.num_global_crops", "use_multicrop")

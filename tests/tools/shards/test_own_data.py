@@ -57,7 +57,8 @@ def test_folders_that_are_asked_for_are_classes_and_the_rest_is_counted(
 def test_what_lies_beside_the_folder_of_a_split_is_named(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (photos / "ant").rename(photos / "train")
+    (photos / "train").mkdir()
+    (photos / "ant").rename(photos / "train/ant")
     assert "left out beside train/: the folders bee, cat and 5 images" in said(capsys, photos, tmp_path / "out")
 
 

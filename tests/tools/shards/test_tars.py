@@ -117,7 +117,7 @@ def test_images_and_other_tars_beside_the_tars_of_a_split_are_counted(
     root = sources.class_folders(tmp_path / "in")
     for name in ("train-0", "train-1", "val-0", "trains"):
         (root / f"{name}.tar").write_bytes(class_tar(0))
-    run_convert(root, tmp_path / "out")
+    run_convert(root, tmp_path / "out", "--layout", "tars")
     said = capsys.readouterr().out
     assert "2 tars beside them are not of the train split" in said
     assert "24 images beside the tars are left out" in said

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from pipeline.shards.index import UNLABELLED
 from tools.shards.catalogue import Catalogue, LooseFiles, Source
-from tools.shards.layouts.splits import plain_name, split_root
-from tools.shards.layouts.walk import add_images, has_images, notes_beside_split
+from tools.shards.layouts.splits import plain_name
+from tools.shards.layouts.walk import add_images, has_images, image_root, notes_beside_split
 
 
 def open_flat(path: Path, split: str, spools: Path | None) -> Source | None:
-    root = split_root(path, split)
+    root = image_root(path, split)
     if root is None or not has_images(root):
         return None
     catalogue, skipped = Catalogue([LooseFiles(root)]), Counter[str]()

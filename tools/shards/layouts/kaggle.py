@@ -6,7 +6,8 @@ from pathlib import Path
 
 from tools.shards.catalogue import Catalogue, LooseFiles, Source, check_class_names
 from tools.shards.layouts.imagenet import label_order
-from tools.shards.layouts.walk import add_images, subfolders, walk_images
+from tools.shards.layouts.splits import visible_folders
+from tools.shards.layouts.walk import add_images, walk_images
 
 IMAGES = "ILSVRC/Data/CLS-LOC"
 
@@ -18,7 +19,7 @@ def open_kaggle(path: Path, split: str, spools: Path | None) -> Source | None:
     if root is None or not (root / IMAGES / split).is_dir():
         return None
     images = root / IMAGES / split
-    folders = subfolders(images) if split == "train" else []
+    folders = visible_folders(images) if split == "train" else []
     classes, class_names = _synset_mapping(root / "LOC_synset_mapping.txt", folders)
     labels = {wnid: label for label, wnid in enumerate(classes)}
     catalogue, skipped = Catalogue([LooseFiles(images)]), Counter[str]()

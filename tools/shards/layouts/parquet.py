@@ -1,46 +1,78 @@
-"""Hugging Face parquet shards: a column `image` with `bytes`, and a column `label`.
+"""Parquet files with a column of images, as of Hugging Face: `image.bytes`, or encoded images themselves.
 
 A global shuffle reads images in random order, and parquet can only be read a row group (hundreds of images) at a time. So each
 file's images are first copied, unchanged, into a spool file beside the shards; spools are deleted when the split is complete.
 """
 
 import fcntl
-import json
 import os
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pipeline.shards.index import UNLABELLED
-from tools.shards.catalogue import Catalogue, FileRanges, Source, check_class_names
-from tools.shards.layouts.splits import files_of_split, plain_name, split_root
+from pipeline.shards.tar import is_hidden
+from tools.shards.catalogue import Catalogue, FileRanges, Source
+from tools.shards.layouts.parquet_columns import (
+    BATCH_ROWS,
+    Columns,
+    batches,
+    find_columns,
+    image_bytes,
+    open_file,
+    read_labels,
+)
+from tools.shards.layouts.splits import files_of_split, plain_name
+from tools.shards.layouts.walk import some
 from tools.shards.writer import PartialFile
 
-BATCH_ROWS = 64
-ROW = np.dtype([("offset", "<i8"), ("size", "<i8"), ("label", "<i4")])
+ROW = np.dtype([("offset", "<i8"), ("size", "<i8")])
 
 
 def open_parquet(path: Path, split: str, spools: Path | None) -> Source | None:
-    """One file, or those of a folder or its `data`. Without `spools`, for a dry run, nothing is copied."""
+    """One file, or those of a folder at any depth. Without `spools`, for a dry run, no image is copied."""
     if path.is_file():
         files = [path] if path.suffix == ".parquet" else []
     else:
-        folders = (split_root(path, split), path / "data")
-        files = files_of_split([file for root in folders if root for file in sorted(root.glob("*.parquet"))], split)
+        found = [file for file in sorted(path.rglob("*.parquet")) if not is_hidden(str(file.relative_to(path)))]
+        files = files_of_split(found, split, path)
+    columns_of = {file: find_columns(file) for file in files}
+    files = [file for file in files if columns_of[file]]
     if not files:
         return None
-    containers = [SpooledParquet(file, (spools or path) / f"{i:05d}.spool") for i, file in enumerate(files)]
+    columns = _common(columns_of, files)
+    _check_one_set(path, files)
+    containers = [
+        SpooledParquet(file, columns.image, (spools or path) / f"{i:05d}.spool") for i, file in enumerate(files)
+    ]
     catalogue = Catalogue(list(containers))
+    labels, classes = read_labels(files, columns) if columns.label else ([], ())
     for container, spooled in enumerate(containers):
-        rows = spooled.rows() if spools else _estimated_rows(spooled.path)
-        for number, (offset, size, label) in enumerate(rows.tolist()):
-            catalogue.add(container, offset, size, label, f"{spooled.path.name}/{number:06d}")
-    classes = _class_names(files[0])
-    check_class_names(classes, str(files[0]))
-    return Source("parquet", plain_name(path), catalogue, tuple(classes), notes=(f"{len(files)} parquet files",))
+        rows = spooled.rows()[["offset", "size"]] if spools else _estimated_rows(spooled.path)
+        mine = labels[container] if labels else np.full(len(rows), UNLABELLED)
+        for number, ((offset, size), label) in enumerate(zip(rows.tolist(), mine.tolist(), strict=True)):
+            catalogue.add(container, offset, size, label, f"{spooled.name(path)}/{number:06d}")
+    notes = [f"{len(files)} parquet files", columns.note()]
+    if others := len(columns_of) - len(files):
+        notes.append(f"{others} without images are left out")
+    return Source("parquet", plain_name(path), catalogue, classes, notes=tuple(notes))
+
+
+def _common(columns_of: dict[Path, Columns | None], files: list[Path]) -> Columns:
+    """The columns of all files. Raises ValueError where one differs, for its labels would mean something else."""
+    first = columns_of[files[0]]
+    assert first is not None
+    if other := next((file for file in files if columns_of[file] != first), None):
+        raise ValueError(f"{other}: other columns or classes than {files[0]}: convert them one by one")
+    return first
+
+
+def _check_one_set(path: Path, files: list[Path]) -> None:
+    """Raise ValueError where the files belong to several configurations, as the hub keeps them: `default/train/0000.parquet`."""
+    tops = {file.relative_to(path).parts[0] for file in files if len(file.relative_to(path).parts) > 2}
+    if len(tops) > 1:
+        raise ValueError(f"{path}: parquet files of several sets, {some(sorted(tops))}: give one of these folders")
 
 
 @dataclass
@@ -48,7 +80,12 @@ class SpooledParquet:
     """The images of one parquet file, copied to `spool` on the first read and read from there."""
 
     path: Path
+    column: str
     spool: Path
+
+    def name(self, root: Path) -> str:
+        """The file below `root`: two folders may have files of one name."""
+        return self.path.name if root == self.path else str(self.path.relative_to(root))
 
     def read(self, offset: int, size: int, name: str) -> bytes:
         if not hasattr(self, "_ranges"):
@@ -65,7 +102,7 @@ class SpooledParquet:
             if self.spool.exists() and rows_path.exists():
                 return np.load(rows_path)
             with PartialFile(self.spool) as file:
-                rows = _copy_images(self.path, file)
+                rows = _copy_images(self.path, self.column, file)
             with PartialFile(rows_path) as file, os.fdopen(os.dup(file.descriptor), "wb") as stream:
                 np.save(stream, rows)
             return rows
@@ -76,45 +113,25 @@ class SpooledParquet:
         return np.load(rows_path) if rows_path.exists() else self.fill()
 
 
-def _open_file(path: Path) -> Any:
-    try:
-        parquet = import_module("pyarrow.parquet")
-    except ModuleNotFoundError:
-        raise ValueError("parquet files need pyarrow, which is not installed: pip install -e .[parquet]") from None
-    return parquet.ParquetFile(path)
-
-
-def _copy_images(path: Path, file: PartialFile) -> np.ndarray:
+def _copy_images(path: Path, column: str, file: PartialFile) -> np.ndarray:
     rows = []
-    try:
-        parquet = _open_file(path)
-        columns = ["image", "label"] if "label" in parquet.schema_arrow.names else ["image"]
-        for batch in parquet.iter_batches(BATCH_ROWS, columns=columns):
-            labels = batch.column("label").to_pylist() if len(columns) == 2 else [None] * len(batch)
-            for image, label in zip(batch.column("image").to_pylist(), labels, strict=True):
-                content = (image or {}).get("bytes") or b""
-                rows.append((file.num_bytes, len(content), UNLABELLED if label is None else label))
-                file.write([content])
-    except (KeyError, AttributeError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise ValueError(f"{path}: not a parquet file with image.bytes and label ({error})") from None
+    for values in batches(path, column, BATCH_ROWS):
+        for value in values:
+            content = image_bytes(value)
+            rows.append((file.num_bytes, len(content)))
+            file.write([content])
+    if rows and not file.num_bytes:
+        raise ValueError(
+            f"{path}: column {column} holds no image at all, perhaps paths: embed the images, or convert their files"
+        )
     return np.array(rows, ROW)
 
 
 def _estimated_rows(path: Path) -> np.ndarray:
     """As many rows as the file has, each of the mean size; their images cannot be read."""
-    rows = np.zeros(_open_file(path).metadata.num_rows, ROW)
+    rows = np.zeros(open_file(path).metadata.num_rows, ROW)
     rows["size"] = path.stat().st_size // max(len(rows), 1)
     return rows
-
-
-def _class_names(path: Path) -> list[str]:
-    """The names that `datasets` keeps in the schema's metadata, where there are any."""
-    metadata = _open_file(path).schema_arrow.metadata or {}
-    try:
-        features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-        return [str(name) for name in features.get("label", {}).get("names", [])]
-    except (ValueError, AttributeError):
-        return []
 
 
 def delete_spools(folder: Path) -> None:

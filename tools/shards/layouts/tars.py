@@ -4,15 +4,14 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from pipeline.shards.index import UNLABELLED
-from pipeline.shards.scan import read_label
-from pipeline.shards.tar import TarMember, sample_key, tar_kind, tar_members
+from pipeline.shards.samples import LabelMembers
+from pipeline.shards.tar import TarMember, is_hidden, sample_key, tar_kind, tar_members
 from tools.shards.catalogue import Catalogue, FileRanges, Source
-from tools.shards.file_kinds import QUIET, is_hidden, is_image, kind, packed_with
+from tools.shards.file_kinds import QUIET, is_image, kind, packed_with
 from tools.shards.layouts.imagenet import ARCHIVES
 from tools.shards.layouts.splits import files_of_split, plain_name, split_root
-from tools.shards.layouts.tar_labels import Listing, label_images, set_labels, split_folder
-from tools.shards.layouts.walk import walk_images
+from tools.shards.layouts.tar_labels import Listing, add_sample_images, label_images, plain, split_folder
+from tools.shards.layouts.walk import has_images, walk_images
 
 
 def open_tars(path: Path, split: str, spools: Path | None) -> Source | None:
@@ -20,10 +19,12 @@ def open_tars(path: Path, split: str, spools: Path | None) -> Source | None:
     if not tars:
         return None
     found = _list_tars(tars, "")
+    if path.is_dir() and not len(found.catalogue) and has_images(path):
+        return None  # a tar of something else beside the images
     if below := split_folder(found.catalogue, split, str(path)):
         found = _list_tars(tars, below)
     name, classes, note = label_images(found, tars, plain_name(path.with_suffix("") if path.is_file() else path))
-    notes = [tars[0].name if len(tars) == 1 else f"{len(tars)} tars", note]
+    notes = [tars[0].name if len(tars) == 1 else f"{len(tars)} tars", note, *found.notes()]
     if below:
         notes.append(f"images below {below}; {found.elsewhere:,} of other splits are left out")
     if num_others:
@@ -76,22 +77,21 @@ def _add_images(
     """Add the images and labels of one tar, or of the inner tar named `stem`; returns the tars in it."""
     prefix = f"{stem}/" if inner else ""
     start, stop = (inner.offset, inner.offset + inner.size) if inner else (0, None)
-    catalogue, first, tars = found.catalogue, len(found.catalogue), []
-    labels: dict[str, int] = {}
+    images: list[TarMember] = []
+    labels, tars = LabelMembers(), []
     for member in tar_members(tar, start, stop):
-        key, extension = sample_key(member.name)
+        is_ours = (prefix + plain(member.name)).startswith(found.below)
         if is_hidden(member.name):
             found.skipped[QUIET] += 1
-        elif extension == "tar":
+        elif sample_key(member.name)[1] == "tar":
             tars.append(member)
         elif not is_image(member.name):
-            if (label := read_label(tar, member)) is not None and (extension == "cls" or key not in labels):
-                labels[key] = label
+            if is_ours:
+                labels.add(tar, member)
             found.skipped[kind(member.name)] += 1
-        elif (prefix + member.name).startswith(found.below):
-            catalogue.add(container, member.offset, member.size, UNLABELLED, prefix + member.name)
+        elif is_ours:
+            images.append(member)
         else:
             found.elsewhere += 1
-    if labels:
-        set_labels(catalogue, first, len(prefix), labels, tar)
+    add_sample_images(found, container, tar, prefix, images, labels)
     return tars

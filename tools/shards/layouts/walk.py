@@ -5,16 +5,18 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.shards.tar import is_hidden
 from tools.shards.catalogue import Catalogue
 from tools.shards.file_kinds import is_image, kind
-from tools.shards.layouts.splits import ALL_SPLITS
+from tools.shards.layouts.splits import one_of_split, split_of, visible_folders
 
 MOST_NAMES = 5
-
-
-def subfolders(root: Path) -> list[str]:
-    with os.scandir(root) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+# Folders of images and of what belongs to them, as in detection and segmentation data: no classes.
+IMAGE_FOLDERS = frozenset({"images", "image", "imgs", "img", "jpegimages", "jpegs", "photos", "pictures", "rgb"})
+SIDE_FOLDERS = frozenset(
+    ("labels", "label", "annotations", "annotation", "masks", "mask", "groundtruth", "ground_truth", "gt", "segmentation",
+     "segmentationclass", "segmentationobject", "trimaps", "bbox", "boxes", "imagesets")
+)  # fmt: skip
 
 
 def walk_images(root: Path, below: str, skipped: Counter[str], deep: bool = True) -> Iterator[tuple[str, int]]:
@@ -30,7 +32,7 @@ def walk_images(root: Path, below: str, skipped: Counter[str], deep: bool = True
         if entry.is_dir():
             if deep and entry.is_symlink():
                 skipped["folder link(s), not followed"] += 1
-            elif deep and not entry.name.startswith("."):
+            elif deep and not is_hidden(entry.name):
                 yield from walk_images(root, name, skipped)
         elif not entry.is_file():
             skipped["broken link(s)"] += entry.is_symlink()
@@ -51,19 +53,80 @@ def count_images(root: Path, skipped: Counter[str]) -> int:
     return sum(1 for _ in walk_images(root, "", skipped, deep=False))
 
 
-def has_images(folder: Path) -> bool:
-    return next(walk_images(folder, "", Counter()), None) is not None
+def has_images(folder: Path, deep: bool = True) -> bool:
+    folders = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                folders += [] if entry.is_symlink() or is_hidden(entry.name) else [entry.path]
+            elif is_image(entry.name) and not entry.name.startswith(".") and entry.is_file():
+                return True
+    return deep and any(has_images(Path(path)) for path in folders)
+
+
+def image_folders(root: Path) -> list[str]:
+    """The folders in `root` with images at any depth."""
+    return [name for name in visible_folders(root) if has_images(root / name)]
+
+
+def image_root(path: Path, split: str) -> Path | None:
+    """The folder whose folders are the classes of a split: `path` itself, or one below it named after the split or `images`.
+
+    None for a file. Raises ValueError where splits would be mixed, or where it is not clear whether a folder is a class.
+    """
+    if not path.is_dir():
+        return None
+    root, chosen = path, False
+    while deeper := _step(root, split, chosen):
+        root, chosen = root / deeper, chosen or split_of(deeper) == split
+    return root
+
+
+def _step(root: Path, split: str, chosen: bool) -> str:
+    """The folder in `root` to go on with, or ""."""
+    folders = image_folders(root)
+    splits = [name for name in folders if split_of(name)]
+    if not chosen and splits:
+        return _split_folder(root, folders, splits, split)
+    if not folders or has_images(root, deep=False):
+        return ""
+    images = [name for name in folders if name.lower() in IMAGE_FOLDERS]
+    if len(images) == 1 and all(name in images or name.lower() in SIDE_FOLDERS for name in folders):
+        return images[0]
+    if len(folders) > 1:
+        return ""
+    # One folder: of the same split once more, or one around folders of splits, as many archives unpack.
+    inside = [] if chosen else [name for name in image_folders(root / folders[0]) if split_of(name)]
+    return folders[0] if inside or (chosen and split_of(folders[0]) == split) else ""
+
+
+def _split_folder(root: Path, folders: list[str], splits: list[str], split: str) -> str:
+    ours, others = one_of_split(splits, split, str(root)), [name for name in folders if name not in splits]
+    if not ours and not others:
+        raise ValueError(
+            f"{root}: no {split} images: the folders in it are {some(splits)}. Choose another --split, or give the folder "
+            f"that is to be the {split} split, such as {root / splits[0]}"
+        )
+    if not ours or (others and not image_folders(root / ours)):
+        raise ValueError(
+            f"{root}: the folder {ours or splits[0]} is named after a split and lies beside {some(others)}: give the folder "
+            "of one split, or rename it if it is a class"
+        )
+    return ours
 
 
 def notes_beside_split(path: Path, root: Path) -> list[str]:
-    """What lies beside `path/train` and belongs to no split."""
-    if root == path:
-        return []
-    folders = [name for name in subfolders(path) if name not in ALL_SPLITS and has_images(path / name)]
-    images = count_images(path, Counter())
-    parts = [f"the folders {some(folders)}"] if folders else []
-    parts += [f"{images:,} images"] if images else []
-    return [f"left out beside {root.name}/: {' and '.join(parts)}"] if parts else []
+    """What lies in `path` beside the way to `root` and belongs to no split."""
+    notes = []
+    while root != path:
+        beside = [name for name in image_folders(root.parent) if name != root.name and not split_of(name)]
+        images = count_images(root.parent, Counter())
+        parts = [f"the folders {some(beside)}"] if beside else []
+        parts += [f"{images:,} images"] if images else []
+        if parts:
+            notes.append(f"left out beside {root.name}/: {' and '.join(parts)}")
+        root = root.parent
+    return notes
 
 
 def some(names: list[str]) -> str:

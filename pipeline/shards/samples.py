@@ -1,0 +1,158 @@
+"""Which members of a WebDataset tar make up one sample, and what its label is: one rule for converting, indexing and training."""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.shards.storage import read_range
+from pipeline.shards.tar import TarMember, sample_key, warn_once
+
+Label = int | str
+LABEL_EXTENSIONS = ("cls", "json")
+MAX_LABEL_BYTES = 1 << 24
+MAX_LABEL = 1 << 24  # more classes than any set of images has; above it, a label is an identifier
+IMAGE_PARTS = (
+    "image",
+    "img",
+    "jpg",
+    "rgb",
+    "input",
+    "photo",
+)  # `k.image.jpg` is the image where `k.depth.png` is beside it
+
+
+@dataclass
+class LabelMembers:
+    """The labels of one tar by the key of their member: in the order of the members where a name occurs more than once."""
+
+    cls: dict[str, list[Label]] = field(default_factory=lambda: defaultdict(list))
+    json: dict[str, list[Label]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, path: Path, member: TarMember) -> None:
+        """Take the label of a `cls` or `json` member; other members are passed over."""
+        key, extension = sample_key(member.name)
+        if (label := read_label(path, member)) is not None:
+            (self.cls if extension == "cls" else self.json)[key].append(label)
+
+    def by_key(self) -> dict[str, list[Label]]:
+        """A sample with both has its label in `cls`."""
+        return self.json | self.cls
+
+
+def read_label(path: Path, member: TarMember) -> Label | None:
+    """The label in a `cls` member, or in a `json` member or its `label`: a number, or text that is the name of a class.
+
+    None where there is none. Raises ValueError for one that cannot be parsed.
+    """
+    extension = sample_key(member.name)[1]
+    if extension not in LABEL_EXTENSIONS:
+        return None
+    where = f"{path}: {member.name} at byte {member.offset}"
+    if member.size > MAX_LABEL_BYTES:
+        raise ValueError(f"{where}: a label of {member.size:,} bytes, allowed {MAX_LABEL_BYTES:,}: leave it out")
+    content = read_range(str(path), member.offset, member.size)
+    try:
+        value = content.decode("utf-8-sig") if extension == "cls" else json.loads(content)
+        value = value.get("label") if isinstance(value, dict) else value
+        if isinstance(value, list | dict):
+            warn_once(f"{path}: labels that are no number or text, as in {member.name}, are left out")
+            return None
+        return value if value is None else label_of(value)
+    except (ValueError, RecursionError):
+        raise ValueError(
+            f"{where} holds {content[:40]!r}, which is no label: allowed are numbers of 0..{MAX_LABEL - 1:,}, -1 for "
+            "none, or the name of a class; in json they are the value or its `label`. Fix the data set or leave it out"
+        ) from None
+
+
+def label_of(value: float | str) -> Label:
+    """`2`, `2.0` and `"2"` are the label 2, other text is the name of a class. Raises ValueError."""
+    if isinstance(value, str):
+        text = value.strip("\0 \t\r\n")
+        try:
+            number = float(text)
+        except ValueError:
+            if not text or not text.isprintable():
+                raise
+            return text
+    else:
+        number = value
+    if number != number or number in (float("inf"), float("-inf")) or int(number) != number:
+        raise ValueError(f"{value!r} is no whole number")
+    if not -1 <= number < MAX_LABEL:
+        raise ValueError(f"{value!r} is outside -1..{MAX_LABEL - 1:,}")
+    return int(number)
+
+
+@dataclass(frozen=True)
+class Matches:
+    """`labels`: of each image, None where it has none. `parts`: the images that are a further part of another one's sample.
+
+    `orphans`: the keys of labels that belong to no image.
+    """
+
+    labels: list[Label | None]
+    parts: set[int]
+    orphans: list[str]
+
+    def warn(self, path: Path, images: Sequence[str]) -> None:
+        """Report what is left out of a tar."""
+        if self.parts:
+            first = images[min(self.parts)]
+            warn_once(f"{path}: {len(self.parts):,} images are further parts of samples and left out ({first}, ...)")
+        if self.orphans:
+            warn_once(f"{path}: {orphan_note(len(self.orphans))} (the first: {self.orphans[0]})")
+
+
+def orphan_note(count: int) -> str:
+    return f"{count:,} label member{'s'[: count > 1]} (cls or json) belong{'s'[count > 1 :]} to no image"
+
+
+def match_labels(images: Sequence[str], labels: dict[str, list[Label]], path: Path) -> Matches:
+    """Find each image's label by its name: `k.cls` belongs to `k.jpg`, else to `k.image.jpg` or any other `k.*.jpg`.
+
+    Where `k.jpg` and `k.seg.png` share a label, the second is a part of the first one's sample. Raises ValueError where it
+    is not clear which image is meant, and where one name has several labels.
+    """
+    found: list[Label | None] = [None] * len(images)
+    groups: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for number, name in enumerate(images if labels else ()):
+        if owner := _owner(sample_key(name)[0], labels):
+            groups[owner][name].append(number)
+    parts = set[int]()
+    for key, names in groups.items():
+        chosen = _image_of(key, list(names), path)
+        parts |= {number for name, numbers in names.items() if name != chosen for number in numbers}
+        numbers, values = names[chosen], labels[key]
+        if len(values) != len(numbers):
+            if len(set(values)) > 1:
+                raise ValueError(
+                    f"{path}: {len(values)} labels for {len(numbers)} images with the key {key!r}: remove some"
+                )
+            values = values[:1] * len(numbers)
+        for number, value in zip(numbers, values, strict=True):
+            found[number] = value
+    return Matches(found, parts, [key for key in labels if key not in groups])
+
+
+def _owner(key: str, labels: dict[str, list[Label]]) -> str:
+    """The longest of `a/b.c.d`, `a/b.c`, `a/b` that is the key of a label, or ""."""
+    while key not in labels:
+        shorter = sample_key(key)[0]
+        if shorter.rpartition("/")[2] == "" or shorter == key:
+            return ""
+        key = shorter
+    return key
+
+
+def _image_of(key: str, names: list[str], path: Path) -> str:
+    """The image that the label `key` is for: the one with that very key, else the one that is called an image."""
+    exact = [name for name in names if sample_key(name)[0] == key]
+    called = [name for part in IMAGE_PARTS for name in names if sample_key(name)[0] == f"{key}.{part}"]
+    candidates = exact or called[:1] or names
+    if len(candidates) > 1:
+        both = " and ".join(candidates[:2])
+        raise ValueError(f"{path}: two images with the key {key!r}, {both}: re-key or remove one of them")
+    return candidates[0]

@@ -1,0 +1,212 @@
+"""Labels that go into a WebDataset come out: through convert, and through index as training reads it. No member vanishes."""
+
+import io
+import json
+import logging
+import random
+import tarfile
+from pathlib import Path
+
+import pytest
+import sources
+from reading import assert_colours_tell_labels, run_convert, stored_samples
+
+from pipeline.shards.index import open_index
+from pipeline.shards.tar import tar_members
+from tools.make_shards import main
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(sources.tar_bytes(members))
+    return path
+
+
+def index_labels(folder: Path) -> list[int]:
+    assert main(["index", str(folder), "--workers", "1"]) == 0
+    return open_index(folder).samples["label"].tolist()
+
+
+FORMS = {
+    "k.image.jpg with k.cls": ("{k}.image.jpg", "{k}.cls", "{n}"),
+    "a dotted key": ("{k}.v1.jpg", "{k}.v1.cls", "{n}"),
+    "a parent's key": ("a.b/{k}.JPG", "a.b/{k}.cls", "{n}"),
+    "json of text": ("{k}.jpg", "{k}.json", '{{"label": "{n}"}}'),
+    "json of a float": ("{k}.jpg", "{k}.json", '{{"label": {n}.0}}'),
+    "json of a plain number": ("{k}.jpg", "{k}.json", "{n}"),
+    "cls of a float": ("{k}.jpg", "{k}.cls", "{n}.0\n"),
+    "cls with a byte order mark": ("{k}.jpg", "{k}.cls", "\ufeff{n}"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_labels_in_every_usual_form_come_out_of_convert_and_index(form: str, tmp_path: Path) -> None:
+    image, label, text = FORMS[form]
+    members, labels = [], [n % 3 for n in range(9)]
+    for k, n in enumerate(labels):
+        members += [
+            (image.format(k=f"{k:04d}"), sources.picture(n, k)),
+            (label.format(k=f"{k:04d}"), text.format(n=n).encode()),
+        ]
+    tar = write_tar(tmp_path / "in/0.tar", members)
+    assert assert_colours_tell_labels(run_convert(tar, tmp_path / "out"), 9) == [0, 1, 2]
+    assert index_labels(tmp_path / "in") == labels
+
+
+def test_random_labels_and_keys_come_out_as_they_went_in(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    for trial in range(12):
+        members, expected = [], {}
+        for k in range(rng.randint(2, 8)):
+            key, label = f"{rng.choice(['', 'a/', 'b.c/'])}{k}{rng.choice(['', '.x', '.2'])}", rng.randint(0, 20_000)
+            name = key + rng.choice(["", ".image", ".rgb"]) + rng.choice([".jpg", ".JPEG"])
+            text = rng.choice(["{}", " {} \n", "{}.0"]).format(label)
+            if rng.random() < 0.5:
+                label_member = (f"{key}.cls", text.encode())
+            else:
+                value = rng.choice([label, float(label), str(label)])
+                label_member = (f"{key}.json", json.dumps({"label": value}).encode())
+            members += [(name, sources.picture(k, trial)), label_member]
+            expected[name] = label
+        rng.shuffle(members)
+        tar = write_tar(tmp_path / f"{trial}/in/0.tar", members)
+        found = {sample.name: sample.label for sample in stored_samples(run_convert(tar, tmp_path / f"{trial}/out"))}
+        assert found == expected
+        order = [name for name, _ in members if name in expected]
+        assert index_labels(tar.parent) == [expected[name] for name in order]
+
+
+def test_labels_that_are_names_become_classes_in_their_order(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = ["cat", "ant", "bee"]
+    members = []
+    for k in range(9):
+        label = sorted(names).index(names[k % 3])
+        members += [
+            (f"{k}.jpg", sources.picture(label, k)),
+            (f"{k}.json", json.dumps({"label": names[k % 3]}).encode()),
+        ]
+    folder = run_convert(write_tar(tmp_path / "in/0.tar", members), tmp_path / "out")
+    assert assert_colours_tell_labels(folder, 9) == [0, 1, 2]
+    assert json.loads((folder / "manifest.json").read_text())["classes"] == ["ant", "bee", "cat"]
+    with caplog.at_level(logging.WARNING):
+        assert [row["label"] for row in open_index(tmp_path / "in").samples] == [-1] * 9
+    assert "convert" in caplog.text
+
+
+def test_masks_beside_an_image_are_parts_of_its_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    members = []
+    for k in range(6):
+        mask = sources.picture(9, k, image_format="PNG")
+        members += [(f"{k}.seg.png", mask), (f"{k}.jpg", sources.picture(k % 2, k)), (f"{k}.cls", b"%d" % (k % 2))]
+    tar = write_tar(tmp_path / "in/0.tar", members)
+    assert assert_colours_tell_labels(run_convert(tar, tmp_path / "out"), 6) == [0, 1]
+    assert "6 seg.png" in capsys.readouterr().out
+    assert index_labels(tmp_path / "in") == [0, 1] * 3
+
+
+def test_labels_of_no_image_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    members = [(f"img_{k}.jpg", sources.picture(0, k)) for k in range(4)] + [(f"{k}.cls", b"1") for k in range(24)]
+    tar = write_tar(tmp_path / "in/0.tar", members)
+    folder = run_convert(tar, tmp_path / "out")
+    assert "24 label members (cls or json) belong to no image" in capsys.readouterr().out
+    assert [sample.label for sample in stored_samples(folder)] == [-1] * 4
+    with caplog.at_level(logging.WARNING):
+        open_index(tmp_path / "in")
+    assert "24 label members" in caplog.text
+
+
+def test_names_that_occur_twice_keep_both_images_with_their_labels(tmp_path: Path) -> None:
+    members = []
+    for label in (0, 1):
+        members += [("a.jpg", sources.picture(label, label)), ("a.cls", b"%d" % label)]
+    tar = write_tar(tmp_path / "in/0.tar", members)
+    assert assert_colours_tell_labels(run_convert(tar, tmp_path / "out"), 2) == [0, 1]
+    assert index_labels(tmp_path / "in") == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("a.jpg", 0), ("a.png", 1), ("a.cls", b"0")], "two images with the key 'a'"),
+        ([("a.left.jpg", 0), ("a.right.jpg", 1), ("a.cls", b"0")], "two images with the key 'a'"),
+        ([("a.jpg", 0), ("a.cls", b"0"), ("a.cls", b"1")], "2 labels for 1 images"),
+        ([("a.jpg", 0), ("a.cls", b"2000000000")], "no label"),
+        ([("a.jpg", 0), ("a.json", b'{"label": 1.5}')], "no label"),
+        ([("a.jpg", 0), ("a.json", b'{"label": -7}')], "no label"),
+        ([("a.jpg", 0), ("a.cls", b"1"), ("b.jpg", 0), ("b.cls", b"dog")], "numbers (1) as well as names ('dog')"),
+    ],
+)
+def test_labels_that_are_not_clear_are_refused_by_name(
+    members: list[tuple[str, bytes | int]], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = [(name, sources.picture(what, 0) if isinstance(what, int) else what) for name, what in members]
+    tar = write_tar(tmp_path / "0.tar", whole)
+    assert main(["convert", str(tar), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert str(tar) in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_links_in_a_tar_are_the_images_that_they_lead_to(
+    kind: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "in/0.tar"
+    path.parent.mkdir()
+    with tarfile.open(path, "w") as tar:
+        for label, name in enumerate(("ant", "bee")):
+            for n in range(3):
+                content, info = sources.picture(label, n), tarfile.TarInfo(f"./{name}/{n}.jpg")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        for n in range(3):
+            info = tarfile.TarInfo(f"./cat/{n}.jpg")
+            info.type = kind
+            info.linkname = f"./bee/{n}.jpg" if kind == tarfile.LNKTYPE else f"../bee/{n}.jpg"
+            tar.addfile(info)
+        chain = tarfile.TarInfo("cat/3.jpg")
+        chain.type, chain.linkname = tarfile.SYMTYPE, "0.jpg"
+        tar.addfile(chain)
+        for name in ("lost.jpg", "loop.jpg"):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, name.replace("lost", "/etc/passwd")
+            tar.addfile(info)
+    with caplog.at_level(logging.WARNING):
+        found = {member.name: member for member in tar_members(path)}
+    assert "2 members without content" in caplog.text
+    content = path.read_bytes()
+    for n in (0, 1, 2, 3):
+        member = found[f"{'' if n == 3 else './'}cat/{n}.jpg"]
+        assert content[member.offset : member.offset + member.size] == sources.picture(1, n % 3)
+    folder = run_convert(path, tmp_path / "out")
+    assert json.loads((folder / "stats.json").read_text())["per_class"] == {"ant": 3, "bee": 3, "cat": 4}
+    assert len(index_labels(tmp_path / "in")) == 10
+
+
+def test_hidden_and_system_members_are_passed_over_by_convert_and_index(tmp_path: Path) -> None:
+    hidden = ("._0.jpg", "__MACOSX/a/0.jpg", "@eaDir/0.jpg", "a/.thumbs/0.jpg")
+    members = [("0.jpg", sources.picture(1, 0)), ("0.cls", b"1"), *((name, b"junk") for name in hidden)]
+    tar = write_tar(tmp_path / "in/0.tar", members)
+    assert [sample.label for sample in stored_samples(run_convert(tar, tmp_path / "out"))] == [1]
+    assert index_labels(tmp_path / "in") == [1]
+
+
+def test_long_pax_records_and_names_that_are_no_text_are_read(
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    (tmp_path / "in").mkdir()
+    names = ["caf\udce9 1/a b.jpg", "caf\udce9 2/\udcff.jpg"]
+    with tarfile.open(tmp_path / "in/0.tar", "w", format=tarfile.PAX_FORMAT, errors="surrogateescape") as tar:
+        for label, name in enumerate(names):
+            content, info = sources.picture(label, 0), tarfile.TarInfo(name)
+            info.size, info.pax_headers = len(content), {"LIBARCHIVE.xattr.x": "A" * (2 << 20)}
+            tar.addfile(info, io.BytesIO(content))
+    assert [member.name for member in tar_members(tmp_path / "in/0.tar")] == names
+    folder = run_convert(tmp_path / "in/0.tar", tmp_path / "out")
+    assert assert_colours_tell_labels(folder, 2) == [0, 1]
+    assert rb"caf\udce9 1" in capfdbinary.readouterr().out
+    assert index_labels(tmp_path / "in") == [-1, -1]
+    assert len((tmp_path / "in/0.idx").read_bytes().splitlines()) == 3
