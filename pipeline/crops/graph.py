@@ -87,29 +87,13 @@ def define_graph(
     each channel.
     """
     on_gpu, views = reader.crop_device == "gpu", len(recipes)
-    decoder = {"device": "mixed", "hw_decoder_load": reader.hw_decoder_load} if on_gpu else {"device": "cpu"}
     compiled = reader.compiled and not on_gpu
     upload = reader.device == "gpu" and not on_gpu
-
-    def feed() -> np.ndarray:
-        return np.stack(
-            source(), axis=1
-        )  # [B, V, P]; outside of `graph`, whose functions DALI rewrites with all they call
+    feed = _stacked(source)  # outside of `graph`, whose functions DALI rewrites with all they call
 
     @pipeline_def(enable_conditionals=True)
     def graph() -> tuple:
-        encoded = fn.readers.webdataset(
-            paths=tars,
-            index_paths=dali_indices,
-            ext=[IMAGE],
-            missing_component_behavior="error",
-            dont_use_mmap=not reader.use_mmap,
-        )
-        # make_shards applies the EXIF orientation; boxes are drawn for the stored height and width.
-        # Fancy upsampling of chroma is what a CPU does by default, and a GPU does not.
-        image = fn.decoders.image(
-            encoded, output_type=types.RGB, adjust_orientation=False, jpeg_fancy_upsampling=True, **decoder
-        )
+        image = _decoded(tars, dali_indices, reader)
         if compiled:
             crops = _compiled_crops(image, feed, recipes, scaling)
         else:
@@ -122,6 +106,28 @@ def define_graph(
         num_threads=reader.num_threads,
         device_id=reader.device_id if reader.device == "gpu" else None,
         prefetch_queue_depth=reader.prefetch,
+    )
+
+
+def _stacked(source: Callable[[], list[np.ndarray]]) -> Callable[[], np.ndarray]:
+    """All views in one array `[B, V, P]`."""
+    return lambda: np.stack(source(), axis=1)
+
+
+def _decoded(tars: list[str], dali_indices: list[str], reader: ReaderOptions) -> "DataNode":
+    on_gpu = reader.crop_device == "gpu"
+    decoder = {"device": "mixed", "hw_decoder_load": reader.hw_decoder_load} if on_gpu else {"device": "cpu"}
+    encoded = fn.readers.webdataset(
+        paths=tars,
+        index_paths=dali_indices,
+        ext=[IMAGE],
+        missing_component_behavior="error",
+        dont_use_mmap=not reader.use_mmap,
+    )
+    # make_shards applies the EXIF orientation; boxes are drawn for the stored height and width.
+    # Fancy upsampling of chroma is what a CPU does by default, and a GPU does not.
+    return fn.decoders.image(
+        encoded, output_type=types.RGB, adjust_orientation=False, jpeg_fancy_upsampling=True, **decoder
     )
 
 

@@ -50,21 +50,11 @@ def weighing(exact: bool) -> Callable:
             sums = [_variable(builder, _spread(builder, half)) for _ in range(0, LANES, BLOCK)]
             with cgutils.for_range(builder, taps) as loop:
                 weight = builder.load(builder.gep(weights_at, [builder.add(place, loop.index)]))
-                if exact:  # that it is not negative lets LLVM take the instruction that multiplies int16 and adds pairs
-                    weight = builder.and_(builder.zext(weight, WORD), WORD((1 << WEIGHT_BITS) - 1))
-                else:
-                    weight = builder.shl(weight, SHORT(1))
-                weight = _spread(builder, weight)
+                weight = _spread(builder, _scaled_weight(builder, weight, exact))
                 here = builder.add(first, builder.mul(loop.index, step))
                 for j, total in enumerate(sums):
                     values = _load(builder, source_at, builder.add(here, here.type(BLOCK * j)), BLOCK)
-                    if values.type != weight.type:
-                        values = (builder.zext if of_bytes else builder.sext)(values, weight.type)
-                    if exact:
-                        product = builder.mul(values, weight)
-                    else:
-                        values = builder.shl(values, _constant(8 if of_bytes else 8 - SHORT_BITS, SHORT))
-                        product = _high_half(builder, builder.zext, values, weight)
+                    product = _product(builder, values, weight, of_bytes, exact)
                     builder.store(builder.add(builder.load(total), product), total)
             for j, total in enumerate(sums):
                 result = builder.lshr(builder.load(total), _constant(shift, kind))
@@ -75,6 +65,21 @@ def weighing(exact: bool) -> Callable:
         return types.void(out, index, source, index, index, weights, index, index), generate
 
     return weigh
+
+
+def _scaled_weight(builder: ir.IRBuilder, weight: ir.Value, exact: bool) -> ir.Value:
+    if exact:  # that it is not negative lets LLVM take the instruction that multiplies int16 and adds pairs
+        return builder.and_(builder.zext(weight, WORD), WORD((1 << WEIGHT_BITS) - 1))
+    return builder.shl(weight, SHORT(1))
+
+
+def _product(builder: ir.IRBuilder, values: ir.Value, weight: ir.Value, of_bytes: bool, exact: bool) -> ir.Value:
+    if values.type != weight.type:
+        values = (builder.zext if of_bytes else builder.sext)(values, weight.type)
+    if exact:
+        return builder.mul(values, weight)
+    values = builder.shl(values, _constant(8 if of_bytes else 8 - SHORT_BITS, SHORT))
+    return _high_half(builder, builder.zext, values, weight)
 
 
 weigh, weigh_fast = weighing(exact=True), weighing(exact=False)
