@@ -99,8 +99,9 @@ def _not_the_header(block: bytes, size: int) -> str | None:
         member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.TarError:
         return "nothing" if not block else "zeros" if not any(block) else "no tar header"
-    extension = member.name.rpartition(".")[2].lower()
-    if not member.isreg() or (extension not in IMAGE_EXTENSIONS and len(member.name) < LONG_NAME):
+    _, dot, extension = member.name.rpartition("/")[2].rpartition(".")
+    # What a link leads to may have no extension.
+    if not member.isreg() or (dot and extension.lower() not in IMAGE_EXTENSIONS and len(member.name) < LONG_NAME):
         return f"{member.name}, no image,"
     return f"{member.name} of {member.size:,} bytes instead of {size:,}" if member.size != size else None
 

@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -174,3 +176,23 @@ def test_wide_pixels_are_scaled_by_one_rule(values: np.ndarray) -> None:
 def test_pixels_that_would_be_lost_reject_the_image(values: np.ndarray, reason: str) -> None:
     with pytest.raises(ValueError, match=reason.replace(".", r"\.")):
         check_image(encode(Image.fromarray(values), "TIFF"), "x.tif", ImagePolicy())
+
+
+def test_warnings_of_pillow_do_not_reach_the_user(tmp_path: Path) -> None:
+    """In a process of its own: pytest has filters for warnings."""
+    palette = Image.fromarray(SOUND).quantize(16)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes(encode(palette, "PNG", transparency=bytes(range(16))))
+    (tmp_path / "in/b.jpg").write_bytes(broken_scan())
+    command = [
+        sys.executable,
+        "-m",
+        "tools.make_shards",
+        "convert",
+        str(tmp_path / "in"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    options = ["--workers", "1", "--max-bad-fraction", "0.5"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
+    assert "Warning" not in done.stderr

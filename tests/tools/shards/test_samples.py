@@ -186,6 +186,22 @@ def test_links_in_a_tar_are_the_images_that_they_lead_to(
     assert len(index_labels(tmp_path / "in")) == 10
 
 
+def test_links_to_files_without_an_extension_are_trained_on(tmp_path: Path) -> None:
+    """As in a cache of the hub: `snapshots/a.jpg -> ../blobs/1f9c`."""
+    (tmp_path / "in").mkdir()
+    with tarfile.open(tmp_path / "in/0.tar", "w") as tar:
+        for n in range(3):
+            content, info = sources.picture(n, n), tarfile.TarInfo(f"blobs/1f9c{n}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+            link = tarfile.TarInfo(f"snapshots/{n}.jpg")
+            link.type, link.linkname = tarfile.SYMTYPE, f"../blobs/1f9c{n}"
+            tar.addfile(link)
+    assert index_labels(tmp_path / "in") == [-1] * 3
+    index = open_index(tmp_path / "in")
+    assert [index.encoded(n) for n in range(3)] == [sources.picture(n, n) for n in range(3)]
+
+
 def test_hidden_and_system_members_are_passed_over_by_convert_and_index(tmp_path: Path) -> None:
     hidden = ("._0.jpg", "__MACOSX/a/0.jpg", "@eaDir/0.jpg", "a/.thumbs/0.jpg")
     members = [("0.jpg", sources.picture(1, 0)), ("0.cls", b"1"), *((name, b"junk") for name in hidden)]
