@@ -41,7 +41,7 @@ def _graph(process: int) -> Pipeline:
     """One for each process: a DALI pipeline does not survive a fork."""
     graph = Pipeline(BATCH, num_threads=1, device_id=None, prefetch_queue_depth=1)
     with graph:
-        encoded = fn.external_source(name=INPUT, dtype=types.UINT8, ndim=1, no_copy=True)
+        encoded = fn.external_source(name=INPUT, dtype=types.UINT8, ndim=1)
         graph.set_outputs(fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False))
     graph.build()
     return graph
