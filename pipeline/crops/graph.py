@@ -7,6 +7,7 @@ can run on the CPU, so that a test compares them.
 
 import gc
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -126,8 +127,11 @@ def build_graph(graph: Pipeline, reader: ReaderOptions) -> Pipeline:
 def _compiled_crops(
     image: "DataNode", values: Sequence["DataNode"], recipes: tuple[ViewRecipe, ...]
 ) -> list["DataNode"]:
+    is_loaded = "pipeline.crops.cpu_operator" in sys.modules
     with notify_after(3, "compiling the crops for this processor: some seconds"):
         from pipeline.crops.cpu_operator import MakeCrop  # here, since a GPU needs no compiler
+    if not is_loaded:
+        gc.collect()  # the compiler leaves cycles that refer to this call's frames, and would keep the graph alive
 
     make_crop = MakeCrop()
     rulers = {recipe.size: types.Constant(np.zeros(recipe.size, np.uint8)) for recipe in recipes}
