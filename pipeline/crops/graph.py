@@ -7,6 +7,7 @@ can run on the CPU, so that a test compares them.
 
 import gc
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -143,8 +144,11 @@ def build_graph(graph: Pipeline, reader: ReaderOptions) -> Pipeline:
 def _compiled_crops(
     image: "DataNode", feed: Callable[[], np.ndarray], recipes: tuple[ViewRecipe, ...], scaling: np.ndarray | None
 ) -> list["DataNode"]:
+    is_loaded = "pipeline.crops.cpu_operator" in sys.modules
     with notify_after(3, "compiling the crops for this processor: some seconds"):
         from pipeline.crops.cpu_operator import make_crops  # here, since a GPU needs no compiler
+    if not is_loaded:
+        gc.collect()  # the compiler leaves cycles that refer to this call's frames, and would keep the graph alive
 
     values = fn.external_source(source=feed, dtype=types.FLOAT, ndim=2)
     return make_crops(image, values, [recipe.size for recipe in recipes], scaling)

@@ -18,8 +18,7 @@ WINDOW_BATCHES, BATCH = 3, 8
 
 
 @pytest.fixture(autouse=True)
-def _small_windows_and_no_collector(monkeypatch: pytest.MonkeyPatch, data_path: Path) -> Iterator[None]:
-    next(iter(loader_of(data_path)))  # the first graph of a process loads the compiler, which leaves cycles of its own
+def _small_windows_and_no_collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(window, "WINDOW_ROWS", WINDOW_BATCHES * BATCH)
     gc.collect()
     gc.disable()

@@ -90,8 +90,11 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def start_server() -> None:
-    """The server forks the parts' processes, without CUDA, and imports for all of them. Takes seconds."""
-    CONTEXT.set_forkserver_preload(MODULES)
+    """The server forks the parts' processes, without CUDA, and imports for all of them. Takes seconds.
+
+    It also loads the compiled operator, which the first time takes longer than a part may.
+    """
+    CONTEXT.set_forkserver_preload([*MODULES, "pipeline.crops.cpu_operator"])
     first = CONTEXT.Process(target=die_with_parent)
     first.start()
     first.join()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -14,13 +13,14 @@ import torch
 
 from tools import bench
 from tools.benchmarks.gpu import run_part, start_server
+from tools.benchmarks.gpu_parts.data import OPERATIONS
 from tools.benchmarks.gpu_parts.part import PARTS, Case, Line, Measurement, attempt
+from tools.benchmarks.gpu_parts.suite import rows_of
 from tools.benchmarks.tables import table, target
 
 ROOT = Path(__file__).parents[3]
 CASE = Case(Path(), "cpu", 1)
-MISSING = re.compile(r"unexpected keyword argument '(crop_device|compiled)'")
-SLOW = {"compiled step", "tests"}  # minutes of a compiler; pytest within pytest
+QUICK = {"crops", "DALI memory"}
 
 
 def rehearse(parts: set[str], data_path: Path, out: Path) -> tuple[list[dict], str]:
@@ -31,31 +31,64 @@ def rehearse(parts: set[str], data_path: Path, out: Path) -> tuple[list[dict], s
     return json.loads(out.read_text())["lines"], done.stdout
 
 
-def test_the_rehearsal_fills_the_table(data_path: Path, tmp_path: Path) -> None:
-    parts = PARTS.keys() - SLOW
-    lines, printed = rehearse(parts, data_path, tmp_path / "lines.json")
+def check_table(parts: set[str], lines: list[dict], printed: str) -> None:
+    """Each part has rows, each row has figures, and the table shows them all."""
     assert {line["part"] for line in lines} == parts
-    assert all(line["figures"] for line in lines if not line["error"])
-    # Until the loader has these two arguments, what needs them is a failed row, and the only one.
-    assert [line["error"] for line in lines if line["error"] and not MISSING.search(line["error"])] == []
+    assert [line for line in lines if line["error"] or not line["figures"]] == []
     rows = [row.split("|")[1:-1] for row in printed[printed.rindex("| part") :].splitlines()[2:]]
-    assert [row[0].strip() for row in rows] == [line["part"] for line in lines]
-    by_name = {(line["part"], line["what"]): line["figures"] for line in lines}
-    for (part, what), figures in by_name.items():
-        if part == "crops" and figures:
-            assert figures["mean"] <= (0 if "hybrid" in what else 1), what  # DALI's operators and ours
-    rates = {what: figures for (part, what), figures in by_name.items() if part == "images/s"}
-    assert len(rates) == 4
-    assert all(figures["images/s"] > 0 for figures in rates.values() if figures)
+    assert [(row[0].strip(), row[1].strip()) for row in rows] == [(line["part"], line["what"]) for line in lines]
+
+
+def check_crops(lines: list[dict]) -> None:
+    """DALI's operators and ours differ by a rounding; the hybrid is ours."""
+    crops = {line["what"]: line["figures"] for line in lines if line["part"] == "crops"}
+    assert len(crops) == len(OPERATIONS) + 2 * 3
+    for what, figures in crops.items():
+        assert figures["mean"] <= (0 if "hybrid" in what else 1), what
+
+
+def test_a_rehearsal_fills_the_table(data_path: Path, tmp_path: Path) -> None:
+    lines, printed = rehearse(QUICK, data_path, tmp_path / "lines.json")
+    check_table(QUICK, lines, printed)
+    check_crops(lines)
 
 
 @pytest.mark.slow
-def test_the_rehearsal_compiles_and_runs_the_tests_for_a_gpu(data_path: Path, tmp_path: Path) -> None:
-    lines, _ = rehearse(SLOW, data_path, tmp_path / "lines.json")
-    assert [line for line in lines if line["error"]] == []
-    (tests,) = (line["figures"] for line in lines if line["part"] == "tests")
+def test_a_rehearsal_of_all_parts_gives_figures_for_each(data_path: Path, tmp_path: Path) -> None:
+    lines, printed = rehearse(set(PARTS), data_path, tmp_path / "lines.json")
+    check_table(set(PARTS), lines, printed)
+    check_crops(lines)
+    rates = {line["what"]: line["figures"] for line in lines if line["part"] == "images/s"}
+    assert len(rates) == 4
+    assert all(figures["images/s"] > 0 for figures in rates.values())
+    tests = [line["figures"] for line in lines if line["part"] == "tests"]
+    assert len(tests) > 5
     if not torch.cuda.is_available():
-        assert tests.keys() == {"skipped"}
+        assert {kind for figures in tests for kind in figures} == {"skipped"}
+
+
+VERBOSE = """\
+tests/a.py::test_x[1 2] PASSED                                          [ 20%]
+tests/a.py::test_y SKIPPED (needs a CUDA GPU, torch sees none)          [ 40%]
+tests/b/c.py::test_z FAILED                                             [ 60%]
+tests/b/c.py::test_w ERROR                                              [ 80%]
+
+=========================== short test summary info ============================
+FAILED tests/b/c.py::test_z - AssertionError: assert 1 == 2
+ERROR tests/b/c.py::test_w
+============= 1 failed, 1 passed, 1 skipped, 1 error in 0.02s =============
+"""
+
+
+def test_the_tests_of_a_gpu_are_a_row_for_each_file_and_for_each_failure() -> None:
+    last: list[str] = []
+    assert list(rows_of(VERBOSE.splitlines(keepends=True), last)) == [
+        Line("tests/a.py", {"passed": 1.0, "skipped": 1.0}),
+        Line("tests/b/c.py", {"failed": 1.0, "errors": 1.0}, "test_z test_w"),
+        Line("tests/b/c.py::test_z", error="AssertionError: assert 1 == 2"),
+        Line("tests/b/c.py::test_w", error="failed"),
+    ]
+    assert "1 failed" in last[0]
 
 
 def fails(case: Case) -> Iterator[Line]:
