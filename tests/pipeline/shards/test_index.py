@@ -185,7 +185,7 @@ def shifted(index: ShardIndex, **columns: int) -> np.ndarray:
 INDEX_DAMAGE: dict[str, tuple[Callable[[ShardIndex], dict[str, np.ndarray]], str]] = {
     "of no samples": (lambda i: {"samples": i.samples[:0], "counts": np.zeros(3, "<i8")}, "lists no samples"),
     "of another type": (lambda i: {"samples": i.samples["offset"]}, "samples is int64"),
-    "of an older row": (lambda i: {"samples": i.samples[["shard", "offset", "size"]].copy()}, "wanted are names"),
+    "of an older row": (lambda i: {"samples": i.samples[["shard", "offset", "size"]].copy()}, "expected are names"),
     "with other counts": (lambda i: {"counts": np.array([41, 40, 23])}, "103 samples, but counts of 104"),
     "out of order": (lambda i: {"samples": i.samples[::-1].copy()}, "not ordered by shard"),
     "with wrong counts": (lambda i: {"counts": np.array([40, 41, 22])}, "not ordered by shard"),
