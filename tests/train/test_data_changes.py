@@ -164,7 +164,7 @@ def test_one_label_for_all_images_gives_no_accuracies_and_all_three_commands_say
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for split in ("train", "val"):
-        convert(class_folders(tmp_path / split, ("images",)), tmp_path / "shards", split)
+        convert(class_folders(tmp_path / split, ("photographs",)), tmp_path / "shards", split)
     capsys.readouterr()
     assert train(command(QUICKSTART, tmp_path / "shards", tmp_path / "runs", *SHORT)) == 0
     said = capsys.readouterr().out
