@@ -80,7 +80,7 @@ def test_a_run_that_is_stopped_and_resumed_takes_the_steps_of_one_that_is_not(
     changes = (*READER, "training.use_amp=false", "checkpoint.save_frequency=7")
     given = arguments(device, crop_device, data_path, tmp_path, *changes)
     assert main([*given, "logging.run_name=whole"]) == 0
-    watcher = interrupt_at_step(tmp_path / "parts", 5, signal.SIGTERM)
+    watcher = interrupt_at_step(tmp_path / "parts", 3, signal.SIGTERM)
     assert main([*given, "logging.run_name=parts"]) == 75
     watcher.join()
     assert main([*given, "logging.run_name=parts"]) == 0
@@ -88,8 +88,8 @@ def test_a_run_that_is_stopped_and_resumed_takes_the_steps_of_one_that_is_not(
     assert [step for step, _ in parts] == [step for step, _ in whole]
     rounding = 0.0 if device == "cpu" else 2e-3
     assert [loss for _, loss in parts] == pytest.approx([loss for _, loss in whole], rel=rounding, abs=0)
-    other = [line["loss"] for line in lines_of(tmp_path / "whole")]
-    assert other[5:] != pytest.approx(other[4:-1], rel=2e-3)  # one step off would be noticed
+    losses = [loss for _, loss in whole]
+    assert losses[1:] != pytest.approx(losses[:-1], rel=2e-3)  # one step off would be noticed
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def damaged(data_path: Path, tmp_path: Path) -> tuple[Path, str]:
 @on_each_device
 @on_each_crop_device
 def test_a_damaged_image_is_replaced_and_named_and_no_other(
-    device: str, crop_device: str, damaged: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    device: str, crop_device: str, damaged: tuple[Path, str], tmp_path: Path
 ) -> None:
     data_path, key = damaged
     changes = ("training.max_steps=13", "evaluation.linear_epochs=0")
@@ -119,7 +119,7 @@ def test_a_damaged_image_is_replaced_and_named_and_no_other(
     entry = json.loads(line)
     assert (entry["key"], entry["reason"]) == (key, "filled with zeros")
     assert lines_of(run)[-1]["bad_samples"] == 1
-    assert "1 bad samples replaced" in capsys.readouterr().out
+    assert json.loads((run / "summary.json").read_text())["bad_samples"] == 1
 
 
 @pytest.fixture
@@ -140,10 +140,10 @@ def test_all_probes_measure_on_the_device_what_they_measure_on_the_cpu(
         out = tmp_path / f"{place}.json"
         probes = ["--probe", *evaluate.PROBES, "--device", place, "--json", str(out)]
         assert evaluate.main([str(tmp_path / "quickstart"), *probes]) == 0
-        reports[place] = {
-            (score["probe"], score["features"], score["setting"]): score["accuracy"]
-            for score in json.loads(out.read_text())["figures"]
-        }
+        reports[place] = {  # the other two probes choose their setting by its accuracy
+            (score["probe"], score["features"], score["setting"] if score["probe"] in ("knn", "lowshot") else ""):
+            score["accuracy"] for score in json.loads(out.read_text())["figures"]
+        }  # fmt: skip
     assert reports[device].keys() == reports["cpu"].keys()
     assert {probe for probe, _, _ in reports[device]} == set(evaluate.PROBES)
     for (probe, features, setting), accuracy in reports[device].items():
