@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.shards.index import ShardIndex, open_index, split_folder
-from pipeline.shards.object_store import is_s3
+from pipeline.shards.object_store import is_remote
 from tools.checks.check import Case, Finding, check, fail, ok, sees_gpu, skipped, warn
 
 MANIFEST = "manifest.json"
@@ -49,7 +49,7 @@ def shard_index(case: Case) -> Finding:
 
 
 def manifest_beside(index: ShardIndex | None) -> dict[str, Any] | None:
-    if index is None or is_s3(index.folder) or not (Path(index.folder) / MANIFEST).exists():
+    if index is None or is_remote(index.folder) or not (Path(index.folder) / MANIFEST).exists():
         return None
     return json.loads((Path(index.folder) / MANIFEST).read_text())
 
