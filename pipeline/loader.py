@@ -1,7 +1,7 @@
 """The loader: an exact, resumable stream of `CropBatch` made by DALI."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -115,19 +115,21 @@ class MultiCropLoader:
             del window
             self._set_aside(rows, message)
 
-    def prepare(self, count: int) -> None:
+    def prepare(self, count: int, cancelled: Callable[[], bool]) -> None:
         """Wait for the shards of the next `count` batches to come from the store, so that making these cannot fail for it.
 
-        Raises StoreError, for another one of which no batch is lost.
+        `cancelled`: asked while it waits; true ends that with a Cancelled. Raises StoreError. Neither costs a batch.
         """
-        here, window = (self._epoch, self._position), self._window
-        if self._fetcher is None or (
-            window is not None and window.here == here and len(window.places) - window.taken >= count
-        ):
+        if self._fetcher is None:
             return
+        here, window = next(self.sequence.places_from(self._epoch, self._position)), self._window
+        if window is not None and window.here == here and len(window.places) - window.taken >= count:
+            return
+        if window is not None and window.here != here:
+            self._window = window = None  # it is over: its shards make room for the next ones
         began = time.perf_counter()
         shards = self.sequence.own_shards(list(islice(self.sequence.places_from(*here), count)))
-        self._leases = self._fetcher.need(np.unique(shards).tolist())
+        self._leases = self._fetcher.need(np.unique(shards).tolist(), cancelled)
         self.store_wait_s += time.perf_counter() - began
 
     def close(self) -> None:

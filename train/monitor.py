@@ -6,6 +6,7 @@ import logging
 import os
 import resource
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from pipeline.shards.fetcher import Cancelled
 from pipeline.shards.object_store import StoreError
 from train.distributed import Ranks
 from train.output.log import mean_std, rankme
@@ -170,11 +172,13 @@ class StoreGuard:
         self.error: StoreError | None = None
         self._counted = 0.0
 
-    def failed(self, loader: "MultiCropLoader", batches: int, state: RunState) -> bool:
-        """Wait for the shards of the next `batches` batches; whether they do not come, with the reason in `error`."""
+    def failed(self, loader: "MultiCropLoader", batches: int, state: RunState, stopped: Callable[[], bool]) -> bool:
+        """Wait for the shards of the next `batches` batches, unless `stopped`; whether they do not come, and why in `error`."""
         started = time.perf_counter()
         try:
-            loader.prepare(batches)
+            loader.prepare(batches, stopped)
+        except Cancelled:
+            pass  # the caller asks as well
         except StoreError as error:
             self.error = error
         waited = time.perf_counter() - started

@@ -196,7 +196,8 @@ class Trainer:
                 watchdog.beat()
 
     def _must_stop(self, stop: StopSignal) -> bool:
-        return self._store.failed(self.loader, self.config.training.accumulation_steps, self.state) or stop.asked
+        parts = self.config.training.accumulation_steps
+        return self._store.failed(self.loader, parts, self.state, lambda: stop.asked) or stop.asked
 
     def step(self) -> dict[str, float]:
         """Take one optimiser step. At a logging step, what metrics.jsonl records of it; else nothing."""

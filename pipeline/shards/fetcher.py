@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -10,7 +10,12 @@ from pipeline.shards.cache import Lease, NoRoom, ShardCache, StoredShard
 
 STREAMS = 4  # downloads at once
 AHEAD = 8  # shards
+POLL_S = 0.2
 SHARE = 4  # a window may take this part of the cache, and so may what is fetched ahead of it
+
+
+class Cancelled(Exception):
+    """The wait for shards was ended on request."""
 
 
 class ShardFetcher:
@@ -41,8 +46,11 @@ class ShardFetcher:
                     return start // width
         return len(shards)
 
-    def need(self, shards: Iterable[int]) -> list[Lease]:
-        """Wait for these shards, which stay in the cache while the leases live. Raises StoreError."""
+    def need(self, shards: Iterable[int], cancelled: Callable[[], bool] = lambda: False) -> list[Lease]:
+        """Wait for these shards, which stay in the cache while the leases live.
+
+        `cancelled`: asked while it waits; true ends that with a Cancelled. Raises StoreError.
+        """
         shards = list(dict.fromkeys(shards))
         with self._changed:
             missing = [shard for shard in shards if not self._is_here(shard)]
@@ -51,7 +59,11 @@ class ShardFetcher:
             self._needed.update(shards)
             try:
                 self._want(missing + self._wanted)
-                self._changed.wait_for(lambda: all(s in self._leases or s in self._failed for s in missing))
+                while not self._changed.wait_for(
+                    lambda: all(s in self._leases or s in self._failed for s in missing), POLL_S
+                ):
+                    if cancelled():
+                        raise Cancelled
             finally:
                 self._needed -= Counter(shards)
             found = {shard: self._leases[shard] for shard in shards if shard in self._leases}

@@ -120,10 +120,12 @@ def repeated(ask: Callable[[bool], Answer], url: str, retry_s: float) -> Answer:
         except Exception as error:
             if not _is_of_the_store(error):
                 raise
-            left = retry_s - (time.monotonic() - started)
+            denied = isinstance(error, PermissionError) and not _names_credentials(error)  # no pause will change that
+            left = 0.0 if denied else retry_s - (time.monotonic() - started)
             if left <= 0:
-                raise StoreError(f"{url}: {explain(error)}, tried for {retry_s:g} s. {_what_to_check(url)}") from None
-            fresh = isinstance(error, PermissionError) or _names_credentials(error)
+                tried = "" if denied else f", tried for {retry_s:g} s"
+                raise StoreError(f"{url}: {explain(error)}{tried}. {_what_to_check(url)}") from None
+            fresh = _names_credentials(error)
             wait = min(pause * random.uniform(0.75, 1.25), left)  # many ranks shall not come back at the same moment
             if pause > 1:
                 log.warning(f"{url}: {explain(error)}; trying again in {wait:.0f} s")

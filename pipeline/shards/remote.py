@@ -65,7 +65,7 @@ def open_remote(folder: str) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, R
         if listed is not None:
             _check_listed(url, num_bytes, sha256, listed.get(name.rpartition("/")[2]) if "/" not in name else num_bytes)
         rows = samples[firsts[shard] : firsts[shard] + counts[shard]]
-        tag = sha256 or hashlib.sha256(rows.tobytes() + str((listed or {}).get(name)).encode()).hexdigest()
+        tag = sha256 or hashlib.sha256(rows.tobytes()).hexdigest()
         stored[shard] = StoredShard(url, f"{Path(name).stem}-{tag[:24]}.tar", num_bytes, sha256, pair.copy())
     return names, samples, counts, RemoteShards(tuple(stored), ShardCache(CacheSettings()))
 

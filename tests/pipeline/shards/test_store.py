@@ -3,6 +3,9 @@
 import os
 import subprocess
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from pipeline.shards.index import INDEX_NAME, open_index, split_folder
 from pipeline.shards.object_store import StoreError, is_remote
 from tests.pipeline.shards.conftest import COUNTS, Store
 from tests.train.test_run import command
+from train.evaluation.features import spread_rows
 from train.run import main
 
 ROOT = Path(__file__).parents[3]
@@ -179,6 +183,26 @@ def test_expired_credentials_are_named(store: Store) -> None:
     store.line.fault = lambda *_: "403"
     with pytest.raises(StoreError, match=r"ExpiredToken.*AWS_ACCESS_KEY_ID"):
         split_folder("custom", store.url, "train")
+
+
+def test_a_web_server_serves_shards_as_well(store: Store, tmp_path: Path) -> None:
+    handler = partial(SimpleHTTPRequestHandler, directory=str(store.local))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        ours, theirs = (loader(place, tmp_path) for place in (url, store.local))
+        assert_equal(ours, theirs)
+        with pytest.raises(FileNotFoundError, match=INDEX_NAME):
+            split_folder("custom", f"{url}/nothing", "train")
+        server.shutdown()
+
+
+def test_of_a_store_few_whole_shards_are_evaluated(store: Store) -> None:
+    index = open_index(f"{store.url}/train")
+    for most, shards in ((30, 1), (60, 2), (100, 3), (1000, 5)):
+        some = spread_rows(index, most)
+        assert len(some) == min(most, TOTAL)
+        assert len(np.unique(some.samples["shard"])) == np.count_nonzero(some.counts) == shards
 
 
 def test_a_missing_client_names_its_extra() -> None:
