@@ -3,6 +3,8 @@
 import io
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -108,8 +110,8 @@ def damaged(
 
 def loader_of(data_path: Path, quarantine: Path | None = None, **options: object) -> MultiCropLoader:
     dataset = build_multicrop_dataset("custom", data_path, num_local_crops=1, global_crop_size=32, local_crop_size=16)
-    defaults = {"device": "cpu", "num_workers": 1, "max_bad_share": 0.1, "normalized": False}
-    return build_multicrop_dataloader(dataset, BATCH, quarantine=quarantine, **{**defaults, **options})
+    defaults = {"batch_size": BATCH, "device": "cpu", "num_workers": 1, "max_bad_share": 0.1, "normalized": False}
+    return build_multicrop_dataloader(dataset, quarantine=quarantine, **{**defaults, **options})
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
@@ -149,6 +151,28 @@ def test_an_epoch_names_every_damaged_sample_and_sees_every_good_one(
     assert torch.cat([batch.positions for batch in batches]).tolist() == list(range(COUNT))
     labels = torch.cat([batch.labels for batch in batches])
     np.testing.assert_array_equal(labels[good], index.samples["label"][planned][good])
+
+
+READ_ALL = """
+import sys
+from tests.pipeline.test_quarantine import loader_of
+
+loader = loader_of(sys.argv[1], batch_size=64)
+assert sum(len(batch.labels) for batch in loader) == len(loader.index)
+assert len(loader.quarantine) == 16
+"""
+
+
+def test_broken_headers_in_a_large_batch_do_not_end_the_process(
+    tmp_path: Path, pictures: tuple[list[bytes], list[tuple[int, int]]]
+) -> None:
+    """DALI parses a large batch in several threads; see `parsed` in pipeline/crops/graph.py."""
+    contents, sizes = pictures
+    broken = [content[:40] + bytes(2000) if row % 20 == 0 else content for row, content in enumerate(contents)]
+    write_raw(tmp_path / "train", broken, sizes)
+    command = [sys.executable, "-c", READ_ALL, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace", check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_crops_do_not_depend_on_when_the_damage_was_found(damaged: tuple[Path, list[int]], tmp_path: Path) -> None:

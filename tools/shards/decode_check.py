@@ -6,6 +6,8 @@ from functools import cache
 import numpy as np
 from nvidia.dali import Pipeline, fn, types
 
+from pipeline.crops.graph import parsed
+
 BATCH = 32
 INPUT = "encoded"
 Encoded = tuple[bytes, int, int]
@@ -42,7 +44,8 @@ def _graph(process: int) -> Pipeline:
     graph = Pipeline(BATCH, num_threads=1, device_id=None, prefetch_queue_depth=1)
     with graph:
         encoded = fn.external_source(name=INPUT, dtype=types.UINT8, ndim=1)
-        graph.set_outputs(fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False))
+        image = fn.decoders.image(parsed(encoded), device="cpu", output_type=types.RGB, adjust_orientation=False)
+        graph.set_outputs(image)
     graph.build()
     return graph
 
