@@ -34,9 +34,10 @@ study: $(INSTALLED)
 	OMP_NUM_THREADS=1 nice $(RUN) tools/study.py configs/study_fashion_mnist.yaml --budget $(BUDGET) --other-seeds 2
 	OMP_NUM_THREADS=1 nice $(RUN) tools/study.py configs/quickstart.yaml --budget $(BUDGET) --other-seeds 2
 
-# One process per core, up to four: most tests use one thread, and each process takes about 2 GB.
+# One process per core, up to four: most tests use one thread, and each process takes about 2 GB. A process that dies ends the
+# run; by default pytest-xdist starts another, and with `loadfile` it then waits for ever.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .

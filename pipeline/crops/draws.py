@@ -44,23 +44,28 @@ def draw(
     recipes: tuple[ViewRecipe, ...], seed: int, epoch: int, start: int, heights: np.ndarray, widths: np.ndarray
 ) -> Draws:
     """Draw for the positions `start..start + B` whose images are `heights x widths` (`[B]` int, pixels)."""
-    views = [_draw_view(r, v, seed, epoch, start, heights, widths) for v, r in enumerate(recipes)]
-    return Draws(np.stack(views))
+    values = np.empty((len(recipes), len(heights), len(PARAMETERS)), np.float32)
+    for recipe in dict.fromkeys(recipes):
+        views = [v for v, other in enumerate(recipes) if other == recipe]
+        values[views] = _draw_views(recipe, views, seed, epoch, start, heights, widths)
+    return Draws(values)
 
 
-def _draw_view(
-    recipe: ViewRecipe, view: int, seed: int, epoch: int, start: int, heights: np.ndarray, widths: np.ndarray
+def _draw_views(
+    recipe: ViewRecipe, views: list[int], seed: int, epoch: int, start: int, heights: np.ndarray, widths: np.ndarray
 ) -> np.ndarray:
+    """`[len(views), B, P]`: of the views that share a recipe, at once."""
     count = len(heights)
-    words = random_words(seed, epoch, (start * BLOCKS, view), DRAW_STREAM, count * WORDS)
-    u = (words >> np.uint64(11)).reshape(count, WORDS) * 2.0**-53  # [B, WORDS] float64 in [0, 1)
+    words = [random_words(seed, epoch, (start * BLOCKS, view), DRAW_STREAM, count * WORDS) for view in views]
+    u = (np.concatenate(words) >> np.uint64(11)).reshape(-1, WORDS) * 2.0**-53  # [V * B, WORDS] float64 in [0, 1)
+    heights, widths = np.tile(heights, len(views)), np.tile(widths, len(views))
     if recipe.scale is None:
         boxes = centre_boxes(heights, widths, recipe.centre_ratio)
     else:
         boxes = _resized_crop_boxes(recipe.scale, recipe.ratio, u[:, :BOX_WORDS], heights, widths)
     flips = u[:, BOX_WORDS] < recipe.flip_prob
     columns = draw_columns(recipe, u[:, BOX_WORDS + 1 :])
-    return np.column_stack([boxes, flips, columns]).astype(np.float32)
+    return np.column_stack([boxes, flips, columns]).reshape(len(views), count, -1)
 
 
 def _resized_crop_boxes(
