@@ -200,13 +200,13 @@ def test_baselines_of_an_old_val_are_measured_again_at_the_initialisation(
     assert doctor("run: data", shards, runs).status == "ok"
 
 
-@pytest.mark.parametrize("text", ["", "null", "5", "{}", "{", '{"pixels": 5.0}'])
-def test_damaged_baselines_are_measured_again(text: str, copied: tuple[Path, Path], run: Path) -> None:
+def test_damaged_baselines_are_measured_again(copied: tuple[Path, Path], run: Path) -> None:
     shards, runs = copied
     path = runs / "quickstart" / "baselines.json"
     whole = path.read_text()
-    path.write_text(text)
-    assert doctor("run: data", shards, runs).status == "warn"
+    for text in ("", "null", "5", "{}", "{", '{"pixels": 5.0}'):
+        path.write_text(text)
+        assert doctor("run: data", shards, runs).status == "warn"
     assert train(command(QUICKSTART, shards, runs, *SHORT)) == 0
     assert path.read_text() == whole
 
@@ -252,16 +252,16 @@ def test_a_moved_folder_continues_with_or_without_its_side_files(copied: tuple[P
     assert json.loads((runs / "quickstart" / "summary.json").read_text())["steps"] == 3
 
 
-@pytest.mark.parametrize("text", ["", "null", "5", "{}", "a: [", "\x00"])
 def test_damaged_settings_of_a_run_are_one_line_with_the_remedy_that_works(
-    text: str, copied: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+    copied: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     shards, runs = copied
     path = runs / "quickstart" / "config.yaml"
-    path.write_text(text)
-    capsys.readouterr()
-    assert train(command(QUICKSTART, shards, runs, *SHORT)) == 2
-    assert f"{path}: damaged" in one_line(capsys)
+    for text in ("", "null", "5", "{}", "a: [", "\x00"):
+        path.write_text(text)
+        capsys.readouterr()
+        assert train(command(QUICKSTART, shards, runs, *SHORT)) == 2
+        assert f"{path}: damaged" in one_line(capsys)
     path.unlink()
     assert train(command(QUICKSTART, shards, runs, *SHORT)) == 0
 
