@@ -71,7 +71,7 @@ class Window:
         self.sequence, self.reader = sequence, reader
         feeder = self.feeder = Feeder(sequence, recipes, place)
         self.places, self.taken = feeder.places, 0
-        with tempfile.TemporaryDirectory(prefix="multicrop-hjepa-") as folder:
+        with tempfile.TemporaryDirectory(prefix="multicrop-hjepa-", ignore_cleanup_errors=True) as folder:
             tars, indices = write_dali_indices(sequence.index, feeder.rows.reshape(-1), Path(folder))
             graph = define_graph(tars, indices, feeder, recipes, sequence.batch_size, reader, scaling)
             self.graph = build_graph(graph, reader)

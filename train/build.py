@@ -12,6 +12,8 @@ from model.masks import MultiCropMaskGenerator
 from model.predictor import Predictor
 from pipeline.batch import CropBatch
 from pipeline.crops.augment import Augmentation
+from pipeline.crops.decode import check_decoder
+from pipeline.crops.device import DeviceError
 from pipeline.dataset import (
     MultiCropDataset,
     build_multicrop_dataloader,
@@ -123,6 +125,19 @@ def tuned_reader(
     number = _fastest_reader(config, dataset, settings, model, masks) if ranks.is_first else 0
     chosen = settings[ranks.from_first(number)]
     return _with_reader(config, chosen)
+
+
+def decoding_reader(config: Config) -> Config:
+    """`config` with data.crop_device cpu in place of `auto` where the GPU's decoder does not work. For evaluation alone, which
+    is too short to measure which device is faster."""
+    if resolve_device(config.device) != "gpu" or config.data.crop_device != "auto":
+        return config
+    try:
+        check_decoder("gpu")
+    except DeviceError as error:
+        log.warning("crops are made on the cpu, not on the gpu: %s", error)
+        return config.model_copy(update={"data": config.data.model_copy(update={"crop_device": "cpu"})})
+    return config
 
 
 def _with_reader(config: Config, chosen: ReaderSettings) -> Config:

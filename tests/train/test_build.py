@@ -47,3 +47,14 @@ def test_the_encoder_load_is_a_pass_through_student_and_target_without_the_other
     without = [name for name, value in model.encoder.named_parameters() if value.grad is None]
     assert without == []
     assert all(value.grad is None for value in model.predictor.parameters())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here the decoder of the GPU works")
+def test_evaluation_decodes_on_the_cpu_where_the_gpu_cannot(data_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = load_config(
+        ROOT / "configs" / "quickstart.yaml", [f"data.data_path={data_path}", "data.dataset=custom", "device=gpu"]
+    )
+    assert build.decoding_reader(config).data.crop_device == "cpu"
+    assert "crops are made on the cpu, not on the gpu" in caplog.text
+    wanted = config.model_copy(update={"data": config.data.model_copy(update={"crop_device": "gpu"})})
+    assert build.decoding_reader(wanted) == wanted
