@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in [name for name in COMMANDS if name in given[:1]] or COMMANDS:  # one alone, or all for --help
         module = import_module(f"tools.benchmarks.{name}")
         command = commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
-        command.add_argument("--json", type=Path, metavar="OUT", help="write the figures here too")
+        command.add_argument("--json", type=Path, metavar="OUT", help="Write the figures to this file too.")
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return run_command("bench", lambda: measure(parser.parse_args(given)))

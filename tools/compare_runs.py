@@ -36,16 +36,19 @@ def compare(folders: Sequence[Path], out: Path, page: Path | None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="compare_runs", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="The folder of a run.")
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("curves.png"),
         metavar="PNG",
-        help="picture of the curves; default: %(default)s",
+        help="The picture of the curves. The default is %(default)s.",
     )
     parser.add_argument(
-        "--html", type=Path, metavar="PAGE", help="write one page with curves, results and differing settings instead"
+        "--html",
+        type=Path,
+        metavar="PAGE",
+        help="Write one page with curves, results and differing settings instead of the picture.",
     )
     given = parser.parse_args(arguments)
     return run_command("compare_runs", lambda: compare(given.runs, given.out, given.html))

@@ -29,12 +29,20 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="doctor.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "config", nargs="?", help="the run's YAML file: its data, threads, device and rate are checked too"
+        "config", nargs="?", help="The YAML file of a run. With it, its data, threads, device and rate are checked too."
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
-    parser.add_argument("--data", metavar="FOLDER", help="shards to look at; default: the config's data.data_path")
-    parser.add_argument("--out", metavar="FOLDER", help="where runs are written; default: the config's, or runs")
-    parser.add_argument("--json", action="store_true", help="print a list of {name, status, text, fix, seconds}")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="Settings that replace those of the file."
+    )
+    parser.add_argument(
+        "--data", metavar="FOLDER", help="Check these shards. The default is data.data_path of the config."
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FOLDER",
+        help="Check this folder for runs. The default is logging.run_dir of the config, or runs.",
+    )
+    parser.add_argument("--json", action="store_true", help="Print a list of {name, status, text, fix, seconds}.")
     return parser.parse_intermixed_args(arguments)
 
 

@@ -139,13 +139,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--data",
         type=Path,
         metavar="FOLDER",
-        help="folder with train/*.tar; default: photographs, written to OUT/shards",
+        help="A folder with train/*.tar. By default photographs are written to OUT/shards.",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("example"), help="folder for the pictures; default: %(default)s"
+        "--out", type=Path, default=Path("example"), help="The folder of the pictures. The default is %(default)s."
     )
-    parser.add_argument("--steps", type=int, default=60, help="training steps; default: %(default)s")
-    parser.add_argument("--image", type=int, default=0, help="image of the first batch to draw; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=60, help="How many steps to train. The default is %(default)s.")
+    parser.add_argument(
+        "--image", type=int, default=0, help="Which image of the first batch to draw. The default is %(default)s."
+    )
     given = parser.parse_args(arguments)
     return run_command("example", lambda: run_tour(given))
 

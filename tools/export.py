@@ -123,12 +123,18 @@ def export(run: Path, out: Path, settings: Path | None, licence: str, figures: P
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="export", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "run", type=Path, help="a run's folder, whose newest checkpoint is taken, or one checkpoint of it"
+        "run", type=Path, help="The folder of a run, whose newest checkpoint is taken, or one of its checkpoints."
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
-    parser.add_argument("--config", type=Path, help="settings of the checkpoint; default: config.yaml of its run")
-    parser.add_argument("--figures", type=Path, metavar="JSON", help="what train.evaluate --json wrote, for the card")
-    parser.add_argument("--license", default="apache-2.0", help="of the weights; default: %(default)s")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="The folder to make. It must not exist.")
+    parser.add_argument(
+        "--config", type=Path, help="The settings of the checkpoint. The default is config.yaml of its run."
+    )
+    parser.add_argument(
+        "--figures", type=Path, metavar="JSON", help="What train.evaluate --json wrote; the model card then shows it."
+    )
+    parser.add_argument(
+        "--license", default="apache-2.0", help="The licence of the weights. The default is %(default)s."
+    )
     given = parser.parse_args(arguments)
     return run_command("export", lambda: export(given.run, given.out, given.config, given.license, given.figures))
 

@@ -17,13 +17,25 @@ from train.output.display import LOADING
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="preview", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("config", type=Path, help="a run's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
-    parser.add_argument("--epoch", type=int, default=0, help="counted from 0; default: %(default)s")
-    parser.add_argument("--position", type=int, default=0, help="of the first sample in the epoch; default: 0")
-    parser.add_argument("--count", type=int, default=2, help="number of samples; default: %(default)s")
-    parser.add_argument("--world-size", type=int, default=1, help="ranks of the training run; default: %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("preview.png"), metavar="PNG", help="default: %(default)s")
+    parser.add_argument("config", type=Path, help="The YAML file of a run.")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="Settings that replace those of the file."
+    )
+    parser.add_argument("--epoch", type=int, default=0, help="The epoch, counted from 0, which is the default.")
+    parser.add_argument(
+        "--position", type=int, default=0, help="The first sample's place in the epoch. The default is 0."
+    )
+    parser.add_argument("--count", type=int, default=2, help="How many samples to draw. The default is %(default)s.")
+    parser.add_argument(
+        "--world-size", type=int, default=1, help="The ranks of the training run. The default is %(default)s."
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("preview.png"),
+        metavar="PNG",
+        help="The picture to write. The default is %(default)s.",
+    )
     return parser.parse_intermixed_args(arguments)
 
 

@@ -22,17 +22,22 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m train.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "run", type=Path, help="a run's folder (its newest checkpoint is used), or one of its checkpoints"
+        "run",
+        type=Path,
+        help="The folder of a run, of which the newest checkpoint is measured, or one of its checkpoints.",
     )
-    parser.add_argument("--data", type=Path, metavar="SHARDS", help="folder with train/ and val/; default: the run's")
     parser.add_argument(
         "--probe", nargs="+", choices=PROBES, default=["knn", "linear"], metavar="PROBE",
-        help=f"any of {', '.join(PROBES)}; default: knn linear",
+        help=f"What to measure: any of {', '.join(PROBES)}. The default is knn and linear.",
     )  # fmt: skip
-    parser.add_argument("--config", type=Path, help="the checkpoint's settings; default: config.yaml of its run")
-    parser.add_argument("--max-samples", type=int, metavar="N", help="images of each split; default: the run's")
-    parser.add_argument("--device", choices=("auto", "cpu", "gpu"), help="default: the run's")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the results here as well")
+    given = parser.add_argument_group("in place of what the run was trained with")
+    given.add_argument(
+        "--data", type=Path, metavar="SHARDS", help="Measure on this folder, which holds train/ and val/."
+    )
+    given.add_argument("--config", type=Path, help="Read the settings from this file, not from config.yaml of the run.")
+    given.add_argument("--max-samples", type=int, metavar="N", help="Use at most this many images of each split.")
+    given.add_argument("--device", choices=("auto", "cpu", "gpu"), help="Measure on this device.")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="Write the results to this file too.")
     return parser.parse_args(arguments)
 
 

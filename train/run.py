@@ -28,15 +28,23 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[Path, list[str], a
     parser = argparse.ArgumentParser(
         prog="python -m train.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", nargs="?", help="the run's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file's")
-    parser.add_argument("--config", dest="config_flag", metavar="CONFIG", help="same as the first argument")
-    for flag, key in SHORT_FLAGS.items():
-        parser.add_argument(f"--{flag}", metavar="VALUE", help=f"short for {key}=VALUE")
+    parser.add_argument("config", nargs="?", help="The YAML file of the run.")
     parser.add_argument(
-        "--print-config", action="store_true", help="print every setting and where it comes from, and exit"
+        "overrides", nargs="*", metavar="section.key=value",
+        help="Settings that replace those of the file, for example training.max_steps=500.",
+    )  # fmt: skip
+    parser.add_argument("--config", dest="config_flag", metavar="CONFIG", help="The same as the first argument.")
+    short = parser.add_argument_group("common settings in short")
+    for flag, key in SHORT_FLAGS.items():
+        short.add_argument(f"--{flag}", metavar="VALUE", help=f"Set {key}. By default the file decides.")
+    trial = parser.add_argument_group("look before you train")
+    trial.add_argument(
+        "--print-config", action="store_true", help="Print every setting and where it comes from, and exit."
     )
-    parser.add_argument("--dry-run", action="store_true", help="also try data, model and memory; write nothing")
+    trial.add_argument(
+        "--dry-run", action="store_true",
+        help="Print the settings, try the data, the model and a step, estimate the memory, and exit. Nothing is written.",
+    )  # fmt: skip
     given = parser.parse_intermixed_args(arguments)
     overrides = list(given.overrides)
     if given.config_flag and given.config:

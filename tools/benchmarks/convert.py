@@ -22,10 +22,24 @@ NUM_DISTINCT = 64
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--images", type=int, default=4096, help="of 500x375, about 100 KB each; default: %(default)s")
-    command.add_argument("--repeats", type=int, default=3, help="the median is printed; default: %(default)s")
-    command.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="default: the cores")
-    command.add_argument("--folder", type=Path, default=memory_folder(), help="default: %(default)s")
+    command.add_argument(
+        "--images",
+        type=int,
+        default=4096,
+        help="How many, of 500x375 pixels and about 100 KB. The default is %(default)s.",
+    )
+    command.add_argument(
+        "--repeats",
+        type=int,
+        default=3,
+        help="How often to convert; the median is printed. The default is %(default)s.",
+    )
+    command.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="The processes. The default is one per core."
+    )
+    command.add_argument(
+        "--folder", type=Path, default=memory_folder(), help="Where to write. The default is %(default)s."
+    )
 
 
 def run(given: argparse.Namespace) -> dict[str, Any]:

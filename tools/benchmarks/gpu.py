@@ -37,11 +37,23 @@ REHEARSED_S = 5.0  # measured in each part of a rehearsal, whatever the minutes
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--minutes", type=float, default=8.0, help="for all parts together; default: %(default)s")
-    add("--device", choices=("auto", "gpu", "cpu"), default="auto", help="cpu: a rehearsal; default: %(default)s")
-    add("--parts", help=f"comma-separated, of {', '.join(PARTS)}; default: all")
-    add("--shards", type=Path, metavar="DIR", help="default: photographs of about 100 KB, made for it")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of DALI; default: the cores")
+    add("--minutes", type=float, default=8.0, help="The time of all parts together. The default is %(default)s.")
+    add(
+        "--device",
+        choices=("auto", "gpu", "cpu"),
+        default="auto",
+        help="With cpu it is a rehearsal. The default is %(default)s.",
+    )
+    add("--parts", help=f"Some of {', '.join(PARTS)}, separated by commas. The default is all.")
+    add(
+        "--shards", type=Path, metavar="DIR", help="Read these shards. By default photographs of about 100 KB are made."
+    )
+    add(
+        "--threads",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="The threads of DALI. The default is one per core.",
+    )
 
 
 def run(given: argparse.Namespace) -> dict[str, Any]:

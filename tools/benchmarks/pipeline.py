@@ -47,13 +47,25 @@ GPU_IMAGES_PER_S = 5000
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--shards", type=Path, metavar="DIR", help="default: photographs of about 100 KB, made for it")
-    add("--images", type=int, default=256, help="measured per row and round; default: %(default)s")
-    add("--rounds", type=int, default=5, help="default: %(default)s")
-    add("--rows", help=f"comma-separated, of {', '.join(ROWS)}; default: all")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads or processes; default: the cores")
-    add("--batch", type=int, default=32, help="images in a batch; default: %(default)s")
-    add("--device", choices=("auto", "cpu", "gpu"), default="auto", help="gpu adds rows for the device")
+    add(
+        "--shards", type=Path, metavar="DIR", help="Read these shards. By default photographs of about 100 KB are made."
+    )
+    add("--images", type=int, default=256, help="The images of each row and round. The default is %(default)s.")
+    add("--rounds", type=int, default=5, help="How often each row is measured. The default is %(default)s.")
+    add("--rows", help=f"Some of {', '.join(ROWS)}, separated by commas. The default is all.")
+    add(
+        "--threads",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="Threads or processes. The default is one per core.",
+    )
+    add("--batch", type=int, default=32, help="The images of a batch. The default is %(default)s.")
+    add(
+        "--device",
+        choices=("auto", "cpu", "gpu"),
+        default="auto",
+        help="With gpu, rows for the device are added. The default is %(default)s.",
+    )
 
 
 def run(given: argparse.Namespace) -> list[dict[str, Any]]:

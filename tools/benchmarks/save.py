@@ -22,10 +22,19 @@ MOST = 1.05  # of a step without a save
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("overrides", nargs="*", metavar="section.key=value", help=f"settings for {CONFIG.name}")
-    command.add_argument("--saves", type=int, default=5, help="medians are given; default: %(default)s")
-    command.add_argument("--steps", type=int, default=4, help="with and without a save each; default: %(default)s")
-    command.add_argument("--threads", type=int, default=1, help="of torch; default: %(default)s")
+    command.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help=f"Settings that replace those of {CONFIG.name}."
+    )
+    command.add_argument(
+        "--saves", type=int, default=5, help="How often to save; medians are printed. The default is %(default)s."
+    )
+    command.add_argument(
+        "--steps",
+        type=int,
+        default=4,
+        help="How many steps to take with a save and without. The default is %(default)s.",
+    )
+    command.add_argument("--threads", type=int, default=1, help="The threads of torch. The default is %(default)s.")
 
 
 def run(given: argparse.Namespace) -> dict[str, Any]:

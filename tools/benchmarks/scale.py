@@ -31,9 +31,13 @@ SLICES = 20
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--samples", type=int, default=IMAGENET, help="of the data set; default: %(default)s")
-    command.add_argument("--shard-size", type=int, default=1000, help="samples in a shard; default: %(default)s")
-    command.add_argument("--batch", type=int, default=64, help="default: %(default)s")
+    command.add_argument(
+        "--samples", type=int, default=IMAGENET, help="The samples of the data set. The default is %(default)s."
+    )
+    command.add_argument(
+        "--shard-size", type=int, default=1000, help="The samples of a shard. The default is %(default)s."
+    )
+    command.add_argument("--batch", type=int, default=64, help="The images of a batch. The default is %(default)s.")
 
 
 def run(given: argparse.Namespace) -> list[dict[str, Any]]:

@@ -37,13 +37,27 @@ MASK_TARGET_MS = 0.5  # on a GPU
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", choices=ENCODERS, default="small", help="encoder; default: %(default)s")
-    command.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="default: %(default)s")
-    command.add_argument("--batch", type=int, default=4, help="images of 2 + 6 crops; default: %(default)s")
-    command.add_argument("--repeats", type=int, default=5, help="interleaved; medians are given; default: %(default)s")
-    command.add_argument("--context-ratio", type=float, default=0.4, help="of a global's tokens; default: %(default)s")
-    command.add_argument("--threads", type=int, default=1, help="of torch; default: %(default)s")
-    command.add_argument("--compile", action="store_true", help="add rows of ours, compiled: minutes at the start")
+    command.add_argument("--model", choices=ENCODERS, default="small", help="The encoder. The default is %(default)s.")
+    command.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="The default is %(default)s.")
+    command.add_argument(
+        "--batch", type=int, default=4, help="The images of a batch, of 2 + 6 crops each. The default is %(default)s."
+    )
+    command.add_argument(
+        "--repeats",
+        type=int,
+        default=5,
+        help="How often each row is measured, interleaved; medians are printed. The default is %(default)s.",
+    )
+    command.add_argument(
+        "--context-ratio",
+        type=float,
+        default=0.4,
+        help="The share of a global's tokens that is encoded. The default is %(default)s.",
+    )
+    command.add_argument("--threads", type=int, default=1, help="The threads of torch. The default is %(default)s.")
+    command.add_argument(
+        "--compile", action="store_true", help="Add rows of the compiled step, which takes minutes to compile."
+    )
 
 
 def run(given: argparse.Namespace) -> list[dict[str, Any]]:

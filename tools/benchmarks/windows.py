@@ -27,11 +27,13 @@ LIMIT = 0.02  # of an epoch
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--shards", type=Path, metavar="DIR", help="default: photographs of about 100 KB, made for it")
-    add("--rows", type=int, default=512, help="samples in a small window; default: %(default)s")
-    add("--images", type=int, default=2048, help="per round; default: %(default)s")
-    add("--rounds", type=int, default=5, help="default: %(default)s")
-    add("--device", choices=("cpu", "gpu"), default="cpu")
+    add(
+        "--shards", type=Path, metavar="DIR", help="Read these shards. By default photographs of about 100 KB are made."
+    )
+    add("--rows", type=int, default=512, help="The samples of a small window. The default is %(default)s.")
+    add("--images", type=int, default=2048, help="The images of a round. The default is %(default)s.")
+    add("--rounds", type=int, default=5, help="How often each is measured. The default is %(default)s.")
+    add("--device", choices=("cpu", "gpu"), default="cpu", help="The default is %(default)s.")
 
 
 def run(given: argparse.Namespace) -> list[dict[str, Any]]:
