@@ -52,7 +52,7 @@ check: lint test
 
 # The long tests, minutes each.
 soak: $(INSTALLED) docker-check
-	$(RUN) -m pytest -m slow
+	$(RUN) -m pytest -m slow -o faulthandler_timeout=7200
 
 # Builds the image on a base made for it and tests it as its user: needs root, buildah, mmdebstrap and 15 GB under TMPDIR.
 docker-check:
