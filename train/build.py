@@ -198,15 +198,19 @@ def build_model(config: Config, device: torch.device) -> HJEPA:
     mean, std = config.data.augmentation.mean, config.data.augmentation.std
     encoder = MultiCropEncoder(settings.encoder, sizes, mean=mean, std=std, **settings.encoder_kwargs)
     levels = build_levels(config, encoder.depth)
-    shape = (settings.predictor_width, settings.predictor_depth, settings.predictor_heads)
+    predictor = None
+    if config.loss.prediction_weight > 0:
+        shape = (settings.predictor_width, settings.predictor_depth, settings.predictor_heads)
+        predictor = Predictor(encoder.width, *shape, len(levels))
     model = HJEPA(
         encoder,
-        Predictor(encoder.width, *shape, len(levels)),
+        predictor,
         levels,
         num_global_crops=num_global,
         global_crop_size=crops.global_crop_size,
         projector_hidden=settings.projector_hidden,
         projector_dim=settings.projector_dim,
+        prediction_weight=config.loss.prediction_weight,
         view_weight=config.loss.view_weight,
         sigreg_weight=config.loss.sigreg_weight,
         sigreg_knots=config.loss.sigreg_knots,
@@ -239,7 +243,7 @@ def build_masks(config: Config, model: HJEPA, device: torch.device) -> MultiCrop
         num_local,
         grid=model.grid,
         local_grid=config.data.multicrop.local_crop_size // model.encoder.patch_size,
-        strides=tuple(level.stride for level in model.levels),
+        strides=() if model.predictor is None else tuple(level.stride for level in model.levels),
         num_masks=config.masking.num_masks,
         mask_scale=config.masking.mask_scale,
         aspect_ratio=config.masking.aspect_ratio,

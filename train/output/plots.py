@@ -74,7 +74,7 @@ def draw_points(
     for number, (_, values, mean, interval) in enumerate(rows):
         axis.plot(values, [number] * len(values), "o", color="#00a6d6", markersize=5, alpha=0.8)
         axis.errorbar([mean], [number], xerr=interval, fmt="|", color="black", markersize=14, capsize=3, linewidth=1)
-    for (label, value), style in zip(baselines.items(), (":", "--"), strict=False):
+    for (label, value), style in zip(baselines.items(), (":", "-.", "--"), strict=False):
         axis.axvline(value, linestyle=style, color="gray", label=label)
     axis.set_yticks(range(len(rows)), [label for label, *_ in rows])
     axis.invert_yaxis()
