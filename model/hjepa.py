@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from model.encoder import MultiCropEncoder
 from model.geometry import cell_centres, covered, log_cell_size
 from model.losses import BatchStandardize, SIGReg, prediction_losses, view_loss, weighted_sum
-from model.masks import MaskPlan, pool_cells
+from model.masks import MaskPlan, level_grid, pool_cells
 from model.predictor import Predictor
+from model.summary import SummaryPredictor, summary_loss
 from model.teacher import TaughtEncoder
 
 
@@ -51,6 +52,7 @@ class HJEPA(TaughtEncoder):
         sigreg_weight: float,
         sigreg_knots: int,
         prediction_weight: float = 1.0,
+        summary_weight: float = 0.0,
         exclude_covered: bool = False,
         grad_checkpointing: bool = False,
     ) -> None:
@@ -72,6 +74,12 @@ class HJEPA(TaughtEncoder):
                 nn.Linear(projector_hidden, projector_dim),
             )
         self.sigreg = SIGReg(sigreg_knots)
+        self.summary_weight = summary_weight
+        self.summary: SummaryPredictor | None = None
+        if summary_weight > 0:
+            self.summary = SummaryPredictor(
+                encoder.width, [level_grid(self.grid, level.stride) ** 2 for level in levels]
+            )
 
     def forward(
         self,
@@ -81,7 +89,7 @@ class HJEPA(TaughtEncoder):
         plan: MaskPlan,
         directions: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """The losses of one batch, scalars in float32: `loss`, `level_0` .., `view`, `sigreg`, and no_grad `features`.
+        """The losses of one batch, scalars in float32: `loss`, `level_0` .., `summary`, `view`, `sigreg`, and no_grad `features`.
 
         Terms of weight 0 are left out.
 
@@ -91,7 +99,7 @@ class HJEPA(TaughtEncoder):
 
         `crops`: V tensors `[B, 3, S, S]`, globals first, uint8 or already normalised, as in `MultiCropEncoder`.
         `boxes`: `[B, V, 4]`, `flips`: `[B, V]`, as in `CropBatch`. `directions`: `[P, S]` of `random_directions`.
-        `features`: `[B, D]`, pooled target features of the first global; without a predictor, the student's of what it sees.
+        `features`: `[B, D]`, pooled target features of the first global; without predictions, the student's of what it sees.
         """
         whole = join_crops(crops[: self.num_global])
         groups = [(whole, self._kept(plan))]
@@ -101,15 +109,19 @@ class HJEPA(TaughtEncoder):
         student = [out.tokens for out in self.encoder(groups)]
         losses: dict[str, torch.Tensor] = {}
         terms: list[torch.Tensor] = []
-        if self.predictor is not None:
+        weights = [level.weight for level in self.levels]
+        if self.predictor is not None or self.summary is not None:
             targets, pooled = self._targets(whole)
+            losses["features"] = pooled.unflatten(0, (len(boxes), -1))[:, 0]
+        if self.predictor is not None:
             places = self._query_places(boxes, flips, plan)
             errors = self._errors(self._predict(self.predictor, student, places, boxes, flips, plan), targets, plan)
-            weights = [level.weight for level in self.levels]
-            losses = prediction_losses(errors, weights, _inside(places, boxes, plan), self.exclude_covered)
+            losses |= prediction_losses(errors, weights, _inside(places, boxes, plan), self.exclude_covered)
             levels = weighted_sum(weights, [losses[f"level_{rung}"] for rung in range(len(weights))])
             terms.append(self.prediction_weight * levels)
-            losses["features"] = pooled.unflatten(0, (len(boxes), -1))[:, 0]
+        if self.summary is not None:
+            losses["summary"] = summary_loss(self.summary(student[0].float().mean(dim=1)), targets, weights)
+            terms.append(self.summary_weight * losses["summary"])
         if self.projector is not None:
             views = pool_views(student, len(boxes))
             projections = self.projector(views.flatten(0, 1)).float().unflatten(0, views.shape[:2])
@@ -141,7 +153,7 @@ class HJEPA(TaughtEncoder):
         groups = [(whole, self._kept(plan))]
         if len(crops) > self.num_global:
             groups.append((join_crops(crops[self.num_global :]), None))
-        if self.predictor is not None:
+        if self.predictor is not None or self.summary is not None:
             self._targets(whole)
         return torch.stack([out.tokens.float().mean() for out in self.encoder(groups)]).sum()
 

@@ -211,6 +211,7 @@ def build_model(config: Config, device: torch.device) -> HJEPA:
         projector_hidden=settings.projector_hidden,
         projector_dim=settings.projector_dim,
         prediction_weight=config.loss.prediction_weight,
+        summary_weight=config.loss.summary_weight,
         view_weight=config.loss.view_weight,
         sigreg_weight=config.loss.sigreg_weight,
         sigreg_knots=config.loss.sigreg_knots,

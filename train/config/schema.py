@@ -167,15 +167,17 @@ class Model(Section):
 class Loss(Section):
     prediction_weight: NonNegativeFloat = 1.0
     """Of the sum over the levels; 0: no predictor is built."""
+    summary_weight: NonNegativeFloat = 0.0
+    """Of guessing the target's maps from the mean of the encoded tokens; 0: nothing is built for it."""
     view_weight: NonNegativeFloat = 1.0
     sigreg_weight: NonNegativeFloat = 0.05
     sigreg_slices: PositiveInt = 256
     sigreg_knots: Annotated[StrictInt, Field(ge=2)] = 17
 
     def rules(self) -> Iterator[BrokenRule]:
-        if self.prediction_weight == self.view_weight == self.sigreg_weight == 0:
-            keys = ("prediction_weight", "view_weight", "sigreg_weight")
-            yield keys, "all three weights are 0, so nothing would be learned; raise one"
+        keys = ("prediction_weight", "summary_weight", "view_weight", "sigreg_weight")
+        if all(getattr(self, key) == 0 for key in keys):
+            yield keys, "all four weights are 0, so nothing would be learned; raise one"
 
 
 class Training(Section):

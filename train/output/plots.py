@@ -15,7 +15,7 @@ Panels = Sequence[tuple[str, tuple[str, ...]]]
 """The title of each panel, and the names of what it shows, which may hold `*`."""
 
 RUN_PANELS: Panels = (
-    ("loss", ("loss",)), ("prediction, by level", ("level_*", "inside", "outside")), ("view term", ("view",)),
+    ("loss", ("loss",)), ("prediction, by level", ("level_*", "summary", "inside", "outside")), ("view term", ("view",)),
     ("SIGReg", ("sigreg",)), ("RankMe of pooled features", ("rankme",)), ("images/s", ("images_per_s",)),
     ("data wait, % of the step", ("data_wait_percent",)), ("learning rate", ("lr",)),
 )  # fmt: skip
