@@ -19,7 +19,7 @@ OPTIONS = {
 BATCH = 6
 
 
-def build(**changes: object) -> HJEPA:
+def build(with_predictor: bool = True, **changes: object) -> HJEPA:
     """Globals of 6x6 and locals of 2x2 tokens, three blocks, three levels."""
     torch.manual_seed(0)
     encoder = MultiCropEncoder(
@@ -34,7 +34,8 @@ def build(**changes: object) -> HJEPA:
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
     )
-    return HJEPA(encoder, Predictor(32, 32, 2, 2, 3), default_levels(3), **{**OPTIONS, **changes})
+    predictor = Predictor(32, 32, 2, 2, 3) if with_predictor else None
+    return HJEPA(encoder, predictor, default_levels(3), **{**OPTIONS, **changes})
 
 
 def draw_inputs(strategy: str = "global_only", num_global: int = 2, num_local: int = 4, seed: int = 1) -> dict:
