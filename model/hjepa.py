@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from model.encoder import MultiCropEncoder
 from model.geometry import cell_centres, covered, log_cell_size
-from model.losses import BatchStandardize, SIGReg, prediction_losses, view_loss, weighted_sum
+from model.losses import BatchStandardize, LossWeights, SIGReg, prediction_losses, view_loss, weighted_sum
 from model.masks import MaskPlan, level_grid, pool_cells
 from model.predictor import Predictor
 from model.summary import SummaryPredictor, summary_loss
@@ -35,7 +35,7 @@ def default_levels(depth: int) -> tuple[Level, ...]:
 class HJEPA(TaughtEncoder):
     """Student encoder, EMA target encoder, predictor and projector; `forward` is the whole loss.
 
-    `predictor` has a head for each of the `levels`; None trains by the view term and SIGReg alone.
+    `predictor` has a head for each of the `levels`; None trains without it.
     """
 
     def __init__(
@@ -48,11 +48,8 @@ class HJEPA(TaughtEncoder):
         global_crop_size: int,
         projector_hidden: int,
         projector_dim: int,
-        view_weight: float,
-        sigreg_weight: float,
         sigreg_knots: int,
-        prediction_weight: float = 1.0,
-        summary_weight: float = 0.0,
+        weights: LossWeights,
         exclude_covered: bool = False,
         grad_checkpointing: bool = False,
     ) -> None:
@@ -65,8 +62,8 @@ class HJEPA(TaughtEncoder):
             predictor.grad_checkpointing = grad_checkpointing
         self.projector: nn.Module | None = None
         self.exclude_covered = exclude_covered
-        self.prediction_weight, self.view_weight, self.sigreg_weight = prediction_weight, view_weight, sigreg_weight
-        if view_weight > 0 or sigreg_weight > 0:
+        self.weights = weights
+        if weights.view > 0 or weights.sigreg > 0:
             self.projector = nn.Sequential(
                 nn.Linear(encoder.width, projector_hidden),
                 BatchStandardize(projector_hidden),
@@ -74,21 +71,15 @@ class HJEPA(TaughtEncoder):
                 nn.Linear(projector_hidden, projector_dim),
             )
         self.sigreg = SIGReg(sigreg_knots)
-        self.summary_weight = summary_weight
         self.summary: SummaryPredictor | None = None
-        if summary_weight > 0:
-            self.summary = SummaryPredictor(
-                encoder.width, [level_grid(self.grid, level.stride) ** 2 for level in levels]
-            )
+        if weights.summary > 0:
+            cells = [level_grid(self.grid, level.stride) ** 2 for level in levels]
+            self.summary = SummaryPredictor(encoder.width, cells)
 
     def forward(
-        self,
-        crops: Sequence[torch.Tensor],
-        boxes: torch.Tensor,
-        flips: torch.Tensor,
-        plan: MaskPlan,
+        self, crops: Sequence[torch.Tensor], boxes: torch.Tensor, flips: torch.Tensor, plan: MaskPlan,
         directions: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, torch.Tensor]:  # fmt: skip
         """The losses of one batch, scalars in float32: `loss`, `level_0` .., `summary`, `view`, `sigreg`, and no_grad `features`.
 
         Terms of weight 0 are left out.
@@ -109,25 +100,23 @@ class HJEPA(TaughtEncoder):
         student = [out.tokens for out in self.encoder(groups)]
         losses: dict[str, torch.Tensor] = {}
         terms: list[torch.Tensor] = []
-        weights = [level.weight for level in self.levels]
+        rungs = [level.weight for level in self.levels]
         if self.predictor is not None or self.summary is not None:
             targets, pooled = self._targets(whole)
             losses["features"] = pooled.unflatten(0, (len(boxes), -1))[:, 0]
         if self.predictor is not None:
-            places = self._query_places(boxes, flips, plan)
-            errors = self._errors(self._predict(self.predictor, student, places, boxes, flips, plan), targets, plan)
-            losses |= prediction_losses(errors, weights, _inside(places, boxes, plan), self.exclude_covered)
-            levels = weighted_sum(weights, [losses[f"level_{rung}"] for rung in range(len(weights))])
-            terms.append(self.prediction_weight * levels)
+            losses |= self._level_losses(self.predictor, student, targets, boxes, flips, plan)
+            levels = weighted_sum(rungs, [losses[f"level_{rung}"] for rung in range(len(rungs))])
+            terms.append(self.weights.prediction * levels)
         if self.summary is not None:
-            losses["summary"] = summary_loss(self.summary(student[0].float().mean(dim=1)), targets, weights)
-            terms.append(self.summary_weight * losses["summary"])
+            losses["summary"] = summary_loss(self.summary(student[0].float().mean(dim=1)), targets, rungs)
+            terms.append(self.weights.summary * losses["summary"])
         if self.projector is not None:
             views = pool_views(student, len(boxes))
             projections = self.projector(views.flatten(0, 1)).float().unflatten(0, views.shape[:2])
             losses["view"] = view_loss(projections, self.num_global)
             losses["sigreg"] = self.sigreg(projections, directions)
-            terms += [self.view_weight * losses["view"], self.sigreg_weight * losses["sigreg"]]
+            terms += [self.weights.view * losses["view"], self.weights.sigreg * losses["sigreg"]]
             losses.setdefault("features", views[:, 0].detach())
         losses["loss"] = sum(terms[1:], terms[0])
         return losses
@@ -136,15 +125,24 @@ class HJEPA(TaughtEncoder):
         """The tokens of each global that the student encodes, `[B * G, K]`; None for all: gathering them would cost time."""
         return None if plan.context.shape[-1] == self.grid**2 else plan.context.flatten(0, 1)
 
-    def _errors(
-        self, predictions: list[torch.Tensor], targets: list[torch.Tensor], plan: MaskPlan
-    ) -> list[torch.Tensor]:
-        """Per level `[B * G, M_l] float32`: smooth L1 distance of each queried cell, mean over the width."""
+    def _level_losses(
+        self,
+        predictor: Predictor,
+        student: list[torch.Tensor],
+        targets: list[torch.Tensor],
+        boxes: torch.Tensor,
+        flips: torch.Tensor,
+        plan: MaskPlan,
+    ) -> dict[str, torch.Tensor]:
+        """`prediction_losses` of the smooth L1 distance of each queried cell, `[B * G, M_l] float32` per level."""
+        places = self._query_places(boxes, flips, plan)
+        predictions = self._predict(predictor, student, places, boxes, flips, plan)
         errors = []
         for prediction, target, queries in zip(predictions, targets, plan.queries, strict=True):
             wanted = _pick(target, queries.flatten(0, 1))
             errors.append(F.smooth_l1_loss(prediction.float(), wanted, reduction="none").mean(dim=-1))
-        return errors
+        weights = [level.weight for level in self.levels]
+        return prediction_losses(errors, weights, _inside(places, boxes, plan), self.exclude_covered)
 
     def encoder_load(self, crops: Sequence[torch.Tensor], plan: MaskPlan) -> torch.Tensor:
         """A scalar whose forward and backward pass cost what the student's and the target's do; without meaning, and without

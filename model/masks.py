@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 STRATEGIES = ("global_only", "global_with_local_context", "cross_crop_prediction")
 UNMASKED = "none"  # the strategy without prediction, which therefore masks nothing
+ALLOWED = (*STRATEGIES, UNMASKED)
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,8 @@ class MultiCropMaskGenerator:
         query_ratio: float = 0.4,
         device: torch.device | str = "cpu",
     ) -> None:
-        if masking_strategy not in (*STRATEGIES, UNMASKED):
-            allowed = ", ".join((*STRATEGIES, UNMASKED))
-            raise ValueError(f"masking strategy {masking_strategy!r}: allowed are {allowed}")
+        if masking_strategy not in ALLOWED:
+            raise ValueError(f"masking strategy {masking_strategy!r}: allowed are {', '.join(ALLOWED)}")
         partners = {
             "global_with_local_context": num_local_crops,
             "cross_crop_prediction": num_global_crops + num_local_crops - 1,

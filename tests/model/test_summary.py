@@ -24,8 +24,7 @@ def test_a_cell_is_guessed_from_the_summary_and_its_place_alone() -> None:
 def test_the_loss_is_that_of_each_global_level_and_cell(
     make_model: Callable[..., HJEPA], make_inputs: Callable[..., dict]
 ) -> None:
-    model, inputs = make_model(summary_weight=2.0, prediction_weight=0.0), make_inputs()
-    model.predictor = None
+    model, inputs = make_model(False, summary_weight=2.0), make_inputs()
     losses = model(**inputs)
     expected = torch.zeros(())
     for g in range(2):
@@ -36,7 +35,7 @@ def test_the_loss_is_that_of_each_global_level_and_cell(
             distances = [F.smooth_l1_loss(guess[:, cell], target[:, cell]) for cell in range(target.shape[1])]
             expected = expected + level.weight * torch.stack(distances).mean() / 2
     torch.testing.assert_close(losses["summary"], expected)
-    others = model.view_weight * losses["view"] + model.sigreg_weight * losses["sigreg"]
+    others = model.weights.view * losses["view"] + model.weights.sigreg * losses["sigreg"]
     torch.testing.assert_close(losses["loss"], 2.0 * expected + others)
 
 
@@ -44,8 +43,7 @@ def test_the_loss_is_that_of_each_global_level_and_cell(
 def test_its_gradient_reaches_the_whole_encoder_and_not_the_target(
     make_model: Callable[..., HJEPA], make_inputs: Callable[..., dict], strategy: str
 ) -> None:
-    model, inputs = make_model(summary_weight=1.0, view_weight=0.0, sigreg_weight=0.0), make_inputs(strategy)
-    model.predictor = None
+    model, inputs = make_model(False, summary_weight=1.0, view_weight=0.0, sigreg_weight=0.0), make_inputs(strategy)
     model(**inputs)["loss"].backward()
     parts = {"encoder": model.encoder, "summary": model.summary}
     without = [

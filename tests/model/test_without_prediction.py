@@ -58,7 +58,7 @@ def slow_lejepa(model: HJEPA, inputs: dict) -> float:
             integral = sum((a + b) / 2 * 3 / 16 for a, b in pairwise(values))
             sigreg += 2 * integral * images
     directions = inputs["directions"].shape[1]
-    return model.view_weight * view / (count * images * width) + model.sigreg_weight * sigreg / (count * directions)
+    return model.weights.view * view / (count * images * width) + model.weights.sigreg * sigreg / (count * directions)
 
 
 def test_the_loss_of_whole_globals_without_prediction_is_lejepas(make_model: Maker, inputs: dict) -> None:

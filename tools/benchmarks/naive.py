@@ -54,8 +54,8 @@ def naive_losses(
     if model.projector is not None:
         flat = torch.stack(summaries, dim=1)
         projections = model.projector(flat.flatten(0, 1)).float().unflatten(0, flat.shape[:2])
-        total = total + model.view_weight * view_loss(projections, model.num_global)
-        total = total + model.sigreg_weight * model.sigreg(projections, directions)
+        total = total + model.weights.view * view_loss(projections, model.num_global)
+        total = total + model.weights.sigreg * model.sigreg(projections, directions)
     return {"loss": total}
 
 

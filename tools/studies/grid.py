@@ -6,28 +6,46 @@ from importlib.util import find_spec
 
 LOCAL_CROPS = "data.multicrop.num_local_crops"
 NO_PREDICTION = "loss.prediction_weight=0.0"
+NO_SUMMARY = "loss.summary_weight=0.0"
+UNMASKED = ("masking.strategy=none", NO_PREDICTION)
+MASKED = ("loss.prediction_weight=1.0", "masking.context_ratio=0.5", "masking.query_ratio=0.5")
 ONE_LEVEL = "model.levels=[{layer: -1, stride: 1, weight: 1.0}]"
 NO_VIEW, NO_SIGREG = "loss.view_weight=0.0", "loss.sigreg_weight=0.0"
 
-# Overrides of the base config, which is `2+6`: 2 globals, 6 locals, global_only, three levels, view term and SIGReg.
+# Overrides of the base config, which is `2+6`: 2 globals, 6 locals, three levels. Variants of masking predict tokens.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "2+6": (),
     "2+0": (f"{LOCAL_CROPS}=0",),
     "1+0": ("data.use_multicrop=false",),
-    "global_with_local_context": ("masking.strategy=global_with_local_context",),
-    "cross_crop_prediction": ("masking.strategy=cross_crop_prediction",),
+    "global_only": ("masking.strategy=global_only", *MASKED),
+    "global_with_local_context": ("masking.strategy=global_with_local_context", *MASKED),
+    "cross_crop_prediction": ("masking.strategy=cross_crop_prediction", *MASKED),
+    "summary, a quarter masked": (
+        "masking.strategy=global_only",
+        NO_PREDICTION,
+        "masking.context_ratio=0.75",
+        "masking.query_ratio=0.25",
+    ),
+    "tokens, no summary": ("masking.strategy=global_only", NO_SUMMARY, *MASKED),
     "one level": (ONE_LEVEL,),
     "no view term": (NO_VIEW,),
     "no SIGReg": (NO_SIGREG,),
     "neither": (NO_VIEW, NO_SIGREG),
-    "no prediction": (NO_PREDICTION,),
 }
 # Other methods, on the same crops with the same encoder: the first two are settings of ours, for the others see `peers.py`.
 PEERS: dict[str, tuple[str, ...]] = {
-    "lejepa": ("masking.strategy=none", NO_PREDICTION),
-    "ijepa": ("data.use_multicrop=false", NO_VIEW, NO_SIGREG, ONE_LEVEL),
-    "dino": ("masking.strategy=none", NO_PREDICTION),
-    "supervised": ("masking.strategy=none", NO_PREDICTION),
+    "lejepa": (NO_SUMMARY, *UNMASKED),
+    "ijepa": (
+        "data.use_multicrop=false",
+        "masking.strategy=global_only",
+        *MASKED,
+        NO_VIEW,
+        NO_SIGREG,
+        NO_SUMMARY,
+        ONE_LEVEL,
+    ),
+    "dino": (NO_SUMMARY, *UNMASKED),
+    "supervised": (NO_SUMMARY, *UNMASKED),
 }
 TIME, IMAGES = "time", "images"
 BASE = "2+6"
@@ -57,7 +75,11 @@ class Trial:
 EXPERIMENTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("a. Crops, equal time", ("1+0", "2+0", BASE), TIME),
     ("a. Crops, equal images", ("1+0", "2+0", BASE), IMAGES),
-    ("b. Masking strategies, equal time", (BASE, "global_with_local_context", "cross_crop_prediction"), TIME),
+    (
+        "b. Masking strategies, equal time",
+        (BASE, "global_only", "global_with_local_context", "cross_crop_prediction"),
+        TIME,
+    ),
     ("c. Hierarchy, equal time", (BASE, "one level"), TIME),
     ("d. View term and SIGReg, equal time", (BASE, "no view term", "no SIGReg", "neither"), TIME),
 )
