@@ -9,14 +9,14 @@ from tools.studies.grid import BASE, IMAGES, TIME, same_run
 from tools.studies.table import BASELINES, Row, experiment_lines, mean_and_interval, numbers, of_variant
 from train.output.plots import plt, save_figure
 
-TITLES = {TIME: "Equal CPU time", IMAGES: "Equal images"}
+TITLES = {TIME: "equal CPU time", IMAGES: "equal images"}
 SCORES = {"knn": "k-NN", "linear": "linear probe"}
 
 
 def lead_lines(rows: Sequence[Row], variants: Sequence[str]) -> list[str]:
     """Points by which the base leads each variant: the difference of the runs of a seed, over the seeds that both have."""
     columns = [(equal, score) for equal in TITLES for score in SCORES]
-    head = [f"{SCORES[score]}, {TITLES[equal].lower()}" for equal, score in columns]
+    head = [f"{SCORES[score]}, {TITLES[equal]}" for equal, score in columns]
     lines = [f"### Lead of {BASE}, points", "", "| over | " + " | ".join(head) + " |", "|---" * (1 + len(head)) + "|"]
     for variant in variants:
         cells = []
@@ -57,7 +57,7 @@ def write_arena(
     ]
     text += experiment_lines(rows, "Without training", [(baseline, "") for baseline in BASELINES])
     for equal, title in TITLES.items():
-        text += experiment_lines(rows, title, [same_run(variant, equal) for variant in variants])
+        text += experiment_lines(rows, f"At {title}", [same_run(variant, equal) for variant in variants])
     (folder / f"{stem}.md").write_text("\n".join(text + lead_lines(rows, variants)))
     draw_arena(folder / f"{stem}.png", variants, rows, points)
 
@@ -87,7 +87,7 @@ def draw_arena(path: Path, variants: Sequence[str], rows: Sequence[Row], points:
             for baseline, style in zip(BASELINES, (":", "-.", "--"), strict=True):
                 if values := numbers(of_variant(rows, baseline, ""), score):
                     axis.axhline(statistics.mean(values), color="gray", linestyle=style, linewidth=1, label=baseline)
-            axis.set_title(f"{title}, %: {TITLES[equal].lower()}", fontsize=10)
+            axis.set_title(f"{title}, %: {TITLES[equal]}", fontsize=10)
             axis.set_xlabel(label, fontsize=8)
             axis.grid(alpha=0.3)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9)

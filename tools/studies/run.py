@@ -3,6 +3,7 @@
 import resource
 import statistics
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class Training:
     """A variant's training by the product's step, on one thread of torch.
 
     `cpu_s` and `wall_s` are what its steps took: for the CPU, all threads of this process, the loader's too. What happens
-    between steps does not count, but for the batches that the loader makes ahead meanwhile, `data.prefetch` at most.
+    between steps does not count, nor does the loader's start; the few batches that it then makes ahead come free.
     """
 
     def __init__(self, config: Config, variant: str) -> None:
@@ -58,7 +59,8 @@ class Training:
         optimizer = build_optimizer(self.model, training.weight_decay, training.betas)
         updater, masks = PeerUpdater if peer else Updater, build_masks(config, hjepa, CPU)
         self._updater = updater(config, self.model, self.model, masks, optimizer, schedule, ALONE)
-        self._stream = batches(loader, training.accumulation_steps)
+        stream = batches(loader, training.accumulation_steps)
+        self._stream = chain([next(stream)], stream)  # seconds of compiling and of DALI's start, not of training
         self.state, self.steps, self._most_skipped = RunState(), schedule.total_steps, training.max_skipped_steps
         self._guard = StepGuard(CPU, self.state)
         self.cpu_s = self.wall_s = 0.0
