@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install quickstart study test lint format check soak docker-check lock clean
+.PHONY: install quickstart study arena fashion test lint format check soak docker-check lock clean
 
 # Installs again only when the lock or the project file changes. Modules are compiled on first import.
 $(INSTALLED): requirements-dev.lock pyproject.toml
@@ -26,13 +26,21 @@ quickstart: $(INSTALLED)
 # A stopped study continues where it was. Fashion-MNIST's four files: Debian package dataset-fashion-mnist, or FASHION=FOLDER.
 FASHION ?= /usr/share/datasets/fashion-mnist
 BUDGET ?= 40
-study: $(INSTALLED)
-	@test -d shards/fashion_mnist/val -o -d $(FASHION) || { echo "make: no $(FASHION): apt-get install dataset-fashion-mnist, or make study FASHION=FOLDER" >&2; exit 1; }
+study: fashion
 	test -d shards/sample/val || $(RUN) tools/make_shards.py sample --out shards/sample
+	OMP_NUM_THREADS=1 nice $(RUN) tools/study.py configs/study_fashion_mnist.yaml --budget $(BUDGET) --other-seeds 0,1
+	OMP_NUM_THREADS=1 nice $(RUN) tools/study.py configs/quickstart.yaml --budget $(BUDGET) --other-seeds 0,1
+
+# Ours beside LeJEPA, I-JEPA, DINO and supervised training, at equal CPU time and at equal images: hours of one core.
+ARENA_BUDGET ?= 150
+arena: fashion
+	$(RUN) -c 'import lightly' 2>/dev/null || $(VENV)/bin/pip install --quiet --no-compile --no-build-isolation -e '.[arena]'
+	OMP_NUM_THREADS=1 nice $(RUN) tools/study.py configs/study_fashion_mnist.yaml --peers --budget $(ARENA_BUDGET)
+
+fashion: $(INSTALLED)
+	@test -d shards/fashion_mnist/val -o -d $(FASHION) || { echo "make: no $(FASHION): apt-get install dataset-fashion-mnist, or name a folder: FASHION=FOLDER" >&2; exit 1; }
 	test -d shards/fashion_mnist/train || $(RUN) tools/make_shards.py convert $(FASHION) --out shards/fashion_mnist --split train
 	test -d shards/fashion_mnist/val || $(RUN) tools/make_shards.py convert $(FASHION) --out shards/fashion_mnist --split val
-	OMP_NUM_THREADS=1 nice $(RUN) tools/study.py configs/study_fashion_mnist.yaml --budget $(BUDGET) --other-seeds 2
-	OMP_NUM_THREADS=1 nice $(RUN) tools/study.py configs/quickstart.yaml --budget $(BUDGET) --other-seeds 2
 
 # One process per core, up to four: most tests use one thread, and each process takes about 2 GB. A process that dies ends the
 # run; by default pytest-xdist starts another, and with `loadfile` it then waits for ever.

@@ -1,6 +1,5 @@
 """The whole step as one module: crops in, named losses out."""
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +10,11 @@ from torch.nn import functional as F
 
 from model.encoder import MultiCropEncoder
 from model.geometry import cell_centres, covered, log_cell_size
-from model.losses import BatchStandardize, SIGReg, prediction_losses, view_loss, weighted_sum
-from model.masks import MaskPlan, pool_cells
+from model.losses import BatchStandardize, LossWeights, SIGReg, prediction_losses, view_loss, weighted_sum
+from model.masks import MaskPlan, level_grid, pool_cells
 from model.predictor import Predictor
+from model.summary import SummaryPredictor, summary_loss
+from model.teacher import TaughtEncoder
 
 
 @dataclass(frozen=True)
@@ -31,40 +32,38 @@ def default_levels(depth: int) -> tuple[Level, ...]:
     return tuple(Level(layer, 2**rung, 0.5**rung) for rung, layer in enumerate(layers))
 
 
-class HJEPA(nn.Module):
+class HJEPA(TaughtEncoder):
     """Student encoder, EMA target encoder, predictor and projector; `forward` is the whole loss.
 
-    `predictor` has a head for each of the `levels`. The target encoder's parameters need no gradient; `update_target` moves
-    them.
+    `predictor` has a head for each of the `levels`; None trains without it.
     """
 
     def __init__(
         self,
         encoder: MultiCropEncoder,
-        predictor: Predictor,
+        predictor: Predictor | None,
         levels: Sequence[Level],
         *,
         num_global_crops: int,
         global_crop_size: int,
         projector_hidden: int,
         projector_dim: int,
-        view_weight: float,
-        sigreg_weight: float,
         sigreg_knots: int,
+        weights: LossWeights,
         exclude_covered: bool = False,
         grad_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.target = copy.deepcopy(encoder).requires_grad_(False)
+        super().__init__(encoder)
         self.levels = tuple(levels)
         self.num_global, self.grid = num_global_crops, global_crop_size // encoder.patch_size
         self.predictor = predictor
-        self.encoder.grad_checkpointing = self.predictor.grad_checkpointing = grad_checkpointing
+        self.encoder.grad_checkpointing = grad_checkpointing
+        if predictor is not None:
+            predictor.grad_checkpointing = grad_checkpointing
         self.projector: nn.Module | None = None
         self.exclude_covered = exclude_covered
-        self.view_weight, self.sigreg_weight = view_weight, sigreg_weight
-        if view_weight > 0 or sigreg_weight > 0:
+        self.weights = weights
+        if weights.view > 0 or weights.sigreg > 0:
             self.projector = nn.Sequential(
                 nn.Linear(encoder.width, projector_hidden),
                 BatchStandardize(projector_hidden),
@@ -72,16 +71,18 @@ class HJEPA(nn.Module):
                 nn.Linear(projector_hidden, projector_dim),
             )
         self.sigreg = SIGReg(sigreg_knots)
+        self.summary: SummaryPredictor | None = None
+        if weights.summary > 0:
+            cells = [level_grid(self.grid, level.stride) ** 2 for level in levels]
+            self.summary = SummaryPredictor(encoder.width, cells)
 
     def forward(
-        self,
-        crops: Sequence[torch.Tensor],
-        boxes: torch.Tensor,
-        flips: torch.Tensor,
-        plan: MaskPlan,
+        self, crops: Sequence[torch.Tensor], boxes: torch.Tensor, flips: torch.Tensor, plan: MaskPlan,
         directions: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
-        """The losses of one batch, scalars in float32: `loss`, `level_0` .., `view`, `sigreg`, and no_grad `features`.
+    ) -> dict[str, torch.Tensor]:  # fmt: skip
+        """The losses of one batch, scalars in float32: `loss`, `level_0` .., `summary`, `view`, `sigreg`, and no_grad `features`.
+
+        Terms of weight 0 are left out.
 
         Where the predictor sees other crops of the image, its partners, three more are reported: `covered_share`, the share of
         the queried cells whose centre lies in a partner's box, and `inside` and `outside`, the weighted sum of the levels over
@@ -89,49 +90,69 @@ class HJEPA(nn.Module):
 
         `crops`: V tensors `[B, 3, S, S]`, globals first, uint8 or already normalised, as in `MultiCropEncoder`.
         `boxes`: `[B, V, 4]`, `flips`: `[B, V]`, as in `CropBatch`. `directions`: `[P, S]` of `random_directions`.
-        `features`: `[B, D]`, pooled target features of the first global.
+        `features`: `[B, D]`, pooled target features of the first global; without predictions, the student's of what it sees.
         """
-        whole = _join(crops[: self.num_global])
-        groups: list[tuple[torch.Tensor, torch.Tensor | None]] = [(whole, plan.context.flatten(0, 1))]
+        whole = join_crops(crops[: self.num_global])
+        groups = [(whole, self._kept(plan))]
         # Without a view term and without partners nothing would come of the locals.
         if len(crops) > self.num_global and (self.projector is not None or plan.partners is not None):
-            groups.append((_join(crops[self.num_global :]), None))
+            groups.append((join_crops(crops[self.num_global :]), None))
         student = [out.tokens for out in self.encoder(groups)]
-        targets, pooled = self._targets(whole)
-        places = self._query_places(boxes, flips, plan)
-        errors = self._errors(self._predict(student, places, boxes, flips, plan), targets, plan)
-        weights = [level.weight for level in self.levels]
-        losses = prediction_losses(errors, weights, _inside(places, boxes, plan), self.exclude_covered)
-        total = weighted_sum(weights, [losses[f"level_{rung}"] for rung in range(len(weights))])
+        losses: dict[str, torch.Tensor] = {}
+        terms: list[torch.Tensor] = []
+        rungs = [level.weight for level in self.levels]
+        if self.predictor is not None or self.summary is not None:
+            targets, pooled = self._targets(whole)
+            losses["features"] = pooled.unflatten(0, (len(boxes), -1))[:, 0]
+        if self.predictor is not None:
+            losses |= self._level_losses(self.predictor, student, targets, boxes, flips, plan)
+            levels = weighted_sum(rungs, [losses[f"level_{rung}"] for rung in range(len(rungs))])
+            terms.append(self.weights.prediction * levels)
+        if self.summary is not None:
+            losses["summary"] = summary_loss(self.summary(student[0].float().mean(dim=1)), targets, rungs)
+            terms.append(self.weights.summary * losses["summary"])
         if self.projector is not None:
-            summaries = [tokens.float().mean(dim=1).unflatten(0, (len(boxes), -1)) for tokens in student]
-            flat = torch.cat(summaries, dim=1)
-            projections = self.projector(flat.flatten(0, 1)).float().unflatten(0, flat.shape[:2])
+            views = pool_views(student, len(boxes))
+            projections = self.projector(views.flatten(0, 1)).float().unflatten(0, views.shape[:2])
             losses["view"] = view_loss(projections, self.num_global)
             losses["sigreg"] = self.sigreg(projections, directions)
-            total = total + self.view_weight * losses["view"] + self.sigreg_weight * losses["sigreg"]
-        losses["loss"] = total
-        losses["features"] = pooled.unflatten(0, (len(boxes), -1))[:, 0]
+            terms += [self.weights.view * losses["view"], self.weights.sigreg * losses["sigreg"]]
+            losses.setdefault("features", views[:, 0].detach())
+        losses["loss"] = sum(terms[1:], terms[0])
         return losses
 
-    def _errors(
-        self, predictions: list[torch.Tensor], targets: list[torch.Tensor], plan: MaskPlan
-    ) -> list[torch.Tensor]:
-        """Per level `[B * G, M_l] float32`: smooth L1 distance of each queried cell, mean over the width."""
+    def _kept(self, plan: MaskPlan) -> torch.Tensor | None:
+        """The tokens of each global that the student encodes, `[B * G, K]`; None for all: gathering them would cost time."""
+        return None if plan.context.shape[-1] == self.grid**2 else plan.context.flatten(0, 1)
+
+    def _level_losses(
+        self,
+        predictor: Predictor,
+        student: list[torch.Tensor],
+        targets: list[torch.Tensor],
+        boxes: torch.Tensor,
+        flips: torch.Tensor,
+        plan: MaskPlan,
+    ) -> dict[str, torch.Tensor]:
+        """`prediction_losses` of the smooth L1 distance of each queried cell, `[B * G, M_l] float32` per level."""
+        places = self._query_places(boxes, flips, plan)
+        predictions = self._predict(predictor, student, places, boxes, flips, plan)
         errors = []
         for prediction, target, queries in zip(predictions, targets, plan.queries, strict=True):
             wanted = _pick(target, queries.flatten(0, 1))
             errors.append(F.smooth_l1_loss(prediction.float(), wanted, reduction="none").mean(dim=-1))
-        return errors
+        weights = [level.weight for level in self.levels]
+        return prediction_losses(errors, weights, _inside(places, boxes, plan), self.exclude_covered)
 
     def encoder_load(self, crops: Sequence[torch.Tensor], plan: MaskPlan) -> torch.Tensor:
         """A scalar whose forward and backward pass cost what the student's and the target's do; without meaning, and without
         the other ranks. For measuring what else must keep up with them."""
-        whole = _join(crops[: self.num_global])
-        groups: list[tuple[torch.Tensor, torch.Tensor | None]] = [(whole, plan.context.flatten(0, 1))]
+        whole = join_crops(crops[: self.num_global])
+        groups = [(whole, self._kept(plan))]
         if len(crops) > self.num_global:
-            groups.append((_join(crops[self.num_global :]), None))
-        self._targets(whole)
+            groups.append((join_crops(crops[self.num_global :]), None))
+        if self.predictor is not None or self.summary is not None:
+            self._targets(whole)
         return torch.stack([out.tokens.float().mean() for out in self.encoder(groups)]).sum()
 
     @torch.no_grad()
@@ -155,6 +176,7 @@ class HJEPA(nn.Module):
 
     def _predict(
         self,
+        predictor: Predictor,
         student: list[torch.Tensor],
         query_places: list[torch.Tensor],
         boxes: torch.Tensor,
@@ -179,26 +201,17 @@ class HJEPA(nn.Module):
             for level, place in zip(self.levels, query_places, strict=True)
         ]
         rows = [torch.cat(parts, dim=1) for parts in (tokens, places, sizes)]
-        return self.predictor(*rows, plan.sources, plan.real, query_places, query_sizes)
-
-    @torch.no_grad()
-    def update_target(self, momentum: float, skip: torch.Tensor | None = None) -> None:
-        """Move the target encoder towards the student: target = momentum * target + (1 - momentum) * student.
-
-        `skip`: `[] float32` on the device; where it is 1, the target stays as it is. The host never reads it.
-        """
-        targets: list[torch.Tensor] = list(self.target.parameters())
-        students: list[torch.Tensor] = list(self.encoder.parameters())
-        keep = torch.full((), momentum, device=targets[0].device)
-        if skip is not None:
-            keep = torch.where(skip > 0, 1.0, keep)
-        torch._foreach_mul_(targets, keep)
-        torch._foreach_add_(targets, list(torch._foreach_mul(students, 1 - keep)))
+        return predictor(*rows, plan.sources, plan.real, query_places, query_sizes)
 
 
-def _join(crops: Sequence[torch.Tensor]) -> torch.Tensor:
+def join_crops(crops: Sequence[torch.Tensor]) -> torch.Tensor:
     """V tensors `[B, 3, S, S]` -> `[B * V, 3, S, S]`, image by image, channels last in memory."""
     return torch.stack([crop.permute(0, 2, 3, 1) for crop in crops], dim=1).flatten(0, 1).permute(0, 3, 1, 2)
+
+
+def pool_views(groups: Sequence[torch.Tensor], count: int) -> torch.Tensor:
+    """Groups of encoded crops of `count` images, each `[count * v, K, D]` -> their mean tokens, `[count, V, D] float32`."""
+    return torch.cat([tokens.float().mean(dim=1).unflatten(0, (count, -1)) for tokens in groups], dim=1)
 
 
 def _inside(places: list[torch.Tensor], boxes: torch.Tensor, plan: MaskPlan) -> list[torch.Tensor] | None:

@@ -1,11 +1,22 @@
 """The prediction loss, the view term and SIGReg, in float32, equal on N ranks to one rank that holds the joined batch."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Of the terms of the loss. With 0 a term is left out, and what only serves it is not built."""
+
+    prediction: float = 1.0
+    summary: float = 0.0
+    view: float = 1.0
+    sigreg: float = 0.05
 
 
 class _SumOverRanks(torch.autograd.Function):

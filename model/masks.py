@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 STRATEGIES = ("global_only", "global_with_local_context", "cross_crop_prediction")
+UNMASKED = "none"  # the strategy without prediction, which therefore masks nothing
+ALLOWED = (*STRATEGIES, UNMASKED)
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class MultiCropMaskGenerator:
     The strategies differ in what the predictor sees to predict a global: `global_only`, that global's context;
     `global_with_local_context`, all locals too; `cross_crop_prediction`, one other crop of the image, each equally likely (a
     local whole, or the context of another global), and nothing of the global itself. Locals have `local_grid` tokens per side.
+    `none` keeps every token as context, asks for nothing and draws nothing; ratios and rectangles do not matter to it.
 
     Raises ValueError when the counts leave no context or no query, when a rectangle can be larger than the grid, and when
     the strategy needs crops that are not there.
@@ -67,8 +70,8 @@ class MultiCropMaskGenerator:
         query_ratio: float = 0.4,
         device: torch.device | str = "cpu",
     ) -> None:
-        if masking_strategy not in STRATEGIES:
-            raise ValueError(f"masking strategy {masking_strategy!r}: allowed are {', '.join(STRATEGIES)}")
+        if masking_strategy not in ALLOWED:
+            raise ValueError(f"masking strategy {masking_strategy!r}: allowed are {', '.join(ALLOWED)}")
         partners = {
             "global_with_local_context": num_local_crops,
             "cross_crop_prediction": num_global_crops + num_local_crops - 1,
@@ -86,6 +89,8 @@ class MultiCropMaskGenerator:
         self.mask_scale, self.aspect_ratio, self.device = mask_scale, aspect_ratio, torch.device(device)
         tokens = grid * grid
         self.num_context, self.num_queries = round(context_ratio * tokens), round(query_ratio * tokens)
+        if masking_strategy == UNMASKED:
+            return
         if self.num_context < 1 or self.num_queries < 1 or self.num_context + self.num_queries > tokens:
             raise ValueError(
                 f"masking of a {grid}x{grid} grid: {self.num_context} context and {self.num_queries} query tokens of {tokens}. "
@@ -99,6 +104,9 @@ class MultiCropMaskGenerator:
         """Draw for `batch_size` images. `generator` lives on the plan's device."""
         shape = (batch_size, self.num_global_crops)
         tokens = self.grid * self.grid
+        if self.masking_strategy == UNMASKED:
+            every = torch.arange(tokens, device=self.device).expand(*shape, -1)
+            return MaskPlan(every, (), every[..., :0])
         covered = self._blocks(shape, generator).flatten(2)
         noise = torch.rand(*shape, tokens, device=self.device, generator=generator)
         # One ranking serves both: covered cells in random order, then the others in random order. Queries are taken from

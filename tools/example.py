@@ -23,7 +23,7 @@ from PIL import Image
 from model import MultiCropMaskGenerator
 from model.encoder import MultiCropEncoder
 from model.hjepa import HJEPA, default_levels
-from model.losses import random_directions
+from model.losses import LossWeights, random_directions
 from model.masks import STRATEGIES
 from model.predictor import Predictor
 from pipeline import build_multicrop_dataloader, build_multicrop_dataset
@@ -55,7 +55,7 @@ def build_hjepa(dataset: MultiCropDataset) -> HJEPA:
     levels = default_levels(encoder.depth)
     return HJEPA(
         encoder, Predictor(encoder.width, 96, 2, 3, len(levels)), levels, num_global_crops=2, global_crop_size=224,
-        projector_hidden=256, projector_dim=PROJECTOR, view_weight=1.0, sigreg_weight=0.05, sigreg_knots=17,
+        projector_hidden=256, projector_dim=PROJECTOR, sigreg_knots=17, weights=LossWeights(),
     )  # fmt: skip
 
 

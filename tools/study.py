@@ -3,19 +3,23 @@
 Every variant is trained for the same CPU time (all threads of its process, calibrated in steps first, so that the schedule ends
 where the time does), or on as many images as the base variant; then its frozen encoder is measured. It writes OUT/NAME.csv (a
 line for each training), NAME.md (the tables) and NAME.png. Run again, it continues where it stopped and rewrites the tables.
+
+With --peers or --variants it is an arena instead: ours beside other methods (lejepa, ijepa, dino, supervised) or variants of
+ours, at equal CPU time and at equal images, measured along the way. It writes NAME_arena.csv, .md and .png, and
+NAME_arena_curve.csv, a line for each measurement.
 """
 
 import argparse
 import csv
-import json
+import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.own_process import own_process
-from tools.studies.grid import BASE, TIME, VARIANTS, trials
+from tools.studies.calibration import apart, calibrate
+from tools.studies.grid import BASE, PEERS, TIME, VARIANTS, Base, Trial, arena_trials, check_installed, trials
 from train.command import run_command
 from train.config.load import load_config
 
@@ -23,25 +27,48 @@ FIELDS = (
     "variant", "equal", "seed", "knn", "linear", "rankme", "steps", "images", "cpu_s", "wall_s", "images_per_cpu_s",
     "peak_mib", "step_mib",
 )  # fmt: skip
-ROUNDS = 2  # of the calibration; the fastest counts: other load only slows steps down
+CURVE_FIELDS = ("variant", "equal", "seed", "steps", "images", "cpu_s", "knn", "linear", "rankme")
+ARENA_POINTS = 5
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="study", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("config", type=Path, help="the base variant, a run's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the config, for all variants")
     parser.add_argument("--out", type=Path, default=Path("results"), help="default: %(default)s")
     parser.add_argument(
         "--budget", type=float, default=60.0, metavar="S", help="CPU seconds a run; default: %(default)s"
     )
-    parser.add_argument("--seeds", type=int, default=3, help="of the crops at equal time; default: %(default)s")
-    parser.add_argument("--other-seeds", type=int, default=3, help="of all else; default: %(default)s")
+    parser.add_argument(
+        "--seeds", default="0,1,2", help="of the crops at equal time, or of the arena; default: %(default)s"
+    )
+    parser.add_argument("--other-seeds", default="0,1,2", help="of all else in the study; default: %(default)s")
+    parser.add_argument("--peers", action="store_true", help=f"the arena with {', '.join(PEERS)}")
+    parser.add_argument("--variants", default="", metavar="A,B", help="the arena with these beside the base variant")
+    parser.add_argument(
+        "--points",
+        type=int,
+        metavar="N",
+        help=f"measurements of an arena's run, evenly spaced; default: {ARENA_POINTS}",
+    )
     return parser.parse_args(arguments)
 
 
-def apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call it in a process of its own; torch is loaded once for all of them."""
-    with own_process("tools.studies.run") as worker:
-        return worker.submit(function, *arguments).result()
+def parse_seeds(option: str, text: str) -> list[int]:
+    """`0,1,2` or nothing. Raises ValueError."""
+    parts = [part.strip() for part in text.split(",")] if text else []
+    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
+        raise ValueError(f"{option} {text}: write different integers >= 0 with commas between them, such as 0,1,2")
+    return [int(part) for part in parts]
+
+
+def arena_variants(given: argparse.Namespace) -> list[str]:
+    """What the arena compares, the base first; empty for the study. Raises ValueError."""
+    named = [name.strip() for name in given.variants.split(",")] if given.variants else []
+    if unknown := [name for name in named if name not in VARIANTS | PEERS]:
+        raise ValueError(f"--variants {', '.join(unknown)}: unknown; known are {', '.join(VARIANTS | PEERS)}")
+    chosen = [*(PEERS if given.peers else ()), *named]
+    return list(dict.fromkeys([BASE, *chosen])) if chosen else []
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -51,64 +78,96 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def append_row(path: Path, row: dict[str, Any]) -> None:
+def append_rows(path: Path, fields: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, restval="")
+        writer = csv.DictWriter(file, fields, restval="", extrasaction="ignore")
         if new:
             writer.writeheader()
-        writer.writerow(row)
+        writer.writerows(rows)
 
 
-def calibrate(path: Path, config: Path, budget: float, variants: Sequence[str]) -> dict[str, int]:
-    """Steps that fill the budget, by variant, measured once and kept. ValueError if they were measured for another budget."""
-    record: dict[str, Any] = {"budget_s": budget, "step_cpu_ms": {}, "steps": {}}
-    if path.exists():
-        record = json.loads(path.read_text())
-    if record["budget_s"] != budget:
-        raise ValueError(
-            f"{path}: belongs to a study with --budget {record['budget_s']:g}, not {budget:g}; choose another --out"
+class Study:
+    """The files of one study or arena, and what is to be trained. Raises ValueError for options that make no sense."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.variants = arena_variants(given)
+        check_installed(self.variants)
+        self.points = given.points or (ARENA_POINTS if self.variants else 1)
+        for wrong, reason in (
+            (given.budget <= 0, f"--budget {given.budget:g}: must be more than 0 seconds"),
+            (given.points is not None and given.points < 1, f"--points {given.points}: must be at least 1"),
+            (given.points is not None and not self.variants, "--points: is for the arena; add --peers or --variants"),
+        ):
+            if wrong:
+                raise ValueError(reason)
+        self.given, self.base = given, Base(str(given.config), tuple(given.overrides))
+        self.seeds, others = (
+            parse_seeds(f"--{o.replace('_', '-')}", getattr(given, o)) for o in ("seeds", "other_seeds")
         )
-    missing = [name for name in variants if name not in record["steps"]]
-    if not missing:
-        return record["steps"]
-    from tools.studies.run import step_seconds
+        self.planned = arena_trials(self.variants, self.seeds) if self.variants else trials(self.seeds, others)
+        run_name = load_config(given.config, given.overrides).logging.run_name
+        self.name = f"{run_name}_arena" if self.variants else run_name
+        self.table, self.curve = (given.out / f"{self.name}{end}.csv" for end in ("", "_curve"))
+        self.steps: dict[str, int] = {}
 
-    rounds = [{name: apart(step_seconds, str(config), VARIANTS[name]) for name in missing} for _ in range(ROUNDS)]
-    for name in missing:
-        seconds = min(found[name] for found in rounds)
-        record["step_cpu_ms"][name] = round(1000 * seconds, 2)
-        record["steps"][name] = max(1, round(budget / seconds))
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    return record["steps"]
+    def calibrate(self) -> None:
+        path = self.given.out / f"{self.name}_calibration.json"
+        variants = list(dict.fromkeys([BASE, *(trial.variant for trial in self.planned)]))
+        self.steps = calibrate(path, self.base, self.given.budget, self.points, variants)
+
+    def add(self, trial: Trial, rows: Sequence[dict[str, Any]]) -> None:
+        """Keep the measurements of a training, of which the last counts; its line in the table is written last."""
+        named = [{"variant": trial.variant, "equal": trial.equal, "seed": trial.seed, **row} for row in rows]
+        if self.variants:
+            append_rows(self.curve, CURVE_FIELDS, named)
+        append_rows(self.table, FIELDS, named[-1:])
+
+    def write(self) -> None:
+        """The tables and plots of all that is done, by an earlier call with other variants too."""
+        rows = read_rows(self.table)
+        if not self.variants:
+            from tools.studies.table import write_tables
+
+            write_tables(self.given.out, self.name, rows, self.steps, self.given.budget)
+            return
+        from tools.studies.arena import write_arena
+
+        shown = list(dict.fromkeys([*self.variants, *(row["variant"] for row in rows if row["equal"])]))
+        # A training that was stopped between its two files has its measurements twice.
+        points = {tuple(row[key] for key in CURVE_FIELDS[:4]): row for row in read_rows(self.curve)}
+        command = shlex.join(
+            ["python", "tools/study.py", self.base.config, *self.base.overrides, "--variants", ",".join(shown[1:])]
+        )
+        command += f" --budget {self.given.budget:g} --points {self.points}"
+        write_arena(
+            self.given.out, self.name, command, shown, rows, list(points.values()), self.steps, self.given.budget
+        )
 
 
 def run_study(given: argparse.Namespace) -> None:
-    from tools.studies.run import run_baselines, run_trial
-    from tools.studies.table import write_tables
-
-    name = load_config(given.config).logging.run_name
+    study = Study(given)
     given.out.mkdir(parents=True, exist_ok=True)
-    path, base = given.out / f"{name}.csv", str(given.config)
-    planned = trials(given.seeds, given.other_seeds)
-    variants = list(dict.fromkeys([BASE, *(trial.variant for trial in planned)]))
-    steps = calibrate(given.out / f"{name}_calibration.json", given.config, given.budget, variants)
-    done = {(row["variant"], row["equal"], int(row["seed"])) for row in read_rows(path)}
-    for seed in range(given.seeds):
+    study.calibrate()
+    from tools.studies.run import run_baselines, run_trial
+
+    done = {(row["variant"], row["equal"], int(row["seed"])) for row in read_rows(study.table)}
+    for seed in study.seeds:
         if ("raw pixels", "", seed) not in done:
-            for variant, figures in apart(run_baselines, base, seed).items():
-                append_row(path, {"variant": variant, "equal": "", "seed": seed, **figures})
-    write_tables(given.out, name, read_rows(path), steps, given.budget)
-    wanted = [t for t in planned if (t.variant, t.equal, t.seed) not in done]
+            for variant, figures in apart(run_baselines, study.base, seed).items():
+                append_rows(study.table, FIELDS, [{"variant": variant, "equal": "", "seed": seed, **figures}])
+    study.write()
+    wanted = [t for t in study.planned if (t.variant, t.equal, t.seed) not in done]
     for number, trial in enumerate(wanted, 1):
         started = time.monotonic()
-        count = steps[trial.variant if trial.equal == TIME else BASE]
-        figures = apart(run_trial, base, VARIANTS[trial.variant], trial.seed, count)
-        append_row(path, {"variant": trial.variant, "equal": trial.equal, "seed": trial.seed, **figures})
-        write_tables(given.out, name, read_rows(path), steps, given.budget)
+        count = study.steps[trial.variant if trial.equal == TIME else BASE]
+        rows = apart(run_trial, study.base, trial.variant, trial.seed, count, study.points)
+        study.add(trial, rows)
+        study.write()
+        last = rows[-1]
         print(
-            f"{name} {number}/{len(wanted)}: {trial.variant}, equal {trial.equal}, seed {trial.seed}: k-NN {figures['knn']}, "
-            f"linear {figures['linear']}, {figures['cpu_s']} CPU s, {time.monotonic() - started:.0f} s", flush=True,
+            f"{study.name} {number}/{len(wanted)}: {trial.variant}, equal {trial.equal}, seed {trial.seed}: k-NN {last['knn']}, "
+            f"linear {last['linear']}, {last['cpu_s']} CPU s, {time.monotonic() - started:.0f} s", flush=True,
         )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import torch
 
 from model.encoder import MultiCropEncoder
 from model.hjepa import HJEPA, Level, default_levels
+from model.losses import LossWeights
 from model.masks import MultiCropMaskGenerator
 from model.predictor import Predictor
 from pipeline.batch import CropBatch
@@ -207,24 +208,26 @@ def build_evaluation_loaders(config: Config, shuffle: bool = False) -> tuple[Mul
 def build_model(config: Config, device: torch.device) -> HJEPA:
     """The model at its seeded initialisation."""
     torch.manual_seed(config.seed)
-    crops, settings = config.data.multicrop, config.model
+    crops, settings, loss = config.data.multicrop, config.model, config.loss
     num_global, num_local = config.data.crop_counts
     sizes = [crops.global_crop_size] + ([crops.local_crop_size] if num_local else [])
     mean, std = config.data.augmentation.mean, config.data.augmentation.std
     encoder = MultiCropEncoder(settings.encoder, sizes, mean=mean, std=std, **settings.encoder_kwargs)
     levels = build_levels(config, encoder.depth)
-    shape = (settings.predictor_width, settings.predictor_depth, settings.predictor_heads)
+    predictor = None
+    if loss.prediction_weight > 0:
+        shape = (settings.predictor_width, settings.predictor_depth, settings.predictor_heads)
+        predictor = Predictor(encoder.width, *shape, len(levels))
     model = HJEPA(
         encoder,
-        Predictor(encoder.width, *shape, len(levels)),
+        predictor,
         levels,
         num_global_crops=num_global,
         global_crop_size=crops.global_crop_size,
         projector_hidden=settings.projector_hidden,
         projector_dim=settings.projector_dim,
-        view_weight=config.loss.view_weight,
-        sigreg_weight=config.loss.sigreg_weight,
         sigreg_knots=config.loss.sigreg_knots,
+        weights=LossWeights(loss.prediction_weight, loss.summary_weight, loss.view_weight, loss.sigreg_weight),
         exclude_covered=config.masking.exclude_covered,
         grad_checkpointing=settings.grad_checkpointing,
     )
@@ -254,7 +257,7 @@ def build_masks(config: Config, model: HJEPA, device: torch.device) -> MultiCrop
         num_local,
         grid=model.grid,
         local_grid=config.data.multicrop.local_crop_size // model.encoder.patch_size,
-        strides=tuple(level.stride for level in model.levels),
+        strides=() if model.predictor is None else tuple(level.stride for level in model.levels),
         num_masks=config.masking.num_masks,
         mask_scale=config.masking.mask_scale,
         aspect_ratio=config.masking.aspect_ratio,

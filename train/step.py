@@ -8,7 +8,8 @@ import torch
 
 from model.hjepa import HJEPA
 from model.losses import random_directions
-from model.masks import MultiCropMaskGenerator
+from model.masks import MaskPlan, MultiCropMaskGenerator
+from model.teacher import TaughtEncoder
 from pipeline.batch import CropBatch
 from pipeline.loader import MultiCropLoader
 from train.build import amp_enabled, build_masks, build_model, crop_sizes
@@ -50,7 +51,7 @@ class Updater:
     def __init__(
         self,
         config: Config,
-        model: HJEPA,
+        model: TaughtEncoder,
         replica: torch.nn.Module,
         masks: MultiCropMaskGenerator,
         optimizer: torch.optim.Optimizer,
@@ -96,10 +97,13 @@ class Updater:
                 gradients_kept_back(self._replica, part < parts - 1),
                 torch.autocast(device.type, torch.bfloat16, enabled=amp_enabled(config, device)),
             ):
-                losses.append(self._replica(batch.crops, batch.boxes, batch.flips, plan, directions))
+                losses.append(self._losses(batch, plan, directions))
             (losses[-1]["loss"] / parts).backward()
             state.images += len(batch.labels) * ranks.world_size
         return losses
+
+    def _losses(self, batch: CropBatch, plan: MaskPlan, directions: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self._replica(batch.crops, batch.boxes, batch.flips, plan, directions)
 
 
 def noise_inputs(

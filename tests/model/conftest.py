@@ -8,19 +8,19 @@ import torch
 from model import MultiCropMaskGenerator
 from model.encoder import MultiCropEncoder
 from model.hjepa import HJEPA, default_levels
-from model.losses import random_directions
+from model.losses import LossWeights, random_directions
 from model.predictor import Predictor
 from pipeline.defaults import IMAGENET_MEAN, IMAGENET_STD
 
 OPTIONS = {
-    "num_global_crops": 2, "global_crop_size": 48, "projector_hidden": 32, "projector_dim": 16, "view_weight": 1.0,
-    "sigreg_weight": 0.1, "sigreg_knots": 17,
+    "num_global_crops": 2, "global_crop_size": 48, "projector_hidden": 32, "projector_dim": 16,
+    "sigreg_knots": 17,
 }  # fmt: skip
 BATCH = 6
 
 
-def build(**changes: object) -> HJEPA:
-    """Globals of 6x6 and locals of 2x2 tokens, three blocks, three levels."""
+def build(with_predictor: bool = True, **changes: object) -> HJEPA:
+    """Globals of 6x6 and locals of 2x2 tokens, three blocks, three levels; `..._weight`: of the loss."""
     torch.manual_seed(0)
     encoder = MultiCropEncoder(
         "vit_small_patch16_dinov3",
@@ -34,7 +34,10 @@ def build(**changes: object) -> HJEPA:
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
     )
-    return HJEPA(encoder, Predictor(32, 32, 2, 2, 3), default_levels(3), **{**OPTIONS, **changes})
+    predictor = Predictor(32, 32, 2, 2, 3) if with_predictor else None
+    given = {name.removesuffix("_weight"): changes.pop(name) for name in list(changes) if name.endswith("_weight")}
+    weights = LossWeights(**{"sigreg": 0.1, **given})
+    return HJEPA(encoder, predictor, default_levels(3), weights=weights, **{**OPTIONS, **changes})
 
 
 def draw_inputs(strategy: str = "global_only", num_global: int = 2, num_local: int = 4, seed: int = 1) -> dict:

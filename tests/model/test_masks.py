@@ -94,7 +94,7 @@ def test_the_same_seed_gives_the_same_plan() -> None:
     [
         ({"context_ratio": 0.7, "query_ratio": 0.5}, "137 context and 98 query tokens of 196"),
         ({"grid": 2, "context_ratio": 0.1}, "0 context and 2 query tokens of 4"),
-        ({"masking_strategy": "none"}, "allowed are global_only"),
+        ({"masking_strategy": "nothing"}, "allowed are global_only"),
         ({"mask_scale": (0.2, 0.9)}, r"up to 16.3 x 15.3 tokens \(height x width\), larger than the 14x14 grid"),
         ({"aspect_ratio": (0.1, 1.0)}, r"up to 6.3 x 19.8 tokens \(height x width\), larger than the 14x14 grid"),
         ({"num_masks": 0}, "num_masks 0"),

@@ -126,7 +126,7 @@ def test_a_prediction_depends_on_the_pixels_of_its_sources_and_on_no_others(
         groups.append((torch.stack(crops[num_global:], dim=1).flatten(0, 1), None))
     places = model._query_places(inputs["boxes"], inputs["flips"], plan)
     student = [out.tokens for out in model.encoder(groups)]
-    predictions = model._predict(student, places, inputs["boxes"], inputs["flips"], plan)
+    predictions = model._predict(model.predictor, student, places, inputs["boxes"], inputs["flips"], plan)
     for sample, target in ((0, 0), (3, num_global - 1), (5, 0)):
         chosen = sum(part[sample * num_global + target].square().sum() for part in predictions)
         gradients = torch.autograd.grad(chosen, crops, retain_graph=True, allow_unused=True)

@@ -5,61 +5,53 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.test_run import ROOT, TINY
+from tests.train.test_run import ROOT
 from tools import study
-from tools.studies.grid import BASE, EXPERIMENTS, VARIANTS, trials
+from tools.studies.grid import BASE, EXPERIMENTS, PEERS, VARIANTS, Base, trials
 from tools.studies.run import run_baselines, run_trial, study_config
 from tools.studies.table import claim_lines, mean_and_interval, write_tables
-from train.config.load import load_config
-
-QUICKSTART = ROOT / "configs" / "quickstart.yaml"
-
-
-@pytest.fixture
-def base(data_path: Path, tmp_path: Path) -> Path:
-    """A config of the smallest encoder on the tests' shards."""
-    path = tmp_path / "tiny.yaml"
-    settings = [*TINY, f"data.data_path={data_path}", "logging.run_name=tiny", "evaluation.linear_epochs=1"]
-    path.write_text(load_config(QUICKSTART, settings).to_yaml())
-    return path
 
 
 @pytest.mark.parametrize("config", ["quickstart", "study_fashion_mnist"])
 def test_every_variant_is_a_valid_config_that_differs_from_all_others(config: str) -> None:
-    path = str(ROOT / "configs" / f"{config}.yaml")
-    found = [study_config(path, overrides, 3, 7) for overrides in VARIANTS.values()]
+    base = Base(str(ROOT / "configs" / f"{config}.yaml"), ("training.lr=1e-3",))
+    found = [study_config(base, name, 3, 7) for name in VARIANTS]
     assert len({variant.to_yaml() for variant in found}) == len(VARIANTS)
     assert {variant.seed for variant in found} == {3}
     assert {variant.training.max_steps for variant in found} == {7}
     assert found[list(VARIANTS).index("1+0")].data.crop_counts == (1, 0)
     assert found[list(VARIANTS).index(BASE)].data.crop_counts == (2, 6)
+    peers = {name: study_config(base, name, 3, 7) for name in PEERS}
+    assert {variant.training.lr for variant in [*found, *peers.values()]} == {1e-3}
+    assert {name for name, peer in peers.items() if peer.loss.prediction_weight > 0} == {"ijepa"}
+    assert peers["ijepa"].data.crop_counts == (1, 0)
 
 
 def test_each_training_is_planned_once_and_crops_at_equal_time_come_first() -> None:
-    planned = trials(3, 2)
+    planned = trials([0, 1, 2], [0, 1])
     assert len(planned) == len(set(planned))
     assert {(trial.variant, trial.seed) for trial in planned[:9]} == {
         (variant, seed) for variant in ("1+0", "2+0", BASE) for seed in range(3)
     }
     assert {trial.seed for trial in planned[9:]} == {0, 1}
     assert {trial.variant for trial in planned} == {variant for _, variants, _ in EXPERIMENTS for variant in variants}
-    assert trials(3, 0) == planned[:9]
+    assert trials([0, 1, 2], []) == planned[:9]
 
 
 def test_one_training_measures_time_memory_and_accuracy_of_its_variant(base: Path) -> None:
-    rows = {name: run_trial(str(base), VARIANTS[name], 0, 2) for name in ("1+0", "2+6")}
+    rows = {name: run_trial(Base(str(base)), name, 0, 2)[-1] for name in ("1+0", "2+6")}
     for row in rows.values():
         assert set(row) | {"variant", "equal", "seed"} == set(study.FIELDS)
         assert (row["steps"], row["images"]) == (2, 16)
         assert row["cpu_s"] >= 0
         assert 0 <= row["knn"] <= 100
     assert rows["2+6"]["step_mib"] > rows["1+0"]["step_mib"]
-    again = run_trial(str(base), VARIANTS["2+6"], 0, 2)
+    again = run_trial(Base(str(base)), "2+6", 0, 2)[-1]
     assert [again[key] for key in ("knn", "linear", "rankme")] == [
         rows["2+6"][key] for key in ("knn", "linear", "rankme")
     ]
-    baselines = run_baselines(str(base), 0)
-    assert set(baselines) == {"raw pixels", "random initialisation"}
+    baselines = run_baselines(Base(str(base)), 0)
+    assert set(baselines) == {"raw pixels", "colour histogram", "random initialisation"}
 
 
 def test_the_interval_is_students() -> None:
@@ -107,12 +99,15 @@ def test_a_study_of_another_budget_is_not_continued(
 def test_a_study_runs_to_its_tables_and_again_trains_nothing(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [str(base), "--out", str(tmp_path), "--budget", "0.1", "--seeds", "1", "--other-seeds", "0"]
+    arguments = [str(base), "--out", str(tmp_path), "--budget", "0.1", "--seeds", "0", "--other-seeds", ""]
     assert study.main(arguments) == 0
     assert "tiny 3/3: 2+6" in capsys.readouterr().out
     with (tmp_path / "tiny.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["variant"] for row in rows] == ["raw pixels", "random initialisation", "1+0", "2+0", "2+6"]
+    assert [row["variant"] for row in rows] == [
+        *("raw pixels", "colour histogram", "random initialisation"),
+        *("1+0", "2+0", "2+6"),
+    ]
     before = (tmp_path / "tiny.csv").read_text()
     (tmp_path / "tiny.md").unlink()
     assert study.main(arguments) == 0

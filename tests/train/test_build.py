@@ -58,3 +58,20 @@ def test_evaluation_decodes_on_the_cpu_where_the_gpu_cannot(data_path: Path, cap
     assert "crops are made on the cpu, not on the gpu" in caplog.text
     wanted = config.model_copy(update={"data": config.data.model_copy(update={"crop_device": "gpu"})})
     assert build.decoding_reader(wanted) == wanted
+
+
+def test_without_prediction_there_is_no_predictor_and_every_trained_weight_has_a_gradient(data_path: Path) -> None:
+    settings = [f"data.data_path={data_path}", "data.dataset=custom", "device=cpu", "loss.prediction_weight=0"]
+    for strategy in ("global_only", "none"):
+        config = load_config(ROOT / "configs" / "quickstart.yaml", [*settings, f"masking.strategy={strategy}"])
+        model = build.build_model(config, torch.device("cpu"))
+        masks = build.build_masks(config, model, torch.device("cpu"))
+        assert model.predictor is None
+        assert [name for name in model.state_dict() if name.startswith("predictor")] == []
+        batch = next(iter(build.build_training_loader(config, build.build_dataset(config))))
+        plan = masks(len(batch.labels))
+        assert (plan.context.shape[-1] == model.grid**2) == (strategy == "none")
+        directions = torch.eye(config.model.projector_dim)
+        model(batch.crops, batch.boxes, batch.flips, plan, directions)["loss"].backward()
+        trained = [name for name, value in model.named_parameters() if value.requires_grad and value.grad is None]
+        assert trained == []

@@ -25,7 +25,8 @@ def naive_losses(
     The predictor sees all of a crop's tokens and is asked for the plan's cells of a global, and for all cells of a local,
     which has no mask; its blocks are timm's own. The same levels, view term and SIGReg as `HJEPA.forward`.
     """
-    device = boxes.device
+    predictor, device = model.predictor, boxes.device
+    assert predictor is not None, "the plain loop always predicts"
     total, summaries = torch.zeros((), device=device), []
     for view, pixels in enumerate(crops):
         grid = pixels.shape[-1] // model.encoder.patch_size
@@ -47,14 +48,14 @@ def naive_losses(
             sizes.append(log_cell_size(box, grid, level.stride)[:, None].expand(-1, cells.shape[1], -1))
             wanted.append(goal.gather(1, cells.expand(-1, -1, goal.shape[-1])))
         token_sizes = log_cell_size(box, grid)[:, None].expand(-1, grid * grid, -1)
-        answers = _predict(model.predictor, tokens, cell_centres(box, flip, grid), token_sizes, places, sizes)
+        answers = _predict(predictor, tokens, cell_centres(box, flip, grid), token_sizes, places, sizes)
         for level, answer, goal in zip(model.levels, answers, wanted, strict=True):
             total = total + level.weight * F.smooth_l1_loss(answer.float(), goal) / len(crops)
     if model.projector is not None:
         flat = torch.stack(summaries, dim=1)
         projections = model.projector(flat.flatten(0, 1)).float().unflatten(0, flat.shape[:2])
-        total = total + model.view_weight * view_loss(projections, model.num_global)
-        total = total + model.sigreg_weight * model.sigreg(projections, directions)
+        total = total + model.weights.view * view_loss(projections, model.num_global)
+        total = total + model.weights.sigreg * model.sigreg(projections, directions)
     return {"loss": total}
 
 

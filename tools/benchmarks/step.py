@@ -10,7 +10,7 @@ import torch
 
 from model.encoder import MultiCropEncoder
 from model.hjepa import HJEPA, default_levels
-from model.losses import random_directions
+from model.losses import LossWeights, random_directions
 from model.masks import STRATEGIES, MaskPlan, MultiCropMaskGenerator
 from model.predictor import Predictor
 from pipeline.defaults import IMAGENET_MEAN, IMAGENET_STD
@@ -20,6 +20,7 @@ from tools.benchmarks.tables import table, target
 
 ENCODERS = {"small": "vit_small_patch16_dinov3", "tiny": "vit_tiny_patch16_dinov3_qkvb"}
 GLOBAL, LOCAL = 224, 96
+WEIGHTS = LossWeights()
 MASKED_IMAGES = 256
 # What is compared of `ours/global_only`, with which row, and the largest share that is wanted.
 EVERYWHERE = (("flops", "naive", 0.5), ("flops", "unmasked-2", 1.0))
@@ -120,7 +121,7 @@ def make_steps(
     steps["naive"] = _step(model, everything, plan, naive_losses)
     steps["unmasked-2"] = _step(model, draw_batch(batch, 2, 0, device), unmasked(plan))
     steps["unmasked-2+6"] = _step(model, everything, unmasked(plan))
-    single = make_model(encoder, 1, view_weight=0.0, sigreg_weight=0.0).to(device)
+    single = make_model(encoder, 1, LossWeights(view=0.0, sigreg=0.0)).to(device)
     steps["single-crop"] = _step(single, draw_batch(batch, 1, 0, device), plan_of("global_only", 1, 0))
     for name in compiled:
         copied = copy.deepcopy(model)
@@ -135,7 +136,7 @@ def mask_steps(device: torch.device) -> dict[str, Step]:
     return {f"masks/{name}": partial(generator, MASKED_IMAGES) for name, generator in masks.items()}
 
 
-def make_model(encoder: str, num_global: int, view_weight: float = 1.0, sigreg_weight: float = 0.05) -> HJEPA:
+def make_model(encoder: str, num_global: int, weights: LossWeights = WEIGHTS) -> HJEPA:
     torch.manual_seed(0)
     built = MultiCropEncoder(encoder, [GLOBAL, LOCAL], mean=IMAGENET_MEAN, std=IMAGENET_STD)
     levels = default_levels(built.depth)
@@ -147,9 +148,8 @@ def make_model(encoder: str, num_global: int, view_weight: float = 1.0, sigreg_w
         global_crop_size=GLOBAL,
         projector_hidden=2048,
         projector_dim=256,
-        view_weight=view_weight,
-        sigreg_weight=sigreg_weight,
         sigreg_knots=17,
+        weights=weights,
     )
 
 

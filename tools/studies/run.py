@@ -1,81 +1,138 @@
-"""One training of the study, in a process of its own: its figures as one row."""
+"""One training of the study, in a process of its own: its figures as rows."""
 
 import resource
 import statistics
 import time
-from itertools import pairwise
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from model.hjepa import HJEPA
-from train.build import build_evaluation_loaders, build_model
+from model.teacher import TaughtEncoder
+from tools.studies.grid import BASE, Base
+from tools.studies.peers import PeerUpdater, build_peer
+from train.build import (
+    ALONE,
+    build_dataset,
+    build_evaluation_loaders,
+    build_masks,
+    build_model,
+    build_schedule,
+    build_training_loader,
+)
 from train.config.load import load_config
 from train.config.schema import Config
-from train.evaluation.features import Extractor, Features, extract, pixels, pooled_features
+from train.evaluation.features import Extractor, Features, colour_histogram, extract, pixels, pooled_features
 from train.evaluation.knn import knn_accuracies
 from train.evaluation.probes import linear_probe
 from train.memory import measure_step
-from train.monitor import RunState
+from train.monitor import RunState, StepGuard
+from train.optim import build_optimizer
 from train.output.log import rankme
-from train.trainer import Trainer
+from train.step import Updater, batches
 
 WARM_STEPS, TIMED_STEPS = 8, 24  # of a calibration
 MANY_EPOCHS = 100_000  # max_steps decides
 CPU = torch.device("cpu")
 
 
-def study_config(base: str, overrides: tuple[str, ...], seed: int, max_steps: int) -> Config:
+def study_config(base: Base, variant: str, seed: int, max_steps: int) -> Config:
     settings = ("device=cpu", f"seed={seed}", f"training.max_steps={max_steps}", f"training.epochs={MANY_EPOCHS}")
-    return load_config(Path(base), [*overrides, *settings])
+    return load_config(Path(base.config), [*base.settings(variant), *settings])
 
 
-def train_model(config: Config) -> tuple[HJEPA, RunState, list[float]]:
-    """The trained model, its state, and the process's CPU seconds at the start and after each step."""
-    torch.set_num_threads(1)
-    trainer, clock = Trainer(config), [time.process_time()]
-    while not trainer.complete and not trainer.diverged:
-        trainer.step()
-        clock.append(time.process_time())
-    return trainer.model, trainer.state, clock
+class Training:
+    """A variant's training by the product's step, on one thread of torch.
+
+    `cpu_s` and `wall_s` are what its steps took: for the CPU, all threads of this process, the loader's too. What happens
+    between steps does not count, nor does the loader's start; the few batches that it then makes ahead come free.
+    """
+
+    def __init__(self, config: Config, variant: str) -> None:
+        torch.set_num_threads(1)
+        dataset, hjepa, training = build_dataset(config), build_model(config, CPU), config.training
+        peer = build_peer(variant, config, hjepa.encoder, dataset.index)
+        self.model: TaughtEncoder = peer or hjepa
+        loader = build_training_loader(config, dataset)
+        schedule = build_schedule(config, len(loader))
+        optimizer = build_optimizer(self.model, training.weight_decay, training.betas)
+        updater, masks = PeerUpdater if peer else Updater, build_masks(config, hjepa, CPU)
+        self._updater = updater(config, self.model, self.model, masks, optimizer, schedule, ALONE)
+        stream = batches(loader, training.accumulation_steps)
+        self._stream = chain([next(stream)], stream)  # seconds of compiling and of DALI's start, not of training
+        self.state, self.steps, self._most_skipped = RunState(), schedule.total_steps, training.max_skipped_steps
+        self._guard = StepGuard(CPU, self.state)
+        self.cpu_s = self.wall_s = 0.0
+
+    @property
+    def diverged(self) -> bool:
+        return self.state.skipped_in_a_row >= self._most_skipped
+
+    def step(self) -> float:
+        """Take one step. Returns its CPU seconds."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        self._updater.take(self._stream, self.state, self._guard)
+        self.state.step += 1
+        self._guard.read(self.state)
+        taken = time.process_time() - cpu
+        self.cpu_s, self.wall_s = self.cpu_s + taken, self.wall_s + time.perf_counter() - wall
+        return taken
+
+    def run_to(self, step: int) -> None:
+        self.model.train()
+        while self.state.step < step and not self.diverged:
+            self.step()
 
 
-def step_seconds(base: str, overrides: tuple[str, ...]) -> float:
+def step_seconds(base: Base, variant: str) -> float:
     """CPU seconds of one step, all threads of the process: the median over steps, which a busy machine moves least."""
-    _, _, clock = train_model(study_config(base, overrides, 0, WARM_STEPS + TIMED_STEPS))
-    times = [after - before for before, after in pairwise(clock)]
+    training = Training(study_config(base, variant, 0, WARM_STEPS + TIMED_STEPS), variant)
+    times = [training.step() for _ in range(WARM_STEPS + TIMED_STEPS)]
     return statistics.median(times[WARM_STEPS:])
 
 
-def run_trial(base: str, overrides: tuple[str, ...], seed: int, steps: int) -> dict[str, Any]:
-    """Train for `steps` and measure: accuracies in percent, times in seconds, memory in MiB."""
-    config = study_config(base, overrides, seed, steps)
-    before, started = peak_mib(), time.perf_counter()
-    model, state, clock = train_model(config)
-    cpu_s, wall_s, peak = clock[-1] - clock[0], time.perf_counter() - started, peak_mib()
-    figures = measure(config, {"trained": pooled_features(model.target)}, model)["trained"]
-    return {
-        "steps": state.step,
-        "images": state.images,
-        "cpu_s": round(cpu_s, 1),
-        "wall_s": round(wall_s, 1),
-        "images_per_cpu_s": round(state.images / cpu_s, 1),
+def run_trial(base: Base, variant: str, seed: int, steps: int, points: int = 1) -> list[dict[str, Any]]:
+    """Train for `steps` and measure `points` times, evenly spaced, last at the end: a row of figures for each.
+
+    Accuracies in percent, times in seconds, memory in MiB, which is in the last row alone.
+    """
+    config = study_config(base, variant, seed, steps)
+    before, rows = peak_mib(), []
+    training, peak = Training(config, variant), 0.0
+    for point in range(1, points + 1):
+        training.run_to(max(1, training.steps * point // points))
+        if point == 1:
+            peak = peak_mib()  # later ones may be those of an evaluation
+        rows.append(
+            {
+                "steps": training.state.step,
+                "images": training.state.images,
+                "cpu_s": round(training.cpu_s, 2),
+                **measure(config, {"trained": pooled_features(training.model.target)}, training.model)["trained"],
+            }
+        )
+    rows[-1] |= {
+        "wall_s": round(training.wall_s, 1),
+        "images_per_cpu_s": round(training.state.images / training.cpu_s, 1),
         "peak_mib": round(peak - before, 1),
-        "step_mib": round(kept_mib(config), 2),
-        **figures,
+        # What `measure_step` knows is the memory of our model.
+        "step_mib": "" if isinstance(training._updater, PeerUpdater) else round(kept_mib(config), 2),
     }
+    return rows
 
 
-def run_baselines(base: str, seed: int) -> dict[str, dict[str, Any]]:
-    """Raw pixels and the seed's random initialisation."""
+def run_baselines(base: Base, seed: int) -> dict[str, dict[str, Any]]:
+    """Raw pixels, the colour histogram and the seed's random initialisation."""
     torch.set_num_threads(1)
-    config = study_config(base, (), seed, 1)
+    config = study_config(base, BASE, seed, 1)
     model = build_model(config, CPU)
-    return measure(config, {"raw pixels": pixels, "random initialisation": pooled_features(model.target)}, model)
+    untrained = pooled_features(model.target)
+    rows = {"raw pixels": pixels, "colour histogram": colour_histogram, "random initialisation": untrained}
+    return measure(config, rows, model)
 
 
-def measure(config: Config, rows: dict[str, Extractor], model: HJEPA) -> dict[str, dict[str, Any]]:
+def measure(config: Config, rows: dict[str, Extractor], model: TaughtEncoder) -> dict[str, dict[str, Any]]:
     """k-NN, linear probe and RankMe of each row's features, on the validation split."""
     model.eval()
     train, test = (extract(loader, rows) for loader in build_evaluation_loaders(config))

@@ -11,7 +11,7 @@ from train.output.plots import draw_points
 
 Row = dict[str, str]
 
-BASELINES = ("raw pixels", "random initialisation")
+BASELINES = ("raw pixels", "colour histogram", "random initialisation")
 COLUMNS = (
     ("k-NN %", "knn"), ("linear %", "linear"), ("images", "images"), ("CPU s", "cpu_s"), ("images/CPU s", "images_per_cpu_s"),
     ("step memory, MiB", "step_mib"), ("peak above start, MiB", "peak_mib"),

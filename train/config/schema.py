@@ -101,7 +101,8 @@ class Data(Section):
 
 
 class Masking(Section):
-    strategy: Literal["global_only", "global_with_local_context", "cross_crop_prediction"] = "global_only"
+    strategy: Literal["global_only", "global_with_local_context", "cross_crop_prediction", "none"] = "global_only"
+    """none: the encoder sees whole globals; for training without prediction."""
     num_masks: PositiveInt = 4
     """Target rectangles in each global crop."""
     mask_scale: FractionRange = (0.15, 0.2)
@@ -112,16 +113,16 @@ class Masking(Section):
     query_ratio: PositiveFraction = 0.4
     """Fraction of a global crop's tokens that are predicted."""
     exclude_covered: StrictBool = False
-    """Leave cells that a local crop or the context crop covers out of the loss; not for global_only."""
+    """Leave cells that a local crop or the context crop covers out of the loss; not for global_only and none."""
 
     def rules(self) -> Iterator[BrokenRule]:
         if self.context_ratio + self.query_ratio > 1 + 1e-9:
             total = f"{self.context_ratio} + {self.query_ratio}"
             keys = ("query_ratio", "context_ratio")
             yield keys, f"context_ratio + query_ratio = {total} exceeds 1; a token cannot be both, lower one"
-        if self.exclude_covered and self.strategy == "global_only":
+        if self.exclude_covered and self.strategy in ("global_only", "none"):
             keys = ("exclude_covered", "strategy")
-            yield keys, "true has no effect with global_only; write false"
+            yield keys, f"true has no effect with {self.strategy}; write false"
 
 
 class Level(Section):
@@ -164,10 +165,19 @@ class Model(Section):
 
 
 class Loss(Section):
+    prediction_weight: NonNegativeFloat = 1.0
+    """Of the sum over the levels; 0: no predictor is built."""
+    summary_weight: NonNegativeFloat = 0.0
+    """Of guessing the target's maps from the mean of the encoded tokens; 0: nothing is built for it."""
     view_weight: NonNegativeFloat = 1.0
     sigreg_weight: NonNegativeFloat = 0.05
     sigreg_slices: PositiveInt = 256
     sigreg_knots: Annotated[StrictInt, Field(ge=2)] = 17
+
+    def rules(self) -> Iterator[BrokenRule]:
+        keys = ("prediction_weight", "summary_weight", "view_weight", "sigreg_weight")
+        if all(getattr(self, key) == 0 for key in keys):
+            yield keys, "all four weights are 0, so nothing would be learned; raise one"
 
 
 class Training(Section):
@@ -274,6 +284,7 @@ class Config(Section):
         count_keys = tuple(
             f"data.{key}" for key in ("multicrop.num_local_crops", "multicrop.num_global_crops", "use_multicrop")
         )
+        yield from self._prediction_rules()
         strategy, patch = self.masking.strategy, self.model.patch_size
         partners = {"global_with_local_context": counts[1], "cross_crop_prediction": sum(counts) - 1}
         if not partners.get(strategy, 1):
@@ -286,3 +297,16 @@ class Config(Section):
                 near = f"{size // patch * patch} or {(size // patch + 1) * patch}" if size > patch else patch
                 keys = (f"data.multicrop.{kind}_crop_size", "model.encoder", "model.encoder_kwargs", *count_keys)
                 yield keys, f"{size} is not a multiple of the patch size {patch}; try {near}"
+
+    def _prediction_rules(self) -> Iterator[BrokenRule]:
+        strategy, weight = self.masking.strategy, self.loss.prediction_weight
+        if strategy == "none" and weight > 0:
+            yield (
+                ("masking.strategy", "loss.prediction_weight"),
+                "none leaves nothing to predict; write loss.prediction_weight: 0, or choose global_only",
+            )
+        if strategy not in ("none", "global_only") and weight == 0:
+            yield (
+                ("loss.prediction_weight", "masking.strategy"),
+                f"0 builds no predictor, and {strategy} differs only in what it sees; choose strategy global_only or none",
+            )

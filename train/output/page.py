@@ -17,7 +17,7 @@ from train.output.log import read_metrics
 PAGE = Path(__file__).with_name("page.html")
 CHARTS = (
     ("Loss", ("loss",)),
-    ("Prediction loss by level", ("level_0", "level_1", "level_2", "level_3", "inside", "outside")),
+    ("Prediction loss by level", ("level_0", "level_1", "level_2", "level_3", "summary", "inside", "outside")),
     ("View term", ("view",)),
     ("SIGReg", ("sigreg",)),
     ("k-NN and linear probe during the run, %", ("knn", "linear")),

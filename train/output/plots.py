@@ -15,7 +15,7 @@ Panels = Sequence[tuple[str, tuple[str, ...]]]
 """The title of each panel, and the names of what it shows, which may hold `*`."""
 
 RUN_PANELS: Panels = (
-    ("loss", ("loss",)), ("prediction, by level", ("level_*", "inside", "outside")), ("view term", ("view",)),
+    ("loss", ("loss",)), ("prediction, by level", ("level_*", "summary", "inside", "outside")), ("view term", ("view",)),
     ("SIGReg", ("sigreg",)), ("RankMe of pooled features", ("rankme",)), ("images/s", ("images_per_s",)),
     ("data wait, % of the step", ("data_wait_percent",)), ("learning rate", ("lr",)),
 )  # fmt: skip
@@ -74,7 +74,7 @@ def draw_points(
     for number, (_, values, mean, interval) in enumerate(rows):
         axis.plot(values, [number] * len(values), "o", color="#00a6d6", markersize=5, alpha=0.8)
         axis.errorbar([mean], [number], xerr=interval, fmt="|", color="black", markersize=14, capsize=3, linewidth=1)
-    for (label, value), style in zip(baselines.items(), (":", "--"), strict=False):
+    for (label, value), style in zip(baselines.items(), (":", "-.", "--"), strict=False):
         axis.axvline(value, linestyle=style, color="gray", label=label)
     axis.set_yticks(range(len(rows)), [label for label, *_ in rows])
     axis.invert_yaxis()

@@ -195,7 +195,7 @@ seeed: 3
 data:
   batch_szie: 32
   multicrop: {local_crop_size: 97}
-masking: {strategy: none, context_ratio: 0.9}
+masking: {strategy: nothing, context_ratio: 0.9}
 model: {levels: [], predictor_heads: 5}
 training: {epochs: x, warmup_epochs: 300}
 logging: {run_name: 2024}
@@ -230,6 +230,13 @@ logging: {run_name: 2024}
         (["masking.strategy=global_with_local_context", "data.multicrop.num_local_crops=0"], "masking.strategy"),
         (["masking.exclude_covered=true"], "masking.exclude_covered"),
         (["device=cpu", "data.crop_device=gpu"], "data.crop_device"),
+        (["masking.strategy=none"], "masking.strategy"),
+        (
+            ["masking.strategy=none", "loss.prediction_weight=0", "masking.exclude_covered=true"],
+            "masking.exclude_covered",
+        ),
+        (["masking.strategy=cross_crop_prediction", "loss.prediction_weight=0"], "loss.prediction_weight"),
+        (["loss.prediction_weight=0", "loss.view_weight=0", "loss.sigreg_weight=0"], "loss.prediction_weight"),
     ],
 )
 def test_each_rule_between_keys_is_kept(overrides, key):

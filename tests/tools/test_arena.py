@@ -1,0 +1,192 @@
+"""The arena: other methods on our crops with our step, the budget's bookkeeping, and what its tables make of the lines."""
+
+import csv
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools import study
+from tools.studies.arena import curve, lead_lines, write_arena
+from tools.studies.grid import BASE, PEERS, Base, arena_trials
+from tools.studies.peers import Supervised
+from tools.studies.run import Training, measure, run_trial, study_config
+from train.evaluation.features import pooled_features
+
+LIGHTLY = pytest.mark.skipif(find_spec("lightly") is None, reason="needs lightly: pip install -e '.[arena]'")
+METHODS = [pytest.param(name, marks=LIGHTLY if name == "dino" else ()) for name in PEERS]
+
+
+@pytest.mark.parametrize("variant", METHODS)
+def test_a_peer_takes_two_steps_with_gradients_in_every_weight_of_the_encoder(base: Path, variant: str) -> None:
+    training = Training(study_config(Base(str(base)), variant, 0, 2), variant)
+    model, losses = training.model, []
+    model.register_forward_hook(lambda _, __, found: losses.append(found["loss"].item()))
+    gradients: set[str] = set()
+    for name, value in model.named_parameters():
+        if value.requires_grad:
+            value.register_post_accumulate_grad_hook(
+                lambda p, name=name: gradients.add(name) if p.grad.abs().sum() > 0 else None
+            )
+    start = {name: value.clone() for name, value in model.encoder.state_dict().items()}
+    training.run_to(2)
+    assert len(losses) == 2
+    assert all(torch.tensor(losses).isfinite())
+    assert {f"encoder.{name}" for name, _ in model.encoder.named_parameters()} <= gradients
+    assert any(not torch.equal(value, start[name]) for name, value in model.encoder.state_dict().items())
+    assert (training.state.images, training.state.skipped_steps) == (16, 0)
+
+
+@LIGHTLY
+def test_dinos_loss_is_the_cross_entropy_of_all_pairs_of_different_views(base: Path) -> None:
+    training = Training(study_config(Base(str(base)), "dino", 0, 2), "dino")
+    model, batch = training.model, next(training._stream)
+    found = [model.head(model.encoder([(crop, None)])[0].tokens.mean(dim=1)) for crop in batch.crops]
+    taught = [model.target_head(model.target([(crop, None)])[0].tokens.mean(dim=1)) for crop in batch.crops[:2]]
+    terms = [
+        -((teacher / 0.04).softmax(-1) * (student / 0.1).log_softmax(-1)).sum(-1).mean()
+        for g, teacher in enumerate(taught)
+        for v, student in enumerate(found)
+        if g != v
+    ]
+    torch.testing.assert_close(model(batch.crops, batch.labels)["loss"], torch.stack(terms).mean())
+    assert not any(value.requires_grad for value in model.target_head.parameters())
+
+
+def test_supervised_is_the_mean_cross_entropy_of_every_view(base: Path) -> None:
+    training = Training(study_config(Base(str(base)), "supervised", 0, 2), "supervised")
+    model, batch = training.model, next(training._stream)
+    assert isinstance(model, Supervised)
+    terms = [
+        torch.nn.functional.cross_entropy(model.head(model.encoder([(crop, None)])[0].tokens.mean(dim=1)), batch.labels)
+        for crop in batch.crops
+    ]
+    torch.testing.assert_close(model(batch.crops, batch.labels)["loss"], torch.stack(terms).mean())
+
+
+def test_evaluations_neither_count_nor_change_the_training(base: Path) -> None:
+    start = Base(str(base))
+    config = study_config(start, BASE, 0, 4)
+    training = Training(config, BASE)
+    training.run_to(2)
+    before = training.cpu_s
+    measure(config, {"trained": pooled_features(training.model.target)}, training.model)
+    assert training.cpu_s == before > 0
+    taken = training.step()
+    assert training.cpu_s == pytest.approx(before + taken)
+    often, once = run_trial(start, BASE, 0, 4, points=2), run_trial(start, BASE, 0, 4)
+    assert [row["steps"] for row in often] == [2, 4]
+    assert [row["images"] for row in often] == [16, 32]
+    assert [row["cpu_s"] for row in often] == sorted(row["cpu_s"] for row in often)
+    assert [often[-1][key] for key in ("knn", "linear", "rankme")] == [
+        once[0][key] for key in ("knn", "linear", "rankme")
+    ]
+
+
+def test_every_variant_is_compared_at_equal_time_and_at_equal_images_seed_by_seed() -> None:
+    planned = arena_trials([BASE, "lejepa"], [0, 4])
+    assert [(trial.variant, trial.equal, trial.seed) for trial in planned] == [
+        *((BASE, "time", 0), ("lejepa", "time", 0), ("lejepa", "images", 0)),
+        *((BASE, "time", 4), ("lejepa", "time", 4), ("lejepa", "images", 4)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "fact"),
+    [
+        (["--variants", "lejepa,byol"], "--variants byol: unknown; known are 2+6, "),
+        (["--variants", "lejepa", "--seeds", "0,x"], "--seeds 0,x: write different integers"),
+        (["--variants", "lejepa", "--seeds", "1,1"], "--seeds 1,1: write different integers"),
+        (["--variants", "lejepa", "--budget", "0"], "--budget 0: must be more than 0"),
+        (["--variants", "lejepa", "--points", "0"], "--points 0: must be at least 1"),
+        (["--points", "3"], "add --peers or --variants"),
+        (["data.batch_szie=3", "--variants", "lejepa"], "did you mean data.batch_size?"),
+    ],
+)
+def test_options_that_make_no_sense_give_one_line(
+    base: Path,
+    tmp_path: Path,
+    options: list[str],
+    fact: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    assert study.main([str(base), *options, "--out", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert fact in line
+    assert not out.exists()
+
+
+@pytest.mark.skipif(find_spec("lightly") is not None, reason="lightly is installed")
+def test_dino_without_lightly_is_refused(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert study.main([str(base), "--peers", "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "pip install -e '.[arena]'" in line
+
+
+@pytest.mark.parametrize(
+    ("record", "fact"),
+    [
+        ({"budget_s": 5.0, "points": 5, "overrides": []}, "--budget 5, not 6"),
+        ({"budget_s": 6.0, "points": 2, "overrides": []}, "--points 2, not 5"),
+        ({"budget_s": 6.0, "points": 5, "overrides": ["a=1"]}, "KEY=VALUE a=1, not none"),
+    ],
+)
+def test_an_arena_made_for_other_options_is_not_continued(
+    base: Path,
+    tmp_path: Path,
+    record: dict,
+    fact: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "tiny_arena_calibration.json").write_text(json.dumps({**record, "step_cpu_ms": {}, "steps": {}}))
+    assert study.main([str(base), "--variants", "lejepa", "--out", str(tmp_path), "--budget", "6"]) == 2
+    assert fact in capsys.readouterr().err
+
+
+def made_up(variant: str, equal: str, seed: int, knn: float, steps: int = 10) -> dict[str, str]:
+    row = {"variant": variant, "equal": equal, "seed": seed, "knn": knn, "linear": knn + 1, "steps": steps}
+    figures = {**row, "images": 32 * steps, "cpu_s": steps / 10}
+    return {**dict.fromkeys(study.FIELDS, ""), **{key: str(value) for key, value in figures.items()}}
+
+
+def test_leads_are_differences_of_the_same_seed_and_curves_means_of_the_same_step(tmp_path: Path) -> None:
+    scores = {(BASE, "time"): (64, 70, 76), ("lejepa", "time"): (62, 67, 74), ("lejepa", "images"): (60, 69)}
+    rows = [made_up(*key, seed, knn) for key, values in scores.items() for seed, knn in enumerate(values)]
+    text = "\n".join(lead_lines(rows, [BASE, "lejepa"]))
+    # 2, 3, 2: a standard deviation of 0.577, times 4.303 / sqrt(3).
+    assert "| lejepa | +2.3 ± 1.4 | +2.3 ± 1.4 | +2.5 ± 19.1 | +2.5 ± 19.1 |" in text
+    points = [made_up("lejepa", "time", seed, knn, steps) for seed, knn, steps in ((0, 50, 5), (1, 54, 5), (0, 60, 10))]
+    assert curve(points, "images", "knn") == ([160, 320], [52, 60], [50, 60], [54, 60])
+    baseline = {**made_up("raw pixels", "", 0, 61), "images": "", "cpu_s": ""}
+    steps = {BASE: 10, "lejepa": 12}
+    write_arena(tmp_path, "made_up", "a command", [BASE, "lejepa"], [baseline, *rows], [*points, *rows], steps, 1.0)
+    text = (tmp_path / "made_up.md").read_text()
+    assert text.count("| lejepa | ") == 3
+    assert "| raw pixels | 1 | 61.0 | 62.0 |" in text
+    assert (tmp_path / "made_up.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_an_arena_that_was_stopped_continues_and_then_trains_nothing(base: Path, tmp_path: Path) -> None:
+    arguments = [str(base), "--out", str(tmp_path), "--budget", "0.1", "--variants", "lejepa", "--points", "2"]
+    assert study.main([*arguments, "--seeds", "0"]) == 0
+    table, points = tmp_path / "tiny_arena.csv", tmp_path / "tiny_arena_curve.csv"
+    first = table.read_text()
+    lines = points.read_text().splitlines()
+    assert len(lines) == 1 + 2 * 3
+    table.write_text("".join(line for line in first.splitlines(keepends=True) if ",images," not in line))
+    assert study.main([*arguments, "--seeds", "0,1"]) == 0
+    with table.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["equal"]]
+    assert [(row["variant"], row["equal"], row["seed"]) for row in rows] == [
+        *((BASE, "time", "0"), ("lejepa", "time", "0"), ("lejepa", "images", "0")),
+        *((BASE, "time", "1"), ("lejepa", "time", "1"), ("lejepa", "images", "1")),
+    ]
+    base_images = {row["seed"]: row["images"] for row in rows if row["variant"] == BASE}
+    assert all(row["images"] == base_images[row["seed"]] for row in rows if row["equal"] == "images")
+    before = table.read_text(), points.read_text()
+    assert study.main([*arguments, "--seeds", "0,1"]) == 0
+    assert (table.read_text(), points.read_text()) == before

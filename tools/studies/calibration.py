@@ -1,0 +1,45 @@
+"""How many steps of each variant fill the budget: measured once, in processes of their own, and kept in a file."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tools.own_process import own_process
+from tools.studies.grid import Base
+
+ROUNDS = 2  # the fastest counts: other load only slows steps down
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call it in a process of its own; torch is loaded once for all of them."""
+    with own_process("tools.studies.run") as worker:
+        return worker.submit(function, *arguments).result()
+
+
+def calibrate(path: Path, base: Base, budget: float, points: int, variants: Sequence[str]) -> dict[str, int]:
+    """Steps that fill the budget, by variant, measured once and kept. ValueError if they were measured for something else."""
+    made_for = {"budget_s": budget, "points": points, "overrides": list(base.overrides)}
+    record: dict[str, Any] = {**made_for, "step_cpu_ms": {}, "steps": {}}
+    if path.exists():
+        record = {"points": 1, "overrides": []} | json.loads(path.read_text())
+    for key, option in {"budget_s": "--budget", "points": "--points", "overrides": "KEY=VALUE"}.items():
+        if record[key] != made_for[key]:
+            before, now = (_shown(value) for value in (record[key], made_for[key]))
+            raise ValueError(f"{path}: belongs to a study with {option} {before}, not {now}; choose another --out")
+    missing = [name for name in variants if name not in record["steps"]]
+    if not missing:
+        return record["steps"]
+    from tools.studies.run import step_seconds
+
+    rounds = [{name: apart(step_seconds, base, name) for name in missing} for _ in range(ROUNDS)]
+    for name in missing:
+        seconds = min(found[name] for found in rounds)
+        record["step_cpu_ms"][name] = round(1000 * seconds, 2)
+        record["steps"][name] = max(1, round(budget / seconds))
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return record["steps"]
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float | int) else " ".join(value) or "none"

@@ -1,0 +1,64 @@
+"""Colour pictures with nine classes: `python -m tools.studies.emoji TWITTER GOOGLE --out FOLDER`.
+
+The two arguments are unpacked npm packages, `emoji-datasource-twitter` (drawings CC-BY 4.0) and `emoji-datasource-google`
+(Apache-2.0), 16.0.0: `npm pack emoji-datasource-google@16.0.0` and `tar -xf`. A class is an emoji's category. The split is by
+emoji and not by picture, since both sets draw the same things; of skin tones one is kept.
+"""
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from train.command import run_command
+
+VAL_SHARE = 0.3
+SIZE = "64"
+
+
+def write_pictures(packages: dict[str, Path], out: Path) -> int:
+    """Class folders under out/train and out/val, on white. FileNotFoundError where a package is not what it should be."""
+    drawing, count = random.Random(0), 0
+    emoji = json.loads((packages["twitter"] / "emoji.json").read_text())
+    for entry in sorted(emoji, key=lambda entry: entry["unified"]):
+        if entry["category"] == "Component":
+            continue
+        split = "val" if drawing.random() < VAL_SHARE else "train"
+        tones = sorted(tone["image"] for tone in entry.get("skin_variations", {}).values())
+        names = [entry["image"], *(drawing.sample(tones, 1) if tones else [])]
+        folder = out / split / entry["category"].replace(" & ", "_").replace(" ", "_")
+        folder.mkdir(parents=True, exist_ok=True)
+        for kind, package in packages.items():
+            for name in names:
+                picture = package / "img" / kind / SIZE / name
+                if picture.exists():
+                    drawn = Image.open(picture).convert("RGBA")
+                    paper = Image.new("RGBA", drawn.size, "white")
+                    Image.alpha_composite(paper, drawn).convert("RGB").save(folder / f"{kind}_{name}")
+                    count += 1
+    return count
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("twitter", type=Path, help="The folder `package` of emoji-datasource-twitter.")
+    parser.add_argument("google", type=Path, help="The folder `package` of emoji-datasource-google.")
+    parser.add_argument(
+        "--out", type=Path, default=Path("emoji"), help="The folder to write. The default is %(default)s."
+    )
+    given = parser.parse_args(arguments)
+
+    def write() -> None:
+        print(
+            f"{write_pictures({'twitter': given.twitter, 'google': given.google}, given.out):,} pictures in {given.out}"
+        )
+
+    return run_command("emoji", write)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
