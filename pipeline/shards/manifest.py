@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.shards.index import ShardIndex
-from pipeline.shards.object_store import is_s3
+from pipeline.shards.index_file import MANIFEST_NAME
+from pipeline.shards.object_store import is_remote
 
-MANIFEST_NAME = "manifest.json"
 NOT_OBJECTS = (RecursionError, ValueError)  # UnicodeDecodeError and JSONDecodeError are among them
 
 
@@ -39,11 +39,11 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path | str) -> Manifest | None:
-    """None on S3, where there is no manifest, and for a file of that name that another program wrote.
+    """None of a store, where it is not read, and for a file of that name that another program wrote.
 
     Raises ValueError for a damaged one.
     """
-    if is_s3(folder) or not (path := Path(folder) / MANIFEST_NAME).exists():
+    if is_remote(folder) or not (path := Path(folder) / MANIFEST_NAME).exists():
         return None
     remedy = f"Convert {folder} again, or remove the file to use the shards without class names and checksums"
     content = read_object(path, remedy)
