@@ -42,8 +42,9 @@ class MultiCropLoader:
     ) -> None:
         if reader.device == "gpu" and not torch.cuda.is_available():
             raise DeviceError("device gpu: torch sees no CUDA GPU. Use device cpu, or check the driver with nvidia-smi")
-        if not reader.use_mmap:
-            allow_open_files(OPEN_WINDOWS * WINDOW_TARS)  # without a mapping every tar of a window stays open
+        # Without a mapping every tar of a window stays open, and a shard of a store is held by an open file.
+        if opened := (not reader.use_mmap) + (sequence.index.remote is not None):
+            allow_open_files(opened * OPEN_WINDOWS * WINDOW_TARS)
         self.sequence, self.reader, self.normalization = sequence, reader, normalization
         self.index, self.global_batch = sequence.index, sequence.global_batch
         # The compiled operator normalises a crop while it is in the cache; uploaded, it would be four times the bytes.

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.notices import notify_after
 from pipeline.shards.object_store import is_remote
+from pipeline.shards.storage import join
 from tools.shards.archives import check_official
 from tools.shards.catalogue import LooseFiles, Source, hold_out
 from tools.shards.classes import with_classes_beside
@@ -101,7 +102,7 @@ def add_convert(command: argparse.ArgumentParser) -> None:
 
 def place(text: str) -> Path | str:
     """A folder, or the prefix of a store."""
-    return text.rstrip("/") if is_remote(text) else Path(text)
+    return text if is_remote(text) else Path(text)
 
 
 def positive(text: str) -> int:
@@ -143,8 +144,9 @@ def run_convert(parsed: argparse.Namespace) -> None:
 
 def upload_and_report(parsed: argparse.Namespace, store: str, splits: list[str]) -> None:
     for split in splits:
-        written = upload_split(parsed.out / split, f"{store}/{split}")
-        print(f"{store}/{split}: {f'{written} files uploaded' if written else 'already complete'}")
+        url = join(store, split)
+        written = upload_split(parsed.out / split, url)
+        print(f"{url}: {f'{written} files uploaded' if written else 'already complete'}")
     if parsed.staging is None:
         for split in splits:
             shutil.rmtree(parsed.out / split)

@@ -6,8 +6,8 @@ import logging
 import os
 import resource
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,23 +169,32 @@ class StoreGuard:
     """Has the shards of every step here before it begins: on a failing store the run can still save what it has."""
 
     def __init__(self) -> None:
-        self.error: StoreError | None = None
+        self.error: OSError | None = None
         self._counted = 0.0
 
     def failed(self, loader: "MultiCropLoader", batches: int, state: RunState, stopped: Callable[[], bool]) -> bool:
         """Wait for the shards of the next `batches` batches, unless `stopped`; whether they do not come, and why in `error`."""
         started = time.perf_counter()
         try:
-            loader.prepare(batches, stopped)
+            if self.error is None:
+                loader.prepare(batches, stopped)
         except Cancelled:
             pass  # the caller asks as well
-        except StoreError as error:
+        except OSError as error:  # of the store, or of the cache's disk
             self.error = error
         waited = time.perf_counter() - started
         state.wait_s, state.train_s = state.wait_s + waited, state.train_s + waited
         state.store_wait_s += loader.store_wait_s - self._counted
         self._counted = loader.store_wait_s
         return self.error is not None
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """End what reads the store where this fails: no further step begins, and those before are saved."""
+        try:
+            yield
+        except StoreError as error:
+            self.error = error
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:

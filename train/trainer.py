@@ -258,11 +258,12 @@ class Trainer:
     def _evaluate_online(self, metrics: MetricsLog | None) -> None:
         """Measure k-NN and draw, on rank 0, while the others wait."""
         if self._probe is not None:
-            values = self._probe.online()
-            self.state.knn, self.state.knn_step = values.get("knn"), self.state.step
-            if metrics is not None:
-                metrics.write(self.state.step, values)
-            self._draw(self._probe, metrics)
+            with self._store.noting():
+                values = self._probe.online()
+                self.state.knn, self.state.knn_step = values.get("knn"), self.state.step
+                if metrics is not None:
+                    metrics.write(self.state.step, values)
+                self._draw(self._probe, metrics)
         self.ranks.any(False)
 
     def _open_metrics(self) -> AbstractContextManager[MetricsLog | None]:
@@ -285,6 +286,7 @@ class Trainer:
         assert probe is not None, "evaluate() is for rank 0, after open()"
         self._console.print("evaluating and drawing ...", style="dim")
         self._set_status("evaluating")
+        self.loader.close()
         try:
             with self._open_metrics() as metrics:
                 summary = write_summary(folder, self.config, state, probe, self.model.encoder.width)

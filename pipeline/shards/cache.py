@@ -8,6 +8,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,7 +23,11 @@ from pipeline.shards.object_store import StoreError, download, repeated
 
 POLL_S = 0.02
 ROOM_S = 20.0  # of waiting for other processes to leave their shards
+LEAST_RETRY_S = 10.0  # of asking a store that did not answer another process, which this one waited for
 FULL = (errno.ENOSPC, errno.EDQUOT)
+# The names of shards and of those on their way. A folder that the user chose may hold other files, which are left alone.
+SHARD_FILE = re.compile(r".+-[0-9a-f]{24}\.tar")
+PARTIAL_FILE = re.compile(r"\.(.+-[0-9a-f]{24}\.tar)\.(\d+)\.partial")
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,8 @@ class CacheSettings:
 
 @dataclass(frozen=True)
 class StoredShard:
-    """A shard in a store. `name`: in the cache, other for other content. `num_bytes`: its size, or at least so much where there
-    is no manifest. `sha256`: "" where there is none. `pair`: `[2]` of SAMPLE_DTYPE, its first and last sample."""
+    """A shard in a store. `name`: in the cache, as SHARD_FILE; other for other content. `num_bytes`: its size, or at least so
+    much without a manifest. `sha256`: "" without one. `pair`: `[2]` of SAMPLE_DTYPE, its first and last sample."""
 
     url: str
     name: str
@@ -110,6 +115,7 @@ class ShardCache:
         Raises StoreError; and NoRoom unless `patient`, which waits for other processes to leave theirs.
         """
         wrong: list[OSError] = []
+        asked = time.monotonic()
 
         def ask(fresh: bool) -> None:
             try:
@@ -122,11 +128,13 @@ class ShardCache:
 
         with _locked(self._locks / shard.name):
             started = time.monotonic()
+            # Many ranks that wait for each other are not to try for so long one after the other.
+            retry_s = max(min(LEAST_RETRY_S, self.retry_s), self.retry_s - (started - asked))
             while True:
                 if lease := self.hold(shard):
                     return lease
                 try:
-                    repeated(ask, shard.url, self.retry_s)
+                    repeated(ask, shard.url, retry_s)
                 except NoRoom as error:
                     if not patient:
                         raise
@@ -193,13 +201,13 @@ class ShardCache:
                     status = entry.stat()
                 except FileNotFoundError:
                     continue
-                if entry.name.endswith(".partial"):
-                    name, size = entry.name[1:].removesuffix(".partial").rsplit(".", 1)
-                    if _is_locked(self._locks / name):
-                        reserved, to_come = reserved + int(size), to_come + max(0, int(size) - status.st_size)
+                if partial := PARTIAL_FILE.fullmatch(entry.name):
+                    size = int(partial[2])
+                    if _is_locked(self._locks / partial[1]):
+                        reserved, to_come = reserved + size, to_come + max(0, size - status.st_size)
                     else:
                         Path(entry.path).unlink(missing_ok=True)  # its process was killed
-                elif entry.is_file():
+                elif SHARD_FILE.fullmatch(entry.name):
                     there.append((status.st_mtime, status.st_size, Path(entry.path)))
         return there, reserved, to_come
 

@@ -55,7 +55,8 @@ class ShardFetcher:
         with self._changed:
             missing = [shard for shard in shards if not self._is_here(shard)]
             for shard in missing:
-                self._failed.pop(shard, None)
+                if not self._needed[shard]:  # else its failure is for those that wait for it, and for this one too
+                    self._failed.pop(shard, None)
             self._needed.update(shards)
             try:
                 self._want(missing + self._wanted)
@@ -69,11 +70,12 @@ class ShardFetcher:
             found = {shard: self._leases[shard] for shard in shards if shard in self._leases}
             refused = [shard for shard in shards if shard not in found]
             for shard in refused:
-                error = self._failed.pop(shard, None)
+                error = self._failed.get(shard)
                 if error is not None and not isinstance(error, NoRoom):
                     raise error
-            if refused:
-                self._wanted, self._leases = [], {}  # what was fetched for later takes the room
+            if refused:  # what was fetched for later takes the room
+                self._wanted = [shard for shard in self._wanted if shard in self._needed]
+                self._leases = {shard: lease for shard, lease in self._leases.items() if shard in self._needed}
         return [*found.values(), *(self.cache.fetch(self.shards[shard]) for shard in refused)]
 
     def ahead(self, shards: Iterable[int]) -> None:

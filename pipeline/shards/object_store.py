@@ -60,6 +60,13 @@ def scheme(place: Path | str) -> str:
     return name if name in STORES else ""
 
 
+def check_prefix(url: str) -> None:
+    """Raise ValueError for a URL of a store that does not name a bucket."""
+    kind, _, rest = url.partition("://")
+    if not rest.strip("/").partition("/")[0]:
+        raise ValueError(f"{url}: not a place in a store; write {kind}://BUCKET/PREFIX")
+
+
 def is_remote(place: Path | str) -> bool:
     return scheme(place) != ""
 
@@ -165,8 +172,6 @@ _SYSTEMS: dict[tuple[int, str], Any] = {}  # by process, as a fork copies no con
 def _file_system(url: str, fresh: bool = False) -> tuple[Any, str]:
     """fsspec's file system for a URL, and the URL as it names it; `fresh`: not the one used so far."""
     kind = scheme(url)
-    if not url.partition("://")[2].strip("/").partition("/")[0]:
-        raise ValueError(f"not a place in a store; write {kind}://BUCKET/PREFIX")
     system = _SYSTEMS.get((os.getpid(), kind))
     if system is None or fresh:
         import fsspec  # here, so that shards on a local disk need no client

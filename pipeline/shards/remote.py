@@ -1,7 +1,6 @@
 """The shards of a split in a store: its index, what the manifest says of each tar, and how they come to this machine."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +9,9 @@ import numpy as np
 from pipeline.shards.cache import CacheSettings, ShardCache, StoredShard
 from pipeline.shards.check import first_and_last
 from pipeline.shards.fetcher import ShardFetcher
-from pipeline.shards.index_file import INDEX_NAME, MANIFEST_NAME, load_index
-from pipeline.shards.object_store import MissingObject, read, read_range, sizes
+from pipeline.shards.index_file import INDEX_NAME, load_index
+from pipeline.shards.manifest import read_manifest
+from pipeline.shards.object_store import MissingObject, check_prefix, read, read_range, sizes
 from pipeline.shards.storage import join
 
 
@@ -33,7 +33,11 @@ class RemoteShards:
 
 
 def remote_split(prefix: str, split: str) -> str:
-    """`prefix/split`, or the prefix itself when that holds the index. Raises FileNotFoundError or StoreError."""
+    """`prefix/split`, or the prefix itself when that holds the index.
+
+    Raises FileNotFoundError, StoreError, and ValueError for a URL without a bucket.
+    """
+    check_prefix(prefix)
     tried = [join(folder, INDEX_NAME) for folder in (join(prefix, split), prefix)]
     for url in tried:
         try:
@@ -54,30 +58,20 @@ def open_remote(folder: str) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, R
     """
     place, again = join(folder, INDEX_NAME), "Upload it again"
     names, samples, counts = load_index(read(place), place, again)
-    pairs, manifest, listed = first_and_last(samples, counts, place, again), _manifest(folder), sizes(folder)
+    pairs, manifest, listed = first_and_last(samples, counts, place, again), read_manifest(folder), sizes(folder)
     stored: list[StoredShard | None] = [None] * len(names)
     firsts = np.cumsum(counts) - counts
     for shard, pair in pairs.items():
         name, url = names[shard], join(folder, names[shard])
-        num_bytes, sha256 = manifest.get(name, (int((pair["offset"] + pair["size"]).max()), ""))
+        num_bytes, sha256 = int((pair["offset"] + pair["size"]).max()), ""
+        if manifest is not None and name in manifest.sizes:
+            num_bytes, sha256 = manifest.sizes[name], manifest.checksums[name]
         if listed is not None:
             _check_listed(url, num_bytes, sha256, listed.get(name.rpartition("/")[2]) if "/" not in name else num_bytes)
         rows = samples[firsts[shard] : firsts[shard] + counts[shard]]
         tag = sha256 or hashlib.sha256(rows.tobytes()).hexdigest()
         stored[shard] = StoredShard(url, f"{Path(name).stem}-{tag[:24]}.tar", num_bytes, sha256, pair.copy())
     return names, samples, counts, RemoteShards(tuple(stored), ShardCache(CacheSettings()))
-
-
-def _manifest(folder: str) -> dict[str, tuple[int, str]]:
-    """The size and the sha256 of each shard by name; of shards from another writer nothing is known."""
-    url = join(folder, MANIFEST_NAME)
-    try:
-        entries = json.loads(read(url))["shards"]
-        return {str(entry["name"]): (int(entry["bytes"]), str(entry["sha256"])) for entry in entries}
-    except MissingObject:
-        return {}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{url}: damaged, or not a manifest. Upload it again") from None
 
 
 def _check_listed(url: str, num_bytes: int, sha256: str, found: int | None) -> None:

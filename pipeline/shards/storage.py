@@ -64,7 +64,7 @@ def allow_open_files(count: int) -> None:
     if soft != resource.RLIM_INFINITY and soft < needed:
         if hard != resource.RLIM_INFINITY and hard < needed:
             raise ValueError(
-                f"reading the shards without mmap needs {needed} open files and this system allows {hard}. Raise it "
+                f"reading the shards needs {needed} open files and this system allows {hard}. Raise it "
                 "(`ulimit -Hn`, or LimitNOFILE of the service), or set data.use_mmap=true"
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -6,10 +6,9 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline.shards.index import INDEX_NAME
-from pipeline.shards.object_store import MissingObject, read, scheme, sizes, upload
+from pipeline.shards.index_file import INDEX_NAME, MANIFEST_NAME
+from pipeline.shards.object_store import MissingObject, check_prefix, read, scheme, sizes, upload
 from pipeline.shards.storage import join
-from tools.shards.report import MANIFEST_NAME
 from tools.shards.writer import RECORD_FOLDER
 
 STREAMS = 4
@@ -22,6 +21,7 @@ def staging_folder(url: str, given: Path | None, num_tasks: int) -> Path:
 
     Raises ValueError for a store that cannot be written, and for a job array without a folder that all its tasks see.
     """
+    check_prefix(url)
     if scheme(url) in ("http", "https"):
         raise ValueError(
             f"--out {url}: https:// can be read alone; write to s3://, gs://, az:// or hf://, or to a folder"

@@ -129,6 +129,8 @@ def extract(loader: MultiCropLoader, extractors: dict[str, Extractor]) -> dict[s
                 stores[name][key][here] = part.to("cpu", STORED)
         labels[here] = batch.labels.cpu()
         done += len(batch.labels)
+    if loader.index.remote is not None:
+        loader.close()  # its shards make room in the cache for those of the training
     return {name: Features(store, labels) for name, store in stores.items()}
 
 

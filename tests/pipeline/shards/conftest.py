@@ -44,7 +44,7 @@ def write_manifest(folder: Path, index: ShardIndex) -> None:
         {"name": name, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
         for name, content in contents.items()
     ]
-    (folder / "manifest.json").write_text(json.dumps({"shards": entries}))
+    (folder / "manifest.json").write_text(json.dumps({"format_version": 1, "shards": entries}))
 
 
 @pytest.fixture(scope="session")

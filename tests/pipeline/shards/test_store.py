@@ -1,6 +1,9 @@
 """Training from a store: the crops of local files, bit for bit, and clear lines where it cannot be read."""
 
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,10 +19,12 @@ from pipeline import build_multicrop_dataloader, build_multicrop_dataset
 from pipeline.loader import MultiCropLoader
 from pipeline.shards.cache import CacheSettings
 from pipeline.shards.index import INDEX_NAME, open_index, split_folder
-from pipeline.shards.object_store import StoreError, is_remote
+from pipeline.shards.object_store import StoreError, is_remote, read
 from tests.pipeline.shards.conftest import COUNTS, Store
 from tests.train.test_run import command
+from tools.benchmarks.store.line import Fault, no_fault
 from train.evaluation.features import spread_rows
+from train.evaluation.labels import check_classes
 from train.run import main
 
 ROOT = Path(__file__).parents[3]
@@ -103,40 +108,50 @@ def test_it_starts_with_the_first_shard_and_fetches_the_next_ones_in_the_order_o
     assert ours.store_wait_s > 0
 
 
-def test_a_run_trains_evaluates_and_shows_what_it_waited_for(store: Store, tmp_path: Path) -> None:
-    arguments = command(
-        CONFIG, Path("replaced"), tmp_path, "training.max_steps=2", "evaluation.max_samples=16",
-        f"data.data_path={store.url}", f"data.cache_dir={tmp_path / 'cache'}",
-    )  # fmt: skip
-    assert main(arguments) == 0
-    assert '"store_wait_percent"' in (tmp_path / "quickstart" / "summary.json").read_text()
-    assert "of it for the store" in (tmp_path / "quickstart" / "report.md").read_text()
-
-
 def test_a_store_that_fails_ends_the_run_with_a_checkpoint_from_which_it_continues(
     store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As little room as one shard needs, so that the run has to come back to the store."""
-    largest = max(path.stat().st_size for path in (store.local / "train").glob("*.tar"))
+    cache, out = tmp_path / "cache", tmp_path / "quickstart"
     arguments = command(
         CONFIG, Path("replaced"), tmp_path, "training.max_steps=18", "evaluation.max_samples=16", "data.batch_size=16",
-        f"data.data_path={store.url}", f"data.cache_dir={tmp_path / 'cache'}", "data.store_retry_s=0.5",
-        f"data.cache_size_gb={3.5 * largest / 1e9}", "evaluation.linear_epochs=0",
+        f"data.data_path={store.url}", f"data.cache_dir={cache}", "data.store_retry_s=0.5",
+        "evaluation.linear_epochs=0", "evaluation.eval_frequency=1",
     )  # fmt: skip
-    seen = 0
 
-    def after_some(_: int, path: str) -> str:
-        nonlocal seen
-        seen += "/train/photos" in path
-        return "503" if seen > 7 else ""
+    def saved_when_it_fails(fault: Fault) -> list[str]:
+        """The checkpoints of a run whose credentials expire."""
+        store.line.fault = fault
+        assert main(arguments) == 2
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.startswith(f"{store.url}/")
+        assert "ExpiredToken" in last
+        step = re.search(r"; saved at step (\d+), from which the same command continues$", last)
+        assert step is not None
+        saved = sorted(path.name for path in (out / "checkpoints").iterdir())
+        assert saved[-1] == f"step_{int(step[1]):08d}"
+        return saved
 
-    store.line.fault = after_some
-    assert main(arguments) == 2
-    assert "saved at step" in capsys.readouterr().err
-    saved = sorted(path.name for path in (tmp_path / "quickstart" / "checkpoints").iterdir())
-    assert saved
-    store.line.fault = lambda *_: ""
+    def in_the_evaluation(_: int, path: str) -> str:
+        """The validation shard, here since the baselines, is gone when the epoch ends."""
+        if (out / "baselines.json").exists() and "/train/photos" in path:
+            (cache / validation).unlink(missing_ok=True)
+        return "403" if "/val/photos" in path and (out / "baselines.json").exists() else ""
+
+    def in_the_epoch(_: int, path: str) -> str:
+        return "403" if "/train/photos" in path and num_fetched() > first + 3 else ""
+
+    def num_fetched() -> int:
+        return sum("/train/photos" in request for request in store.line.requests)
+
+    validation = open_index(f"{store.url}/val").remote.stored[0].name
+    assert saved_when_it_fails(in_the_evaluation) == ["step_00000010"]
+    shutil.rmtree(cache)
+    first = num_fetched()
+    assert len(saved_when_it_fails(in_the_epoch)) == 2
+    store.line.fault = no_fault
     assert main(arguments) == 0
+    assert json.loads((out / "summary.json").read_text())["store_wait_percent"] > 0
+    assert "of it for the store" in (out / "report.md").read_text()
 
 
 def test_a_damaged_sample_is_replaced_and_named(store: Store, tmp_path: Path) -> None:
@@ -160,6 +175,24 @@ def test_a_missing_or_short_object_is_found_at_the_start(store: Store) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_the_class_names_of_two_splits_in_a_store_are_compared(store: Store) -> None:
+    indices = []
+    for split, classes in (("named", ["ant", "bee"]), ("others", ["bee", "ant"])):
+        manifest = json.loads((store.local / "train" / "manifest.json").read_text()) | {"classes": classes}
+        indices.append(open_index(f"{store.upload(split, manifest=json.dumps(manifest).encode())}/train"))
+    check_classes(indices[0], indices[0])
+    with pytest.raises(ValueError, match=r"s3://photos/others/train: .* label 0 is 'ant' in train and 'bee' in val"):
+        check_classes(*indices)
+
+
+@pytest.mark.parametrize(("content", "words"), [(b"{", "no JSON"), (b'{"classes": [], "shards": [1]}', "shards is")])
+def test_a_damaged_manifest_is_one_line(store: Store, content: bytes, words: str) -> None:
+    url = store.upload(f"unnamed{len(content)}", manifest=content)
+    with pytest.raises(ValueError, match=rf"^{url}/train/manifest.json: damaged.*{words}") as caught:
+        open_index(f"{url}/train")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_damaged_index_is_one_line(store: Store) -> None:
     content = (store.local / "train" / INDEX_NAME).read_bytes()
     url = store.upload("cut", index=content[:-100])
@@ -169,20 +202,23 @@ def test_a_damaged_index_is_one_line(store: Store) -> None:
 
 @pytest.mark.parametrize(
     ("place", "words"),
-    [("s3://photos/nothing", INDEX_NAME), ("s3://elsewhere/set", "no such"), ("s3://", "write s3://BUCKET/PREFIX")],
+    [
+        ("s3://photos/nothing", INDEX_NAME),
+        ("s3://elsewhere/set", "no such .* AWS_ENDPOINT_URL"),
+        ("s3://", "write s3://BUCKET/PREFIX"),
+    ],
     ids=["prefix", "bucket", "name"],
 )
 def test_a_place_that_is_not_there_is_one_line(store: Store, place: str, words: str) -> None:
-    with pytest.raises(OSError, match=words) as caught:
+    with pytest.raises((OSError, ValueError), match=words) as caught:
         split_folder("custom", place, "train")
-    assert "AWS_ENDPOINT_URL" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_expired_credentials_are_named(store: Store) -> None:
     store.line.fault = lambda *_: "403"
     with pytest.raises(StoreError, match=r"ExpiredToken.*AWS_ACCESS_KEY_ID"):
-        split_folder("custom", store.url, "train")
+        read(f"{store.url}/train/{INDEX_NAME}", retry_s=0.3)
 
 
 def test_a_web_server_serves_shards_as_well(store: Store, tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
 """`convert --out s3://...`: the store gets the files of a local conversion, and never half a data set."""
 
-import urllib.request
 from pathlib import Path
 
 import pytest
 
 from pipeline.shards.index import INDEX_NAME, open_index, split_folder
+from pipeline.shards.object_store import read
 from tests.conftest import photographs
 from tests.pipeline.shards.conftest import Store
 from tools.make_shards import main
@@ -25,11 +25,6 @@ def convert(source: Path, out: str, *options: str) -> int:
     return main(["convert", str(source), "--out", out, "--num-shards", "3", "--workers", "1", *options])
 
 
-def stored(store: Store, url: str, name: str) -> bytes:
-    with urllib.request.urlopen(f"{store.server}/{url.removeprefix('s3://')}/{name}") as answer:
-        return bytes(answer.read())
-
-
 def test_the_store_gets_the_files_of_a_local_conversion_and_the_manifest_last(
     store: Store, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -41,7 +36,7 @@ def test_the_store_gets_the_files_of_a_local_conversion_and_the_manifest_last(
     names = [path.name for path in local.iterdir() if path.is_file()]
     assert len(names) >= 3 + 3 + 3
     for name in names:
-        assert stored(store, f"{url}/train", name) == (local / name).read_bytes(), name
+        assert read(f"{url}/train/{name}") == (local / name).read_bytes(), name
     written = [request.rpartition("/")[2] for request in store.line.requests[before:] if request.startswith("PUT")]
     assert written[-2:] == [INDEX_NAME, "manifest.json"]
     assert open_index(split_folder("custom", url, "train")).shards == open_index(local).shards
@@ -76,7 +71,11 @@ def test_other_shards_in_the_store_are_not_mixed(
 
 @pytest.mark.parametrize(
     ("out", "options", "words"),
-    [("https://host/set", (), "can be read alone"), ("s3://b/p", ("--num-tasks", "2"), "needs --staging")],
+    [
+        ("https://host/set", (), "can be read alone"),
+        ("s3://", (), "write s3://BUCKET/PREFIX"),
+        ("s3://b/p", ("--num-tasks", "2"), "needs --staging"),
+    ],
 )
 def test_what_cannot_be_written_is_refused(
     source: Path, out: str, options: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]

@@ -23,7 +23,6 @@ from tools.benchmarks.store.line import Line, environment, moto_server, put_fold
 from tools.benchmarks.tables import table, target
 
 WARM, COLD, BYTES_PER_REQUEST = 0.97, 0.9, 64e6
-SIZES = {"num_global_crops": 1, "num_local_crops": 0, "global_crop_size": 64}
 ROWS = ("local", "line", "cold", "warm")
 
 
@@ -67,7 +66,9 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
 def epoch(place: Path | str, batch_size: int, line: Line, cache: Path) -> dict[str, float]:
     """One epoch, from opening the data set on."""
     before, started = len(line.requests), time.perf_counter()
-    dataset = build_multicrop_dataset("custom", place, **SIZES).cached(CacheSettings(cache))
+    dataset = build_multicrop_dataset(
+        "custom", place, num_global_crops=1, num_local_crops=0, global_crop_size=64
+    ).cached(CacheSettings(cache))
     loader = build_multicrop_dataloader(dataset, batch_size, device="cpu", normalized=False, drop_last=False)
     images = sum(len(batch.labels) for batch in loader)
     seconds = time.perf_counter() - started
