@@ -65,7 +65,7 @@ def cache_settings(config: Config) -> CacheSettings:
     """Where the shards of a store are kept."""
     data = config.data
     folder = Path(data.cache_dir).expanduser() if data.cache_dir else None
-    return CacheSettings(folder, int(data.cache_size_gb * 1e9), data.store_retry_s)
+    return CacheSettings(folder, int(data.cache_size_gb * 1e9), data.store_retry_s, data.store_streams)
 
 
 def build_loader(

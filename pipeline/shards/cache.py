@@ -32,11 +32,13 @@ PARTIAL_FILE = re.compile(r"\.(.+-[0-9a-f]{24}\.tar)\.(\d+)\.partial")
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """`folder`: None for one of this user's in the temporary folder. `retry_s`: how long a failing store is asked again."""
+    """`folder`: None for one of this user's in the temporary folder. `retry_s`: how long a failing store is asked again.
+    `streams`: downloads at once of one process; more of them make the next shard come later where they share the line."""
 
     folder: Path | None = None
     max_bytes: int = 100 * 10**9
     retry_s: float = 120.0
+    streams: int = 2
 
     @property
     def place(self) -> Path:
@@ -77,7 +79,8 @@ class ShardCache:
     """Whole shards, at most `max_bytes` of them; where more are needed, the one least recently planned goes first."""
 
     def __init__(self, settings: CacheSettings) -> None:
-        self.folder, self.max_bytes, self.retry_s = settings.place, settings.max_bytes, settings.retry_s
+        self.folder, self.max_bytes = settings.place, settings.max_bytes
+        self.retry_s, self.streams = settings.retry_s, settings.streams
         self._locks = self.folder / "locks"
 
     def make(self) -> None:

@@ -8,7 +8,6 @@ import numpy as np
 
 from pipeline.shards.cache import Lease, NoRoom, ShardCache, StoredShard
 
-STREAMS = 4  # downloads at once
 AHEAD = 8  # shards
 POLL_S = 0.2
 SHARE = 4  # a window may take this part of the cache, and so may what is fetched ahead of it
@@ -104,7 +103,7 @@ class ShardFetcher:
         self._wanted = [
             shard for shard in dict.fromkeys(shards) if shard not in self._running and not self._is_here(shard)
         ]
-        for _ in range(min(len(self._wanted), STREAMS - self._num_threads)):
+        for _ in range(min(len(self._wanted), self.cache.streams - self._num_threads)):
             self._num_threads += 1
             # A daemon: a process that ends does not wait for shards that nobody will read.
             threading.Thread(target=self._work, daemon=True).start()

@@ -69,6 +69,8 @@ class Data(Section):
     """Shards of a store are copied into this folder, which should be on a local disk; null: a folder of the user's in $TMPDIR."""
     cache_size_gb: PositiveFloat = 100.0
     """Most that this folder holds; the shards least recently planned are removed first."""
+    store_streams: PositiveInt = 2
+    """Downloads at once of each rank. More help where one connection is slower than the line."""
     store_retry_s: NonNegativeFloat = 120.0
     """How long a failing store is asked again before the run saves a checkpoint and stops."""
     batch_size: PositiveInt = 64

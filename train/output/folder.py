@@ -28,6 +28,7 @@ FREE_KEYS = (
     "data.data_path",
     "data.cache_dir",
     "data.cache_size_gb",
+    "data.store_streams",
     "data.store_retry_s",
     "data.batch_size",
     "data.num_workers",

@@ -200,6 +200,57 @@ def test_a_kill_while_fetching_leaves_no_half_shard(store: Store, tmp_path: Path
     killed_while_fetching(store, tmp_path, seed=0)
 
 
+READ_ON = """
+import hashlib, json, sys
+from pathlib import Path
+from pipeline import build_multicrop_dataloader, build_multicrop_dataset
+from pipeline.shards.cache import CacheSettings
+place, cache, done = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+dataset = build_multicrop_dataset("custom", place, global_crop_size=32, local_crop_size=16)
+dataset = dataset.cached(CacheSettings(cache, int(sys.argv[4]), 20))
+loader = build_multicrop_dataloader(dataset, 8, device="cpu", num_workers=1)
+lines = done.read_text().splitlines() if done.exists() else []
+if lines:
+    loader.load_state_dict(json.loads(lines[-1])["state"])
+print("ready", flush=True)
+while loader.state_dict()["epoch"] < 3:
+    for batch in loader:
+        crops = hashlib.sha256(b"".join(crop.numpy().tobytes() for crop in batch.crops)).hexdigest()
+        line = {"positions": batch.positions.tolist(), "crops": crops, "state": loader.state_dict()}
+        with done.open("a") as file:
+            file.write(json.dumps(line) + "\\n")
+"""
+
+
+@pytest.mark.slow
+def test_a_reader_that_is_killed_twenty_times_has_the_crops_of_one_that_never_was(store: Store, tmp_path: Path) -> None:
+    """From a cache with little room and over a slow line, so that most kills come while it waits or fetches."""
+    sizes = [path.stat().st_size for path in (store.local / "train").glob("*.tar")]
+    found = {}
+    for name, place, kills in (("local", store.local, 0), ("store", store.url, 20)):
+        done = tmp_path / f"{name}.jsonl"
+        arguments = [sys.executable, "-c", READ_ON, str(place), str(tmp_path), str(done), str(4 * max(sizes))]
+        rng, store.line.bytes_per_s = np.random.default_rng(0), sum(sizes) / 12
+        while kills:
+            process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE)
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(rng.uniform(0.3, 3.0))
+                assert process.returncode == 0
+                break
+            process.kill()
+            process.wait()
+            kills -= 1
+        store.line.bytes_per_s = float("inf")
+        subprocess.run(arguments, cwd=ROOT, check=True, stdout=subprocess.PIPE)
+        found[name] = [json.loads(line) for line in done.read_text().splitlines()]
+        assert kills == 0, "it was over before the last kill: slow the line down"
+    assert found["store"] == found["local"]
+    positions = [position for line in found["store"] for position in line["positions"]]
+    assert sorted(positions) == sorted(3 * list(range(sum(COUNTS))))
+
+
 @pytest.mark.slow
 def test_twenty_kills_while_fetching(store: Store, tmp_path: Path) -> None:
     for seed in range(20):

@@ -23,13 +23,15 @@ from tools.benchmarks.store.line import Line, environment, moto_server, put_fold
 from tools.benchmarks.tables import table, target
 
 WARM, COLD, BYTES_PER_REQUEST = 0.97, 0.9, 64e6
+IMAGES_IN_SHARD = 680  # about 68 MB
 ROWS = ("local", "line", "cold", "warm")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--shards", type=Path, metavar="DIR", help="default: photographs of about 100 KB, made for it")
-    add("--images", type=int, default=2048, help="of the shards made for it; default: %(default)s")
+    add("--images", type=int, default=4096, help="of the shards made for it; default: %(default)s")
+    add("--streams", type=int, default=CacheSettings.streams, help="downloads at once; default: %(default)s")
     add("--line", type=int, default=20, metavar="MB/S", help="speed of the line; default: %(default)s")
     add("--rounds", type=int, default=3, help="default: %(default)s")
     add("--batch", type=int, default=32, help="images in a batch; default: %(default)s")
@@ -38,7 +40,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> list[dict[str, Any]]:
     threads = len(os.sched_getaffinity(0))
     with (
-        benchmark_shards(given.shards, given.images, threads) as folder,
+        benchmark_shards(given.shards, given.images, threads, max(1, given.images // IMAGES_IN_SHARD)) as folder,
         tempfile.TemporaryDirectory(dir=folder.parent) as cache,
         moto_server() as server,
         Line(server, given.line * 1e6) as line,
@@ -54,21 +56,23 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
         measured: dict[str, list[dict[str, float]]] = {name: [] for name in ROWS}
         for _ in range(given.rounds):
             shutil.rmtree(cache)
-            measured["local"].append(epoch(folder, given.batch, line, Path(cache)))
+            measured["local"].append(
+                epoch(folder, given.batch, line, CacheSettings(Path(cache), streams=given.streams))
+            )
             measured["line"].append(bare_line(local, url, line))
-            measured["cold"].append(epoch(url, given.batch, line, Path(cache)))
-            measured["warm"].append(epoch(url, given.batch, line, Path(cache)))
+            measured["cold"].append(epoch(url, given.batch, line, CacheSettings(Path(cache), streams=given.streams)))
+            measured["warm"].append(epoch(url, given.batch, line, CacheSettings(Path(cache), streams=given.streams)))
     rows = [{"name": name, **_medians(measured[name])} for name in ROWS]
     print_rows(rows, measured, len(local), num_bytes)
     return rows
 
 
-def epoch(place: Path | str, batch_size: int, line: Line, cache: Path) -> dict[str, float]:
+def epoch(place: Path | str, batch_size: int, line: Line, cache: CacheSettings) -> dict[str, float]:
     """One epoch, from opening the data set on."""
     before, started = len(line.requests), time.perf_counter()
     dataset = build_multicrop_dataset(
         "custom", place, num_global_crops=1, num_local_crops=0, global_crop_size=64
-    ).cached(CacheSettings(cache))
+    ).cached(cache)
     loader = build_multicrop_dataloader(dataset, batch_size, device="cpu", normalized=False, drop_last=False)
     images = sum(len(batch.labels) for batch in loader)
     seconds = time.perf_counter() - started
