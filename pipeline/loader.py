@@ -140,18 +140,19 @@ class MultiCropLoader:
             return
         if window is not None and window.here != here:
             self._window = window = None  # it is over: its shards make room for the next ones
-        began = time.perf_counter()
+        began, self._leases = time.perf_counter(), []
         shards = self.sequence.own_shards(list(islice(self.sequence.places_from(*here), count)))
         self._leases = self._fetcher.need(np.unique(shards).tolist(), cancelled)
         self.store_wait_s += time.perf_counter() - began
 
     def close(self) -> None:
         """Free the graphs, with their threads and their memory on the device. The next batch builds a new one."""
-        self._window = None
-        self._take_ahead()
-        self._leases = []
+        self._window, self._leases = None, []
         if self._fetcher is not None:
-            self._fetcher.ahead(())
+            self._fetcher.release()
+        self._take_ahead()
+        if self._fetcher is not None:
+            self._fetcher.release()  # what the window built ahead had fetched for later
 
     def _window_at(self, here: Place) -> Window:
         """The window whose next batch begins at `here`: the one in use, the one built ahead, or a new one."""

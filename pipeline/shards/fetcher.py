@@ -13,7 +13,7 @@ POLL_S = 0.2
 SHARE = 4  # a window may take this part of the cache, and so may what is fetched ahead of it
 
 
-class Cancelled(Exception):
+class Cancelled(RuntimeError):
     """The wait for shards was ended on request."""
 
 
@@ -28,7 +28,7 @@ class ShardFetcher:
         self._needed: Counter[int] = Counter()  # by those that wait in `need`
         self._running: set[int] = set()
         self._failed: dict[int, Exception] = {}
-        self._num_threads = 0
+        self._num_threads = self._num_releases = 0
 
     def ready_batches(self, shards: np.ndarray) -> int:
         """How many batches can be made of what is here, at least one. `shards`: `[n, B]`, of each sample."""
@@ -48,7 +48,7 @@ class ShardFetcher:
     def need(self, shards: Iterable[int], cancelled: Callable[[], bool] = lambda: False) -> list[Lease]:
         """Wait for these shards, which stay in the cache while the leases live.
 
-        `cancelled`: asked while it waits; true ends that with a Cancelled. Raises StoreError.
+        `cancelled`: asked while it waits; true ends that with a Cancelled, as `release` does. Raises StoreError.
         """
         shards = list(dict.fromkeys(shards))
         with self._changed:
@@ -59,10 +59,11 @@ class ShardFetcher:
             self._needed.update(shards)
             try:
                 self._want(missing + self._wanted)
+                before = self._num_releases
                 while not self._changed.wait_for(
                     lambda: all(s in self._leases or s in self._failed for s in missing), POLL_S
                 ):
-                    if cancelled():
+                    if cancelled() or self._num_releases > before:
                         raise Cancelled
             finally:
                 self._needed -= Counter(shards)
@@ -92,6 +93,12 @@ class ShardFetcher:
             kept = {*chosen, *self._needed}
             self._leases = {shard: lease for shard, lease in self._leases.items() if shard in kept}
             self._want([*self._needed, *chosen])
+
+    def release(self) -> None:
+        """Let go of all shards and end the waits for others."""
+        with self._changed:
+            self._num_releases += 1
+            self._wanted, self._leases = [], {}
 
     def _is_here(self, shard: int) -> bool:
         with self._changed:

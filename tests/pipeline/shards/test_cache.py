@@ -141,6 +141,11 @@ def test_waiting_ends_on_request(store: Store, tmp_path: Path) -> None:
     started = time.monotonic()
     with pytest.raises(Cancelled):
         fetcher.need([1], lambda: True)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(fetcher.need, [1])
+        time.sleep(0.3)
+        fetcher.release()
+        assert isinstance(waiting.exception(RETRY_S / 2), Cancelled)
     assert time.monotonic() - started < RETRY_S / 2
     store.line.fault = no_fault
     fetcher.need([1])
