@@ -52,7 +52,10 @@ def moto_server() -> Iterator[str]:
 
 def put(endpoint: str, name: str, content: bytes = b"") -> None:
     """Make a bucket, or an object `BUCKET/KEY`."""
-    headers = {"Content-Type": "application/octet-stream"}
+    headers = {
+        "Content-Type": "application/octet-stream",
+        "x-amz-acl": "public-read-write",
+    }  # for requests without keys
     urlopen(Request(f"{endpoint}/{name}", content, headers, method="PUT"), timeout=60).close()
 
 
