@@ -48,6 +48,7 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
         environment(line.url),
     ):
         url, local = put_folder(server, folder, "set/train"), open_index(folder)
+        prefix = url.removesuffix("/train")
         num_bytes = sum(local.shard_path(shard).stat().st_size for shard in range(len(local.shards)))
         print(
             f"{len(local):,} images in {len(local.shards)} shards, {num_bytes / 1e6:,.0f} MB; a line of {given.line} MB/s; "
@@ -62,8 +63,8 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
                 epoch(folder, given.batch, line, CacheSettings(Path(cache), streams=given.streams))
             )
             measured["line"].append(bare_line(local, url, line))
-            measured["cold"].append(epoch(url, given.batch, line, CacheSettings(Path(cache), streams=given.streams)))
-            measured["warm"].append(epoch(url, given.batch, line, CacheSettings(Path(cache), streams=given.streams)))
+            measured["cold"].append(epoch(prefix, given.batch, line, CacheSettings(Path(cache), streams=given.streams)))
+            measured["warm"].append(epoch(prefix, given.batch, line, CacheSettings(Path(cache), streams=given.streams)))
     rows = [{"name": name, **_medians(measured[name])} for name in ROWS]
     print_rows(rows, measured, len(local), num_bytes)
     return rows

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Self
 from urllib.request import Request, urlopen
 
+from pipeline.shards.index_file import INDEX_NAME, MANIFEST_NAME
+
 PIECE = 1 << 16
 START_S = 120
 SETTINGS = {
@@ -60,9 +62,11 @@ def put(endpoint: str, name: str, content: bytes = b"") -> None:
 
 
 def put_folder(endpoint: str, folder: Path, prefix: str) -> str:
-    """Upload the tars, the index and the manifest of a folder; returns its URL."""
+    """Upload the tars, the index and the manifest of a folder; returns its URL. Raises ValueError without an index."""
+    if not (folder / INDEX_NAME).exists():
+        raise ValueError(f"{folder}: no {INDEX_NAME}. Write it with `python tools/make_shards.py index {folder}`")
     for path in sorted(folder.iterdir()):
-        if path.suffix == ".tar" or path.name in ("index.npz", "manifest.json"):
+        if path.suffix == ".tar" or path.name in (INDEX_NAME, MANIFEST_NAME):
             put(endpoint, f"photos/{prefix}/{path.name}", path.read_bytes())
     return f"s3://photos/{prefix}"
 
