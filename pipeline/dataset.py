@@ -1,7 +1,7 @@
 """From the settings of the user's guide to a data set of crops and its loader."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from pipeline.loader import MultiCropLoader
 from pipeline.plan import Plan
 from pipeline.quarantine import Quarantine
 from pipeline.sequence import BatchSequence
+from pipeline.shards.cache import CacheSettings
 from pipeline.shards.index import ShardIndex, open_index, split_folder
 from pipeline.shards.storage import resolve_use_mmap
 
@@ -32,6 +33,10 @@ class MultiCropDataset:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def cached(self, settings: CacheSettings) -> "MultiCropDataset":
+        """The same, with another cache for shards that come from a store."""
+        return replace(self, index=self.index.cached(settings))
 
 
 def build_multicrop_dataset(
@@ -52,10 +57,11 @@ def build_multicrop_dataset(
     """Open the shards of one split and describe its crops, globals first.
 
     Sizes are pixels, scales shares of the image's area. A jitter strength s means brightness and contrast s, saturation s / 2
-    and hue s / 4. `data_path` is a folder, or `s3://BUCKET/PREFIX` (two requests per image; see
-    `pipeline.shards.object_store` for what it needs).
+    and hue s / 4. `data_path` is a folder, or a prefix such as `s3://BUCKET/PREFIX` (`pipeline.shards.object_store`), whose
+    shards go through a cache on a local disk (`MultiCropDataset.cached`).
 
-    Raises FileNotFoundError when there are no shards, ValueError when they do not fit their index.
+    Raises FileNotFoundError when there are no shards, ValueError when they do not fit their index, StoreError for a store that
+    does not answer.
     """
     view = augmentation.view
     recipes = [view(global_crop_size, global_crop_scale, global_color_jitter, g) for g in range(num_global_crops)]
@@ -106,7 +112,8 @@ def build_multicrop_dataloader(
         drop_last,
     )
     normalization = Normalization(dataset.mean, dataset.std) if normalized else None
-    return MultiCropLoader(sequence, dataset.recipes, resolve_reader(index.folder, **reader), normalization)
+    folder = index.folder if index.remote is None else index.remote.cache.folder
+    return MultiCropLoader(sequence, dataset.recipes, resolve_reader(folder, **reader), normalization)
 
 
 def resolve_reader(

@@ -1,8 +1,10 @@
 """The loader: an exact, resumable stream of `CropBatch` made by DALI."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from pipeline.crops.device import DeviceError, device_fault
 from pipeline.crops.graph import ReaderOptions
 from pipeline.quarantine import Quarantine
 from pipeline.sequence import BatchSequence, Place
+from pipeline.shards.cache import Lease
 from pipeline.shards.storage import allow_open_files
 from pipeline.window import WINDOW_TARS, Builder, GraphFailed, Window
 
@@ -39,17 +42,22 @@ class MultiCropLoader:
     ) -> None:
         if reader.device == "gpu" and not torch.cuda.is_available():
             raise DeviceError("device gpu: torch sees no CUDA GPU. Use device cpu, or check the driver with nvidia-smi")
-        if not reader.use_mmap:
-            allow_open_files(OPEN_WINDOWS * WINDOW_TARS)  # without a mapping every tar of a window stays open
+        # Without a mapping every tar of a window stays open, and a shard of a store is held by an open file.
+        if opened := (not reader.use_mmap) + (sequence.index.remote is not None):
+            allow_open_files(opened * OPEN_WINDOWS * WINDOW_TARS)
         self.sequence, self.reader, self.normalization = sequence, reader, normalization
         self.index, self.global_batch = sequence.index, sequence.global_batch
         # The compiled operator normalises a crop while it is in the cache; uploaded, it would be four times the bytes.
         self._scaled = normalization is not None and reader.compiled and reader.device == "cpu"
         scaling = normalization.scaling if normalization is not None and self._scaled else None
-        self._make_window = partial(Window, sequence, recipes, reader, scaling)
+        self._fetcher = sequence.index.fetcher()
+        self._make_window = partial(Window, sequence, recipes, reader, scaling, self._fetcher)
         self._epoch = self._position = 0
         self._window: Window | None = None
         self._builder: Builder | None = None
+        self._leases: list[Lease] = []
+        self.store_wait_s = 0.0
+        """Seconds that this loader has waited for an object store."""
 
     def __len__(self) -> int:
         """Steps of a whole epoch."""
@@ -120,21 +128,45 @@ class MultiCropLoader:
             del window
             self._set_aside(rows, message)
 
+    def prepare(self, count: int, cancelled: Callable[[], bool]) -> None:
+        """Wait for the shards of the next `count` batches to come from the store, so that making these cannot fail for it.
+
+        `cancelled`: asked while it waits; true ends that with a Cancelled. Raises StoreError. Neither costs a batch.
+        """
+        if self._fetcher is None:
+            return
+        here, window = next(self.sequence.places_from(self._epoch, self._position)), self._window
+        if window is not None and window.here == here and len(window.places) - window.taken >= count:
+            return
+        if window is not None and window.here != here:
+            self._window = window = None  # it is over: its shards make room for the next ones
+        began, self._leases = time.perf_counter(), []
+        shards = self.sequence.own_shards(list(islice(self.sequence.places_from(*here), count)))
+        self._leases = self._fetcher.need(np.unique(shards).tolist(), cancelled)
+        self.store_wait_s += time.perf_counter() - began
+
     def close(self) -> None:
         """Free the graphs, with their threads and their memory on the device. The next batch builds a new one."""
-        self._window = None
+        self._window, self._leases = None, []
+        if self._fetcher is not None:
+            self._fetcher.release()
         self._take_ahead()
+        if self._fetcher is not None:
+            self._fetcher.release()  # what the window built ahead had fetched for later
 
     def _window_at(self, here: Place) -> Window:
         """The window whose next batch begins at `here`: the one in use, the one built ahead, or a new one."""
         if self._window is not None and self._window.here == here:
             return self._window
         self._window = None  # free the old graph before the new one is filled
-        ahead = self._take_ahead()
-        if ahead is not None and ahead.here == here:
-            return ahead
-        del ahead
-        return self._make_window(here)
+        began = time.perf_counter()
+        window = self._take_ahead()
+        if window is None or window.here != here:
+            window = None
+            window = self._make_window(here)
+        # What it waited for the store in the background, before it was asked for, cost nothing.
+        self.store_wait_s += max(0.0, window.waited[1] - max(window.waited[0], began))
+        return window
 
     def _take_ahead(self) -> Window | None:
         builder, self._builder = self._builder, None

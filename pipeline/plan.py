@@ -41,6 +41,12 @@ class Plan:
     def num_samples(self) -> int:
         return int(self.sizes.sum())
 
+    def shards(self, epoch: int, start: int) -> np.ndarray:
+        """`[n] int64`: the shards that hold the positions of `epoch` from `start` on, in the order of the epoch."""
+        order = permutation(self.seed, epoch, 0, len(self.sizes)) if self.shuffle else np.arange(len(self.sizes))
+        used = order[self.sizes[order] > 0]
+        return used[np.cumsum(self.sizes[used]) > start]
+
     def rows(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """`[stop - start] int64`: the index rows at positions `start..stop` of `epoch`."""
         if not 0 <= start <= stop <= self.num_samples:

@@ -56,6 +56,15 @@ class BatchSequence:
         """`[stop - start] int64`: the index rows of the samples at these positions, stand-ins included."""
         return self.quarantine.replace(self.plan.rows(epoch, start, stop), self.plan.seed, epoch, start)
 
+    def shards_from(self, epoch: int, position: int) -> Iterator[int]:
+        """The shards of the batches from there on, in order, to the end of the next epoch; without those of stand-ins."""
+        yield from self.plan.shards(epoch, position).tolist()
+        yield from self.plan.shards(epoch + 1, 0).tolist()
+
+    def own_shards(self, places: list[Place]) -> np.ndarray:
+        """`[len(places), B]`: the shard of each of this rank's samples."""
+        return self.index.samples["shard"][self.own_rows(places)]
+
     def own_start(self, place: Place) -> int:
         """The position of this rank's first sample of the global batch at `place`."""
         return place[1] + self.rank * self.batch_size

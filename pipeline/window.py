@@ -2,6 +2,7 @@
 
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
@@ -17,6 +18,7 @@ from pipeline.crops.draws import Draws, draw
 from pipeline.crops.graph import ReaderOptions, build_graph, define_graph
 from pipeline.sequence import BatchSequence, Place
 from pipeline.shards.dali_index import write_dali_indices
+from pipeline.shards.fetcher import ShardFetcher
 
 # A graph lists its rows in files and opens each of its tars. A data set larger than this is read by one graph after the
 # other; of a small one, one graph reads many epochs.
@@ -31,14 +33,21 @@ class Feeder:
     """DALI's source of drawn parameters, called once per batch.
 
     It does not refer to its graph: without a reference cycle an unused graph is freed at once, with its threads and memory.
-    `places`: of the global batches; `rows`: `[len(places), B]`, this rank's index rows of each.
+    `places`: of the global batches; `rows`: `[len(places), B]`, this rank's index rows of each. Of shards in a store they go as
+    far as these are here already.
     """
 
-    def __init__(self, sequence: BatchSequence, recipes: tuple[ViewRecipe, ...], place: Place) -> None:
+    def __init__(
+        self, sequence: BatchSequence, recipes: tuple[ViewRecipe, ...], place: Place, fetcher: ShardFetcher | None
+    ) -> None:
         self.sequence, self.recipes = sequence, recipes
         places = list(islice(sequence.places_from(*place), max(1, WINDOW_ROWS // sequence.batch_size)))
         rows = sequence.own_rows(places)
-        self.rows = rows[: fitting_batches(sequence.index.samples["shard"][rows])]
+        self.shards = sequence.index.samples["shard"][rows]
+        count = fitting_batches(self.shards)
+        if fetcher is not None:
+            count = fetcher.ready_batches(self.shards[:count])
+        self.rows, self.shards = rows[:count], self.shards[:count]
         self.places = places[: len(self.rows)]
         self.fed = 0
         self.pending: deque[tuple[np.ndarray, int, Draws]] = deque()
@@ -57,7 +66,9 @@ class Feeder:
 class Window:
     """One DALI graph, and the global batches at `places` of which it makes this rank's part. `place` is the first.
 
-    `scaling`: as in `define_graph`.
+    `scaling`: as in `define_graph`. `waited`: from when to when it waited for the store, of `time.perf_counter`.
+
+    Raises StoreError.
     """
 
     def __init__(
@@ -66,11 +77,18 @@ class Window:
         recipes: tuple[ViewRecipe, ...],
         reader: ReaderOptions,
         scaling: np.ndarray | None,
+        fetcher: ShardFetcher | None,
         place: Place,
     ) -> None:
         self.sequence, self.reader = sequence, reader
-        feeder = self.feeder = Feeder(sequence, recipes, place)
+        feeder = self.feeder = Feeder(sequence, recipes, place, fetcher)
         self.places, self.taken = feeder.places, 0
+        self.waited = (0.0, 0.0)
+        if fetcher is not None:
+            began = time.perf_counter()
+            self.leases = fetcher.need(np.unique(feeder.shards).tolist())
+            self.waited = (began, time.perf_counter())
+            fetcher.ahead(sequence.shards_from(*self.following))
         with tempfile.TemporaryDirectory(prefix="multicrop-hjepa-", ignore_cleanup_errors=True) as folder:
             tars, indices = write_dali_indices(sequence.index, feeder.rows.reshape(-1), Path(folder))
             graph = define_graph(tars, indices, feeder, recipes, sequence.batch_size, reader, scaling)

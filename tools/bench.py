@@ -1,4 +1,4 @@
-"""Measure the project: `python tools/bench.py COMMAND [--json OUT]`, one command for each file in `tools/benchmarks/`."""
+"""Measure the project: `python tools/bench.py COMMAND [--json OUT]`, one command for each subject in `tools/benchmarks/`."""
 
 import argparse
 import json
@@ -9,7 +9,8 @@ from pathlib import Path
 
 from train.command import run_command
 
-COMMANDS = ("convert", "gpu", "pipeline", "save", "scale", "step", "windows")
+COMMANDS = ("convert", "gpu", "pipeline", "save", "scale", "step", "store", "windows")
+MODULES = {"store": "store.command"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     given = sys.argv[1:] if arguments is None else arguments
     for name in [name for name in COMMANDS if name in given[:1]] or COMMANDS:  # one alone, or all for --help
-        module = import_module(f"tools.benchmarks.{name}")
+        module = import_module(f"tools.benchmarks.{MODULES.get(name, name)}")
         command = commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
         command.add_argument("--json", type=Path, metavar="OUT", help="Write the figures to this file too.")
         module.add_arguments(command)

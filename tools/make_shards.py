@@ -2,12 +2,15 @@
 
 import argparse
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from pipeline.notices import notify_after
+from pipeline.shards.object_store import is_remote
+from pipeline.shards.storage import join
 from tools.shards.archives import check_official
 from tools.shards.catalogue import LooseFiles, Source, hold_out
 from tools.shards.classes import with_classes_beside
@@ -24,6 +27,7 @@ from tools.shards.layouts.parquet import delete_spools
 from tools.shards.layouts.source import LAYOUTS, open_source
 from tools.shards.photographs import NUM_SHARDS, photograph_source
 from tools.shards.report import REJECTED_NAME
+from tools.shards.upload import staging_folder, upload_split
 from tools.shards.verify import index_split, split_folders, stats_split, verify_split
 from tools.shards.writer import RECORD_FOLDER
 from train.command import BAD_INPUT, run_command, show_messages
@@ -59,7 +63,18 @@ def add_convert(command: argparse.ArgumentParser) -> None:
     policy, options, default = ImagePolicy(), ConvertOptions(), "default: %(default)s"
     add = command.add_argument
     add("source", type=Path, help="a folder of images, of class folders or of tars; a tar; or a data set as downloaded")
-    add("--out", type=Path, required=True, help="the shards go to OUT/SPLIT")
+    add(
+        "--out",
+        type=place,
+        required=True,
+        help="the shards go to OUT/SPLIT, in a folder or under a prefix such as s3://B/P",
+    )
+    add(
+        "--staging",
+        type=Path,
+        metavar="DIR",
+        help="of --out in a store: written here first; default: in $TMPDIR, deleted after",
+    )
     add("--split", choices=("train", "val"), default="train", help=default)
     add("--val-ratio", type=float, default=0.0, metavar="R", help="hold out this share of every class as OUT/val")
     add("--layout", choices=("auto", *LAYOUTS), default="auto", help="how the source is read; default: detected")
@@ -85,6 +100,11 @@ def add_convert(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=run_convert)
 
 
+def place(text: str) -> Path | str:
+    """A folder, or the prefix of a store."""
+    return text if is_remote(text) else Path(text)
+
+
 def positive(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
@@ -96,7 +116,9 @@ def num_cores() -> int:
 
 
 def run_convert(parsed: argparse.Namespace) -> None:
-    options = convert_options(parsed)
+    options, store = convert_options(parsed), parsed.out if is_remote(parsed.out) else None
+    if store:
+        parsed.out = staging_folder(store, parsed.staging, parsed.num_tasks)
     if parsed.official:
         with notify_after(2, f"computing the md5 of {parsed.source} ..."):
             print(f"official md5: {', '.join(check_official(parsed.source))}")
@@ -116,6 +138,18 @@ def run_convert(parsed: argparse.Namespace) -> None:
     results = [convert_and_report(part, parsed.out / split, split, options) for split, part in parts.items()]
     if all(result.complete for result in results):
         delete_spools(spools)
+        if store:
+            upload_and_report(parsed, store, list(parts))
+
+
+def upload_and_report(parsed: argparse.Namespace, store: str, splits: list[str]) -> None:
+    for split in splits:
+        url = join(store, split)
+        written = upload_split(parsed.out / split, url)
+        print(f"{url}: {f'{written} files uploaded' if written else 'already complete'}")
+    if parsed.staging is None:
+        for split in splits:
+            shutil.rmtree(parsed.out / split)
 
 
 def check_apart(source: Source, out: Path) -> None:

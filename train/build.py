@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from pipeline.dataset import (
     resolve_device,
 )
 from pipeline.loader import MultiCropLoader
+from pipeline.shards.cache import CacheSettings
 from pipeline.shards.index import open_index, split_folder
 from pipeline.tuning import ReaderSettings, candidates, tune
 from train.config.schema import Config
@@ -59,7 +61,14 @@ def build_dataset(config: Config) -> MultiCropDataset:
         global_color_jitter=crops.global_color_jitter,
         local_color_jitter=crops.local_color_jitter,
         augmentation=Augmentation(**data.augmentation.model_dump()),
-    )
+    ).cached(cache_settings(config))
+
+
+def cache_settings(config: Config) -> CacheSettings:
+    """Where the shards of a store are kept."""
+    data = config.data
+    folder = Path(data.cache_dir).expanduser() if data.cache_dir else None
+    return CacheSettings(folder, int(data.cache_size_gb * 1e9), data.store_retry_s, data.store_streams)
 
 
 def build_loader(
@@ -194,7 +203,7 @@ def build_evaluation_loaders(config: Config, shuffle: bool = False) -> tuple[Mul
     check_classes(*indices)
     for folder, index in zip(folders, indices, strict=True):
         dataset = centre_crop_dataset(
-            index,
+            index.cached(cache_settings(config)),
             config.data.multicrop.global_crop_size,
             config.evaluation.crop_ratio,
             config.data.augmentation.mean,

@@ -1,20 +1,27 @@
-"""How far a run is and how well it goes: its counts, the guard against non-finite steps, the collapse alarm, the heartbeat."""
+"""How far a run is and how well it goes: its counts, guards against non-finite steps and failing stores, the collapse alarm,
+the heartbeat."""
 
 import json
 import logging
 import os
 import resource
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+from pipeline.shards.fetcher import Cancelled
+from pipeline.shards.object_store import StoreError
 from train.distributed import Ranks
 from train.output.log import mean_std, rankme
+
+if TYPE_CHECKING:
+    from pipeline.loader import MultiCropLoader
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +39,8 @@ class RunState:
     loss_last: float | None = None
     train_s: float = 0.0
     wait_s: float = 0.0
+    store_wait_s: float = 0.0
+    """Of `wait_s`: for an object store."""
     bad_samples: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
@@ -139,13 +148,53 @@ class Speed:
     """Images per second and the share of time spent waiting for data, from one logging step to the next."""
 
     def __init__(self, state: RunState) -> None:
-        self._before = (state.images, state.train_s, state.wait_s)
+        self._before = self._totals(state)
+
+    @staticmethod
+    def _totals(state: RunState) -> tuple[float, ...]:
+        return state.images, state.train_s, state.wait_s, state.store_wait_s
 
     def since_last(self, state: RunState) -> dict[str, float]:
-        now = (state.images, state.train_s, state.wait_s)
-        images, train_s, wait_s = (new - old for new, old in zip(now, self._before, strict=True))
+        now = self._totals(state)
+        images, train_s, wait_s, store_wait_s = (new - old for new, old in zip(now, self._before, strict=True))
         self._before = now
-        return {"images_per_s": images / train_s, "data_wait_percent": 100 * wait_s / train_s}
+        return {
+            "images_per_s": images / train_s,
+            "data_wait_percent": 100 * wait_s / train_s,
+            "store_wait_percent": 100 * store_wait_s / train_s,
+        }
+
+
+class StoreGuard:
+    """Has the shards of every step here before it begins: on a failing store the run can still save what it has."""
+
+    def __init__(self) -> None:
+        self.error: OSError | None = None
+        self._counted = 0.0
+
+    def failed(self, loader: "MultiCropLoader", batches: int, state: RunState, stopped: Callable[[], bool]) -> bool:
+        """Wait for the shards of the next `batches` batches, unless `stopped`; whether they do not come, and why in `error`."""
+        started = time.perf_counter()
+        try:
+            if self.error is None:
+                loader.prepare(batches, stopped)
+        except Cancelled:
+            pass  # the caller asks as well
+        except OSError as error:  # of the store, or of the cache's disk
+            self.error = error
+        waited = time.perf_counter() - started
+        state.wait_s, state.train_s = state.wait_s + waited, state.train_s + waited
+        state.store_wait_s += loader.store_wait_s - self._counted
+        self._counted = loader.store_wait_s
+        return self.error is not None
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """End what reads the store where this fails: no further step begins, and those before are saved."""
+        try:
+            yield
+        except StoreError as error:
+            self.error = error
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:

@@ -31,7 +31,7 @@ from train.checkpoint import (
 from train.config.schema import Config
 from train.distributed import Ranks, Watchdog, replicated
 from train.evaluation.online import OnlineEvaluation
-from train.monitor import CollapseAlarm, Heartbeat, RunningMeans, RunState, Speed, StepGuard, memory_metrics
+from train.monitor import CollapseAlarm, Heartbeat, RunningMeans, RunState, Speed, StepGuard, StoreGuard, memory_metrics
 from train.optim import build_optimizer
 from train.output.advice import advice, limiting_key
 from train.output.display import Display, summary_table
@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 
 STOPPED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint; the same command continues from it
 NOT_WRITTEN = 4  # the disk refused the last checkpoint or the summary
+STORE_FAILED = 2  # the object store did not give the next shards; the last checkpoint is of the last step
 DIVERGED = 3  # too many steps without finite numbers; the last checkpoint is sound
 STATUSES = {0: "complete", STOPPED: "stopped", DIVERGED: "diverged"}
 
@@ -78,6 +79,7 @@ class Trainer:
         self._console = Console(quiet=True)
         self._probe: OnlineEvaluation | None = None
         self._heartbeat: Heartbeat | None = None
+        self._store = StoreGuard()
         self._wandb: Any = None
         self._continue_from(RunState())
 
@@ -136,7 +138,7 @@ class Trainer:
         return self.state.skipped_in_a_row >= self.config.training.max_skipped_steps
 
     def fit(self, stop: StopSignal) -> int:
-        """Train to the end: 0, STOPPED or DIVERGED. A run that diverges goes back to its last checkpoint, once to each."""
+        """Train to the end: 0, STOPPED, STORE_FAILED or DIVERGED. A run that diverges goes back to its last checkpoint, once."""
         rolled_back_to: Path | None = None
         while True:
             self._train(stop)
@@ -162,6 +164,9 @@ class Trainer:
         if self.complete:
             return 0
         self.ranks.any(False)  # torchrun gives the others half a minute once one rank has left
+        if self._store.error is not None:
+            log.error(f"{self._store.error}; saved at step {state.step}, from which the same command continues")
+            return STORE_FAILED
         log.info(f"stopped at step {state.step}; the same command continues from there")
         return STOPPED
 
@@ -174,7 +179,7 @@ class Trainer:
             Display(self._console, name, *progress) as display,
             Watchdog(self.ranks, config.training.timeout_s) as watchdog,
         ):
-            while not self.complete and not self.diverged and not self.ranks.any(stop.asked):
+            while not self.complete and not self.diverged and not self.ranks.any(self._must_stop(stop)):
                 values = self.step()
                 if values and metrics is not None:
                     metrics.write(self.state.step, values)
@@ -190,6 +195,10 @@ class Trainer:
                 if due or self.complete:
                     self.save()
                 watchdog.beat()
+
+    def _must_stop(self, stop: StopSignal) -> bool:
+        parts = self.config.training.accumulation_steps
+        return self._store.failed(self.loader, parts, self.state, lambda: stop.asked) or stop.asked
 
     def step(self) -> dict[str, float]:
         """Take one optimiser step. At a logging step, what metrics.jsonl records of it; else nothing."""
@@ -249,11 +258,12 @@ class Trainer:
     def _evaluate_online(self, metrics: MetricsLog | None) -> None:
         """Measure k-NN and draw, on rank 0, while the others wait."""
         if self._probe is not None:
-            values = self._probe.online()
-            self.state.knn, self.state.knn_step = values.get("knn"), self.state.step
-            if metrics is not None:
-                metrics.write(self.state.step, values)
-            self._draw(self._probe, metrics)
+            with self._store.noting():
+                values = self._probe.online()
+                self.state.knn, self.state.knn_step = values.get("knn"), self.state.step
+                if metrics is not None:
+                    metrics.write(self.state.step, values)
+                self._draw(self._probe, metrics)
         self.ranks.any(False)
 
     def _open_metrics(self) -> AbstractContextManager[MetricsLog | None]:
@@ -276,6 +286,7 @@ class Trainer:
         assert probe is not None, "evaluate() is for rank 0, after open()"
         self._console.print("evaluating and drawing ...", style="dim")
         self._set_status("evaluating")
+        self.loader.close()
         try:
             with self._open_metrics() as metrics:
                 summary = write_summary(folder, self.config, state, probe, self.model.encoder.width)

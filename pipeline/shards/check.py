@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from pipeline.shards.object_store import is_s3, read_ranges
 from pipeline.shards.scan import IMAGE_EXTENSIONS
 from pipeline.shards.tar import head_kind
 
@@ -21,16 +20,11 @@ CHUNK = 32
 def check_shards(places: Sequence[str], samples: np.ndarray, counts: np.ndarray, index: str, rebuild: str) -> None:
     """Raise ValueError for the first tar that is not as the index says, with the number of others.
 
-    At most a `stat` and two reads of 512 bytes for each, on S3 three range requests. `places`: the tars. `samples`, `counts`:
-    as in `ShardIndex`. `index`: the name of the index. `rebuild`: how to make it again.
+    At most a `stat` and two reads of 512 bytes for each. `places`: the tars. `samples`, `counts`: as in `ShardIndex`. `index`:
+    the name of the index. `rebuild`: how to make it again.
     """
-    used = np.flatnonzero(counts)
-    ends = np.cumsum(counts)[used]
-    pairs = samples[np.stack([ends - counts[used], ends - 1], axis=1)]  # [shards, 2]: first and last sample
-    sane = (pairs["shard"] == used[:, None]) & (pairs["offset"] >= BLOCK) & (pairs["offset"] % BLOCK == 0)
-    if not (sane & (pairs["size"] >= 0)).all():
-        raise ValueError(f"{index}: damaged, or not ordered by shard. {rebuild}")
-    tasks = [(places[shard], pair) for shard, pair in zip(used.tolist(), pairs, strict=True)]
+    pairs = first_and_last(samples, counts, index, rebuild)
+    tasks = [(places[shard], pair) for shard, pair in pairs.items()]
     chunks = [tasks[k : k + CHUNK] for k in range(0, len(tasks), CHUNK)]
     with ThreadPoolExecutor(THREADS) as pool:
         faults = [fault for chunk in pool.map(_faults, chunks) for fault in chunk]
@@ -39,33 +33,27 @@ def check_shards(places: Sequence[str], samples: np.ndarray, counts: np.ndarray,
         raise ValueError(faults[0] + more)
 
 
+def first_and_last(samples: np.ndarray, counts: np.ndarray, index: str, rebuild: str) -> dict[int, np.ndarray]:
+    """`[2]` of SAMPLE_DTYPE by shard that has samples. Raises ValueError for an index that is not ordered by shard."""
+    used = np.flatnonzero(counts)
+    ends = np.cumsum(counts)[used]
+    pairs = samples[np.stack([ends - counts[used], ends - 1], axis=1)]  # [shards, 2]
+    sane = (pairs["shard"] == used[:, None]) & (pairs["offset"] >= BLOCK) & (pairs["offset"] % BLOCK == 0)
+    if not (sane & (pairs["size"] >= 0)).all():
+        raise ValueError(f"{index}: damaged, or not ordered by shard. {rebuild}")
+    return dict(zip(used.tolist(), pairs, strict=True))
+
+
 def _faults(tasks: list[tuple[str, np.ndarray]]) -> list[str]:
-    if not is_s3(tasks[0][0]):
-        return [fault for place, pair in tasks if (fault := _local_fault(place, pair))]
-    wanted = [[*_headers(pair), _last_byte(pair)] for _, pair in tasks]
-    try:
-        blocks = read_ranges([place for place, _ in tasks], wanted)
-    except FileNotFoundError as error:
-        # One bad object fails them all: find out which.
-        return [str(error)] if len(tasks) == 1 else [fault for task in tasks for fault in _faults([task])]
-    return [
-        fault
-        for (place, pair), parts in zip(tasks, blocks, strict=True)
-        if (fault := _header_fault(place, pair, parts[:2], parts[0]))
-    ]
+    return [fault for place, pair in tasks if (fault := shard_fault(place, pair))]
 
 
 def _headers(pair: np.ndarray) -> list[tuple[int, int]]:
     return [(offset - BLOCK, BLOCK) for offset in pair["offset"].tolist()]
 
 
-def _last_byte(pair: np.ndarray) -> tuple[int, int]:
-    """The used part of the last sample's last block: it can only be read if the object is long enough."""
-    last = int(pair["offset"][1] + pair["size"][1]) - 1
-    return last // BLOCK * BLOCK, last % BLOCK + 1
-
-
-def _local_fault(place: str, pair: np.ndarray) -> str | None:
+def shard_fault(place: str, pair: np.ndarray) -> str | None:
+    """What is wrong with a tar whose first and last sample the index has as `pair`."""
     try:
         with open(place, "rb") as file:
             descriptor = file.fileno()

@@ -23,6 +23,6 @@ def write_dali_indices(index: ShardIndex, rows: np.ndarray, folder: Path) -> tup
         ]
         path = folder / f"{len(tars):06d}.idx"
         path.write_text(f"v1.2 {len(lines)}\n" + "\n".join(lines) + "\n")
-        tars.append(index.shard_place(run["shard"][0]))
+        tars.append(os.fspath(index.shard_path(run["shard"][0])))
         names.append(os.fspath(path))
     return tars, names

@@ -11,6 +11,7 @@ from typing import BinaryIO
 import numpy as np
 
 INDEX_NAME = "index.npz"
+MANIFEST_NAME = "manifest.json"  # beside it
 UNLABELLED = -1
 
 # One row per sample. `offset` and `size` (bytes) span the encoded image inside the tar; height and width are pixels.

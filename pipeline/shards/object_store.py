@@ -1,103 +1,200 @@
-"""Objects on `s3://`, read by DALI's own S3 client, so that no other one is needed.
+"""Objects on `s3://`, `gs://`, `az://`, `hf://` and `https://`, read through fsspec.
 
-The client takes its settings from the environment when a process first uses it (`AWS_ENDPOINT_URL` for anything but Amazon's own,
-credentials and region as for any AWS tool) and keeps them. Every read is a range request: correct, but slow. Where the disk is
-large enough, shards copied to it beforehand feed a GPU better.
+A store takes its settings from the environment as its own tools do (`AWS_ENDPOINT_URL` and `AWS_PROFILE`,
+`GOOGLE_APPLICATION_CREDENTIALS`, `AZURE_STORAGE_ACCOUNT_NAME`, `HF_TOKEN`). A failing one is asked again, with pauses that grow,
+by this module alone: the clients' own repetitions are switched off.
 """
 
+import asyncio
+import logging
 import os
-import tempfile
-from collections.abc import Sequence
+import random
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
+log = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
 
-SCHEME = "s3://"
-BLOCK = 512  # DALI reads from multiples of a tar's block alone
-Range = tuple[int, int]  # offset and size in bytes
-
-
-def is_s3(place: Path | str) -> bool:
-    return isinstance(place, str) and place.startswith(SCHEME)
-
-
-def download(url: str) -> bytes:
-    """A whole object, held in memory. Raises FileNotFoundError that says what to set."""
-    fn, pipeline_def = _dali()
-
-    @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
-    def graph() -> Any:
-        return fn.readers.file(files=[_checked(url)], prefetch_queue_depth=1)[0]
-
-    return _run(graph, url)[0]
-
-
-def read_ranges(urls: Sequence[str], ranges: Sequence[Sequence[Range]]) -> list[list[bytes]]:
-    """The given ranges of each object, whose offsets are multiples of BLOCK.
-
-    Raises FileNotFoundError for an object that cannot be read, or that ends before one of its ranges does.
-    """
-    fn, pipeline_def = _dali()
-    with tempfile.TemporaryDirectory(prefix="multicrop-hjepa-") as folder:
-        paths = [os.path.join(folder, f"{i}.idx") for i in range(len(urls))]
-        for path, parts in zip(paths, ranges, strict=True):
-            lines = [f"part {offset} {size} {k}.part" for k, (offset, size) in enumerate(parts)]
-            Path(path).write_text("\n".join([f"v1.2 {len(lines)}", *lines, ""]))
-        count = sum(map(len, ranges))
-
-        @pipeline_def(batch_size=count, num_threads=1, device_id=None, prefetch_queue_depth=1)
-        def graph() -> Any:
-            return fn.readers.webdataset(
-                paths=list(map(_checked, urls)),
-                index_paths=paths,
-                ext=["part"],
-                missing_component_behavior="error",
-                dont_use_mmap=True,
-                prefetch_queue_depth=1,
-            )
-
-        found = iter(_run(graph, urls[0] if len(urls) == 1 else f"{len(urls)} objects from {urls[0]} on"))
-    return [[next(found) for _ in parts] for parts in ranges]
+# The scheme, the extra that installs its client, and what the client needs to know.
+STORES = {
+    "s3": ("s3", "AWS_ENDPOINT_URL (of another store than Amazon's), AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE"),
+    "gs": ("gs", "GOOGLE_APPLICATION_CREDENTIALS, or `gcloud auth application-default login`"),
+    "az": ("az", "AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY, or AZURE_STORAGE_CONNECTION_STRING"),
+    "hf": ("hf", "HF_TOKEN, for a data set that is not public"),
+    "https": ("https", "the proxy and the server's permissions"),
+    "http": ("https", "the proxy and the server's permissions"),
+}  # fmt: skip
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 30.0
+ONCE_S = 10.0  # of trying again where somebody waits at a terminal: an index, a listing
+STALLED_S = 30.0  # without a byte
+# Neither a pause nor another request makes a missing name or a wrong URL right.
+FINAL = (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError)
+# What the clients raise: OSError has most of fsspec's own, and the others are not to be had without importing all of them.
+CLIENT_MODULES = (
+    "aiohttp",
+    "botocore",
+    "aiobotocore",
+    "gcsfs",
+    "google",
+    "azure",
+    "huggingface_hub",
+    "httpx",
+    "requests",
+)
 
 
-def _dali() -> tuple[Any, Any]:
-    # On first use: DALI takes a second to import, and most indices lie on a disk.
-    from nvidia.dali import fn, pipeline_def
-
-    return fn, pipeline_def
+class StoreError(OSError):
+    """A store does not give what the run needs, after all repetitions."""
 
 
-def _checked(url: str) -> str:
-    bucket, _, key = url.removeprefix(SCHEME).partition("/")
-    if not bucket or not key.strip("/"):
-        raise FileNotFoundError(f"{url}: not a place on S3; write s3://BUCKET/PREFIX")
-    return url
+class MissingObject(StoreError, FileNotFoundError):
+    """A store says that there is no such object."""
 
 
-def _run(graph: Any, what: str) -> list[bytes]:
+def scheme(place: Path | str) -> str:
+    """`s3` of `s3://...`; "" for a local path."""
+    name = place.partition("://")[0] if isinstance(place, str) and "://" in place else ""
+    return name if name in STORES else ""
+
+
+def check_prefix(url: str) -> None:
+    """Raise ValueError for a URL of a store that does not name a bucket."""
+    kind, _, rest = url.partition("://")
+    if not rest.strip("/").partition("/")[0]:
+        raise ValueError(f"{url}: not a place in a store; write {kind}://BUCKET/PREFIX")
+
+
+def is_remote(place: Path | str) -> bool:
+    return scheme(place) != ""
+
+
+def read(url: str, retry_s: float = ONCE_S) -> bytes:
+    """A whole small object. Raises MissingObject or StoreError."""
+    return repeated(lambda fresh: _open(url, fresh, "cat_file")(), url, retry_s)
+
+
+def read_range(url: str, offset: int, size: int, retry_s: float = ONCE_S) -> bytes:
+    """`size` bytes of an object, fewer when it ends before. Raises MissingObject or StoreError."""
+    return repeated(lambda fresh: _open(url, fresh, "cat_file")(start=offset, end=offset + size), url, retry_s)
+
+
+def sizes(folder: str) -> dict[str, int] | None:
+    """The size of each object directly under the prefix, by name; None where the store does not list them."""
+    if scheme(folder) in ("http", "https"):
+        return None
     try:
-        built = graph()
-        built.build()
-        (output,) = built.run()
-        return [bytes(np.asarray(output.at(i))) for i in range(len(output))]
-    except RuntimeError as error:
-        raise FileNotFoundError(f"{what}: {_explain(str(error))}") from None
+        entries = repeated(lambda fresh: _open(folder, fresh, "ls")(detail=True), folder, ONCE_S)
+    except StoreError:
+        return None
+    return {entry["name"].rpartition("/")[2]: int(entry["size"] or 0) for entry in entries if entry["type"] == "file"}
 
 
-def _explain(message: str) -> str:
-    """DALI's error as one line that names the settings; S3 often does not say whether a key is absent or forbidden."""
-    reason = message.split("encountered:")[-1].strip()
-    if "current_wds_shard->Read" in reason or "outside of the archive" in reason:
-        return "the object ends before the bytes that the index names: truncated, or of another data set"
-    detail = reason.partition("curlCode")[2]
-    found = f"curl error{detail.splitlines()[0]}" if detail else "no such bucket or key, or no permission to read it"
-    if "S3" not in reason:
-        found = reason.splitlines()[0]
-    endpoint = os.environ.get("AWS_ENDPOINT_URL")
-    keys = "set" if os.environ.get("AWS_ACCESS_KEY_ID") and os.environ.get("AWS_SECRET_ACCESS_KEY") else "not set"
-    return (
-        f"cannot be read from S3 ({found}). Check the name; AWS_ENDPOINT_URL (is "
-        f"{endpoint or 'not set: Amazon itself'}), AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (are {keys}; AWS_PROFILE "
-        "or a machine's role serve as well) and AWS_DEFAULT_REGION must be set before the process starts"
-    )
+def download(url: str, path: Path, fresh: bool = False) -> None:
+    """Stream a whole object into a file, once: for `repeated`, which understands what it raises."""
+    _open(url, fresh, "get_file")(str(path))
+
+
+def upload(path: Path, url: str, retry_s: float) -> None:
+    """Write a file to an object, which appears under its name when it is complete. Raises StoreError."""
+
+    def put(fresh: bool) -> None:
+        system, place = _file_system(url, fresh)
+        system.put_file(str(path), place)
+
+    repeated(put, url, retry_s)
+
+
+def repeated(ask: Callable[[bool], Answer], url: str, retry_s: float) -> Answer:
+    """The answer of `ask(fresh)`, asked again for `retry_s` seconds while the store fails; `fresh`: with a new connection and
+    credentials that are read anew.
+
+    Raises MissingObject at once for an object that does not exist, and StoreError when the time is over.
+    """
+    started, pause, fresh = time.monotonic(), FIRST_PAUSE_S, False
+    while True:
+        try:
+            return ask(fresh)
+        except StoreError:
+            raise
+        except FINAL as error:
+            kind = MissingObject if isinstance(error, FileNotFoundError) else StoreError
+            raise kind(f"{url}: {explain(error)}. {_what_to_check(url)}") from None
+        except Exception as error:
+            if not _is_of_the_store(error):
+                raise
+            denied = isinstance(error, PermissionError) and not _names_credentials(error)  # no pause will change that
+            left = 0.0 if denied else retry_s - (time.monotonic() - started)
+            if left <= 0:
+                tried = "" if denied else f", tried for {retry_s:g} s"
+                raise StoreError(f"{url}: {explain(error)}{tried}. {_what_to_check(url)}") from None
+            fresh = _names_credentials(error)
+            wait = min(pause * random.uniform(0.75, 1.25), left)  # many ranks shall not come back at the same moment
+            if pause > 1:
+                log.warning(f"{url}: {explain(error)}; trying again in {wait:.0f} s")
+            time.sleep(wait)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+def explain(error: BaseException) -> str:
+    """A client's error in one line."""
+    said = getattr(error, "strerror", None) or str(error)
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    if isinstance(error, FileNotFoundError):
+        return "no such object, bucket or container"
+    if isinstance(error, TimeoutError | asyncio.TimeoutError):
+        return "no answer in time"
+    return (lines[0][:200] if lines else type(error).__name__).rstrip(".")
+
+
+def _is_of_the_store(error: Exception) -> bool:
+    return isinstance(error, OSError | asyncio.TimeoutError) or type(error).__module__.startswith(CLIENT_MODULES)
+
+
+def _names_credentials(error: Exception) -> bool:
+    return "credential" in str(error).lower() or "token" in str(error).lower()
+
+
+def _what_to_check(url: str) -> str:
+    return f"Check the name, the network and {STORES[scheme(url)][1]}"
+
+
+def _open(url: str, fresh: bool, method: str) -> Callable[..., Any]:
+    system, place = _file_system(url, fresh)
+    return partial(getattr(system, method), place)
+
+
+_SYSTEMS: dict[tuple[int, str], Any] = {}  # by process, as a fork copies no connection, and scheme
+
+
+def _file_system(url: str, fresh: bool = False) -> tuple[Any, str]:
+    """fsspec's file system for a URL, and the URL as it names it; `fresh`: not the one used so far."""
+    kind = scheme(url)
+    system = _SYSTEMS.get((os.getpid(), kind))
+    if system is None or fresh:
+        import fsspec  # here, so that shards on a local disk need no client
+
+        try:
+            client = fsspec.get_filesystem_class(kind)
+            system = client(**_settings(kind), use_listings_cache=False, skip_instance_cache=True)
+        except ImportError as error:
+            missing = str(error).rstrip(".")
+            raise ValueError(f"{missing}. For {kind}:// run `pip install -e '.[{STORES[kind][0]}]'`") from None
+        if kind == "s3":
+            system.retries = 1
+        _SYSTEMS[os.getpid(), kind] = system
+    return system, system._strip_protocol(url)
+
+
+def _settings(kind: str) -> dict[str, Any]:
+    if kind == "s3":
+        once = {"retries": {"total_max_attempts": 1}, "connect_timeout": STALLED_S, "read_timeout": STALLED_S}
+        return {"config_kwargs": once, "max_concurrency": 1}
+    if kind in ("http", "https"):
+        import aiohttp
+
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALLED_S, sock_read=STALLED_S)
+        return {"client_kwargs": {"timeout": timeout}}
+    return {}

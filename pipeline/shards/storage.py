@@ -1,11 +1,11 @@
-"""Where shards lie: a folder of files, or a prefix on S3; and how their file system wants to be read."""
+"""Where shards lie: a folder of files, or a prefix in a store; and how their file system wants to be read."""
 
 import os
 import re
 import resource
 from pathlib import Path
 
-from pipeline.shards.object_store import SCHEME, is_s3, read_ranges
+from pipeline.shards import object_store
 
 # File systems whose pages come over a network. Reads through a mapping go there page by page, plain reads in larger pieces.
 NETWORK_TYPES = frozenset(
@@ -17,29 +17,22 @@ MOUNTS = Path("/proc/self/mountinfo")
 
 
 def join(folder: Path | str, name: str) -> str:
-    """The place of `name` in a folder, as DALI wants it."""
-    if isinstance(folder, str) and is_s3(folder):
-        return f"{SCHEME}{folder.removeprefix(SCHEME).strip('/')}/{name}"
+    """The place of `name` in a folder or under a prefix."""
+    if isinstance(folder, str) and object_store.is_remote(folder):
+        return f"{folder.rstrip('/')}/{name}"
     return os.path.join(folder, name)
 
 
 def read_range(place: str, offset: int, size: int) -> bytes:
-    """`size` bytes of a shard, fewer when the file ends before. Raises OSError. On S3 `offset` is a multiple of 512."""
-    if is_s3(place):
-        return read_ranges([place], [[(offset, size)]])[0][0]
+    """`size` bytes of a shard, fewer when the file ends before. Raises OSError."""
+    if object_store.is_remote(place):
+        return object_store.read_range(place, offset, size)
     with open(place, "rb") as file:
         return os.pread(file.fileno(), size, offset)
 
 
 def resolve_use_mmap(use_mmap: bool | str, folder: Path | str) -> bool:
-    """`auto` -> whether shards in `folder` are best read through a memory mapping: on local disks, not over a network.
-
-    Raises ValueError for True on S3.
-    """
-    if is_s3(folder):
-        if use_mmap is True:
-            raise ValueError(f"data.use_mmap: true, but {folder} lies on S3, where nothing can be mapped; write auto")
-        return False
+    """`auto` -> whether shards in `folder` are best read through a memory mapping: on local disks, not over a network."""
     if isinstance(use_mmap, bool):
         return use_mmap
     kind = file_system(folder)
@@ -71,7 +64,7 @@ def allow_open_files(count: int) -> None:
     if soft != resource.RLIM_INFINITY and soft < needed:
         if hard != resource.RLIM_INFINITY and hard < needed:
             raise ValueError(
-                f"reading the shards without mmap needs {needed} open files and this system allows {hard}. Raise it "
+                f"reading the shards needs {needed} open files and this system allows {hard}. Raise it "
                 "(`ulimit -Hn`, or LimitNOFILE of the service), or set data.use_mmap=true"
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -29,23 +29,24 @@ def memory_folder() -> Path | None:
 
 
 @contextmanager
-def benchmark_shards(given: Path | None, num_images: int, workers: int) -> Iterator[Path]:
+def benchmark_shards(given: Path | None, num_images: int, workers: int, num_shards: int = 4) -> Iterator[Path]:
     """The folder of the training shards in `given` or, without it, of temporary ones with `num_images` photographs."""
     if given:
         yield Path(split_folder("custom", given, "train"))
         return
     with tempfile.TemporaryDirectory(dir=memory_folder()) as temporary:
-        yield photograph_shards(Path(temporary), num_images, workers)
+        yield photograph_shards(Path(temporary), num_images, workers, num_shards=num_shards)
 
 
-def photograph_shards(folder: Path, num_images: int, workers: int, kind: str = "JPEG") -> Path:
+def photograph_shards(folder: Path, num_images: int, workers: int, kind: str = "JPEG", num_shards: int = 4) -> Path:
     """Write `num_images` photographs and their shards; returns the folder of the shards."""
     for number, content in enumerate(photographs(num_images, kind)):
         path = folder / "source" / f"class{number % NUM_CLASSES:02d}" / f"{number:06d}{EXTENSIONS[kind]}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     shards = folder / "shards"
-    convert(open_source(folder / "source", "train"), shards, "train", ConvertOptions(workers=workers, num_shards=4))
+    options = ConvertOptions(workers=workers, num_shards=num_shards)
+    convert(open_source(folder / "source", "train"), shards, "train", options)
     return shards
 
 

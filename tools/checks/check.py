@@ -13,7 +13,7 @@ LOCKED = "pip install --require-hashes -r requirements.lock"
 
 @dataclass(frozen=True)
 class Case:
-    """What is to run here. `data`: folder or s3:// prefix of the shards; `out`: folder of the runs; None: not given."""
+    """What is to run here. `data`: folder, or prefix in a store, of the shards; `out`: folder of the runs; None: not given."""
 
     config: Config | None = None
     data: str | None = None

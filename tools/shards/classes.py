@@ -79,7 +79,7 @@ def _classes_of(folder: Path) -> Manifest | None:
     classes = read_object(plan, f"Remove {folder} and convert again").get("classes")
     if not classes or not isinstance(classes, list):
         return None
-    return Manifest("", tuple(map(str, classes)), (), {}, None)
+    return Manifest("", tuple(map(str, classes)), (), {}, {}, None)
 
 
 def _has_labels(folder: Path) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
 
 from pipeline.quarantine import allowed_bad
 from pipeline.shards.index import UNLABELLED
@@ -21,7 +22,6 @@ from pipeline.shards.manifest import read_object
 from tools.shards.catalogue import Source
 from tools.shards.file_kinds import describe_left_out
 from tools.shards.images import ImagePolicy
-from tools.shards.progress import ShardProgress
 from tools.shards.report import finish_split
 from tools.shards.writer import (
     IDENTITY_NAME,
@@ -34,10 +34,12 @@ from tools.shards.writer import (
     write_file,
     write_shard,
 )
+from train.output.display import ProgressDisplay
 
 SHARD_BYTES = 256 << 20
 SHARD_SAMPLES = 10_000
 MAX_TRIED = 1_000
+MB = 1e6
 TAR_OVERHEAD = 3_000  # bytes per image: headers, padding, `cls` and `json`
 IN_WORDS = {"source": "the images, or --val-ratio,", "prefix": "the name of the source"}
 
@@ -126,6 +128,18 @@ def _claim_folder(conversion: Conversion, options: ConvertOptions) -> None:
             f"{folder}: holds shards of another conversion ({changed} differ): use the same options, choose another "
             "--out, or remove that folder"
         )
+
+
+class ShardProgress(ProgressDisplay):
+    """Images, bytes and rejects of a run over `num_images`, on stderr. Call `update` with totals so far."""
+
+    def __init__(self, what: str, num_images: int) -> None:
+        super().__init__(Console(stderr=True), what, "image", num_images, transient=True)
+
+    def update(self, images: int, num_bytes: int, rejects: int) -> None:
+        passed = max(time.monotonic() - self._started, 1e-6)
+        speed = f"{images / passed:,.0f} images/s · {num_bytes / MB / passed:,.0f} MB/s"
+        self.show(images, f"{speed} · {rejects} rejected")
 
 
 def _run_workers(conversion: Conversion, shards: range, options: ConvertOptions) -> int:

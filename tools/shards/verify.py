@@ -72,7 +72,7 @@ def verify_split(folder: Path, workers: int) -> list[str]:
     try:
         index = open_index(folder)
         if manifest:
-            check_class_count(index, manifest)
+            check_class_count(folder, index.samples["label"], manifest)
     except ValueError as error:
         return [str(error)]
     foreign = set(checksums) ^ set(index.shards) if checksums else set()

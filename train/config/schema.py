@@ -64,7 +64,15 @@ class Augmentation(Section):
 class Data(Section):
     dataset: Literal["imagenet", "cifar10", "cifar100", "fashion_mnist", "sample", "custom"] = "imagenet"
     data_path: PathText
-    """Folder or s3:// prefix that holds train/ and val/ with their shards."""
+    """Folder, or prefix of a store (s3://, gs://, az://, hf://, https://), that holds train/ and val/ with their shards."""
+    cache_dir: PathText | None = None
+    """Shards of a store are copied into this folder, which should be on a local disk; null: a folder of the user's in $TMPDIR."""
+    cache_size_gb: PositiveFloat = 100.0
+    """Most that this folder holds; the shards least recently planned are removed first."""
+    store_streams: PositiveInt = 2
+    """Downloads at once of each rank. More help where one connection is slower than the line."""
+    store_retry_s: NonNegativeFloat = 120.0
+    """How long a failing store is asked again before the run saves a checkpoint and stops."""
     batch_size: PositiveInt = 64
     """Images per rank."""
     num_workers: PositiveInt | Literal["auto"] = "auto"

@@ -85,13 +85,28 @@ def pixel_tokens(patch_size: int) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def spread_rows(index: ShardIndex, most: int) -> ShardIndex:
-    """At most `most` samples of the index, evenly spread over its stored order, so that no class is cut off."""
+    """At most `most` samples of the index, evenly spread over its stored order, so that no class is cut off.
+
+    Of a store they are all samples of a few shards, themselves evenly spread, as every shard has to be fetched whole.
+    """
     count = len(index)
     if count <= most:
         return index
     rows = np.arange(most) * count // most
+    if index.remote is not None:
+        rows = _rows_of_few_shards(index.counts, most)
     samples = index.samples[rows]
     return replace(index, samples=samples, counts=np.bincount(samples["shard"], minlength=len(index.shards)))
+
+
+def _rows_of_few_shards(counts: np.ndarray, most: int) -> np.ndarray:
+    used, firsts = np.flatnonzero(counts), np.cumsum(counts) - counts
+    for number in range(1, len(used) + 1):
+        shards = used[np.arange(number) * len(used) // number]
+        if counts[shards].sum() >= most:
+            break
+    rows = np.concatenate([np.arange(firsts[shard], firsts[shard] + counts[shard]) for shard in shards])
+    return rows[np.arange(most) * len(rows) // most]
 
 
 @torch.inference_mode()
@@ -114,6 +129,8 @@ def extract(loader: MultiCropLoader, extractors: dict[str, Extractor]) -> dict[s
                 stores[name][key][here] = part.to("cpu", STORED)
         labels[here] = batch.labels.cpu()
         done += len(batch.labels)
+    if loader.index.remote is not None:
+        loader.close()  # its shards make room in the cache for those of the training
     return {name: Features(store, labels) for name, store in stores.items()}
 
 

@@ -1,7 +1,6 @@
 """Whether accuracies of two splits mean anything: labels of the same classes in both, a label for each image, and several."""
 
 import logging
-from pathlib import Path
 
 import numpy as np
 
@@ -21,7 +20,7 @@ def check_classes(train: ShardIndex, val: ShardIndex) -> None:
     manifests = [read_manifest(index.folder) for index in (train, val)]
     for index, manifest in zip((train, val), manifests, strict=True):
         if manifest is not None:
-            check_class_count(index, manifest)
+            check_class_count(index.folder, index.samples["label"], manifest)
     ours, theirs = (manifest.classes if manifest else () for manifest in manifests)
     if not ours or not theirs:
         return
@@ -36,10 +35,11 @@ def check_classes(train: ShardIndex, val: ShardIndex) -> None:
     if differing:
         first = differing[0]
         parts.append(f"label {first} is {ours[first]!r} in train and {theirs[first]!r} in val")
+    out = str(val.folder).rpartition("/")[0]
     raise ValueError(
         f"{val.folder}: the classes differ from those of {train.folder}: {'; '.join(parts)}. Accuracies would be wrong. Remove "
-        f"{val.folder} and convert val again beside train (make_shards.py convert SOURCE --out {Path(val.folder).parent} "
-        "--split val): it then takes over train's classes"
+        f"{val.folder} and convert val again beside train (make_shards.py convert SOURCE --out {out} --split val): "
+        "it then takes over train's classes"
     )
 
 

@@ -21,7 +21,14 @@ def advice(config: Config, summary: dict[str, Any]) -> list[str]:
     """`summary` is the content of summary.json. One line for each problem."""
     lines = []
     wait, knn = summary["data_wait_percent"], summary["knn"]
-    if wait > MOST_WAIT_PERCENT and summary["steps"] >= LEAST_STEPS:
+    store_wait = summary.get("store_wait_percent") or 0.0
+    if store_wait > MOST_WAIT_PERCENT and summary["steps"] >= LEAST_STEPS:
+        lines.append(
+            f"slow store: the model waited for shards of {config.data.data_path} {store_wait:.0f} % of the time. More "
+            f"data.store_streams (now {config.data.store_streams}), a store that is nearer, images stored smaller "
+            "(make_shards.py convert --resize 512), or a data.cache_size_gb that holds them all"
+        )
+    elif wait > MOST_WAIT_PERCENT and summary["steps"] >= LEAST_STEPS:
         lines.append(
             f"too slow: the model waited for data {wait:.0f} % of the time. Fewer data.multicrop.num_local_crops (now "
             f"{config.data.multicrop.num_local_crops}), more data.num_workers (now {config.data.num_workers}) and cores, "

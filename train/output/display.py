@@ -72,6 +72,8 @@ class Display(ProgressDisplay):
         epoch, epochs = state.step / self._steps_per_epoch, self._total / self._steps_per_epoch
         speed, wait = state.images / state.train_s, 100 * state.wait_s / state.train_s
         details = f"epoch {epoch:.1f}/{epochs:.4g} · loss {loss} · {speed:.0f} images/s · data wait {wait:.0f}%"
+        if state.store_wait_s:
+            details += f" · store wait {100 * state.store_wait_s / state.train_s:.0f}%"
         if state.bad_samples:
             details += f" · {state.bad_samples} bad samples replaced"
         if state.skipped_steps:
@@ -96,6 +98,8 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("images/s", f"{summary['images_per_s']:.0f}"),
         ("data wait", f"{summary['data_wait_percent']:.1f} %"),
     ]
+    if summary.get("store_wait_percent") is not None:
+        rows.append(("of it for the store", f"{summary['store_wait_percent']:.1f} %"))
     if summary["loss_first"] is not None:
         rows.append(("loss, first -> last", f"{summary['loss_first']:.4f} -> {summary['loss_last']:.4f}"))
     if summary["bad_samples"]:

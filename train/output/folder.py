@@ -26,6 +26,10 @@ FREE_SECTIONS = ("device", "training.", "checkpoint.", "logging.", "evaluation."
 FREE_KEYS = (
     *FREE_SECTIONS,
     "data.data_path",
+    "data.cache_dir",
+    "data.cache_size_gb",
+    "data.store_streams",
+    "data.store_retry_s",
     "data.batch_size",
     "data.num_workers",
     "data.prefetch",

@@ -23,7 +23,7 @@ CHARTS = (
     ("k-NN and linear probe during the run, %", ("knn", "linear")),
     ("RankMe of pooled features", ("rankme",)),
     ("Images per second", ("images_per_s",)),
-    ("Data wait, % of the step", ("data_wait_percent",)),
+    ("Data wait, % of the step", ("data_wait_percent", "store_wait_percent")),
     ("Learning rate", ("lr",)),
     ("Gradient norm", ("grad_norm",)),
 )

@@ -17,7 +17,7 @@ Panels = Sequence[tuple[str, tuple[str, ...]]]
 RUN_PANELS: Panels = (
     ("loss", ("loss",)), ("prediction, by level", ("level_*", "summary", "inside", "outside")), ("view term", ("view",)),
     ("SIGReg", ("sigreg",)), ("RankMe of pooled features", ("rankme",)), ("images/s", ("images_per_s",)),
-    ("data wait, % of the step", ("data_wait_percent",)), ("learning rate", ("lr",)),
+    ("data wait, % of the step", ("data_wait_percent", "store_wait_percent")), ("learning rate", ("lr",)),
 )  # fmt: skip
 COMPARED_PANELS: Panels = (
     ("loss", ("loss",)), ("prediction, finest level", ("level_0",)), ("view term", ("view",)), ("SIGReg", ("sigreg",)),

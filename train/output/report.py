@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.shards.object_store import is_remote
 from train.config.schema import Config
 from train.evaluation.online import OnlineEvaluation
 from train.monitor import RunState
@@ -21,6 +22,7 @@ def write_summary(folder: Path, config: Config, state: RunState, probe: OnlineEv
         "images": state.images,
         "images_per_s": state.images / state.train_s,
         "data_wait_percent": 100 * state.wait_s / state.train_s,
+        "store_wait_percent": 100 * state.store_wait_s / state.train_s if is_remote(config.data.data_path) else None,
         "loss_first": state.loss_first,
         "loss_last": state.loss_last,
         "rankme": probe.rankme,

@@ -56,13 +56,6 @@ def test_links_are_followed_and_this_system_answers(tmp_path: Path, monkeypatch:
     assert resolve_use_mmap("auto", tmp_path) is True
 
 
-def test_s3_is_never_mapped() -> None:
-    assert resolve_use_mmap("auto", "s3://bucket/set") is False
-    assert resolve_use_mmap(False, "s3://bucket/set") is False
-    with pytest.raises(ValueError, match=r"data.use_mmap: true, but s3://bucket/set lies on S3.*write auto"):
-        resolve_use_mmap(True, "s3://bucket/set")
-
-
 def test_names_join_to_paths_and_urls() -> None:
     assert join(Path("/a/b"), "c.tar") == "/a/b/c.tar"
     assert join("a/b/", "c.tar") == "a/b/c.tar"
