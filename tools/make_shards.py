@@ -43,60 +43,70 @@ def main(arguments: list[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="make_shards", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    sample = commands.add_parser("sample", help="cut the quickstart's tiles from photographs in installed packages")
-    sample.add_argument("--out", type=Path, default=Path("shards/sample"), help="default: %(default)s")
+    sample = commands.add_parser("sample", help="Cut the quickstart's tiles from photographs in installed packages.")
+    sample.add_argument(
+        "--out", type=Path, default=Path("shards/sample"), help="The folder. The default is %(default)s."
+    )
     sample.set_defaults(run=run_sample)
-    add_convert(commands.add_parser("convert", help="turn a data set into verified, indexed shards"))
+    add_convert(commands.add_parser("convert", help="Turn a data set into verified, indexed shards."))
     for name, run, text in (
-        ("verify", run_verify, "check the checksums, index and every image of finished shards"),
-        ("stats", run_stats, "sizes, classes, duplicates, mean and std of shards"),
-        ("index", run_index, "index a WebDataset from another writer"),
+        ("verify", run_verify, "Check the checksums, index and every image of finished shards."),
+        ("stats", run_stats, "Print sizes, classes, duplicates, mean and std of shards."),
+        ("index", run_index, "Index a WebDataset from another writer."),
     ):
         command = commands.add_parser(name, help=text)
-        command.add_argument("folder", type=Path, help="a folder of tars, or a folder of such folders")
-        command.add_argument("--workers", type=positive, default=num_cores(), help="processes; default: one per core")
+        command.add_argument("folder", type=Path, help="A folder of tars, or a folder of such folders.")
+        command.add_argument(
+            "--workers", type=positive, default=num_cores(), help="Processes. The default is one per core."
+        )
         command.set_defaults(run=run)
     return parser
 
 
 def add_convert(command: argparse.ArgumentParser) -> None:
-    policy, options, default = ImagePolicy(), ConvertOptions(), "default: %(default)s"
-    add = command.add_argument
-    add("source", type=Path, help="a folder of images, of class folders or of tars; a tar; or a data set as downloaded")
+    policy, options, default = ImagePolicy(), ConvertOptions(), "The default is %(default)s."
+    command.add_argument(
+        "source", type=Path,
+        help="A folder of images, of class folders or of tars, a tar, parquet files, or a data set as it was downloaded.",
+    )  # fmt: skip
+    add = command.add_argument_group("what is written where").add_argument
+    add("--out", type=place, required=True, help="A folder, or a prefix such as s3://B/P. The shards go to OUT/SPLIT.")
     add(
-        "--out",
-        type=place,
-        required=True,
-        help="the shards go to OUT/SPLIT, in a folder or under a prefix such as s3://B/P",
-    )
+        "--staging", type=Path, metavar="DIR",
+        help="For --out in a store: the shards are first written here. By default to a folder in $TMPDIR, deleted after.",
+    )  # fmt: skip
+    add("--num-shards", type=positive, default=0, help="How many. By default of 256 MiB or 10,000 images each.")
+    add("--seed", type=int, default=options.seed, help=f"The seed of the shuffle. {default}")
+    add("--dry-run", action="store_true", help="Print what would be done, and write nothing.")
+    add = command.add_argument_group("what is read").add_argument
+    add("--split", choices=("train", "val"), default="train", help=f"The split to convert. {default}")
+    add("--val-ratio", type=float, default=0.0, metavar="R", help="Hold out this share of every class as OUT/val.")
     add(
-        "--staging",
-        type=Path,
-        metavar="DIR",
-        help="of --out in a store: written here first; default: in $TMPDIR, deleted after",
+        "--layout",
+        choices=("auto", *LAYOUTS),
+        default="auto",
+        help="How the source is read. By default it is detected.",
     )
-    add("--split", choices=("train", "val"), default="train", help=default)
-    add("--val-ratio", type=float, default=0.0, metavar="R", help="hold out this share of every class as OUT/val")
-    add("--layout", choices=("auto", *LAYOUTS), default="auto", help="how the source is read; default: detected")
-    add("--seed", type=int, default=options.seed, help=f"of the shuffle; {default}")
-    add("--num-shards", type=positive, default=0, help="default: 256 MiB or 10,000 images each")
-    add("--resize", type=positive, default=0, metavar="PIXELS", help="reduce the shorter side to this; never enlarges")
+    add("--official", action="store_true", help="Check the md5 of the official archives first.")
+    add = command.add_argument_group("what becomes of the images").add_argument
+    add("--resize", type=positive, default=0, metavar="PIXELS", help="Reduce the shorter side to this; never enlarge.")
     add(
-        "--quality",
-        type=int,
-        choices=range(1, 101),
-        metavar="1..100",
-        help=f"of resized JPEGs; default: {policy.quality}",
+        "--quality", type=int, choices=range(1, 101), metavar="1..100",
+        help=f"The quality of resized JPEGs. The default is {policy.quality}.",
+    )  # fmt: skip
+    add("--verify", choices=VERIFY_LEVELS, default=policy.verify, help=f"How far each image is decoded. {default}")
+    add("--max-pixels", type=positive, default=policy.max_pixels, help=f"Reject larger images. {default}")
+    add("--max-bytes", type=positive, default=policy.max_bytes, help=f"Reject larger files. {default}")
+    add(
+        "--max-bad-fraction",
+        type=float,
+        default=options.max_bad_fraction,
+        help=f"Stop when more are rejected. {default}",
     )
-    add("--verify", choices=VERIFY_LEVELS, default=policy.verify, help=default)
-    add("--max-pixels", type=positive, default=policy.max_pixels, help=f"per image; {default}")
-    add("--max-bytes", type=positive, default=policy.max_bytes, help=f"per image; {default}")
-    add("--max-bad-fraction", type=float, default=options.max_bad_fraction, help=f"stop above this; {default}")
-    add("--workers", type=positive, default=num_cores(), help="processes; default: one per core")
-    add("--task-index", type=int, default=0, help="of a job array, from 0")
-    add("--num-tasks", type=positive, default=1, help="size of the job array")
-    add("--official", action="store_true", help="check the md5 of the official archives first")
-    add("--dry-run", action="store_true", help="print what would be done and write nothing")
+    add = command.add_argument_group("how the work is shared").add_argument
+    add("--workers", type=positive, default=num_cores(), help="Processes. The default is one per core.")
+    add("--task-index", type=int, default=0, help="This task's number in a job array, from 0.")
+    add("--num-tasks", type=positive, default=1, help="The size of the job array. The default is 1: no array.")
     command.set_defaults(run=run_convert)
 
 

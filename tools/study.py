@@ -33,23 +33,31 @@ ARENA_POINTS = 5
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="study", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("config", type=Path, help="the base variant, a run's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the config, for all variants")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="default: %(default)s")
+    parser.add_argument("config", type=Path, help="The base variant, the YAML file of a run.")
     parser.add_argument(
-        "--budget", type=float, default=60.0, metavar="S", help="CPU seconds a run; default: %(default)s"
+        "overrides", nargs="*", metavar="KEY=VALUE", help="Settings that replace those of the file, for all variants."
     )
     parser.add_argument(
-        "--seeds", default="0,1,2", help="of the crops at equal time, or of the arena; default: %(default)s"
+        "--out", type=Path, default=Path("results"), help="The folder of the tables. The default is %(default)s."
     )
-    parser.add_argument("--other-seeds", default="0,1,2", help="of all else in the study; default: %(default)s")
-    parser.add_argument("--peers", action="store_true", help=f"the arena with {', '.join(PEERS)}")
-    parser.add_argument("--variants", default="", metavar="A,B", help="the arena with these beside the base variant")
+    parser.add_argument(
+        "--budget", type=float, default=60.0, metavar="S", help="CPU seconds of a training. The default is %(default)s."
+    )
+    parser.add_argument(
+        "--seeds",
+        default="0,1,2",
+        help="Seeds of the crops at equal time, or of the arena. The default is %(default)s.",
+    )
+    parser.add_argument(
+        "--other-seeds", default="0,1,2", help="Seeds of all else in the study. The default is %(default)s."
+    )
+    parser.add_argument("--peers", action="store_true", help=f"Compare with {', '.join(PEERS)}: the arena.")
+    parser.add_argument("--variants", default="", metavar="A,B", help="Compare with these: the arena.")
     parser.add_argument(
         "--points",
         type=int,
         metavar="N",
-        help=f"measurements of an arena's run, evenly spaced; default: {ARENA_POINTS}",
+        help=f"How often the arena measures a training, evenly spaced. The default is {ARENA_POINTS}.",
     )
     return parser.parse_args(arguments)
 
