@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.studies.calibration import apart, calibrate
-from tools.studies.grid import BASE, PEERS, TIME, VARIANTS, Base, Trial, arena_trials, check_installed, trials
+from tools.studies.grid import BASE, IMAGES, PEERS, TIME, VARIANTS, Base, Trial, arena_trials, check_installed, trials
 from train.command import run_command
 from train.config.load import load_config
 
@@ -53,6 +53,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--peers", action="store_true", help=f"Compare with {', '.join(PEERS)}: the arena.")
     parser.add_argument("--variants", default="", metavar="A,B", help="Compare with these: the arena.")
+    parser.add_argument(
+        "--equal", choices=(TIME, IMAGES), help="What the arena keeps equal. By default first one, then the other."
+    )
     parser.add_argument(
         "--points",
         type=int,
@@ -105,7 +108,10 @@ class Study:
         for wrong, reason in (
             (given.budget <= 0, f"--budget {given.budget:g}: must be more than 0 seconds"),
             (given.points is not None and given.points < 1, f"--points {given.points}: must be at least 1"),
-            (given.points is not None and not self.variants, "--points: is for the arena; add --peers or --variants"),
+            (
+                (given.points or given.equal) and not self.variants,
+                "--points, --equal: are for the arena; add --peers or --variants",
+            ),
         ):
             if wrong:
                 raise ValueError(reason)
@@ -113,7 +119,9 @@ class Study:
         self.seeds, others = (
             parse_seeds(f"--{o.replace('_', '-')}", getattr(given, o)) for o in ("seeds", "other_seeds")
         )
-        self.planned = arena_trials(self.variants, self.seeds) if self.variants else trials(self.seeds, others)
+        self.planned = trials(self.seeds, others)
+        if self.variants:
+            self.planned = arena_trials(self.variants, self.seeds, (given.equal,) if given.equal else (TIME, IMAGES))
         run_name = load_config(given.config, given.overrides).logging.run_name
         self.name = f"{run_name}_arena" if self.variants else run_name
         self.table, self.curve = (given.out / f"{self.name}{end}.csv" for end in ("", "_curve"))

@@ -100,9 +100,9 @@ def trials(first_seeds: Sequence[int], other_seeds: Sequence[int]) -> list[Trial
     return list(found)
 
 
-def arena_trials(variants: Sequence[str], seeds: Sequence[int]) -> list[Trial]:
+def arena_trials(variants: Sequence[str], seeds: Sequence[int], equals: Sequence[str] = (TIME, IMAGES)) -> list[Trial]:
     """Every variant at equal time and at equal images, seed by seed, so that a stopped arena has compared all of them."""
-    order = ((seed, equal, variant) for seed in seeds for equal in (TIME, IMAGES) for variant in variants)
+    order = ((seed, equal, variant) for seed in seeds for equal in equals for variant in variants)
     return list(dict.fromkeys(Trial(*same_run(variant, equal), seed) for seed, equal, variant in order))
 
 

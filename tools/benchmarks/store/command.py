@@ -30,9 +30,16 @@ ROWS = ("local", "line", "cold", "warm")
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--shards", type=Path, metavar="DIR", help="Read these shards. By default photographs of about 100 KB are made.")
+    add(
+        "--shards", type=Path, metavar="DIR", help="Read these shards. By default photographs of about 100 KB are made."
+    )
     add("--images", type=int, default=6 * IMAGES_IN_SHARD, help="How many images to make. The default is %(default)s.")
-    add("--streams", type=int, default=CacheSettings.streams, help="How many downloads at once. The default is %(default)s.")
+    add(
+        "--streams",
+        type=int,
+        default=CacheSettings.streams,
+        help="How many downloads at once. The default is %(default)s.",
+    )
     add("--line", type=int, default=10, metavar="MB/S", help="speed of the line; default: %(default)s")
     add("--rounds", type=int, default=3, help="default: %(default)s")
     add("--batch", type=int, default=32, help="images in a batch; default: %(default)s")
