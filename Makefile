@@ -67,7 +67,7 @@ docker-check:
 	docker/check
 
 # Two locks: the image's packages, and these with the development tools, in the same versions. Needs uv.
-LOCK := uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --extra cuda120 --extra sample
+LOCK := uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --extra cuda120 --extra sample --extra s3
 lock:
 	$(LOCK) pyproject.toml -o requirements.lock
 	$(LOCK) --extra dev -c requirements.lock pyproject.toml -o requirements-dev.lock
