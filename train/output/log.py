@@ -35,7 +35,7 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, tensorboard: bool, start_step: int, wandb: Any = None) -> None:
-        self._reported, self._wandb = False, wandb
+        self._reported, self._lock, self._wandb = False, threading.Lock(), wandb
         self._path = folder / "metrics.jsonl"
         _drop_lines_after(self._path, start_step)
         self._file = self._path.open("a")
@@ -77,10 +77,11 @@ class MetricsLog:
             self._hook_before(failure)
 
     def _report(self, error: OSError) -> None:
-        """Once for each log."""
-        if not self._reported:
+        """Once for each log, whichever thread it happens in."""
+        with self._lock:
+            is_first, self._reported = not self._reported, True
+        if is_first:
             log.warning(f"{self._path.parent}: the log cannot be written ({error}); training continues")
-        self._reported = True
 
     def __enter__(self) -> Self:
         return self

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.slow
 def test_both_shares_are_printed_and_written(data_path: Path, tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
     command = [sys.executable, "tools/bench.py", "windows", "--json", str(out), "--shards", str(data_path)]
