@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.shards.index import open_index
+from pipeline.shards.index import open_index, save_index
 from tests.train.test_run import ROOT, command, interrupt_at_step
 from train import evaluate
 from train.run import main
@@ -98,6 +98,7 @@ def damaged(data_path: Path, tmp_path: Path) -> tuple[Path, str]:
     folder = tmp_path / "damaged"
     shutil.copytree(data_path, folder)
     index = open_index(folder / "train")
+    save_index(folder / "train", list(index.shards), index.samples)  # as it was before the damage
     sample = index.samples[50]
     with (folder / "train" / index.shards[int(sample["shard"])]).open("r+b") as tar:
         tar.seek(int(sample["offset"]))

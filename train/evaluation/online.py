@@ -108,12 +108,12 @@ class OnlineEvaluation:
         """The k nearest training images of `count` validation images, evenly spread, at the last measurement."""
         if self._measured is None or self._loaders is None:
             return []
-        (train, test), indices = self._measured, [loader.index for loader in self._loaders]
+        train, test = self._measured
         rows = torch.linspace(0, len(test.labels) - 1, min(count, len(test.labels))).long()
         similarities, nearest = nearest_neighbours(train.values["last"], test.values["last"][rows], k, self._device)
         found = []
         for row, others, similar in zip(rows.tolist(), nearest.tolist(), similarities.tolist(), strict=True):
-            pictures = [indices[1].encoded(row), *(indices[0].encoded(other) for other in others)]
+            pictures = [picture(self._loaders[1], row), *(picture(self._loaders[0], other) for other in others)]
             labels = [int(test.labels[row]), *train.labels[others].tolist()]
             found.append(Neighbours(pictures, labels, similar))
         return found
@@ -143,3 +143,8 @@ class OnlineEvaluation:
             return None
         finally:
             self._model.train()
+
+
+def picture(loader: MultiCropLoader, position: int) -> bytes:
+    """The encoded image whose features `extract` has at a position: of a damaged sample, its stand-in."""
+    return loader.index.encoded(int(loader.rows_at(0, position, position + 1)[0]))
