@@ -79,9 +79,9 @@ class MetricsLog:
     def _report(self, error: OSError) -> None:
         """Once for each log, whichever thread it happens in."""
         with self._lock:
-            is_first, self._reported = not self._reported, True
-        if is_first:
-            log.warning(f"{self._path.parent}: the log cannot be written ({error}); training continues")
+            if not self._reported:
+                log.warning(f"{self._path.parent}: the log cannot be written ({error}); training continues")
+            self._reported = True
 
     def __enter__(self) -> Self:
         return self

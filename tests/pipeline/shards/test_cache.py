@@ -218,7 +218,7 @@ lines = done.read_text().splitlines() if done.exists() else []
 if lines:
     loader.load_state_dict(json.loads(lines[-1])["state"])
 print("ready", flush=True)
-while loader.state_dict()["epoch"] < 3:
+while loader.state_dict()["epoch"] < 12:
     for batch in loader:
         crops = hashlib.sha256(b"".join(crop.numpy().tobytes() for crop in batch.crops)).hexdigest()
         line = {"positions": batch.positions.tolist(), "crops": crops, "state": loader.state_dict()}
@@ -256,7 +256,7 @@ def test_a_reader_that_is_killed_twenty_times_has_the_crops_of_one_that_never_wa
         found[name] = [json.loads(line) for line in done.read_text().splitlines()]
     assert found["store"] == found["local"]
     positions = [position for line in found["store"] for position in line["positions"]]
-    assert sorted(positions) == sorted(3 * list(range(sum(COUNTS))))
+    assert sorted(positions) == sorted(12 * list(range(sum(COUNTS))))
 
 
 @pytest.mark.slow
