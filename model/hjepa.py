@@ -55,6 +55,7 @@ class HJEPA(TaughtEncoder):
     ) -> None:
         super().__init__(encoder)
         self.levels = tuple(levels)
+        self.level_weights = [level.weight for level in levels]
         self.num_global, self.grid = num_global_crops, global_crop_size // encoder.patch_size
         self.predictor = predictor
         self.encoder.grad_checkpointing = grad_checkpointing
@@ -100,19 +101,20 @@ class HJEPA(TaughtEncoder):
         student = [out.tokens for out in self.encoder(groups)]
         losses: dict[str, torch.Tensor] = {}
         terms: list[torch.Tensor] = []
-        rungs = [level.weight for level in self.levels]
+        views = pool_views(student, len(boxes))
         if self.predictor is not None or self.summary is not None:
             targets, pooled = self._targets(whole)
             losses["features"] = pooled.unflatten(0, (len(boxes), -1))[:, 0]
         if self.predictor is not None:
             losses |= self._level_losses(self.predictor, student, targets, boxes, flips, plan)
-            levels = weighted_sum(rungs, [losses[f"level_{rung}"] for rung in range(len(rungs))])
+            levels = weighted_sum(self.level_weights, [losses[f"level_{rung}"] for rung in range(len(self.levels))])
             terms.append(self.weights.prediction * levels)
         if self.summary is not None:
-            losses["summary"] = summary_loss(self.summary(student[0].float().mean(dim=1)), targets, rungs)
+            losses["summary"] = summary_loss(
+                self.summary(views[:, : self.num_global].flatten(0, 1)), targets, self.level_weights
+            )
             terms.append(self.weights.summary * losses["summary"])
         if self.projector is not None:
-            views = pool_views(student, len(boxes))
             projections = self.projector(views.flatten(0, 1)).float().unflatten(0, views.shape[:2])
             losses["view"] = view_loss(projections, self.num_global)
             losses["sigreg"] = self.sigreg(projections, directions)
@@ -141,8 +143,7 @@ class HJEPA(TaughtEncoder):
         for prediction, target, queries in zip(predictions, targets, plan.queries, strict=True):
             wanted = _pick(target, queries.flatten(0, 1))
             errors.append(F.smooth_l1_loss(prediction.float(), wanted, reduction="none").mean(dim=-1))
-        weights = [level.weight for level in self.levels]
-        return prediction_losses(errors, weights, _inside(places, boxes, plan), self.exclude_covered)
+        return prediction_losses(errors, self.level_weights, _inside(places, boxes, plan), self.exclude_covered)
 
     def encoder_load(self, crops: Sequence[torch.Tensor], plan: MaskPlan) -> torch.Tensor:
         """A scalar whose forward and backward pass cost what the student's and the target's do; without meaning, and without

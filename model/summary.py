@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from model.losses import weighted_sum
+
 HIDDEN_RATIO = 4  # of the encoder's width, as in a block's MLP
 
 
@@ -33,4 +35,4 @@ class SummaryPredictor(nn.Module):
 def summary_loss(guesses: list[torch.Tensor], targets: list[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
     """`[] float32`: smooth L1 distance over all cells, the weighted sum over the levels."""
     errors = [F.smooth_l1_loss(guess.float(), target) for guess, target in zip(guesses, targets, strict=True)]
-    return torch.stack([weight * error for weight, error in zip(weights, errors, strict=True)]).sum()
+    return weighted_sum(weights, errors)

@@ -119,9 +119,8 @@ class Study:
         self.seeds, others = (
             parse_seeds(f"--{o.replace('_', '-')}", getattr(given, o)) for o in ("seeds", "other_seeds")
         )
-        self.planned = trials(self.seeds, others)
-        if self.variants:
-            self.planned = arena_trials(self.variants, self.seeds, (given.equal,) if given.equal else (TIME, IMAGES))
+        equals = (given.equal,) if given.equal else (TIME, IMAGES)
+        self.planned = arena_trials(self.variants, self.seeds, equals) if self.variants else trials(self.seeds, others)
         run_name = load_config(given.config, given.overrides).logging.run_name
         self.name = f"{run_name}_arena" if self.variants else run_name
         self.table, self.curve = (given.out / f"{self.name}{end}.csv" for end in ("", "_curve"))

@@ -40,9 +40,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         default=CacheSettings.streams,
         help="How many downloads at once. The default is %(default)s.",
     )
-    add("--line", type=int, default=10, metavar="MB/S", help="speed of the line; default: %(default)s")
-    add("--rounds", type=int, default=3, help="default: %(default)s")
-    add("--batch", type=int, default=32, help="images in a batch; default: %(default)s")
+    add("--line", type=int, default=10, metavar="MB/S", help="The speed of the line. The default is %(default)s.")
+    add("--rounds", type=int, default=3, help="How often each row is measured. The default is %(default)s.")
+    add("--batch", type=int, default=32, help="The images of a batch. The default is %(default)s.")
 
 
 def run(given: argparse.Namespace) -> list[dict[str, Any]]:
