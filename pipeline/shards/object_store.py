@@ -27,6 +27,7 @@ STORES = {
     "https": ("https", "the proxy and the server's permissions"),
     "http": ("https", "the proxy and the server's permissions"),
 }  # fmt: skip
+SETTINGS = ("AWS_", "GOOGLE_", "STORAGE_EMULATOR_HOST", "AZURE_", "HF_", "FSSPEC_")  # how the variables begin
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 30.0
 ONCE_S = 10.0  # of trying again where somebody waits at a terminal: an index, a listing
 STALLED_S = 30.0  # without a byte
@@ -166,13 +167,15 @@ def _open(url: str, fresh: bool, method: str) -> Callable[..., Any]:
     return partial(getattr(system, method), place)
 
 
-_SYSTEMS: dict[tuple[int, str], Any] = {}  # by process, as a fork copies no connection, and scheme
+# By process, as a fork copies no connection, by scheme, and by the settings of the environment that the client read.
+_SYSTEMS: dict[tuple[int, str, frozenset[tuple[str, str]]], Any] = {}
 
 
 def _file_system(url: str, fresh: bool = False) -> tuple[Any, str]:
     """fsspec's file system for a URL, and the URL as it names it; `fresh`: not the one used so far."""
     kind = scheme(url)
-    system = _SYSTEMS.get((os.getpid(), kind))
+    key = os.getpid(), kind, frozenset(item for item in os.environ.items() if item[0].startswith(SETTINGS))
+    system = _SYSTEMS.get(key)
     if system is None or fresh:
         import fsspec  # here, so that shards on a local disk need no client
 
@@ -184,7 +187,7 @@ def _file_system(url: str, fresh: bool = False) -> tuple[Any, str]:
             raise ValueError(f"{missing}. For {kind}:// run `pip install -e '.[{STORES[kind][0]}]'`") from None
         if kind == "s3":
             system.retries = 1
-        _SYSTEMS[os.getpid(), kind] = system
+        _SYSTEMS[key] = system
     return system, system._strip_protocol(url)
 
 

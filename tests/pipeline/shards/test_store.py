@@ -22,7 +22,7 @@ from pipeline.shards.index import INDEX_NAME, open_index, split_folder
 from pipeline.shards.object_store import StoreError, is_remote, read
 from tests.pipeline.shards.conftest import COUNTS, Store
 from tests.train.test_run import command
-from tools.benchmarks.store.line import Fault, no_fault
+from tools.benchmarks.store.line import Fault, Line, environment, no_fault
 from train.evaluation.features import spread_rows
 from train.evaluation.labels import check_classes
 from train.run import main
@@ -65,6 +65,17 @@ def test_the_split_is_found_and_its_index_is_the_local_one(store: Store) -> None
     assert ours.key(50) == theirs.key(50)
     assert ours.encoded(102) == theirs.encoded(102)
     assert ours.describe(0).startswith(f"{store.url}/train/photos-000000.tar: 00000000.jpg at byte 512")
+
+
+def test_a_change_of_the_environment_reaches_the_next_request(store: Store) -> None:
+    url = f"{store.url}/train/{INDEX_NAME}"
+    content = read(url)
+    with Line(store.server) as other:
+        with environment(other.url):
+            assert read(url) == content
+        before = len(store.line.requests)
+        assert read(url) == content
+        assert len(other.requests) == len(store.line.requests) - before == 1
 
 
 @pytest.mark.parametrize("room", [100.0, 4.0], ids=["all", "little"])
