@@ -59,22 +59,22 @@ class Trainer:
 
     def __init__(self, config: Config, ranks: Ranks = ALONE) -> None:
         self.config, self.ranks, self.device = config, ranks, ranks.device(resolve_device(config.device))
+        training = config.training
         self.dataset = build_dataset(config)
         self.model = build_model(config, self.device)
         self.masks = build_masks(config, self.model, self.device)
         self._tuned = tuned_reader(config, self.dataset, self.model, self.masks, ranks)
         self.loader = build_training_loader(self._tuned, self.dataset, ranks)
         self.schedule = build_schedule(config, len(self.loader))
-        self.steps_per_epoch = len(self.loader) // config.training.accumulation_steps
-        if config.training.compile:
+        self.steps_per_epoch = len(self.loader) // training.accumulation_steps
+        if training.compile:
             self.model.compile(dynamic=False)  # in place: the parameters keep their names
-        self.optimizer = build_optimizer(self.model, config.training.weight_decay, config.training.betas)
+        self.optimizer = build_optimizer(self.model, training.weight_decay, training.betas, training.optimizer)
         replica = replicated(self.model, ranks)
         self._updater = Updater(config, self.model, replica, self.masks, self.optimizer, self.schedule, ranks)
         self.folder = run_folder(config)
         self.checkpoints = self.folder / "checkpoints"
-        keep = (config.checkpoint.keep_last_n, config.checkpoint.keep_best_n)
-        self._writer = CheckpointWriter(self.checkpoints, *keep)
+        self._writer = CheckpointWriter(self.checkpoints, config.checkpoint.keep_last_n, config.checkpoint.keep_best_n)
         self._alarm = CollapseAlarm(self.model.encoder.width)
         self._console = Console(quiet=True)
         self._probe: OnlineEvaluation | None = None

@@ -227,19 +227,16 @@ def _has_size(shard: StoredShard, size: int) -> bool:
 
 
 def _remove(path: Path) -> bool:
-    """Remove a shard that nobody holds."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink(missing_ok=True)
-        return True
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(descriptor)
+    """Remove a shard that nobody holds; False for one in use."""
+    with _tried(path) as free:
+        if free:
+            path.unlink(missing_ok=True)
+        return free
+
+
+def _is_locked(path: Path) -> bool:
+    with _tried(path) as free:
+        return not free
 
 
 @contextmanager
@@ -252,15 +249,19 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _is_locked(path: Path) -> bool:
+@contextmanager
+def _tried(path: Path) -> Iterator[bool]:
+    """Lock a file unless another process does: True with the lock, or where there is no file."""
     try:
-        descriptor = os.open(path, os.O_RDWR)
+        descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
-        return False
+        yield True
+        return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
     except BlockingIOError:
-        return True
+        yield False
+    else:
+        yield True
     finally:
         os.close(descriptor)

@@ -111,7 +111,7 @@ def take_steps(strategy: str, device: torch.device, folder: Path) -> tuple[Waits
     real, sizes, count = build_model(config, torch.device("cpu")), crop_sizes(config), config.data.batch_size
     with FakeTensorMode():
         model, state, means, guard = moved(real, device), RunState(), RunningMeans(), StepGuard(device, RunState())
-        optimizer, masks = build_optimizer(model, 0.05, (0.9, 0.95)), build_masks(config, model, device)
+        optimizer, masks = build_optimizer(model, 0.05, (0.9, 0.95), "muon"), build_masks(config, model, device)
         updater = Updater(config, model, model, masks, optimizer, build_schedule(config, 100), Ranks())
         crops = [torch.empty(count, 3, size, size, dtype=torch.uint8, device=device) for size in sizes]
         boxes = torch.empty(count, len(sizes), 4, device=device)
@@ -147,7 +147,8 @@ def test_a_backward_pass_reads_no_values_and_reaches_every_parameter(strategy: s
     waits, left = take_steps(strategy, torch.device("cpu"), tmp_path)
     assert waits.seen == []
     trained = [name for name, tensor in left.items() if tensor.requires_grad]
-    assert [name for name in trained if f"{name}/exp_avg" not in left] == []
+    assert [name for name in trained if not {f"{name}/exp_avg", f"{name}/momentum"} & left.keys()] == []
+    assert {name.rpartition("/")[2] for name in left if "/" in name} >= {"exp_avg", "exp_avg_sq", "momentum"}
 
 
 @pytest.mark.parametrize(

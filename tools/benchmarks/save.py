@@ -47,7 +47,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
 def measure(config: Config, saves: int, steps: int) -> dict[str, Any]:
     """`step_s`, `after_s` (of each step after a save; the first includes it), `written_in_loop_s`, `bytes`."""
     model, step = trial_step(config, torch.device("cuda" if resolve_device(config.device) == "gpu" else "cpu"))
-    optimizer = build_optimizer(model, config.training.weight_decay, config.training.betas)
+    optimizer = build_optimizer(model, config.training.weight_decay, config.training.betas, config.training.optimizer)
 
     def timed(save: CheckpointWriter | None, number: int) -> float:
         started = time.perf_counter()

@@ -56,7 +56,7 @@ class Training:
         self.model: TaughtEncoder = peer or hjepa
         loader = build_training_loader(config, dataset)
         schedule = build_schedule(config, len(loader))
-        optimizer = build_optimizer(self.model, training.weight_decay, training.betas)
+        optimizer = build_optimizer(self.model, training.weight_decay, training.betas, training.optimizer)
         updater, masks = PeerUpdater if peer else Updater, build_masks(config, hjepa, CPU)
         self._updater = updater(config, self.model, self.model, masks, optimizer, schedule, ALONE)
         stream = batches(loader, training.accumulation_steps)

@@ -192,6 +192,8 @@ class Training(Section):
     epochs: PositiveInt = 100
     lr: PositiveFloat = 5e-4
     """Peak learning rate; it is not rescaled with the batch size."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: for the weights of the blocks' linear layers; all others have AdamW, with the same learning rate."""
     accumulation_steps: PositiveInt = 1
     """Batches of each rank per step. The view term's standardisation and SIGReg compare the images of one batch of all ranks."""
     warmup_epochs: NonNegativeFloat = 10
@@ -212,8 +214,7 @@ class Training(Section):
     timeout_s: PositiveFloat = 900.0
     """With several ranks: after this time without a step, the run stops and shows where each rank is."""
     max_skipped_steps: PositiveInt = 20
-    """Consecutive steps with a non-finite loss or gradient, which are skipped, before the run returns to its last checkpoint.
-    If they recur, it stops."""
+    """Consecutive steps without a finite loss and gradient before the run returns to its last checkpoint; after that it stops."""
 
     def rules(self) -> Iterator[BrokenRule]:
         if self.warmup_epochs > self.epochs:
@@ -284,10 +285,8 @@ class Config(Section):
 
     def rules(self) -> Iterator[BrokenRule]:
         if (self.device, self.data.crop_device) == ("cpu", "gpu"):
-            yield (
-                ("data.crop_device", "device"),
-                "gpu needs device: gpu; a run on the CPU makes its crops there, write auto or cpu",
-            )
+            device_keys = ("data.crop_device", "device")
+            yield device_keys, "gpu needs device: gpu; a run on the CPU makes its crops there, write auto or cpu"
         counts = self.data.crop_counts
         count_keys = tuple(
             f"data.{key}" for key in ("multicrop.num_local_crops", "multicrop.num_global_crops", "use_multicrop")

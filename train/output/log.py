@@ -87,12 +87,12 @@ class MetricsLog:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        try:
-            self._file.close()
-            if self._writer is not None:
-                self._writer.close()
-        except OSError as error:
-            self._report(error)
+        for output in (self._file, self._writer):
+            try:
+                if output is not None:
+                    output.close()
+            except OSError as error:
+                self._report(error)
         threading.excepthook = self._hook_before
 
 

@@ -92,7 +92,9 @@ class Trained:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.model = build_model(config, device)
         self.masks = build_masks(config, self.model, device)
-        self.optimizer = build_optimizer(self.model, config.training.weight_decay, config.training.betas)
+        self.optimizer = build_optimizer(
+            self.model, config.training.weight_decay, config.training.betas, config.training.optimizer
+        )
         self.use_amp = amp_enabled(config, device)
         generator = torch.Generator(device).manual_seed(0)
         self.directions = random_directions(config.model.projector_dim, config.loss.sigreg_slices, generator, device)
