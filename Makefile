@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install quickstart study arena fashion test lint format check soak docker-check lock clean
+.PHONY: install quickstart study arena reference fashion test lint format check soak docker-check lock clean
 
 # Installs again only when the lock or the project file changes. Modules are compiled on first import.
 $(INSTALLED): requirements-dev.lock pyproject.toml
@@ -36,6 +36,14 @@ ARENA_BUDGET ?= 150
 arena: fashion
 	$(RUN) -c 'import lightly' 2>/dev/null || $(VENV)/bin/pip install --quiet --no-compile --no-build-isolation -e '.[arena]'
 	OMP_NUM_THREADS=1 nice $(RUN) tools/study.py configs/study_fashion_mnist.yaml --peers --budget $(ARENA_BUDGET)
+
+# As far as an hour on two cores goes: a training on Fashion-MNIST, its table with all images, and the encoder for timm.
+REFERENCE := reference_fashion_mnist
+reference: fashion
+	$(RUN) -m train.run configs/$(REFERENCE).yaml
+	$(RUN) -m train.evaluate runs/$(REFERENCE) --probe knn linear attentive --max-samples 60000 --json runs/$(REFERENCE)/evaluation.json
+	$(RUN) tools/export.py runs/$(REFERENCE) --out results/$(REFERENCE) --figures runs/$(REFERENCE)/evaluation.json
+	cp runs/$(REFERENCE)/figures/curves.png results/$(REFERENCE)/
 
 fashion: $(INSTALLED)
 	@test -d shards/fashion_mnist/val -o -d $(FASHION) || { echo "make: no $(FASHION): apt-get install dataset-fashion-mnist, or name a folder: FASHION=FOLDER" >&2; exit 1; }
