@@ -1,12 +1,14 @@
 """The study: what it plans, what one training of it measures, and what its tables make of the lines."""
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
 
 from tests.train.test_run import ROOT
 from tools import study
+from tools.studies.calibration import calibrate
 from tools.studies.grid import BASE, EXPERIMENTS, PEERS, VARIANTS, Base, trials
 from tools.studies.run import run_baselines, run_trial, study_config
 from tools.studies.table import claim_lines, mean_and_interval, write_tables
@@ -103,6 +105,18 @@ def test_a_study_of_another_budget_is_not_continued(
     assert study.main([str(base), "--out", str(tmp_path), "--budget", "6"]) == 2
     assert "--budget 5, not 6" in capsys.readouterr().err
     assert study.main([str(tmp_path / "none.yaml"), "--out", str(tmp_path)]) == 2
+
+
+def test_a_variant_that_comes_later_is_calibrated_against_the_known_step_of_the_base(
+    base: Path, tmp_path: Path
+) -> None:
+    path, known = tmp_path / "calibration.json", {"step_cpu_ms": {BASE: 1e5}, "steps": {BASE: 7}}
+    path.write_text(json.dumps({"budget_s": 700.0, "points": 1, "overrides": [], **known}))
+    steps = calibrate(path, Base(str(base)), 700.0, 1, [BASE, "2+0"])
+    record = json.loads(path.read_text())
+    assert steps == record["steps"] == {BASE: 7, "2+0": round(700e3 / record["step_cpu_ms"]["2+0"])}
+    assert 1e4 < record["step_cpu_ms"]["2+0"] < 1e6
+    assert calibrate(path, Base(str(base)), 700.0, 1, [BASE, "2+0"]) == steps
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""How many steps of each variant fill the budget: measured once, in processes of their own, and kept in a file."""
+"""How many steps of each variant fill the budget: measured once, side by side, and kept in a file."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.own_process import own_process
-from tools.studies.grid import Base
-
-ROUNDS = 2  # the fastest counts: other load only slows steps down
+from tools.studies.grid import BASE, Base
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -32,11 +30,12 @@ def calibrate(path: Path, base: Base, budget: float, points: int, variants: Sequ
         return record["steps"]
     from tools.studies.run import step_seconds
 
-    rounds = [{name: apart(step_seconds, base, name) for name in missing} for _ in range(ROUNDS)]
+    found = apart(step_seconds, base, [BASE, *(name for name in missing if name != BASE)])
+    known = record["step_cpu_ms"].get(BASE, 1000 * found[BASE])
     for name in missing:
-        seconds = min(found[name] for found in rounds)
-        record["step_cpu_ms"][name] = round(1000 * seconds, 2)
-        record["steps"][name] = max(1, round(budget / seconds))
+        ms = known * found[name] / found[BASE]
+        record["step_cpu_ms"][name] = round(ms, 2)
+        record["steps"][name] = max(1, round(1000 * budget / ms))
     path.write_text(json.dumps(record, indent=1) + "\n")
     return record["steps"]
 

@@ -3,6 +3,7 @@
 import resource
 import statistics
 import time
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from train.optim import build_optimizer
 from train.output.log import rankme
 from train.step import Updater, batches
 
-WARM_STEPS, TIMED_STEPS = 8, 24  # of a calibration
+TURNS, TURN_STEPS = 8, 5  # of a calibration; its first turn warms up
 MANY_EPOCHS = 100_000  # max_steps decides
 CPU = torch.device("cpu")
 
@@ -85,11 +86,23 @@ class Training:
             self.step()
 
 
-def step_seconds(base: Base, variant: str) -> float:
-    """CPU seconds of one step, all threads of the process: the median over steps, which a busy machine moves least."""
-    training = Training(study_config(base, variant, 0, WARM_STEPS + TIMED_STEPS), variant)
-    times = [training.step() for _ in range(WARM_STEPS + TIMED_STEPS)]
-    return statistics.median(times[WARM_STEPS:])
+def step_seconds(base: Base, variants: Sequence[str]) -> dict[str, float]:
+    """CPU seconds of one step of each variant, all threads of the process.
+
+    The variants, the first of which is the measure of all, take turns with a few steps each: another job on the machine slows
+    all of them alike, so the median of their ratios is theirs. The first step of a turn is not timed: the loader of the variant
+    before may still make its next batch.
+    """
+    trainings = {name: Training(study_config(base, name, 0, TURNS * (TURN_STEPS + 1)), name) for name in variants}
+    turns: list[dict[str, float]] = []
+    for _ in range(TURNS):
+        turns.append({})
+        for name, training in trainings.items():
+            training.step()
+            turns[-1][name] = sum(training.step() for _ in range(TURN_STEPS)) / TURN_STEPS
+    timed, first = turns[1:], variants[0]
+    seconds = statistics.median(turn[first] for turn in timed)
+    return {name: seconds * statistics.median(turn[name] / turn[first] for turn in timed) for name in variants}
 
 
 def run_trial(base: Base, variant: str, seed: int, steps: int, points: int = 1) -> list[dict[str, Any]]:
