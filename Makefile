@@ -51,9 +51,9 @@ fashion: $(INSTALLED)
 	test -d shards/fashion_mnist/val || $(RUN) tools/make_shards.py convert $(FASHION) --out shards/fashion_mnist --split val
 
 # One process per core, up to four: most tests use one thread, and each process takes about 2 GB. A process that dies ends the
-# run; by default pytest-xdist starts another, and with `loadfile` it then waits for ever.
+# run; by default pytest-xdist starts another, and with `loadfile` it then waits for ever. Files run in the order of collection.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
