@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.test_ranks import CONFIG, assert_same_checkpoint, wait_for_step
+from tests.train.test_ranks import CONFIG, HANGS_S, assert_same_checkpoint, wait_for_step
 from tests.train.test_run import ROOT, command
 
 pytestmark = pytest.mark.slow
 STEPS = 120
 SETTINGS = [f"training.max_steps={STEPS}", "logging.log_frequency=1", "checkpoint.save_frequency=10"]
 DOCKER = ROOT / "docker"
-HANGS_S = 900  # only ends a hang: two nodes that share one busy core take minutes
 
 
 def free_port() -> int:
