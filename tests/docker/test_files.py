@@ -144,6 +144,22 @@ def test_the_health_check_fails_only_for_a_training_of_this_machine_that_stands_
         trainer.wait()
 
 
+def test_slurms_first_machine_is_the_master_however_long_their_list_is(tmp_path: Path) -> None:
+    for tool, line in {"scontrol": "seq -f node%06g 30000", "srun": 'echo "$PET_MASTER_ADDR" "$@"'}.items():
+        (tmp_path / tool).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / tool).chmod(0o755)
+    job = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "RUNS": str(tmp_path), "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node[000001-030000]", "SLURM_JOB_NUM_NODES": "30000", "SLURM_GPUS_ON_NODE": "1",
+    }  # fmt: skip
+    batch = ["bash", str(DOCKER / "slurm.sbatch"), "CONFIG"]
+    result = subprocess.run(batch, capture_output=True, text=True, env={**os.environ, **job}, check=False)
+    assert result.returncode == 0, result.stderr
+    masters, commands = zip(*(said.split(maxsplit=1) for said in result.stdout.splitlines()), strict=True)
+    assert set(masters) == {"node000001"}
+    assert commands[-1].endswith("train CONFIG")
+
+
 def test_the_entrypoint_runs_any_command_and_hands_its_exit_code_on() -> None:
     assert subprocess.run([DOCKER / "entrypoint", "sh", "-c", "exit 75"], check=False).returncode == 75
     doctor = subprocess.run(

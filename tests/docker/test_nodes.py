@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.test_ranks import CONFIG, assert_same_checkpoint, wait_for_step
+from tests.train.test_ranks import CONFIG, HANGS_S, assert_same_checkpoint, wait_for_step
 from tests.train.test_run import ROOT, command
 
 pytestmark = pytest.mark.slow
@@ -54,7 +54,7 @@ def lose(torchrun: int) -> None:
 
 def finished(nodes: list[subprocess.Popen[str]]) -> None:
     for node in nodes:
-        said = node.communicate(timeout=180)[0]
+        said = node.communicate(timeout=HANGS_S)[0]
         assert node.returncode == 0, said
 
 
@@ -74,7 +74,7 @@ def test_a_machine_killed_and_both_started_again_end_as_if_nothing_had_happened(
     nodes = both_nodes(arguments)
     wait_for_step(tmp_path / "quickstart", 25, nodes[0])
     lose(nodes[lost].pid)
-    said = nodes[1 - lost].communicate(timeout=120)[0]  # it notices by itself
+    said = nodes[1 - lost].communicate(timeout=HANGS_S)[0]  # it notices by itself
     assert nodes[1 - lost].returncode != 0, said
     nodes[lost].communicate()
     finished(both_nodes(arguments))
@@ -100,13 +100,13 @@ def test_the_slurm_job_survives_a_lost_machine_and_its_time_limit(whole: Path, d
     batch = started(line, **job)
     wait_for_step(run, 25, batch)
     lose(int((stand_in / "nodes").read_text().split()[1]))
-    said = batch.communicate(timeout=120)[0]
+    said = batch.communicate(timeout=HANGS_S)[0]
     assert batch.returncode != 0, said  # Slurm requeues a job whose machine is gone
 
     batch = started(line, **job)
     wait_for_step(run, 60, batch)
     batch.send_signal(signal.SIGUSR1)  # to the script alone, three minutes before the limit
-    said = batch.communicate(timeout=120)[0]
+    said = batch.communicate(timeout=HANGS_S)[0]
     assert batch.returncode == 0, said
     assert "stopped at step" in said
     assert f"scontrol requeue {port}" in (stand_in / "said").read_text().splitlines()

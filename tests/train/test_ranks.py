@@ -18,6 +18,7 @@ from train.run import main
 
 CONFIG = ROOT / "configs" / "quickstart.yaml"
 EVERY_STEP = ["training.max_steps=24", "logging.log_frequency=1", "checkpoint.save_frequency=1000"]
+HANGS_S = 900  # only ends a hang: processes that share one busy core take minutes
 
 
 def torchrun(arguments: list[str], ranks: int = 2) -> subprocess.Popen[str]:
@@ -69,7 +70,7 @@ def test_two_ranks_stopped_by_sigterm_and_resumed_on_one_rank_that_accumulates_e
     process = torchrun(command(CONFIG, data_path, tmp_path, *EVERY_STEP, *terms, "logging.run_name=parts"))
     wait_for_step(tmp_path / "parts", 11, process)
     os.kill(ranks_of(process)[1], signal.SIGTERM)  # one of them is enough
-    said = process.communicate(timeout=60)[0]
+    said = process.communicate(timeout=HANGS_S)[0]
     assert said.count("stopped at step") == 1, said
     assert re.search(r"exitcode\s*: 75", said)
     (checkpoint,) = (tmp_path / "parts" / "checkpoints").iterdir()
@@ -91,9 +92,9 @@ def test_torchrun_stopped_by_sigterm_and_started_again_ends_with_the_weights_of_
         if name == "parts":
             wait_for_step(tmp_path / name, 5, process)
             process.send_signal(signal.SIGTERM)
-            assert "stopped at step" in process.communicate(timeout=60)[0]
+            assert "stopped at step" in process.communicate(timeout=HANGS_S)[0]
             process = torchrun(command(CONFIG, data_path, tmp_path, *EVERY_STEP, f"logging.run_name={name}"))
-        said = process.communicate(timeout=120)[0]
+        said = process.communicate(timeout=HANGS_S)[0]
         assert process.returncode == 0, said
     assert_same_checkpoint(*(tmp_path / name / "checkpoints" / "step_00000024" for name in ("whole", "parts")))
 
@@ -103,16 +104,16 @@ def test_torchrun_stopped_by_sigterm_and_started_again_ends_with_the_weights_of_
 def test_a_rank_that_dies_or_hangs_ends_the_run_and_the_others_say_where_they_stood(
     trouble: signal.Signals, data_path: Path, tmp_path: Path
 ) -> None:
-    settings = ["training.epochs=10000", "training.timeout_s=5", "logging.log_frequency=1"]
+    settings = ["training.epochs=10000", "training.timeout_s=60", "logging.log_frequency=1"]
     process = torchrun(command(CONFIG, data_path, tmp_path, *settings))
     wait_for_step(tmp_path / "quickstart", 5, process)
     os.kill(ranks_of(process)[1], trouble)
-    said = process.communicate(timeout=60)[0]  # a stopped process takes torchrun's half minute to be killed
+    said = process.communicate(timeout=HANGS_S)[0]  # a stopped process takes torchrun's half minute to be killed
     assert process.returncode == 1
     if trouble == signal.SIGKILL:
         assert "rank 0: lost the others at step" in said
     else:
-        assert "rank 0: no step for 5 s (training.timeout_s)" in said
+        assert "rank 0: no step for 60 s (training.timeout_s)" in said
     assert "trainer.py" in said
 
 
