@@ -82,11 +82,17 @@ def arena_variants(given: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys([BASE, *chosen])) if chosen else []
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
+def read_rows(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
+    """Raises ValueError for a table without these columns in its first line, to which nothing should be added."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        reader = csv.DictReader(file)
+        if missing := set(fields) - set(reader.fieldnames or ()):
+            raise ValueError(
+                f"{path}: its first line lacks the columns {', '.join(sorted(missing))}. Move it away, or choose another --out"
+            )
+        return list(reader)
 
 
 def append_rows(path: Path, fields: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
@@ -140,7 +146,7 @@ class Study:
 
     def write(self) -> None:
         """The tables and plots of all that is done, by an earlier call with other variants too."""
-        rows = read_rows(self.table)
+        rows = read_rows(self.table, FIELDS)
         if not self.variants:
             from tools.studies.table import write_tables
 
@@ -150,7 +156,7 @@ class Study:
 
         shown = list(dict.fromkeys([*self.variants, *(row["variant"] for row in rows if row["equal"])]))
         # A training that was stopped between its two files has its measurements twice.
-        points = {tuple(row[key] for key in CURVE_FIELDS[:4]): row for row in read_rows(self.curve)}
+        points = {tuple(row[key] for key in CURVE_FIELDS[:4]): row for row in read_rows(self.curve, CURVE_FIELDS)}
         command = shlex.join(
             ["python", "tools/study.py", self.base.config, *self.base.overrides, "--variants", ",".join(shown[1:])]
         )
@@ -166,7 +172,7 @@ def run_study(given: argparse.Namespace) -> None:
     study.calibrate()
     from tools.studies.run import run_baselines, run_trial
 
-    done = {(row["variant"], row["equal"], int(row["seed"])) for row in read_rows(study.table)}
+    done = {(row["variant"], row["equal"], int(row["seed"])) for row in read_rows(study.table, FIELDS)}
     for seed in study.seeds:
         if ("raw pixels", "", seed) not in done:
             for variant, figures in apart(run_baselines, study.base, seed).items():

@@ -107,6 +107,18 @@ def test_a_study_of_another_budget_is_not_continued(
     assert study.main([str(tmp_path / "none.yaml"), "--out", str(tmp_path)]) == 2
 
 
+def test_a_table_without_its_first_line_is_not_continued(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ready = {"budget_s": 6.0, "points": 1, "overrides": [], "step_cpu_ms": {}, "steps": dict.fromkeys(VARIANTS, 1)}
+    (tmp_path / "tiny_calibration.json").write_text(json.dumps(ready))
+    line = "2+6,time,0,7,56,0.5\n"
+    (tmp_path / "tiny.csv").write_text(line)
+    assert study.main([str(base), "--out", str(tmp_path), "--budget", "6"]) == 2
+    assert f"{tmp_path / 'tiny.csv'}: its first line lacks the columns" in capsys.readouterr().err
+    assert (tmp_path / "tiny.csv").read_text() == line
+
+
 def test_a_variant_that_comes_later_is_calibrated_against_the_known_step_of_the_base(
     base: Path, tmp_path: Path
 ) -> None:
