@@ -320,7 +320,8 @@ def test_every_key_says_what_it_allows():
         ("training.rl", ["training.lr"]),
         ("data.num_local_crop", ["data.multicrop.num_local_crops"]),
         ("data.local_crops", ["data.multicrop.num_local_crops"]),
-        ("optimizer", []),
+        ("optimizer", ["training.optimizer"]),
+        ("scheduler", []),
     ],
 )
 def test_the_key_meant_by_an_unknown_one_is_found_in_any_section(key, meant):
