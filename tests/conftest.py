@@ -13,21 +13,6 @@ from skimage import data
 
 from pipeline.shards.index import ShardIndex, open_index
 
-# Where several processes share the tests by file, a long file at the end would keep one of them while the others have nothing.
-LONG = (
-    "test_run",
-    "test_readme",
-    "test_soak",
-    "test_ranks",
-    "test_bench_gpu",
-    "test_bench_pipeline",
-    "test_data_changes",
-)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.stem not in LONG)
-
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():

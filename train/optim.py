@@ -18,7 +18,7 @@ class MuonAdamW(torch.optim.AdamW):
 
     Sources: Jordan et al. 2024 (kellerjordan.github.io/posts/muon) for the update, Liu et al. 2025 (arXiv 2502.16982) for its
     scale, with which AdamW's learning rate and weight decay also serve Muon. `torch.optim.Muon` computes in bfloat16, which
-    takes a CPU thirteen times as long as float32, one matrix after the other, and knows no `found_inf`.
+    is slow on a CPU, takes one matrix after the other, and knows no `found_inf`.
     """
 
     found_inf: torch.Tensor | None = None
