@@ -149,13 +149,15 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
     """Put a verified checkpoint into `model` and `optimizer` and return its state.
 
-    Raises DamagedCheckpointError, or ValueError when it belongs to another architecture.
+    Raises DamagedCheckpointError, or ValueError when it belongs to another architecture or optimiser.
     """
     verify_checkpoint(path)
     try:
         model.load_state_dict(load_file(path / MODEL))
         if optimizer is not None:
-            _load_optimizer(optimizer, load_file(path / OPTIMIZER))
+            moments = load_file(path / OPTIMIZER)
+            _check_optimizer(path, optimizer, moments)
+            _load_optimizer(optimizer, moments)
     except (RuntimeError, KeyError, SafetensorError) as error:
         first = str(error).strip().splitlines()[-1].strip()
         raise ValueError(f"{path}: belongs to another architecture ({first})") from None
@@ -169,6 +171,17 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tens
             for key, value in optimizer.state[parameter].items():
                 tensors[f"{name}/{key}"] = value
     return tensors
+
+
+def _check_optimizer(path: Path, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """ValueError if the tensors are those of the other `training.optimizer`."""
+    saved = "muon" if any(key.endswith("/momentum") for key in tensors) else "adamw"
+    ours = "muon" if any(group.get("muon") for group in optimizer.param_groups) else "adamw"
+    if tensors and saved != ours:
+        raise ValueError(
+            f"{path}: of a run with training.optimizer={saved}, not {ours}: give {saved} to continue it, or "
+            "checkpoint.resume=none to start over"
+        )
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:

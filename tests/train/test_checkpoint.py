@@ -21,10 +21,19 @@ from train.checkpoint import (
 from train.optim import build_optimizer
 
 
-def trained(seed: int = 0, width: int = 16) -> tuple[nn.Module, torch.optim.Optimizer]:
+class Net(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(nn.Linear(8, width), nn.GELU(), nn.Linear(width, 2))
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.blocks(batch)
+
+
+def trained(seed: int = 0, width: int = 16, name: str = "adamw") -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(8, width), nn.GELU(), nn.Linear(width, 2))
-    optimizer = build_optimizer(model, 0.1, (0.9, 0.95))
+    model = Net(width)
+    optimizer = build_optimizer(model, 0.1, (0.9, 0.95), name)
     for group in optimizer.param_groups:
         group["lr"] = 0.1
     for _ in range(3):
@@ -130,6 +139,15 @@ def test_a_checkpoint_of_another_architecture_is_refused_in_one_line(folder: Pat
     model, optimizer = trained(width=12)
     with pytest.raises(ValueError, match="belongs to another architecture") as caught:
         load_checkpoint(folder / "step_00000020", model, optimizer)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("saved", "ours"), [("muon", "adamw"), ("adamw", "muon")])
+def test_a_checkpoint_of_another_optimiser_is_refused_by_name(saved: str, ours: str, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, take_snapshot(*trained(name=saved), {"step": 3, "score": None}))
+    load_checkpoint(path, *trained(name=saved))
+    with pytest.raises(ValueError, match=f"training.optimizer={saved}, not {ours}") as caught:
+        load_checkpoint(path, *trained(name=ours))
     assert "\n" not in str(caught.value)
 
 
