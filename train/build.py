@@ -39,11 +39,17 @@ log = logging.getLogger(__name__)
 
 ALONE = Ranks()
 HW_DECODER_LOAD = 0.65  # DALI's own default
+WIDE = 128  # where a second thread of torch begins to pay
 
 
-def torch_threads() -> int:
-    """Torch's share of the cores when it computes on the CPU next to DALI: what `default_threads` leaves."""
-    return max(1, own_cores() - default_threads())
+def torch_threads(config: Config) -> int:
+    """Torch's threads when it computes on the CPU next to DALI: what `default_threads` leaves, and two for a wide encoder.
+
+    On two cores DALI's thread mostly waits. With both, an encoder 128 wide trains 30 % faster, one of 64 slower than with one.
+    """
+    width = config.model.encoder_kwargs.get("embed_dim")
+    wide = not isinstance(width, int) or width >= WIDE
+    return min(own_cores(), max(own_cores() - default_threads(), 2 if wide else 1))
 
 
 def build_dataset(config: Config) -> MultiCropDataset:

@@ -111,7 +111,7 @@ def train(config: Config, console: Console) -> int:
     with out_of_memory_explained(config, device):
         with joined(ranks, device):
             if kind == "cpu":
-                torch.set_num_threads(torch_threads())
+                torch.set_num_threads(torch_threads(config))
             trainer = Trainer(config, ranks)
             trainer.open(console)
             try:

@@ -1,4 +1,5 @@
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,19 @@ def test_reader_settings_are_measured_and_the_choice_is_logged(
     assert loader.reader.crop_device == "cpu"
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("cores", "width", "threads"),
+    [(1, 64, 1), (1, 384, 1), (2, 64, 1), (2, 128, 2), (3, 64, 2), (8, 64, 4), (8, 768, 4)],
+)
+def test_a_wide_encoder_gets_two_threads_where_there_are_two_cores(
+    cores: int, width: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    settings = [f"model.encoder_kwargs.embed_dim={width}", "model.encoder_kwargs.num_heads=2"]
+    assert build.torch_threads(load_config(ROOT / "configs" / "quickstart.yaml", settings)) == threads
 
 
 def test_the_encoder_load_is_a_pass_through_student_and_target_without_the_other_parts(data_path: Path) -> None:

@@ -199,7 +199,7 @@ def model_rate(case: Case) -> float:
     assert config is not None
     device = torch.device("cuda", 0) if sees_gpu() and config.device != "cpu" else torch.device("cpu")
     if device.type == "cpu":
-        torch.set_num_threads(torch_threads())
+        torch.set_num_threads(torch_threads(config))
     _, step = trial_step(config, device)
     step()
     started, steps = time.perf_counter(), 0

@@ -98,7 +98,7 @@ def evaluate(checkpoint: Path, config: Config, probes: tuple[str, ...]) -> dict[
     kind = resolve_device(config.device)
     device = torch.device("cuda" if kind == "gpu" else "cpu")
     if kind == "cpu":
-        torch.set_num_threads(torch_threads())
+        torch.set_num_threads(torch_threads(config))
     model, initial = load_models(checkpoint, config, device)
     config = decoding_reader(config)
     loaders = build_evaluation_loaders(config)
