@@ -33,7 +33,11 @@ from train.optim import build_optimizer
 from train.output.log import rankme
 from train.step import Updater, batches
 
-TURNS, TURN_STEPS = 8, 5  # of a calibration; its first turn warms up
+TURNS, FIRST_STEPS, TURN_STEPS = (
+    8,
+    4,
+    12,
+)  # of a calibration; its first turn warms up, and so do the first steps of each
 MANY_EPOCHS = 100_000  # max_steps decides
 CPU = torch.device("cpu")
 
@@ -90,15 +94,17 @@ def step_seconds(base: Base, variants: Sequence[str]) -> dict[str, float]:
     """CPU seconds of one step of each variant, all threads of the process.
 
     The variants, the first of which is the measure of all, take turns with a few steps each: another job on the machine slows
-    all of them alike, so the median of their ratios is theirs. The first step of a turn is not timed: the loader of the variant
-    before may still make its next batch.
+    all of them alike, so the median of their ratios is theirs. The first steps of a turn are not timed: the loader of the
+    variant before may still make its next batches, and its own has some that were made in another's time.
     """
-    trainings = {name: Training(study_config(base, name, 0, TURNS * (TURN_STEPS + 1)), name) for name in variants}
+    steps = TURNS * (FIRST_STEPS + TURN_STEPS)
+    trainings = {name: Training(study_config(base, name, 0, steps), name) for name in variants}
     turns: list[dict[str, float]] = []
     for _ in range(TURNS):
         turns.append({})
         for name, training in trainings.items():
-            training.step()
+            for _ in range(FIRST_STEPS):
+                training.step()
             turns[-1][name] = sum(training.step() for _ in range(TURN_STEPS)) / TURN_STEPS
     timed, first = turns[1:], variants[0]
     seconds = statistics.median(turn[first] for turn in timed)
