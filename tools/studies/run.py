@@ -33,11 +33,7 @@ from train.optim import build_optimizer
 from train.output.log import rankme
 from train.step import Updater, batches
 
-TURNS, FIRST_STEPS, TURN_STEPS = (
-    8,
-    4,
-    12,
-)  # of a calibration; its first turn warms up, and so do the first steps of each
+TURNS, FIRST_STEPS, TURN_STEPS = 8, 4, 12  # of a calibration: its first turn and each turn's first steps warm up
 MANY_EPOCHS = 100_000  # max_steps decides
 CPU = torch.device("cpu")
 
