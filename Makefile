@@ -29,7 +29,7 @@ BUDGET ?= 40
 study: fashion
 	test -d shards/sample/val || $(RUN) tools/make_shards.py sample --out shards/sample
 	OMP_NUM_THREADS=1 nice $(RUN) tools/study.py configs/study_fashion_mnist.yaml --budget $(BUDGET) --other-seeds 0,1
-	OMP_NUM_THREADS=1 nice $(RUN) tools/study.py configs/quickstart.yaml training.optimizer=adamw --budget $(BUDGET) --other-seeds 0,1
+	OMP_NUM_THREADS=1 nice $(RUN) tools/study.py configs/quickstart.yaml training.optimizer=adamw training.lr=4e-3 --budget $(BUDGET) --other-seeds 0,1
 
 # Ours beside LeJEPA, I-JEPA, DINO and supervised training, at equal CPU time and at equal images: hours of one core.
 ARENA_BUDGET ?= 150

@@ -161,6 +161,7 @@ class Study:
             ["python", "tools/study.py", self.base.config, *self.base.overrides, "--variants", ",".join(shown[1:])]
         )
         command += f" --budget {self.given.budget:g} --points {self.points}"
+        command += f" --equal {self.given.equal}" if self.given.equal else ""
         write_arena(
             self.given.out, self.name, command, shown, rows, list(points.values()), self.steps, self.given.budget
         )

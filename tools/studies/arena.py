@@ -11,11 +11,19 @@ from train.output.plots import plt, save_figure
 
 TITLES = {TIME: "equal CPU time", IMAGES: "equal images"}
 SCORES = {"knn": "k-NN", "linear": "linear probe"}
+PANELS = (("cpu_s", "CPU seconds", TIME), ("images", "images", IMAGES))
+
+
+def measured(rows: Sequence[Row]) -> dict[str, str]:
+    """Of `TITLES`, those of which there is a training; equal time if there is none yet."""
+    return {
+        equal: title for equal, title in TITLES.items() if equal == TIME or any(row["equal"] == equal for row in rows)
+    }
 
 
 def lead_lines(rows: Sequence[Row], variants: Sequence[str]) -> list[str]:
     """Points by which the base leads each variant: the difference of the runs of a seed, over the seeds that both have."""
-    columns = [(equal, score) for equal in TITLES for score in SCORES]
+    columns = [(equal, score) for equal in measured(rows) for score in SCORES]
     head = [f"{SCORES[score]}, {TITLES[equal]}" for equal, score in columns]
     lines = [f"### Lead of {BASE}, points", "", "| over | " + " | ".join(head) + " |", "|---" * (1 + len(head)) + "|"]
     for variant in variants:
@@ -56,7 +64,7 @@ def write_arena(
         "",
     ]
     text += experiment_lines(rows, "Without training", [(baseline, "") for baseline in BASELINES])
-    for equal, title in TITLES.items():
+    for equal, title in measured(rows).items():
         text += experiment_lines(rows, f"At {title}", [same_run(variant, equal) for variant in variants])
     (folder / f"{stem}.md").write_text("\n".join(text + lead_lines(rows, variants)))
     draw_arena(folder / f"{stem}.png", variants, rows, points)
@@ -78,11 +86,11 @@ def curve(points: Sequence[Row], of: str, score: str) -> tuple[list[float], list
 
 def draw_arena(path: Path, variants: Sequence[str], rows: Sequence[Row], points: Sequence[Row]) -> None:
     """k-NN and linear probe over CPU seconds and over images: mean and range of the seeds, baselines as gray lines."""
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8), sharey="row", layout="constrained")
+    shown = [panel for panel in PANELS if panel[2] in measured(rows)]
+    size = (2 + 5 * len(shown), 8)
+    figure, axes = plt.subplots(2, len(shown), figsize=size, sharey="row", layout="constrained", squeeze=False)
     for (score, title), line in zip(SCORES.items(), axes, strict=True):
-        for axis, (of, label, equal) in zip(
-            line, (("cpu_s", "CPU seconds", TIME), ("images", "images", IMAGES)), strict=True
-        ):
+        for axis, (of, label, equal) in zip(line, shown, strict=True):
             _draw_panel(axis, variants, points, (of, score, equal))
             for baseline, style in zip(BASELINES, (":", "-.", "--"), strict=True):
                 if values := numbers(of_variant(rows, baseline, ""), score):

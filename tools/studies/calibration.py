@@ -30,7 +30,7 @@ def calibrate(path: Path, base: Base, budget: float, points: int, variants: Sequ
         return record["steps"]
     from tools.studies.run import step_seconds
 
-    found = apart(step_seconds, base, [BASE, *(name for name in missing if name != BASE)])
+    found = apart(step_seconds, base, [BASE, *(name for name in missing if name != BASE)], budget)
     known = record["step_cpu_ms"].get(BASE, 1000 * found[BASE])
     for name in missing:
         ms = known * found[name] / found[BASE]

@@ -33,8 +33,9 @@ from train.optim import build_optimizer
 from train.output.log import rankme
 from train.step import Updater, batches
 
-TURNS, FIRST_STEPS, TURN_STEPS = 8, 4, 12  # of a calibration: its first turn and each turn's first steps warm up
+CALIBRATION_S, TURN_STEPS = 15.0, 12
 MANY_EPOCHS = 100_000  # max_steps decides
+MANY_STEPS = 10_000  # the budget decides
 CPU = torch.device("cpu")
 
 
@@ -86,23 +87,24 @@ class Training:
             self.step()
 
 
-def step_seconds(base: Base, variants: Sequence[str]) -> dict[str, float]:
+def step_seconds(base: Base, variants: Sequence[str], budget: float) -> dict[str, float]:
     """CPU seconds of one step of each variant, all threads of the process.
 
     The variants, the first of which is the measure of all, take turns with a few steps each: another job on the machine slows
-    all of them alike, so the median of their ratios is theirs. The first steps of a turn are not timed: the loader of the
-    variant before may still make its next batches, and its own has some that were made in another's time.
+    all of them alike, so the median of their ratios is theirs. Turns end when the first has used `CALIBRATION_S`, or the budget
+    if that is less. The first turn warms up, and the first step of a turn is not timed: the loader of the variant before may
+    still make its next batch.
     """
-    steps = TURNS * (FIRST_STEPS + TURN_STEPS)
-    trainings = {name: Training(study_config(base, name, 0, steps), name) for name in variants}
+    trainings = {name: Training(study_config(base, name, 0, MANY_STEPS), name) for name in variants}
     turns: list[dict[str, float]] = []
-    for _ in range(TURNS):
+    first, used = variants[0], 0.0
+    while len(turns) < 2 or used < min(CALIBRATION_S, budget):
         turns.append({})
         for name, training in trainings.items():
-            for _ in range(FIRST_STEPS):
-                training.step()
+            training.step()
             turns[-1][name] = sum(training.step() for _ in range(TURN_STEPS)) / TURN_STEPS
-    timed, first = turns[1:], variants[0]
+        used = trainings[first].cpu_s
+    timed = turns[1:]
     seconds = statistics.median(turn[first] for turn in timed)
     return {name: seconds * statistics.median(turn[name] / turn[first] for turn in timed) for name in variants}
 
