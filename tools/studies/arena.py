@@ -98,7 +98,7 @@ def draw_arena(path: Path, variants: Sequence[str], rows: Sequence[Row], points:
             axis.set_title(f"{title}, %: {TITLES[equal]}", fontsize=10)
             axis.set_xlabel(label, fontsize=8)
             axis.grid(alpha=0.3)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3 * len(shown), fontsize=9)
     save_figure(path, figure)
 
 
