@@ -45,7 +45,7 @@ WIDE = 128  # where a second thread of torch begins to pay
 def torch_threads(config: Config) -> int:
     """Torch's threads when it computes on the CPU next to DALI: what `default_threads` leaves, and two for a wide encoder.
 
-    On two cores DALI's thread mostly waits. With both, an encoder 128 wide trains 30 % faster, one of 64 slower than with one.
+    On two cores DALI's thread mostly waits. With both, an encoder 128 wide trains faster, one of 64 slower than with one.
     """
     width = config.model.encoder_kwargs.get("embed_dim")
     wide = not isinstance(width, int) or width >= WIDE

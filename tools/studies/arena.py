@@ -11,7 +11,7 @@ from train.output.plots import plt, save_figure
 
 TITLES = {TIME: "equal CPU time", IMAGES: "equal images"}
 SCORES = {"knn": "k-NN", "linear": "linear probe"}
-PANELS = (("cpu_s", "CPU seconds", TIME), ("images", "images", IMAGES))
+AXES = {TIME: ("cpu_s", "CPU seconds"), IMAGES: ("images", "images")}
 
 
 def measured(rows: Sequence[Row]) -> dict[str, str]:
@@ -86,16 +86,17 @@ def curve(points: Sequence[Row], of: str, score: str) -> tuple[list[float], list
 
 def draw_arena(path: Path, variants: Sequence[str], rows: Sequence[Row], points: Sequence[Row]) -> None:
     """k-NN and linear probe over CPU seconds and over images: mean and range of the seeds, baselines as gray lines."""
-    shown = [panel for panel in PANELS if panel[2] in measured(rows)]
+    shown = measured(rows)
     size = (2 + 5 * len(shown), 8)
     figure, axes = plt.subplots(2, len(shown), figsize=size, sharey="row", layout="constrained", squeeze=False)
     for (score, title), line in zip(SCORES.items(), axes, strict=True):
-        for axis, (of, label, equal) in zip(line, shown, strict=True):
+        for axis, equal in zip(line, shown, strict=True):
+            of, label = AXES[equal]
             _draw_panel(axis, variants, points, (of, score, equal))
             for baseline, style in zip(BASELINES, (":", "-.", "--"), strict=True):
                 if values := numbers(of_variant(rows, baseline, ""), score):
                     axis.axhline(statistics.mean(values), color="gray", linestyle=style, linewidth=1, label=baseline)
-            axis.set_title(f"{title}, %: {TITLES[equal]}", fontsize=10)
+            axis.set_title(f"{title}, %: {shown[equal]}", fontsize=10)
             axis.set_xlabel(label, fontsize=8)
             axis.grid(alpha=0.3)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3 * len(shown), fontsize=9)

@@ -97,13 +97,12 @@ def step_seconds(base: Base, variants: Sequence[str], budget: float) -> dict[str
     """
     trainings = {name: Training(study_config(base, name, 0, MANY_STEPS), name) for name in variants}
     turns: list[dict[str, float]] = []
-    first, used = variants[0], 0.0
-    while len(turns) < 2 or used < min(CALIBRATION_S, budget):
+    first = variants[0]
+    while len(turns) < 2 or trainings[first].cpu_s < min(CALIBRATION_S, budget):
         turns.append({})
         for name, training in trainings.items():
             training.step()
             turns[-1][name] = sum(training.step() for _ in range(TURN_STEPS)) / TURN_STEPS
-        used = trainings[first].cpu_s
     timed = turns[1:]
     seconds = statistics.median(turn[first] for turn in timed)
     return {name: seconds * statistics.median(turn[name] / turn[first] for turn in timed) for name in variants}
