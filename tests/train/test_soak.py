@@ -81,7 +81,7 @@ def survive(kills: int, steps: int, data_path: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_killed_three_times_ends_as_if_it_had_been_left_alone(data_path: Path, tmp_path: Path) -> None:
-    survive(3, 150, data_path, tmp_path)
+    survive(3, 80, data_path, tmp_path)
 
 
 @pytest.mark.slow
