@@ -12,6 +12,7 @@ from tools.studies.calibration import calibrate
 from tools.studies.grid import BASE, EXPERIMENTS, PEERS, VARIANTS, Base, trials
 from tools.studies.run import run_baselines, run_trial, study_config
 from tools.studies.table import claim_lines, mean_and_interval, write_tables
+from train.config.load import load_config
 
 
 # The quickstart predicts tokens and has no summary, so that two variants are its base.
@@ -105,6 +106,21 @@ def test_a_study_of_another_budget_is_not_continued(
     assert study.main([str(base), "--out", str(tmp_path), "--budget", "6"]) == 2
     assert "--budget 5, not 6" in capsys.readouterr().err
     assert study.main([str(tmp_path / "none.yaml"), "--out", str(tmp_path)]) == 2
+
+
+def test_a_study_of_other_settings_is_not_continued(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of another file or folder of images it is, as both may be moved."""
+    settings = load_config(base).resolved
+    ready = {"budget_s": 6.0, "points": 1, "overrides": [], "step_cpu_ms": {}, "steps": dict.fromkeys(VARIANTS, 1)}
+    path = tmp_path / "tiny_calibration.json"
+    path.write_text(json.dumps(ready | {"settings": {**settings, "data": {**settings["data"], "data_path": "moved"}}}))
+    assert calibrate(path, Base(str(base)), 6.0, 1, list(VARIANTS)) == ready["steps"]
+    path.write_text(json.dumps(ready | {"settings": {**settings, "loss": {**settings["loss"], "view_weight": 7.0}}}))
+    assert study.main([str(base), "--out", str(tmp_path), "--budget", "6"]) == 2
+    assert f"other settings (loss.view_weight: 7.0 -> {settings['loss']['view_weight']})" in capsys.readouterr().err
+    assert not (tmp_path / "tiny.csv").exists()
 
 
 def test_a_table_without_its_first_line_is_not_continued(

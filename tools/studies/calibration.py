@@ -7,6 +7,11 @@ from typing import Any
 
 from tools.own_process import own_process
 from tools.studies.grid import BASE, Base
+from train.config.changes import changed_settings
+from train.config.load import load_config
+
+# What may differ between the calls of one study: where files lie, and what each trial sets itself.
+FREE_KEYS = ("device", "seed", "training.max_steps", "training.epochs", "checkpoint.", "logging.", "data.data_path")
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -17,14 +22,19 @@ def apart(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def calibrate(path: Path, base: Base, budget: float, points: int, variants: Sequence[str]) -> dict[str, int]:
     """Steps that fill the budget, by variant, measured once and kept. ValueError if they were measured for something else."""
-    made_for = {"budget_s": budget, "points": points, "overrides": list(base.overrides)}
+    settings = load_config(Path(base.config), base.overrides).resolved
+    made_for = {"budget_s": budget, "points": points, "overrides": list(base.overrides), "settings": settings}
     record: dict[str, Any] = {**made_for, "step_cpu_ms": {}, "steps": {}}
     if path.exists():
-        record = {"points": 1, "overrides": []} | json.loads(path.read_text())
+        record = made_for | {"points": 1, "overrides": []} | json.loads(path.read_text())
     for key, option in {"budget_s": "--budget", "points": "--points", "overrides": "KEY=VALUE"}.items():
         if record[key] != made_for[key]:
             before, now = (_shown(value) for value in (record[key], made_for[key]))
             raise ValueError(f"{path}: belongs to a study with {option} {before}, not {now}; choose another --out")
+    if changes := changed_settings(record["settings"], settings, FREE_KEYS):
+        raise ValueError(
+            f"{path}: belongs to a study with other settings ({'; '.join(changes)}); choose another --out, or move its files away"
+        )
     missing = [name for name in variants if name not in record["steps"]]
     if not missing:
         return record["steps"]

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from train.checkpoint import data_of, list_checkpoints
+from train.config.changes import changed_settings, flatten
 from train.config.schema import Config
 
 log = logging.getLogger(__name__)
@@ -83,14 +84,14 @@ def check_run_folder(config: Config, data: str | None = None) -> None:
     if config.checkpoint.resume == "none" or not (folder / "checkpoints").exists():
         return
     before = read_settings(settings) if settings.exists() else {}
-    if before and (changes := _changes(before, config.resolved)):
+    if before and (changes := changed_settings(before, config.resolved, FREE_KEYS)):
         raise ValueError(
             f"{folder}: holds a run with other settings ({'; '.join(changes)}). Choose another logging.run_name, or "
             "checkpoint.resume=none to start over"
         )
     known = [digest for path in list_checkpoints(folder / "checkpoints") if (digest := data_of(path))]
     if data and known and known[-1] != data:
-        path, now = _flatten(before, "").get("data.data_path"), str(config.data.data_path)
+        path, now = flatten(before).get("data.data_path"), str(config.data.data_path)
         moved = f"data.data_path was {path}, is {now}" if str(path) != now else f"{now} has changed since"
         raise ValueError(
             f"{folder}: holds a run that was trained on other images ({moved}). Give the old ones with data.data_path, choose "
@@ -120,25 +121,6 @@ def _move_aside(folder: Path) -> None:
                 number += 1
             (folder / name).rename(folder / f"{name}.old-{number}")
             log.info(f"{folder / name}: from an earlier run, moved to {name}.old-{number}")
-
-
-def _changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    old, new = _flatten(before, ""), _flatten(after, "")
-    return [
-        f"{key}: {old.get(key)} -> {new.get(key)}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(FREE_KEYS)
-    ]
-
-
-def _flatten(values: dict[str, Any], prefix: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def environment() -> dict[str, Any]:
