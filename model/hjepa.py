@@ -145,17 +145,6 @@ class HJEPA(TaughtEncoder):
             errors.append(F.smooth_l1_loss(prediction.float(), wanted, reduction="none").mean(dim=-1))
         return prediction_losses(errors, self.level_weights, _inside(places, boxes, plan), self.exclude_covered)
 
-    def encoder_load(self, crops: Sequence[torch.Tensor], plan: MaskPlan) -> torch.Tensor:
-        """A scalar whose forward and backward pass cost what the student's and the target's do; without meaning, and without
-        the other ranks. For measuring what else must keep up with them."""
-        whole = join_crops(crops[: self.num_global])
-        groups = [(whole, self._kept(plan))]
-        if len(crops) > self.num_global:
-            groups.append((join_crops(crops[self.num_global :]), None))
-        if self.predictor is not None or self.summary is not None:
-            self._targets(whole)
-        return torch.stack([out.tokens.float().mean() for out in self.encoder(groups)]).sum()
-
     @torch.no_grad()
     def _targets(self, whole: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Per level the target map `[n, cells, D] float32`, layer-normed then pooled; and the mean final token `[n, D]`."""

@@ -127,9 +127,8 @@ def resolve_reader(
 ) -> ReaderOptions:
     """The options for reading the shards in `folder`, with a value for every `auto`; `options` as in `ReaderOptions`.
 
-    `device`: `gpu`, `cpu`, or `auto` for the GPU when torch sees one. `crop_device`: `auto` for the same (`pipeline.tuning`
-    measures which is faster). `num_workers`: CPU threads of DALI, `auto` for half of
-    this process's cores (`pipeline.tuning` measures what is best). `use_mmap`: `auto` for local disks only.
+    `device`: `gpu`, `cpu`, or `auto` for the GPU when torch sees one. `crop_device`: `auto` for the same. `num_workers`: CPU
+    threads of DALI, `auto` for half of this process's cores. `use_mmap`: `auto` for local disks only.
     """
     return ReaderOptions(
         device=resolve_device(device),

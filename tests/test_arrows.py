@@ -12,7 +12,7 @@ FOLDERS = ("pipeline", "model", "train", "tools")
 # the longest entry that it is inside of holds.
 MAY_IMPORT = {
     "pipeline": {"pipeline"},
-    "pipeline.shards": {"pipeline.shards"},
+    "pipeline.shards": {"pipeline.shards", "pipeline.files", "pipeline.text"},
     "pipeline.crops": {
         "pipeline.crops",
         "pipeline.shards",
@@ -22,7 +22,14 @@ MAY_IMPORT = {
     },
     "model": {"model"},
     "train": {"pipeline", "model", "train"},
-    "train.config": {"train.config", "train.command", "pipeline.defaults"},
+    "train.config": {
+        "train.config",
+        "train.command",
+        "pipeline.defaults",
+        "pipeline.text",
+        "pipeline.files",
+        "model.defaults",
+    },
     "tools": {"pipeline", "model", "train", "tools"},
     "tools.shards": {"pipeline", "tools.shards", "train.command", "train.output.display"},
 }

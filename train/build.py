@@ -1,7 +1,6 @@
 """The settings of a run turned into its objects: the one place where config keys meet arguments."""
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from model.hjepa import HJEPA, Level, default_levels
 from model.losses import LossWeights
 from model.masks import MultiCropMaskGenerator
 from model.predictor import Predictor
-from pipeline.batch import CropBatch
 from pipeline.crops.augment import Augmentation
 from pipeline.crops.decode import check_decoder
 from pipeline.crops.device import DeviceError
@@ -28,7 +26,6 @@ from pipeline.dataset import (
 from pipeline.loader import MultiCropLoader
 from pipeline.shards.cache import CacheSettings
 from pipeline.shards.index import open_index, split_folder
-from pipeline.tuning import ReaderSettings, candidates, tune
 from train.config.schema import Config
 from train.distributed import Ranks
 from train.evaluation.features import spread_rows
@@ -120,32 +117,8 @@ def describe_epoch(config: Config, loader: MultiCropLoader) -> str:
     return f"data: {count:,} images in {shards} shards, {count // per_step:,} steps of {per_step} an epoch{dropped}"
 
 
-def tuned_reader(
-    config: Config, dataset: MultiCropDataset, model: HJEPA, masks: MultiCropMaskGenerator, ranks: Ranks = ALONE
-) -> Config:
-    """`config` with numbers in place of `auto` in data.crop_device, num_workers and hw_decoder_load.
-
-    On a GPU they are measured on rank 0 under a step of the run's encoder, and hold for all ranks; on a CPU all stays as it is.
-    """
-    data = config.data
-    if resolve_device(config.device) != "gpu" or "auto" not in (
-        data.crop_device,
-        data.num_workers,
-        data.hw_decoder_load,
-    ):
-        return config
-    devices = ("gpu", "cpu") if data.crop_device == "auto" else (data.crop_device,)
-    settings = candidates(own_cores(), None if data.hw_decoder_load == "auto" else data.hw_decoder_load, devices)
-    if data.num_workers != "auto":
-        settings = sorted({replace(each, num_threads=data.num_workers) for each in settings})
-    number = _fastest_reader(config, dataset, settings, model, masks) if ranks.is_first else 0
-    chosen = settings[ranks.from_first(number)]
-    return _with_reader(config, chosen)
-
-
-def decoding_reader(config: Config) -> Config:
-    """`config` with data.crop_device cpu in place of `auto` where the GPU's decoder does not work. For evaluation alone, which
-    is too short to measure which device is faster."""
+def with_crop_device(config: Config) -> Config:
+    """`config` with data.crop_device cpu in place of `auto` where the GPU's decoder does not work."""
     if resolve_device(config.device) != "gpu" or config.data.crop_device != "auto":
         return config
     try:
@@ -154,45 +127,6 @@ def decoding_reader(config: Config) -> Config:
         log.warning("crops are made on the cpu, not on the gpu: %s", error)
         return config.model_copy(update={"data": config.data.model_copy(update={"crop_device": "cpu"})})
     return config
-
-
-def _with_reader(config: Config, chosen: ReaderSettings) -> Config:
-    changes = {
-        "num_workers": chosen.num_threads,
-        "hw_decoder_load": chosen.hw_decoder_load,
-        "crop_device": chosen.crop_device,
-    }
-    return config.model_copy(update={"data": config.data.model_copy(update=changes)})
-
-
-def _fastest_reader(
-    config: Config,
-    dataset: MultiCropDataset,
-    settings: list[ReaderSettings],
-    model: HJEPA,
-    masks: MultiCropMaskGenerator,
-) -> int:
-    """Which of the settings feeds a training step best. The step is the encoder's share of it: the rest needs all ranks."""
-
-    def step(batch: CropBatch) -> None:
-        with torch.autocast(masks.device.type, torch.bfloat16, enabled=amp_enabled(config, masks.device)):
-            model.encoder_load(batch.crops, masks(len(batch.labels))).backward()
-        model.zero_grad(set_to_none=True)
-
-    def loader(each: ReaderSettings) -> MultiCropLoader:
-        return build_training_loader(
-            _with_reader(config, each), dataset, replace(ALONE, local_rank=masks.device.index or 0)
-        )
-
-    chosen, rates = tune(loader, settings, step=step)
-    listed = ", ".join(
-        f"{each.crop_device}/{each.num_threads}/{each.hw_decoder_load:g}: {rate:,.0f}" for each, rate in rates.items()
-    )
-    log.info(
-        f"data: crops on the {chosen.crop_device}, {chosen.num_threads} DALI threads, {chosen.hw_decoder_load:.0%} of the JPEGs "
-        f"on the JPEG engine, chosen by images/s with the encoder at work (crop device/threads/engine): {listed}"
-    )
-    return settings.index(chosen)
 
 
 def build_evaluation_loaders(config: Config, shuffle: bool = False) -> tuple[MultiCropLoader, MultiCropLoader]:

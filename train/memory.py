@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pipeline.crops.device import is_out_of_memory
 from pipeline.shards.index import ShardIndex
 from train.build import amp_enabled, build_masks, build_model, crop_sizes
 from train.config.schema import Config
@@ -13,17 +14,6 @@ from train.step import noise_inputs
 
 IMAGES = 2  # enough for batch statistics
 USABLE = 0.9  # of the memory: the rest goes to buffers, the crops and fragmentation
-# What torch, DALI, CUDA, cuBLAS and nvJPEG say, in lower case; DALI's std::bad_alloc arrives as a MemoryError.
-OUT_OF_MEMORY = (
-    "out of memory",
-    "out_of_memory",
-    "can't allocate",
-    "cuda allocation failed",
-    "cudaerrormemoryallocation",
-    "status_alloc_failed",
-    "allocator_failure",
-    "bad_alloc",
-)
 COPIES = 4  # float32 weight, gradient and two moments of each trained weight
 
 
@@ -132,12 +122,6 @@ def remedies(config: Config, memory: StepMemory, budget: float) -> list[str]:
         text.format(value) if value is not None else f"{text.split('=')[0]} alone cannot lower it enough"
         for text, value in found.items()
     ]
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        text in str(error).lower() for text in OUT_OF_MEMORY
-    )
 
 
 @contextmanager

@@ -8,9 +8,8 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -19,6 +18,7 @@ from pipeline.shards.fetcher import Cancelled
 from pipeline.shards.object_store import StoreError
 from train.distributed import Ranks
 from train.output.log import mean_std, rankme
+from train.state import RunState
 
 if TYPE_CHECKING:
     from pipeline.loader import MultiCropLoader
@@ -27,33 +27,6 @@ log = logging.getLogger(__name__)
 
 FEATURE_ROWS = 512  # pooled features that the collapse signals are computed on
 HEARTBEAT_S = 5.0
-
-
-@dataclass
-class RunState:
-    """Counts of a run, saved in every checkpoint. Times are seconds, `images` counts over all ranks."""
-
-    step: int = 0
-    images: int = 0
-    loss_first: float | None = None
-    loss_last: float | None = None
-    train_s: float = 0.0
-    wait_s: float = 0.0
-    store_wait_s: float = 0.0
-    """Of `wait_s`: for an object store."""
-    bad_samples: int = 0
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-    first_feature_std: float | None = None
-    collapsed: bool = False
-    alarms: list[int] = field(default_factory=list)
-    """Steps at which the collapse alarm was raised."""
-    knn: float | None = None
-    """Percent, at the latest measurement during the run."""
-    knn_step: int | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class StepGuard:

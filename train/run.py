@@ -99,10 +99,11 @@ def train(config: Config, console: Console) -> int:
     """Train, evaluate and draw; returns the exit code. Only rank 0 shows and writes anything."""
     import torch
 
+    from pipeline.crops.device import is_out_of_memory
     from pipeline.dataset import resolve_device
     from train.build import torch_threads
     from train.distributed import joined, ranks_from_environment, use_device
-    from train.memory import is_out_of_memory, out_of_memory_explained
+    from train.memory import out_of_memory_explained
     from train.output.folder import StopSignal
     from train.trainer import Trainer
 

@@ -15,8 +15,9 @@ from pipeline.loader import MultiCropLoader
 from train.build import amp_enabled, build_masks, build_model, crop_sizes
 from train.config.schema import Config
 from train.distributed import Ranks, gradients_kept_back
-from train.monitor import RunState, StepGuard
+from train.monitor import StepGuard
 from train.optim import Schedule
+from train.state import RunState
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from train.build import (
     build_schedule,
     build_training_loader,
     describe_epoch,
-    tuned_reader,
+    with_crop_device,
 )
 from train.checkpoint import (
     CheckpointWriter,
@@ -31,7 +31,7 @@ from train.checkpoint import (
 from train.config.schema import Config
 from train.distributed import Ranks, Watchdog, replicated
 from train.evaluation.online import OnlineEvaluation
-from train.monitor import CollapseAlarm, Heartbeat, RunningMeans, RunState, Speed, StepGuard, StoreGuard, memory_metrics
+from train.monitor import CollapseAlarm, Heartbeat, RunningMeans, Speed, StepGuard, StoreGuard, memory_metrics
 from train.optim import build_optimizer
 from train.output.advice import advice, limiting_key
 from train.output.display import Display, summary_table
@@ -40,6 +40,7 @@ from train.output.log import MetricsLog, open_wandb
 from train.output.page import write_page
 from train.output.pictures import NEIGHBOURS, QUERIES, draw_run, read_picture
 from train.output.report import write_report, write_summary
+from train.state import RunState
 from train.step import StepResult, Updater, batches
 
 log = logging.getLogger(__name__)
@@ -58,13 +59,13 @@ class Trainer:
     """
 
     def __init__(self, config: Config, ranks: Ranks = ALONE) -> None:
+        config = with_crop_device(config)
         self.config, self.ranks, self.device = config, ranks, ranks.device(resolve_device(config.device))
         training = config.training
         self.dataset = build_dataset(config)
         self.model = build_model(config, self.device)
         self.masks = build_masks(config, self.model, self.device)
-        self._tuned = tuned_reader(config, self.dataset, self.model, self.masks, ranks)
-        self.loader = build_training_loader(self._tuned, self.dataset, ranks)
+        self.loader = build_training_loader(config, self.dataset, ranks)
         self.schedule = build_schedule(config, len(self.loader))
         self.steps_per_epoch = len(self.loader) // training.accumulation_steps
         if training.compile:
@@ -94,7 +95,7 @@ class Trainer:
         config, logging_ = self.config, self.config.logging
         self._console = console
         if self.ranks.is_first:
-            self._probe = OnlineEvaluation(self._tuned, self.folder, self.model)
+            self._probe = OnlineEvaluation(config, self.folder, self.model)
             open_run_folder(config, self.dataset.index.digest)
             log.info(describe_epoch(config, self.loader))
             self._probe.measure_baselines()
@@ -273,8 +274,10 @@ class Trainer:
 
     def _draw(self, probe: OnlineEvaluation, metrics: MetricsLog | None) -> list[Path]:
         """Draw the pictures of the run as it is now, and put them into its log."""
+        if not self.config.logging.pictures:
+            return []
         neighbours = probe.neighbours(QUERIES, NEIGHBOURS)
-        paths = draw_run(self.folder, self._tuned, self.dataset, self.model, self.masks, neighbours)
+        paths = draw_run(self.folder, self.config, self.dataset, self.model, self.masks, neighbours)
         if metrics is not None:
             for path in paths:
                 metrics.picture(self.state.step, path.stem, read_picture(path))

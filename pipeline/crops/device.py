@@ -4,14 +4,14 @@ import re
 
 import torch
 
+# What torch, DALI, CUDA, cuBLAS and nvJPEG say. DALI's std::bad_alloc reaches Python as a MemoryError.
 NO_MEMORY = re.compile(
-    r"can't allocate|cudaErrorMemoryAllocation|CUDA allocation failed|ALLOC_FAILED|bad_alloc|out of memory",
+    r"out.of.memory|can't allocate|CUDA allocation failed|cudaErrorMemoryAllocation|ALLOC_FAILED|allocator_failure|bad_alloc",
     re.IGNORECASE,
 )
 NO_DEVICE = re.compile(
     r"CUDA (runtime|driver) API error|cudaError\w|CUDA_ERROR_|libcuda|CUDA is not available|nvml|CUBLAS_", re.IGNORECASE
 )
-
 
 USELESS = "Current pipeline object is no longer valid."
 
@@ -33,3 +33,8 @@ def device_fault(dali_error: str, device: str) -> Exception | None:
             f"DALI cannot use {device}: {line}. Check the driver with nvidia-smi and python tools/doctor.py, or set device=cpu"
         )
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for any way in which torch, DALI or CUDA reports that the device or the host ran out of memory."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(NO_MEMORY.search(str(error)))

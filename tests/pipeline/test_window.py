@@ -12,7 +12,6 @@ from nvidia.dali import Pipeline
 from pipeline import build_multicrop_dataloader, build_multicrop_dataset, window
 from pipeline.loader import MultiCropLoader
 from pipeline.sequence import Place
-from pipeline.tuning import ReaderSettings, tune
 
 WINDOW_BATCHES, BATCH = 3, 8
 
@@ -65,17 +64,3 @@ def test_a_graph_that_failed_is_freed_before_the_next_is_built(data_path: Path) 
     assert len(loader.quarantine) == 4
     assert alive == [0] * len(alive)
     assert len(alive) >= 2
-
-
-def test_measured_loaders_leave_no_graph_behind(data_path: Path) -> None:
-    loaders: list[weakref.ref[Pipeline]] = []
-
-    def make(settings: ReaderSettings) -> MultiCropLoader:
-        assert [graph() for graph in loaders] == [None] * len(loaders)
-        loader = loader_of(data_path, num_workers=settings.num_threads)
-        next(iter(loader))
-        loaders.append(graph_of(loader))
-        return loader
-
-    tune(make, [ReaderSettings(1, 0.5, "cpu"), ReaderSettings(2, 0.5, "cpu")], seconds=0.02)
-    assert [graph() for graph in loaders] == [None, None]

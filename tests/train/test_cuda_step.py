@@ -23,8 +23,9 @@ from tests.train.test_run import ROOT, command
 from train.build import build_masks, build_model, build_schedule, crop_sizes
 from train.config.load import load_config
 from train.distributed import Ranks
-from train.monitor import RunningMeans, RunState, StepGuard
+from train.monitor import RunningMeans, StepGuard
 from train.optim import build_optimizer
+from train.state import RunState
 from train.step import Updater
 
 CUDA = torch.device("cuda", 0)

@@ -1,7 +1,6 @@
 """The trainer's step on a GPU: bf16 on uint8 crops, and what a loss or a gradient that is not finite leaves as it was."""
 
 import copy
-import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,6 @@ import torch
 
 from model.masks import STRATEGIES
 from tests.train.test_run import ROOT, command
-from train.build import tuned_reader
 from train.config.load import load_config
 from train.config.schema import Config
 from train.trainer import Trainer
@@ -106,27 +104,3 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     assert all(bool(tensor.isfinite().all()) for tensor in after.values())
     trainer._guard.read(trainer.state)
     assert (trainer.state.skipped_steps, trainer.state.skipped_in_a_row) == (2, 0)
-
-
-@on_each_device
-@pytest.mark.parametrize("crop_device", ["auto", "gpu", "cpu"])
-def test_the_reader_of_a_run_is_measured_with_its_encoder_and_has_no_auto_left(
-    device: str, crop_device: str, data_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    place = crop_device if device == "gpu" or crop_device == "auto" else "cpu"
-    changes = ("data.num_workers=auto", "data.hw_decoder_load=auto", f"data.crop_device={place}")
-    config = config_of(device, data_path, tmp_path, *changes)
-    trainer = Trainer(config)
-    if device == "cpu":
-        assert trainer._tuned == config
-        return
-    chosen = trainer._tuned.data
-    assert "auto" not in (chosen.num_workers, chosen.hw_decoder_load, chosen.crop_device)
-    assert crop_device in ("auto", chosen.crop_device)
-    assert trainer.loader.reader.crop_device == chosen.crop_device
-    assert trainer.loader.reader.num_threads == chosen.num_workers
-    assert sum("chosen by images/s" in message for message in caplog.messages) == 1
-    again = tuned_reader(trainer._tuned, trainer.dataset, trainer.model, trainer.masks)
-    assert again == trainer._tuned  # nothing is left to measure
-    assert all(parameter.grad is None for parameter in trainer.model.parameters())

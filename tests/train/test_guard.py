@@ -14,8 +14,9 @@ from tests.train.test_run import ROOT, command
 from train.checkpoint import list_checkpoints
 from train.config.load import load_config
 from train.config.schema import Config
-from train.monitor import CollapseAlarm, RunState
+from train.monitor import CollapseAlarm
 from train.run import main
+from train.state import RunState
 from train.step import batches, step_seed
 from train.trainer import Trainer
 

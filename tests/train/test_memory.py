@@ -8,12 +8,13 @@ import nvidia.dali
 import pytest
 import torch
 
+from pipeline.crops.device import is_out_of_memory
 from pipeline.shards.index import open_index
 from tests.train.test_run import ROOT, command
 from train.build import build_dataset, build_training_loader
 from train.config.load import load_config
 from train.config.schema import Config
-from train.memory import held_by_others, is_out_of_memory, out_of_memory_explained, pipeline_bytes
+from train.memory import held_by_others, out_of_memory_explained, pipeline_bytes
 from train.monitor import memory_metrics
 from train.output.log import rankme
 from train.run import main

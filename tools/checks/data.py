@@ -4,12 +4,17 @@ import hashlib
 import random
 import time
 from functools import cache
+from itertools import chain, repeat
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.shards.index import ShardIndex, open_index, split_folder
 from pipeline.shards.manifest import MANIFEST_NAME, Manifest, check_class_count, read_manifest
 from tools.checks.check import Case, Finding, check, fail, ok, sees_gpu, skipped, warn
 from train.evaluation.labels import check_classes, one_label, unknown_labels
+
+if TYPE_CHECKING:
+    from pipeline.loader import MultiCropLoader
 
 SAMPLED_SHARDS, SAMPLED_IMAGES = 8, 32
 MOST_HASHED = 2 * 2**30
@@ -171,13 +176,12 @@ def rate(case: Case) -> Finding:
     index = index_of(case)
     if index is None or case.config is None:
         return skipped("no CONFIG, or no readable shards")
-    from pipeline.tuning import measure
     from train.build import build_dataset, build_loader
 
     config = case.config
     batch_size = min(config.data.batch_size, 32, len(index))
     loader = build_loader(config, build_dataset(config), batch_size, normalized=False)
-    made = measure(loader, RATE_S)
+    made = images_per_second(loader, RATE_S)
     if not sees_gpu() and config.device != "cpu":
         return ok(f"{made:,.0f} images/s; the model is measured on a GPU, or with device=cpu")
     needed = model_rate(case)
@@ -186,6 +190,20 @@ def rate(case: Case) -> Finding:
         fix = "more cores, data.num_workers=auto, data.hw_decoder_load=auto, images stored smaller, or shards on a local disk"
         return warn(f"{text}: it would wait for data", fix)
     return ok(text)
+
+
+def images_per_second(loader: "MultiCropLoader", seconds: float) -> float:
+    """The loader's rate after three batches of warm-up."""
+    images, started = 0, 0.0
+    for number, batch in enumerate(chain.from_iterable(repeat(loader)), 1):
+        if number == 3:
+            started = time.perf_counter()
+        if number <= 3:
+            continue
+        images += len(batch.labels)
+        if number >= 7 and time.perf_counter() - started >= seconds:
+            break
+    return images / (time.perf_counter() - started)
 
 
 def model_rate(case: Case) -> float:

@@ -28,9 +28,10 @@ from train.evaluation.features import Extractor, Features, colour_histogram, ext
 from train.evaluation.knn import knn_accuracies
 from train.evaluation.probes import linear_probe
 from train.memory import measure_step
-from train.monitor import RunState, StepGuard
+from train.monitor import StepGuard
 from train.optim import build_optimizer
 from train.output.log import rankme
+from train.state import RunState
 from train.step import Updater, batches
 
 CALIBRATION_S, TURN_STEPS = 15.0, 12

@@ -76,13 +76,13 @@ class Data(Section):
     batch_size: PositiveInt = 64
     """Images per rank."""
     num_workers: PositiveInt | Literal["auto"] = "auto"
-    """CPU threads of DALI; auto: measured at the start on a GPU, half of the cores on a CPU."""
+    """CPU threads of DALI; auto: half of the cores of this rank."""
     hw_decoder_load: Fraction | Literal["auto"] = "auto"
-    """Fraction of the JPEGs that the GPU's JPEG engine decodes, where it has one; auto: measured at the start."""
+    """Fraction of the JPEGs that the GPU's JPEG engine decodes, where it has one; auto: 0.65, DALI's own default."""
     prefetch: PositiveInt = 2
     """Batches made ahead."""
     crop_device: Literal["auto", "gpu", "cpu"] = "auto"
-    """Where crops are made on a GPU run; cpu: by the compiled CPU operator, then uploaded by DALI."""
+    """Where a GPU run makes its crops. cpu: the compiled CPU operator, then an upload; auto: the GPU if its decoder works."""
     pin_memory: StrictBool = True
     """Accepted, but has no effect: DALI always uploads through pinned memory."""
     use_mmap: StrictBool | Literal["auto"] = "auto"
@@ -245,6 +245,8 @@ class Logging(Section):
     log_frequency: PositiveInt = 10
     """In steps."""
     tensorboard: StrictBool = True
+    pictures: StrictBool = True
+    """Draw crops, masks, features, neighbours and curves when features are measured and at the end."""
     wandb: Wandb = Wandb()
 
 

@@ -11,7 +11,7 @@ import torch
 from model.encoder import MultiCropEncoder
 from model.hjepa import HJEPA
 from pipeline.dataset import resolve_device
-from train.build import build_evaluation_loaders, build_model, decoding_reader, torch_threads
+from train.build import build_evaluation_loaders, build_model, torch_threads, with_crop_device
 from train.checkpoint import MANIFEST, checkpoint_step, load_checkpoint, newest_checkpoint
 from train.config.load import load_config
 from train.config.schema import Config
@@ -100,7 +100,7 @@ def evaluate(checkpoint: Path, config: Config, probes: tuple[str, ...]) -> dict[
     if kind == "cpu":
         torch.set_num_threads(torch_threads(config))
     model, initial = load_models(checkpoint, config, device)
-    config = decoding_reader(config)
+    config = with_crop_device(config)
     loaders = build_evaluation_loaders(config)
     indices = [loader.index for loader in loaders]
     check_labels(*indices)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from train.monitor import RunState
+from train.state import RunState
 
 PLAIN_EVERY_S = 5.0
 LOADING = "loading torch, DALI and timm ..."  # ten seconds of imports, which would look like a hang

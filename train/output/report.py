@@ -7,9 +7,9 @@ from typing import Any
 from pipeline.shards.object_store import is_remote
 from train.config.schema import Config
 from train.evaluation.online import OnlineEvaluation
-from train.monitor import RunState
 from train.output.display import summary_rows
 from train.output.folder import write_whole
+from train.state import RunState
 
 
 def write_summary(folder: Path, config: Config, state: RunState, probe: OnlineEvaluation, width: int) -> dict[str, Any]:

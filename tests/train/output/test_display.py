@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from train.monitor import RunState
 from train.output.display import Display, ProgressDisplay
+from train.state import RunState
 
 
 @pytest.mark.parametrize("width", [80, 100, 120, 200])

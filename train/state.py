@@ -1,0 +1,31 @@
+"""The counts of a run. This module imports no torch: displays and reports read it before torch is loaded."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class RunState:
+    """Counts of a run, saved in every checkpoint. Times are seconds, `images` counts over all ranks."""
+
+    step: int = 0
+    images: int = 0
+    loss_first: float | None = None
+    loss_last: float | None = None
+    train_s: float = 0.0
+    wait_s: float = 0.0
+    store_wait_s: float = 0.0
+    """Of `wait_s`: for an object store."""
+    bad_samples: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    first_feature_std: float | None = None
+    collapsed: bool = False
+    alarms: list[int] = field(default_factory=list)
+    """Steps at which the collapse alarm was raised."""
+    knn: float | None = None
+    """Percent, at the latest measurement during the run."""
+    knn_step: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
