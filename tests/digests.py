@@ -1,6 +1,6 @@
 """Prints digests of crops, losses and converted shards: a change that should not alter numbers prints the same lines.
 
-    OMP_NUM_THREADS=1 python tests/digests.py > before.txt
+    OMP_NUM_THREADS=1 python -m tests.digests > before.txt
 
 Run it in both checkouts on one machine: the last bits of a loss depend on the processor and on torch's threads.
 """
