@@ -11,11 +11,11 @@ import torch
 
 from pipeline.dataset import resolve_device
 from tools.benchmarks.tables import target
+from train.build import trial_step
 from train.checkpoint import CheckpointWriter, take_snapshot, write_checkpoint
 from train.config.load import load_config
 from train.config.schema import Config
 from train.optim import build_optimizer
-from train.step import trial_step
 
 CONFIG = Path(__file__).parents[2] / "configs" / "multicrop_training.yaml"
 MOST = 1.05  # of a step without a save
