@@ -1,6 +1,7 @@
 """The settings of a run turned into its objects: the one place where config keys meet arguments."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import torch
 
 from model.encoder import MultiCropEncoder
 from model.hjepa import HJEPA, Level, default_levels
-from model.losses import LossWeights
+from model.losses import LossWeights, random_directions
 from model.masks import MultiCropMaskGenerator
 from model.predictor import Predictor
+from model.teacher import TaughtEncoder
 from pipeline.crops.augment import Augmentation
 from pipeline.crops.decode import check_decoder
 from pipeline.crops.device import DeviceError
@@ -27,14 +29,13 @@ from pipeline.loader import MultiCropLoader
 from pipeline.shards.cache import CacheSettings
 from pipeline.shards.index import open_index, split_folder
 from train.config.schema import Config
-from train.distributed import Ranks
+from train.distributed import SINGLE_PROCESS, Ranks
 from train.evaluation.features import spread_rows
 from train.evaluation.labels import check_classes
 from train.optim import Schedule
 
 log = logging.getLogger(__name__)
 
-ALONE = Ranks()
 HW_DECODER_LOAD = 0.65  # DALI's own default
 WIDE = 128  # where a second thread of torch begins to pay
 
@@ -75,7 +76,7 @@ def cache_settings(config: Config) -> CacheSettings:
 
 
 def build_loader(
-    config: Config, dataset: MultiCropDataset, batch_size: int, ranks: Ranks = ALONE, **changes: Any
+    config: Config, dataset: MultiCropDataset, batch_size: int, ranks: Ranks = SINGLE_PROCESS, **changes: Any
 ) -> MultiCropLoader:
     """A loader with the run's device, seed and threads; `changes` override single arguments."""
     arguments: dict[str, Any] = {
@@ -95,7 +96,7 @@ def build_loader(
 
 
 def build_training_loader(
-    config: Config, dataset: MultiCropDataset, ranks: Ranks = ALONE, **changes: Any
+    config: Config, dataset: MultiCropDataset, ranks: Ranks = SINGLE_PROCESS, **changes: Any
 ) -> MultiCropLoader:
     """Crops as uint8, which the model normalises. Raises ValueError when the data set is smaller than one step."""
     loader = build_loader(config, dataset, config.data.batch_size, ranks, normalized=False, **changes)
@@ -198,15 +199,17 @@ def build_levels(config: Config, depth: int) -> tuple[Level, ...]:
     return tuple(levels)
 
 
-def build_masks(config: Config, model: HJEPA, device: torch.device) -> MultiCropMaskGenerator:
-    num_global, num_local = config.data.crop_counts
+def build_masks(config: Config, model: TaughtEncoder, device: torch.device) -> MultiCropMaskGenerator:
+    """Masks for any model with an encoder of the config; their sizes are those of its patches."""
+    (num_global, num_local), crops, patch = config.data.crop_counts, config.data.multicrop, model.encoder.patch_size
+    levels = build_levels(config, model.encoder.depth) if config.loss.prediction_weight > 0 else ()
     return MultiCropMaskGenerator(
         config.masking.strategy,
         num_global,
         num_local,
-        grid=model.grid,
-        local_grid=config.data.multicrop.local_crop_size // model.encoder.patch_size,
-        strides=() if model.predictor is None else tuple(level.stride for level in model.levels),
+        grid=crops.global_crop_size // patch,
+        local_grid=crops.local_crop_size // patch,
+        strides=tuple(level.stride for level in levels),
         num_masks=config.masking.num_masks,
         mask_scale=config.masking.mask_scale,
         aspect_ratio=config.masking.aspect_ratio,
@@ -239,3 +242,23 @@ def crop_sizes(config: Config) -> list[int]:
     """Pixels of each crop of an image, globals first."""
     (num_global, num_local), crops = config.data.crop_counts, config.data.multicrop
     return [crops.global_crop_size] * num_global + [crops.local_crop_size] * num_local
+
+
+def trial_step(config: Config, device: torch.device) -> tuple[HJEPA, Callable[[], None]]:
+    """Return the model and a function that takes forward and backward pass of a batch of noise, and waits for the device."""
+    count, model, sizes = config.data.batch_size, build_model(config, device), crop_sizes(config)
+    masks = build_masks(config, model, device)
+    crops = [torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device) for size in sizes]
+    boxes = torch.tensor([0.0, 0.0, 1.0, 1.0], device=device).expand(count, len(sizes), 4)
+    flips = torch.zeros(count, len(sizes), dtype=torch.bool, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    directions = random_directions(config.model.projector_dim, config.loss.sigreg_slices, generator, device)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp_enabled(config, device)):
+            loss = model(crops, boxes, flips, masks(count), directions)["loss"]
+        loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return model, step

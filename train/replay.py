@@ -9,7 +9,7 @@ from pipeline.batch import CropBatch
 from pipeline.dataset import MultiCropDataset, resolve_device
 from train.build import build_dataset, build_loader, build_masks, build_model, build_schedule
 from train.config.schema import Config
-from train.step import step_seed
+from train.trainer import step_seed
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -20,11 +21,14 @@ from train.config.schema import Config
 from train.config.yaml12 import ConfigError
 from train.output.display import LOADING
 
+if TYPE_CHECKING:
+    from train.trainer import Recorder, Trainer
+
 LOST = 1  # another rank died or hangs
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> tuple[Path, list[str], argparse.Namespace]:
-    """The config file, all overrides as `section.key=value`, and the flags."""
+    """Return the config file, all overrides as `section.key=value`, and the flags."""
     parser = argparse.ArgumentParser(
         prog="python -m train.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -34,7 +38,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[Path, list[str], a
         help="Settings that replace those of the file, for example training.max_steps=500.",
     )  # fmt: skip
     parser.add_argument("--config", dest="config_flag", metavar="CONFIG", help="The same as the first argument.")
-    short = parser.add_argument_group("common settings in short")
+    short = parser.add_argument_group("shortcuts for common settings")
     for flag, key in SHORT_FLAGS.items():
         short.add_argument(f"--{flag}", metavar="VALUE", help=f"Set {key}. By default the file decides.")
     trial = parser.add_argument_group("look before you train")
@@ -43,7 +47,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[Path, list[str], a
     )
     trial.add_argument(
         "--dry-run", action="store_true",
-        help="Print the settings, try the data, the model and a step, estimate the memory, and exit. Nothing is written.",
+        help="Print the settings, take one step, print the memory that it used, and exit. Nothing is written.",
     )  # fmt: skip
     given = parser.parse_intermixed_args(arguments)
     overrides = list(given.overrides)
@@ -86,49 +90,56 @@ def run(given: argparse.Namespace, path: Path, overrides: list[str]) -> int:
         return 0
     check_settings(config)
     console.print(LOADING, style="dim")
+    return start(config, console, given.dry_run)
+
+
+def start(config: Config, console: Console, is_dry_run: bool) -> int:
+    """Train, evaluate and report, or only take one step. Returns the exit code."""
     # Imported only now: it takes about ten seconds, and wrong settings are reported at once.
-    if given.dry_run:
-        from train.dry_run import dry_run
-
-        dry_run(config)
-        return 0
-    return train(config, console)
-
-
-def train(config: Config, console: Console) -> int:
-    """Train, evaluate and draw; returns the exit code. Only rank 0 shows and writes anything."""
     import torch
 
-    from pipeline.crops.device import is_out_of_memory
     from pipeline.dataset import resolve_device
     from train.build import torch_threads
-    from train.distributed import joined, ranks_from_environment, use_device
-    from train.memory import out_of_memory_explained
-    from train.output.folder import StopSignal
+    from train.distributed import process_group, ranks_from_environment, use_device
+    from train.dry_run import dry_run, out_of_memory_explained
+    from train.output.folder import run_folder
+    from train.recorder import open_recorder
     from train.trainer import Trainer
 
     ranks, kind = ranks_from_environment(), resolve_device(config.device)
     device = use_device(ranks, kind)
+    if kind == "cpu":
+        torch.set_num_threads(torch_threads(config))
     with out_of_memory_explained(config, device):
-        with joined(ranks, device):
-            if kind == "cpu":
-                torch.set_num_threads(torch_threads(config))
-            trainer = Trainer(config, ranks)
-            trainer.open(console)
-            try:
-                with StopSignal() as stop:
-                    code = trainer.fit(stop)
-            except RuntimeError as error:
-                if ranks.world_size == 1 or is_out_of_memory(error):
-                    raise
-                # Most likely another rank has died and reports its own error; where this one stood may help as well.
-                traceback.print_exc()
-                print(f"rank {ranks.rank}: lost the others at step {trainer.state.step}", file=sys.stderr)
-                return LOST
-        if code == 0 and ranks.is_first:
-            code = trainer.evaluate()
-    trainer.close(code)
+        with process_group(ranks, device):
+            if is_dry_run:
+                dry_run(Trainer(config, ranks))
+                return 0
+            trainer = Trainer(config, ranks, quarantine=run_folder(config) / "quarantine.jsonl")
+            recorder = open_recorder(trainer, console)
+            code = train_until_stopped(trainer, recorder)
+        if code == 0:
+            code = recorder.report()  # by rank 0; the others have left
+    recorder.close(code)
     return code
+
+
+def train_until_stopped(trainer: "Trainer", recorder: "Recorder") -> int:
+    """Train while signals ask for a stop. Returns the exit code, which is LOST when another rank died."""
+    from pipeline.crops.device import is_out_of_memory
+    from train.output.folder import StopSignal
+    from train.trainer import train
+
+    try:
+        with StopSignal() as stop:
+            return train(trainer, recorder, stop)
+    except RuntimeError as error:
+        if trainer.ranks.world_size == 1 or is_out_of_memory(error):
+            raise
+        # Most likely another rank has died and reports its own error; where this one stood may help as well.
+        traceback.print_exc()
+        print(f"rank {trainer.ranks.rank}: lost the others at step {trainer.state.step}", file=sys.stderr)
+        return LOST
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -91,16 +91,16 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     weight = next(trainer.model.encoder.parameters())
     weight.register_hook(lambda gradient: gradient * (spoilt[0] if kind == "gradient" else 1.0))
     for _ in range(2):
-        trainer.step()
+        trainer.train_step()
     sound = left_by(trainer)
     spoilt[0] = value
     for _ in range(2):
-        trainer.step()
+        trainer.train_step()
     assert changed(sound, left_by(trainer)) == []
     spoilt[0] = 1.0
-    trainer.step()
+    trainer.train_step()
     after = left_by(trainer)
     assert len(changed(sound, after)) > 0.5 * len(sound)
     assert all(bool(tensor.isfinite().all()) for tensor in after.values())
-    trainer._guard.read(trainer.state)
+    trainer.read_counts()
     assert (trainer.state.skipped_steps, trainer.state.skipped_in_a_row) == (2, 0)

@@ -17,8 +17,7 @@ from train.config.schema import Config
 from train.monitor import CollapseAlarm
 from train.run import main
 from train.state import RunState
-from train.step import batches, step_seed
-from train.trainer import Trainer
+from train.trainer import Trainer, batches, step_seed
 
 STEPS, BAD = 40, (*range(3, 13), 15, 17, *range(20, 28))
 
@@ -82,7 +81,7 @@ def trained(config: Config, kind: str | None = None) -> tuple[Trainer, list[dict
     if kind is not None:
         poison(trainer.model, kind)
     while not trainer.complete:
-        if values := trainer.step():
+        if values := trainer.train_step():
             lines.append(values)
     return trainer, lines
 

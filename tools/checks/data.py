@@ -210,8 +210,7 @@ def model_rate(case: Case) -> float:
     """Images/s of forward and backward passes on crops of noise, on the device of the run."""
     import torch
 
-    from train.build import torch_threads
-    from train.step import trial_step
+    from train.build import torch_threads, trial_step
 
     config = case.config
     assert config is not None

@@ -18,7 +18,6 @@ from model.teacher import TaughtEncoder, move_average
 from pipeline.batch import CropBatch
 from pipeline.shards.index import UNLABELLED, ShardIndex
 from train.config.schema import Config
-from train.step import Updater
 
 OUTPUTS = 1024  # prototypes of DINO; its 65,536 are for the thousand classes of ImageNet
 
@@ -75,11 +74,11 @@ class Supervised(TaughtEncoder):
         return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(logits.shape[1]))}
 
 
-class PeerUpdater(Updater):
-    """The product's step for a model that wants crops and labels."""
-
-    def _losses(self, batch: CropBatch, plan: MaskPlan, directions: torch.Tensor) -> dict[str, torch.Tensor]:
-        return self._replica(batch.crops, batch.labels)
+def peer_losses(
+    replica: nn.Module, batch: CropBatch, _plan: MaskPlan, _directions: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The `loss_fn` of a model that takes crops and labels."""
+    return replica(batch.crops, batch.labels)
 
 
 def build_peer(variant: str, config: Config, encoder: MultiCropEncoder, index: ShardIndex) -> TaughtEncoder | None:

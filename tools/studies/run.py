@@ -4,7 +4,6 @@ import resource
 import statistics
 import time
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +11,15 @@ import torch
 
 from model.teacher import TaughtEncoder
 from tools.studies.grid import BASE, Base
-from tools.studies.peers import PeerUpdater, build_peer
-from train.build import (
-    ALONE,
-    build_dataset,
-    build_evaluation_loaders,
-    build_masks,
-    build_model,
-    build_schedule,
-    build_training_loader,
-)
+from tools.studies.peers import build_peer, peer_losses
+from train.build import build_dataset, build_evaluation_loaders, build_model
 from train.config.load import load_config
 from train.config.schema import Config
 from train.evaluation.features import Extractor, Features, colour_histogram, extract, pixels, pooled_features
 from train.evaluation.knn import knn_accuracies
 from train.evaluation.probes import linear_probe
-from train.memory import measure_step
-from train.monitor import StepGuard
-from train.optim import build_optimizer
 from train.output.log import rankme
-from train.state import RunState
-from train.step import Updater, batches
+from train.trainer import Trainer
 
 CALIBRATION_S, TURN_STEPS = 15.0, 12
 MANY_EPOCHS = 100_000  # max_steps decides
@@ -54,37 +41,25 @@ class Training:
 
     def __init__(self, config: Config, variant: str) -> None:
         torch.set_num_threads(1)
-        dataset, hjepa, training = build_dataset(config), build_model(config, CPU), config.training
-        peer = build_peer(variant, config, hjepa.encoder, dataset.index)
-        self.model: TaughtEncoder = peer or hjepa
-        loader = build_training_loader(config, dataset)
-        schedule = build_schedule(config, len(loader))
-        optimizer = build_optimizer(self.model, training.weight_decay, training.betas, training.optimizer)
-        updater, masks = PeerUpdater if peer else Updater, build_masks(config, hjepa, CPU)
-        self._updater = updater(config, self.model, self.model, masks, optimizer, schedule, ALONE)
-        stream = batches(loader, training.accumulation_steps)
-        self._stream = chain([next(stream)], stream)  # seconds of compiling and of DALI's start, not of training
-        self.state, self.steps, self._most_skipped = RunState(), schedule.total_steps, training.max_skipped_steps
-        self._guard = StepGuard(CPU, self.state)
+        hjepa = build_model(config, CPU)
+        peer = build_peer(variant, config, hjepa.encoder, build_dataset(config).index)
+        self._trainer = Trainer(config, model=peer or hjepa, loss_fn=peer_losses if peer else None)
+        self.model, self.state = self._trainer.model, self._trainer.state
+        self.steps = self._trainer.schedule.total_steps
         self.cpu_s = self.wall_s = 0.0
-
-    @property
-    def diverged(self) -> bool:
-        return self.state.skipped_in_a_row >= self._most_skipped
 
     def step(self) -> float:
         """Take one step. Returns its CPU seconds."""
         wall, cpu = time.perf_counter(), time.process_time()
-        self._updater.take(self._stream, self.state, self._guard)
-        self.state.step += 1
-        self._guard.read(self.state)
+        self._trainer.train_step()
+        self._trainer.read_counts()
         taken = time.process_time() - cpu
         self.cpu_s, self.wall_s = self.cpu_s + taken, self.wall_s + time.perf_counter() - wall
         return taken
 
     def run_to(self, step: int) -> None:
         self.model.train()
-        while self.state.step < step and not self.diverged:
+        while self.state.step < step and not self._trainer.diverged:
             self.step()
 
 
@@ -133,8 +108,6 @@ def run_trial(base: Base, variant: str, seed: int, steps: int, points: int = 1) 
         "wall_s": round(training.wall_s, 1),
         "images_per_cpu_s": round(training.state.images / training.cpu_s, 1),
         "peak_mib": round(peak - before, 1),
-        # What `measure_step` knows is the memory of our model.
-        "step_mib": "" if isinstance(training._updater, PeerUpdater) else round(kept_mib(config), 2),
     }
     return rows
 
@@ -161,11 +134,6 @@ def _figures(config: Config, train: Features, test: Features) -> dict[str, Any]:
     knn = knn_accuracies(train.values["last"], train.labels, test.values["last"], test.labels, [k])[k]
     linear, _ = linear_probe(train, test, ["last"], config.evaluation.linear_epochs, CPU)
     return {"knn": round(knn, 2), "linear": round(linear, 2), "rankme": round(rankme(test.values["last"]), 1)}
-
-
-def kept_mib(config: Config) -> float:
-    """What a step of one batch keeps: weights, gradients, moments, and the activations for the backward pass."""
-    return measure_step(config, amp=False).total(config.data.batch_size, config.data.crop_counts[1]) / 2**20
 
 
 def peak_mib() -> float:

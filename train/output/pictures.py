@@ -23,7 +23,7 @@ from train.output.drawing import (
 )
 from train.output.log import read_metrics
 from train.output.plots import RUN_PANELS, draw_curves
-from train.step import step_seed
+from train.trainer import step_seed
 
 PICTURED, MASKED = 4, 2  # images in crops.png and features.png, and in masks.png
 QUERIES, NEIGHBOURS = 6, 7  # in neighbours.png
