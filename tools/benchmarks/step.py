@@ -40,9 +40,9 @@ def run_benchmark(options: argparse.Namespace) -> list[dict[str, Any]]:
     torch.set_num_threads(options.threads)
     encoder, compiled = ENCODERS[options.model], STRATEGIES if options.compile else ()
     steps = make_steps(encoder, options.batch, device, compiled, context_ratio=options.context_ratio)
-    draws = mask_steps(device)
+    draws: dict[str, Step] = mask_steps(device)
     times = median_times(steps, options.rounds, device) | median_times(draws, 5 * options.rounds, device)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"name": name, "time_s": times[name], "flops": count_flops(step), "peak_bytes": peak_bytes(step, device)}
         for name, step in (steps | draws).items()
     ]

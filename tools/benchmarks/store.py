@@ -11,6 +11,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from tools.benchmarks.proxy import ThrottledProxy, environment, moto_server, put
 
 MIN_WARM, MIN_COLD, BYTES_PER_REQUEST = 0.97, 0.9, 64e6
 IMAGES_PER_SHARD = 720  # about 67 MB
-ROWS = ("local", "network", "cold", "warm")  # warm follows cold and uses its cache
 
 
 def run_benchmark(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -53,10 +53,12 @@ def run_benchmark(options: argparse.Namespace) -> list[dict[str, Any]]:
             shutil.rmtree(cache)
             return from_store()
 
-        work = (from_disk, partial(read_shards, local, url, proxy), cold, from_store)
-        measured = interleave(dict(zip(ROWS, work, strict=True)), options.rounds)
+        work: dict[str, Callable[[], dict[str, float]]] = {
+            "local": from_disk, "network": partial(read_shards, local, url, proxy), "cold": cold, "warm": from_store,
+        }  # fmt: skip  # warm follows cold and uses its cache
+        measured = interleave(work, options.rounds)
     medians = {
-        name: {key: statistics.median(f[key] for f in measured[name]) for key in measured[name][0]} for name in ROWS
+        name: {key: statistics.median(f[key] for f in measured[name]) for key in measured[name][0]} for name in measured
     }
     print_rows(medians, measured, len(local), num_bytes)
     return [{"name": name, **figures} for name, figures in medians.items()]
@@ -100,7 +102,7 @@ def print_rows(
         for name, row in rows.items()
     )  # fmt: skip
     print(table(("row", "images/s", "requests", "requests/image", "waited for the store"), cells))
-    rates = {name: [figures["images_per_s"] for figures in measured[name]] for name in ROWS}
+    rates = {name: [figures["images_per_s"] for figures in measured[name]] for name in measured}
     slower, cold = map(min, rates["network"], rates["local"]), rows["cold"]
     print(target("images_per_s warm / local", median_ratio(rates["warm"], rates["local"]), ">=", MIN_WARM))
     print(

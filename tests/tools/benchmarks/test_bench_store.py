@@ -8,7 +8,6 @@ import pytest
 from pipeline.shards.index import open_index, save_index
 from tests.conftest import write_shards
 from tools.bench import main
-from tools.benchmarks.store import ROWS
 
 
 def test_each_row_has_its_requests_and_each_target_a_verdict(
@@ -24,8 +23,9 @@ def test_each_row_has_its_requests_and_each_target_a_verdict(
     save_index(folder, list(index.shards), index.samples)
     assert main(["store", "--json", str(out), *options]) == 0
     rows = {row["name"]: row for row in json.loads(out.read_text())}
-    assert tuple(rows) == ROWS
-    assert [rows[name]["shard_requests"] for name in ROWS] == [0, 2, 2, 0]
+    names = ["local", "network", "cold", "warm"]
+    assert list(rows) == names
+    assert [rows[name]["shard_requests"] for name in names] == [0, 2, 2, 0]
     assert rows["local"]["requests"] == 0
     assert rows["warm"]["requests"] == rows["cold"]["requests"] - 2
     lines = capsys.readouterr().out.splitlines()
