@@ -17,7 +17,7 @@ import torch.distributed as dist
 from pipeline.shards.fetcher import Cancelled
 from pipeline.shards.object_store import StoreError
 from train.distributed import Ranks
-from train.output.log import mean_std, rankme
+from train.evaluation.measure import feature_std, rankme
 from train.state import RunState
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class RunningMeans:
         features = features[features.isfinite().all(dim=1)]
         if len(features) < 2:
             return {}, len(features)
-        return {"rankme": rankme(features), "feature_std": mean_std(features)}, len(features)
+        return {"rankme": rankme(features), "feature_std": feature_std(features)}, len(features)
 
 
 class Speed:
