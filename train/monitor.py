@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from train.distributed import Ranks
-from train.output.log import mean_std, rankme
+from train.evaluation.measure import feature_std, rankme
 from train.state import RunState
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class RunningMeans:
         features = features[features.isfinite().all(dim=1)]
         if len(features) < 2:
             return {}, len(features)
-        return {"rankme": rankme(features), "feature_std": mean_std(features)}, len(features)
+        return {"rankme": rankme(features), "feature_std": feature_std(features)}, len(features)
 
 
 class CollapseAlarm:

@@ -128,8 +128,8 @@ def check_run_data(case: Case) -> Finding:
     index = training_index(case)
     if index is None or case.config is None:
         return skip("no CONFIG, or no readable shards")
-    from train.evaluation.baselines import FILE, measured_on, read_baselines
-    from train.evaluation.features import spread_rows
+    from train.evaluation.features import subsample_evenly
+    from train.evaluation.online import BASELINES_FILE, baselines_key, read_baselines
     from train.output.folder import check_run_folder, run_folder
 
     config = case.config
@@ -137,13 +137,13 @@ def check_run_data(case: Case) -> Finding:
         check_run_folder(config, index.digest)
     except ValueError as error:
         return fail(str(error), "data.data_path=OLD_SHARDS, another logging.run_name, or checkpoint.resume=none")
-    path, val = run_folder(config) / FILE, validation_index(case)
+    path, val = run_folder(config) / BASELINES_FILE, validation_index(case)
     if val is None or not path.exists():
         return ok("there is no run in its folder, or none that was measured")
-    used = [spread_rows(split, config.evaluation.max_samples) for split in (index, val)]
+    used = [subsample_evenly(split, config.evaluation.max_samples) for split in (index, val)]
     fix = "the same training command measures them again; until then, do not compare with summary.json and report.md"
     try:
-        if read_baselines(path, measured_on(used[0], used[1], config.evaluation)) is None:
+        if read_baselines(path, baselines_key(used[0], used[1], config.evaluation)) is None:
             return warn(f"{path}: baselines of other images or evaluation settings than these", fix)
     except ValueError as error:
         return warn(str(error), fix)

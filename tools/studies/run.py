@@ -131,7 +131,7 @@ def measure(config: Config, rows: dict[str, Extractor], model: TaughtEncoder) ->
 
 def _figures(config: Config, train: Features, test: Features) -> dict[str, Any]:
     k = config.evaluation.knn_k
-    knn = knn_accuracies(train.values["last"], train.labels, test.values["last"], test.labels, [k])[k]
+    knn = knn_accuracies(train.values["last"], train.labels, test.values["last"], test.labels, [k], CPU)[k]
     linear, _ = linear_probe(train, test, ["last"], config.evaluation.linear_epochs, CPU)
     return {"knn": round(knn, 2), "linear": round(linear, 2), "rankme": round(rankme(test.values["last"]), 1)}
 
