@@ -139,8 +139,8 @@ def test_a_missing_library_is_noticed(tmp_path: Path) -> None:
     place = tmp_path / "npp" / "lib"
     place.mkdir(parents=True)
     (place / "libnppc.so.99").write_bytes(b"")
-    assert packages.is_diagnosis("libnppc.so.99", tmp_path)
-    assert not packages.is_diagnosis("libnppig.so.99", tmp_path)
+    assert packages.library_exists("libnppc.so.99", tmp_path)
+    assert not packages.library_exists("libnppig.so.99", tmp_path)
 
 
 @pytest.mark.parametrize(("version", "is_old"), [("470.57.02", True), ("595.71.05", False)])

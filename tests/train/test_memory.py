@@ -7,6 +7,7 @@ import numpy as np
 import nvidia.dali
 import pytest
 import torch
+from train.memory import held_by_others, out_of_memory_explained, pipeline_bytes
 
 from pipeline.crops.device import is_out_of_memory
 from pipeline.shards.index import open_index
@@ -15,7 +16,6 @@ from train.build import build_dataset, build_training_loader
 from train.config.load import load_config
 from train.config.schema import Config
 from train.evaluation.measure import rankme
-from train.memory import held_by_others, out_of_memory_explained, pipeline_bytes
 from train.monitor import memory_metrics
 from train.run import main
 
