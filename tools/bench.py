@@ -32,7 +32,7 @@ def add_options(command: argparse.ArgumentParser, name: str) -> None:
     if name in ("gpu", "pipeline", "store"):
         text = "Read these shards. By default, temporary shards of photographs of about 100 KB are made."
         command.add_argument("--shards", type=Path, metavar="DIR", help=text)
-    if name in ("gpu", "pipeline", "step"):
+    if name in ("gpu", "step"):
         text = "Where to run; `gpu --device cpu` is a rehearsal with small sizes. The default is %(default)s."
         command.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help=text)
     if name in ("gpu", "pipeline"):
@@ -46,7 +46,7 @@ def add_options(command: argparse.ArgumentParser, name: str) -> None:
         command.add_argument("--folder", type=Path, help="Write to this folder. By default /dev/shm, if there is one.")
     elif name == "gpu":
         number("--minutes", 8.0, "Time limit for all parts together.")
-        text = "Run only these, separated by commas: checks, crops, images/s, step, compiled step, training, save."
+        text = "Run only these, separated by commas: checks, crops, images/s, step, training, save."
         command.add_argument("--parts", help=text)
     elif name == "pipeline":
         number("--images", 256, "Images per row and round.")

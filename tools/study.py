@@ -93,7 +93,6 @@ class Study:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.base = options, Base(str(options.config), tuple(options.overrides))
         self.variants = arena_variants(options)
-        check_installed(self.variants)
         if options.budget <= 0:
             raise ValueError(f"--budget {options.budget:g}: must be more than 0 seconds")
         if options.points is not None and options.points < 1:
@@ -108,6 +107,9 @@ class Study:
         run_name = load_config(options.config, options.overrides).logging.run_name
         self.name = f"{run_name}_arena" if self.variants else run_name
         self.table, self.curve = (options.out / f"{self.name}{end}.csv" for end in ("", "_curve"))
+        self.done = {(row["variant"], row["equal"], int(row["seed"])) for row in read_rows(self.table, FIELDS)}
+        self.remaining = [trial for trial in self.planned if (trial.variant, trial.equal, trial.seed) not in self.done]
+        check_installed({trial.variant for trial in self.remaining})
 
     def add(self, trial: Trial, rows: Sequence[dict[str, Any]]) -> None:
         """Append the measurements of a training. The last one counts, and its line in the table is written last."""
@@ -149,15 +151,13 @@ def run_study(options: argparse.Namespace) -> None:
     path = options.out / f"{study.name}_calibration.json"
     variants = list(dict.fromkeys([BASE, *(trial.variant for trial in study.planned)]))
     steps = calibrate(path, study.base, options.budget, study.points, variants)
-    done = {(row["variant"], row["equal"], int(row["seed"])) for row in read_rows(study.table, FIELDS)}
     for seed in study.seeds:
-        if ("raw pixels", "", seed) not in done:
+        if ("raw pixels", "", seed) not in study.done:
             baselines = run_in_subprocess(run_baselines, study.base, seed)
             rows = [{"variant": name, "equal": "", "seed": seed, **scores} for name, scores in baselines.items()]
             append_rows(study.table, FIELDS, rows)
     study.write(steps)
-    remaining = [trial for trial in study.planned if (trial.variant, trial.equal, trial.seed) not in done]
-    for number, trial in enumerate(remaining, 1):
+    for number, trial in enumerate(study.remaining, 1):
         started = time.monotonic()
         count = steps[trial.variant if trial.equal == TIME else BASE]
         rows = run_in_subprocess(run_trial, study.base, trial.variant, trial.seed, count, study.points)
@@ -165,7 +165,7 @@ def run_study(options: argparse.Namespace) -> None:
         study.write(steps)
         last = rows[-1]
         print(
-            f"{study.name} {number}/{len(remaining)}: {trial.variant}, equal {trial.equal}, seed {trial.seed}: "
+            f"{study.name} {number}/{len(study.remaining)}: {trial.variant}, equal {trial.equal}, seed {trial.seed}: "
             f"k-NN {last['knn']}, linear {last['linear']}, {last['cpu_s']} CPU s, {time.monotonic() - started:.0f} s",
             flush=True,
         )

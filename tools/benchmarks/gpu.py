@@ -20,7 +20,6 @@ from typing import Any
 import nvidia.dali
 import torch
 
-from model.masks import STRATEGIES
 from pipeline import CropBatch, build_multicrop_dataloader, build_multicrop_dataset
 from pipeline.crops.augment import ViewRecipe
 from pipeline.dataset import MultiCropDataset, resolve_device
@@ -204,14 +203,6 @@ def measure_steps(case: GpuCase) -> Iterator[Result]:
         yield Result(f"{name}, {MASKED_IMAGES} images", {"ms": 1e3 * seconds})
 
 
-def measure_compiled_step(case: GpuCase) -> Iterator[Result]:
-    """Measure torch.compile, whose first step takes minutes; a rehearsal only traces."""
-    batch, (name, encoder), strategy = 1 if case.rehearsal else 64, next(iter(encoders(case).items())), STRATEGIES[0]
-    steps = make_steps(encoder, batch, case.torch_device, [strategy], "eager" if case.rehearsal else "inductor")
-    kept = {row: steps[row] for row in ("naive", f"ours/{strategy}", f"ours/{strategy}/compiled")}
-    yield from step_results(case, f"{name}, batch {batch}{' (traced, not compiled)' if case.rehearsal else ''}", kept)
-
-
 def step_results(case: GpuCase, title: str, steps: dict[str, Step]) -> Iterator[Result]:
     times = median_times(steps, 1 if case.rehearsal else 5, case.torch_device)
     peaks = {name: peak_bytes(step, case.torch_device) for name, step in steps.items()}
@@ -280,10 +271,9 @@ def measure_save(case: GpuCase) -> Iterator[Result]:
 PARTS: tuple[tuple[str, Measurement, float], ...] = (
     ("checks", check_machine, 0.05),
     ("crops", compare_crops, 0.08),
-    ("images/s", measure_rates, 0.25),
-    ("step", measure_steps, 0.15),
-    ("compiled step", measure_compiled_step, 0.15),
-    ("training", measure_training, 0.3),
+    ("images/s", measure_rates, 0.3),
+    ("step", measure_steps, 0.2),
+    ("training", measure_training, 0.32),
     ("save", measure_save, 0.05),
 )
 

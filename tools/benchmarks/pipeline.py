@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.dataset import resolve_device
 from pipeline.shards.index import open_index
 from tools.benchmarks.loaders import dali_native, decode_only, ours, torchvision_pil, torchvision_v2
 from tools.benchmarks.measure import (
@@ -39,23 +38,16 @@ LOADERS: dict[str, Loader] = {
     "dali-native": dali_native,
     "decode-only": decode_only,
 }
-GPU_LOADERS: dict[str, Loader] = {"ours-gpu": ours, "decode-only-gpu": decode_only}
 NUM_PHOTOGRAPHS = 256
-GPU_FACTOR, GPU_BATCHES = 40, 4  # more images and larger batches, so that GPU rows run long enough to time
 NUM_CROPS = 8
 CPU_TARGETS = {"torchvision-pil": 3.0, "torchvision-v2": 3.0, "dali-native": 0.95}  # minimum CPU time over ours
-GPU_SHARE_OF_DECODING, GPU_IMAGES_PER_S = 0.9, 5000.0
 
 
 def run_benchmark(options: argparse.Namespace) -> list[dict[str, Any]]:
     names = chosen_rows(options.rows)
-    num_photographs = max(NUM_PHOTOGRAPHS, GPU_BATCHES * options.batch)
-    with benchmark_shards(options.shards, num_photographs, options.threads) as folder:
+    with benchmark_shards(options.shards, max(NUM_PHOTOGRAPHS, options.batch), options.threads) as folder:
         setup = LoaderSetup(folder, options.batch, options.threads)
         work = {name: (LOADERS[name], setup, options.images) for name in names}
-        if resolve_device(options.device) == "gpu":
-            on_gpu = LoaderSetup(folder, GPU_BATCHES * options.batch, options.threads, "gpu")
-            work |= {name: (loader, on_gpu, GPU_FACTOR * options.images) for name, loader in GPU_LOADERS.items()}
         print(describe(folder, setup, options), flush=True)
         measured = measure_loaders(work, options.rounds)
     rows = [summarise(name, measured) for name in work]
@@ -95,7 +87,7 @@ def summarise(name: str, measured: dict[str, list[tuple[float, float]]]) -> dict
     return {
         "name": name,
         "images_per_s": round(images_per_s, 1),
-        "crops_per_s": None if name.startswith("decode-only") else round(images_per_s * NUM_CROPS, 1),
+        "crops_per_s": None if name == "decode-only" else round(images_per_s * NUM_CROPS, 1),
         "cpu_ms_per_image": round(1e3 * statistics.median(cpu for _, cpu in measured[name]), 3),
         "cores_busy": round(statistics.median(cpu / wall for wall, cpu in measured[name]), 2),
         "cpu_to_ours": None if to_ours is None else round(to_ours, 3),
@@ -120,11 +112,6 @@ def print_rows(rows: list[dict[str, Any]], measured: dict[str, list[tuple[float,
     for name, minimum in CPU_TARGETS.items():
         if (value := cpu_ratio(measured, name, "ours")) is not None:
             print(target(f"cpu_ms_per_image {name} / ours", value, ">=", minimum))
-    if "ours-gpu" in measured:
-        walls = ([wall for wall, _ in measured[name]] for name in ("decode-only-gpu", "ours-gpu"))
-        print(target("images_per_s ours-gpu / decode-only-gpu", median_ratio(*walls), ">=", GPU_SHARE_OF_DECODING))
-        images_per_s = statistics.median(1 / wall for wall, _ in measured["ours-gpu"])
-        print(target("images_per_s ours-gpu", images_per_s, ">=", GPU_IMAGES_PER_S))
 
 
 def describe(folder: Path, setup: LoaderSetup, options: argparse.Namespace) -> str:

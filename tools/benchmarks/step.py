@@ -81,12 +81,11 @@ def make_steps(
     batch: int,
     device: torch.device,
     compiled: Sequence[str] = (),
-    backend: str = "inductor",
     context_ratio: float = CONTEXT_RATIO,
 ) -> dict[str, Step]:
     """Return forward, backward and target update of every row, on the same images and weights, which no step changes.
 
-    `compiled` names strategies for further rows. `backend` is torch.compile's; `eager` only traces.
+    `compiled` names strategies for further rows.
     """
 
     def plan_of(strategy: str, num_global: int, num_local: int) -> MaskPlan:
@@ -103,7 +102,7 @@ def make_steps(
     steps["single-crop"] = make_step(single, draw_batch(batch, 1, 0, device), plan_of("global_only", 1, 0))
     for name in compiled:
         copied = copy.deepcopy(model)
-        copied.compile(dynamic=False, backend=backend)  # as training.compile does
+        copied.compile(dynamic=False)  # as training.compile does
         steps[f"ours/{name}/compiled"] = make_step(copied, all_crops, plan_of(name, 2, 6))
     return steps
 

@@ -80,7 +80,7 @@ def hangs(case: GpuCase) -> Iterator[Result]:
     [
         (fails, 600, "TypeError: no such argument"),
         (dies, 600, "its process ended with exit code 9"),
-        (hangs, 30, "stopped after 30 s"),
+        (hangs, 10, "stopped after 10 s"),
     ],
 )
 def test_a_part_that_fails_keeps_its_lines_and_adds_one(part: Measurement, seconds: float, error: str) -> None:

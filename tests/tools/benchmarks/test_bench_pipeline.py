@@ -27,7 +27,7 @@ SOME_ROWS = ("ours", "torchvision-pil", "dali-native")
 
 def test_the_command_prints_each_row_and_each_target_and_writes_the_rows(data_path: Path, tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
-    options = f"--images 8 --batch 8 --rounds 1 --threads 1 --device cpu --rows {','.join(SOME_ROWS)}"
+    options = f"--images 8 --batch 8 --rounds 1 --threads 1 --rows {','.join(SOME_ROWS)}"
     # In a subprocess, as it is used: the loaders are forked from a server of its own.
     command = [sys.executable, "tools/bench.py", "pipeline", "--json", str(out), "--shards", str(data_path)]
     done = subprocess.run([*command, *options.split()], cwd=ROOT, capture_output=True, text=True, check=True)
