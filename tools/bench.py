@@ -46,7 +46,7 @@ def add_options(command: argparse.ArgumentParser, name: str) -> None:
         command.add_argument("--folder", type=Path, help="Write to this folder. By default /dev/shm, if there is one.")
     elif name == "gpu":
         number("--minutes", 8.0, "Time limit for all parts together.")
-        text = "Run only these, separated by commas: checks, crops, images/s, step, training, save."
+        text = "Run only these, separated by commas: checks, images/s, step, training, save."
         command.add_argument("--parts", help=text)
     elif name == "pipeline":
         number("--images", 256, "Images per row and round.")

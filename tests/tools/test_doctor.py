@@ -33,7 +33,7 @@ def diagnosis(name: str, case: Case) -> Finding:
 
 
 def plant_package(folder: Path, name: str, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a wrong `pip install` leaves behind: another version's metadata, found first."""
+    """Write what a wrong `pip install` leaves behind: metadata of another version, which comes first on the path."""
     place = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     place.mkdir(parents=True)
     (place / "METADATA").write_text(

@@ -26,16 +26,16 @@ from train.config.load import load_config
 )
 def test_every_variant_is_a_valid_config_that_differs_from_all_others(config: str, same: set[str]) -> None:
     base = Base(str(ROOT / "configs" / f"{config}.yaml"), ("training.lr=1e-3",))
-    found = [trial_config(base, name, 3, 7) for name in VARIANTS]
-    texts = {name: variant.to_yaml() for name, variant in zip(VARIANTS, found, strict=True)}
+    variants = [trial_config(base, name, 3, 7) for name in VARIANTS]
+    texts = {name: variant.to_yaml() for name, variant in zip(VARIANTS, variants, strict=True)}
     assert {name for name, text in texts.items() if text == texts[BASE]} == same
     assert len(set(texts.values())) == len(VARIANTS) - len(same) + 1
-    assert {variant.seed for variant in found} == {3}
-    assert {variant.training.max_steps for variant in found} == {7}
-    assert found[list(VARIANTS).index("1+0")].data.crop_counts == (1, 0)
-    assert found[list(VARIANTS).index(BASE)].data.crop_counts == (2, 6)
+    assert {variant.seed for variant in variants} == {3}
+    assert {variant.training.max_steps for variant in variants} == {7}
+    assert variants[list(VARIANTS).index("1+0")].data.crop_counts == (1, 0)
+    assert variants[list(VARIANTS).index(BASE)].data.crop_counts == (2, 6)
     peers = {name: trial_config(base, name, 3, 7) for name in PEERS}
-    assert {variant.training.lr for variant in [*found, *peers.values()]} == {1e-3}
+    assert {variant.training.lr for variant in [*variants, *peers.values()]} == {1e-3}
     assert {name for name, peer in peers.items() if peer.loss.prediction_weight > 0} == {"ijepa"}
     assert peers["ijepa"].data.crop_counts == (1, 0)
 

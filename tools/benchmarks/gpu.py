@@ -20,10 +20,7 @@ from typing import Any
 import nvidia.dali
 import torch
 
-from pipeline import CropBatch, build_multicrop_dataloader, build_multicrop_dataset
-from pipeline.crops.augment import ViewRecipe
-from pipeline.dataset import MultiCropDataset, resolve_device
-from pipeline.shards.index import open_index
+from pipeline.dataset import resolve_device
 from tools.benchmarks.loaders import decode_only, ours
 from tools.benchmarks.measure import (
     Loader,
@@ -38,7 +35,7 @@ from tools.benchmarks.measure import (
     synchronize,
     table,
 )
-from tools.benchmarks.photographs import benchmark_shards, photograph_shards
+from tools.benchmarks.photographs import benchmark_shards
 from tools.benchmarks.step import ENCODERS, MASKED_IMAGES, make_steps, mask_steps
 from tools.checks.check import Case, examine
 from tools.checks.gpu import GPU_CHECKS, driver_version
@@ -52,19 +49,6 @@ NUM_PHOTOGRAPHS, NUM_REHEARSED = 512, 48
 CONTEXT = multiprocessing.get_context("forkserver")
 MEASURED_SHARE = 0.7  # of a part's time; the rest is for first batches and for building models
 REHEARSED_S = 5.0  # measured in each part of a rehearsal, whatever the minutes
-NUM_COMPARED = 32  # images
-JITTER = {"jitter_prob": 1.0}
-OPERATIONS: dict[str, dict[str, Any]] = {
-    "crop and resize": {},
-    "flip": {"flip_prob": 1.0},
-    "brightness": {**JITTER, "brightness": 0.4},
-    "contrast": {**JITTER, "contrast": 0.4},
-    "saturation": {**JITTER, "saturation": 0.2},
-    "hue": {**JITTER, "hue": 0.1},
-    "grayscale": {"gray_prob": 1.0},
-    "blur": {"blur_prob": 1.0},
-    "solarisation": {"solarize_prob": 1.0},
-}
 CROP_DEVICES = {"GPU crops": "gpu", "hybrid (CPU crops, uploaded)": "cpu"}
 CONFIG = Path(__file__).parents[2] / "configs" / "multicrop_training.yaml"
 TINY_ENCODER = "{img_size: 32, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2, init_values: 0.1}"
@@ -134,35 +118,6 @@ def check_machine(case: GpuCase) -> Iterator[Result]:
     for name, check in GPU_CHECKS:
         finding = examine(check, Case())
         yield Result(name, note=finding.text) if finding.status != "fail" else Result(name, error=finding.text)
-
-
-def compare_crops(case: GpuCase) -> Iterator[Result]:
-    """Compare GPU and CPU crops of the same draws, in grey levels. A rehearsal compares DALI's operators and the compiled one."""
-    unit = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    recipes = tuple(ViewRecipe(96, (0.2, 1.0), **change) for change in OPERATIONS.values())
-    with TemporaryDirectory() as folder:
-        # Both devices decode PNG to the same pixels, so that only the operation differs.
-        lossless = MultiCropDataset(open_index(photograph_shards(Path(folder), NUM_COMPARED, 1, "PNG")), recipes, *unit)
-        options = {"compiled": False} if case.rehearsal else {"crop_device": "gpu"}
-        yield from attempt("operations", crop_differences, case, lossless, [*OPERATIONS], options)
-    whole = build_multicrop_dataset("custom", case.folder)
-    jpeg = MultiCropDataset(whole.index, whole.recipes[:3], *unit)
-    names = ["complete recipe, JPEG, global 1", "complete recipe, JPEG, global 2", "complete recipe, JPEG, a local"]
-    yield from attempt("complete recipe", crop_differences, case, jpeg, names, options)
-    hybrid = [f"{name}, hybrid" for name in names]
-    yield from attempt("hybrid", crop_differences, case, jpeg, hybrid, {"crop_device": "cpu"})
-
-
-def crop_differences(
-    case: GpuCase, dataset: MultiCropDataset, names: list[str], options: dict[str, Any]
-) -> Iterator[Result]:
-    def first_batch(**options: Any) -> CropBatch:
-        return next(iter(build_multicrop_dataloader(dataset, NUM_COMPARED, shuffle=False, normalized=False, **options)))
-
-    batch, reference = first_batch(device=case.device, **options), first_batch(device="cpu")
-    for name, crop, expected in zip(names, batch.crops, reference.crops, strict=True):
-        difference = (crop.cpu().int() - expected.int()).abs().float()
-        yield Result(name, {"mean": float(difference.mean()), "max grey levels": float(difference.max())})
 
 
 def measure_rates(case: GpuCase) -> Iterator[Result]:
@@ -270,7 +225,6 @@ def measure_save(case: GpuCase) -> Iterator[Result]:
 # (name, function, share of the time), in the order of the table
 PARTS: tuple[tuple[str, Measurement, float], ...] = (
     ("checks", check_machine, 0.05),
-    ("crops", compare_crops, 0.08),
     ("images/s", measure_rates, 0.3),
     ("step", measure_steps, 0.2),
     ("training", measure_training, 0.32),

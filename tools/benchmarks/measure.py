@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class LoaderSetup:
-    """What all loaders of a comparison share. `threads`: worker threads or processes. `device`: `cpu` or `gpu`."""
+    """The settings that all loaders of a comparison share. `threads`: worker threads or processes. `device`: `cpu` or `gpu`."""
 
     folder: Path
     batch_size: int

@@ -19,7 +19,6 @@ WIDTH, HEIGHT = 500, 375  # the usual ImageNet photograph
 MAX_ENLARGEMENT = 1.3  # beyond it, pixels are smoother than a camera's
 QUALITY = 97  # makes the median file about 100 KB, the weight of ImageNet's
 NUM_CLASSES = 16
-EXTENSIONS = {"JPEG": ".jpg", "PNG": ".png"}
 MEMORY_DISK = Path("/dev/shm")
 
 
@@ -35,13 +34,13 @@ def benchmark_shards(folder: Path | None, num_images: int, workers: int, num_sha
         yield Path(split_folder("custom", folder, "train"))
         return
     with tempfile.TemporaryDirectory(dir=memory_folder()) as temporary:
-        yield photograph_shards(Path(temporary), num_images, workers, num_shards=num_shards)
+        yield photograph_shards(Path(temporary), num_images, workers, num_shards)
 
 
-def photograph_shards(folder: Path, num_images: int, workers: int, kind: str = "JPEG", num_shards: int = 4) -> Path:
+def photograph_shards(folder: Path, num_images: int, workers: int, num_shards: int = 4) -> Path:
     """Write `num_images` photographs and their shards, and return the folder of the shards."""
-    for number, content in enumerate(photographs(num_images, kind)):
-        path = folder / "source" / f"class{number % NUM_CLASSES:02d}" / f"{number:06d}{EXTENSIONS[kind]}"
+    for number, content in enumerate(photographs(num_images)):
+        path = folder / "source" / f"class{number % NUM_CLASSES:02d}" / f"{number:06d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     options = ConvertOptions(workers=workers, num_shards=num_shards)
@@ -49,14 +48,14 @@ def photograph_shards(folder: Path, num_images: int, workers: int, kind: str = "
     return folder / "shards"
 
 
-def photographs(count: int, kind: str = "JPEG") -> Iterator[bytes]:
-    """Yield JPEG or PNG files of 500x375: random windows, scales and mirrorings of the sample's colour photographs."""
+def photographs(count: int) -> Iterator[bytes]:
+    """Yield JPEG files of 500x375: random windows, scales and mirrorings of the sample's colour photographs."""
     rng = np.random.default_rng(0)
     images = [Image.open(photograph_path(folder, file)) for folder, file, _, _ in PHOTOGRAPHS]
     sources = [image for image in images if image.mode == "RGB" and enlargement(image) <= MAX_ENLARGEMENT]
     for number in range(count):
         encoded = io.BytesIO()
-        random_window(sources[number % len(sources)], rng).save(encoded, kind, quality=QUALITY, icc_profile=None)
+        random_window(sources[number % len(sources)], rng).save(encoded, "JPEG", quality=QUALITY, icc_profile=None)
         yield encoded.getvalue()
 
 

@@ -13,7 +13,7 @@ INSTALL = "pip install --require-hashes -r requirements.lock"
 
 @dataclass(frozen=True)
 class Case:
-    """What is to run on this machine. `data` is the folder or the store's prefix of the shards; `out` the folder of the runs."""
+    """A run to prepare for. `data` is the folder of the shards, or their prefix in a store; `out` is the folder of the runs."""
 
     config: Config | None = None
     data: str | None = None

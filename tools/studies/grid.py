@@ -1,4 +1,4 @@
-"""What the study compares: the settings of each variant, and the experiments that group them."""
+"""The variants of the study with their settings, and the experiments that group them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
