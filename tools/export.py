@@ -52,7 +52,7 @@ def timm_settings(encoder: "MultiCropEncoder", config: Config) -> dict[str, Any]
 def model_card(config: Config, checkpoint: Path, licence: str, summary: Path, figures: Path | None) -> str:
     """README.md: how to load it, what it was trained on and how, what was measured, and its licence."""
     from train.checkpoint import checkpoint_step
-    from train.evaluation.offline import table
+    from train.evaluation.offline import report_table
 
     data, (num_global, num_local) = config.data, config.data.crop_counts
     crops = f"{num_global} global crops of {data.multicrop.global_crop_size} px"
@@ -90,7 +90,7 @@ def model_card(config: Config, checkpoint: Path, licence: str, summary: Path, fi
         rows = [f"| {name} | {value} |" for name, value in summary_rows(read_object(summary, WRITE_AGAIN))]
         lines += ["## Training", "", "| | |", "|---|---|", *rows, ""]
     if figures is not None:
-        lines += ["## Evaluation", "", table(read_object(figures, WRITE_AGAIN)), ""]
+        lines += ["## Evaluation", "", report_table(read_object(figures, WRITE_AGAIN)), ""]
     lines += ["## Settings", "", "```yaml", config.to_yaml().rstrip(), "```", "", "## Licence", "", licence, ""]
     return "\n".join(lines)
 

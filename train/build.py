@@ -30,7 +30,7 @@ from pipeline.shards.cache import CacheSettings
 from pipeline.shards.index import open_index, split_folder
 from train.config.schema import Config
 from train.distributed import SINGLE_PROCESS, Ranks
-from train.evaluation.features import spread_rows
+from train.evaluation.features import subsample_evenly
 from train.evaluation.labels import check_classes
 from train.optim import Schedule
 
@@ -149,7 +149,7 @@ def build_evaluation_loaders(config: Config, shuffle: bool = False) -> tuple[Mul
     folders = [split_folder(config.data.dataset, config.data.data_path, split) for split in ("train", "val")]
     if folders[0] == folders[1]:
         raise FileNotFoundError(f"{folders[0]}: a single split; evaluation needs train/ and val/ in it")
-    indices = [spread_rows(open_index(folder), config.evaluation.max_samples) for folder in folders]
+    indices = [subsample_evenly(open_index(folder), config.evaluation.max_samples) for folder in folders]
     check_classes(*indices)
     for folder, index in zip(folders, indices, strict=True):
         dataset = centre_crop_dataset(

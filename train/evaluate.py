@@ -48,12 +48,12 @@ def measure(given: argparse.Namespace) -> None:
     print(LOADING, file=sys.stderr)
     import torch
 
-    from train.evaluation.offline import evaluate, find_checkpoint, table
+    from train.evaluation.offline import evaluate, find_checkpoint, report_table
 
     torch.use_deterministic_algorithms(True, warn_only=True)
     checkpoint, config = find_checkpoint(given.run, given.config, given.data, given.max_samples, given.device)
     report = evaluate(checkpoint, config, tuple(given.probe))
-    print(table(report))
+    print(report_table(report))
     if given.json is not None:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from train.distributed import Ranks
-from train.output.log import mean_std, rankme
+from train.evaluation.measure import feature_std, rankme
 from train.state import RunState
 
 log = logging.getLogger(__name__)
@@ -77,8 +77,8 @@ class StepMonitor:
             [features[features.isfinite().all(dim=1)] for features in self._features or [torch.empty(0, 1)]]
         )
         if len(features) > 1:
-            signals = {"rankme": rankme(features), "feature_std": mean_std(features)}
-            watch_for_collapse(now, **signals, max_rank=min(features.shape))
+            signals = {"rankme": rankme(features), "feature_std": feature_std(features)}
+            watch_for_collapse(now, signals["rankme"], signals["feature_std"], min(features.shape))
         self._begin_interval()
         seconds = now.train_s - before.train_s
         return {
@@ -93,22 +93,22 @@ class StepMonitor:
         }
 
 
-def watch_for_collapse(state: RunState, rankme: float, feature_std: float, max_rank: int) -> None:
+def watch_for_collapse(state: RunState, rank: float, std: float, max_rank: int) -> None:
     """Log an alarm, and note it in `state`, when features span almost no dimensions or are almost one point.
 
     The alarm is raised once, and again only after both signals have recovered.
     """
     if state.first_feature_std is None:
-        state.first_feature_std = feature_std
+        state.first_feature_std = std
     min_rank, min_std = max(2.0, MIN_RANK_SHARE * max_rank), MIN_STD_SHARE * state.first_feature_std
     if state.collapsed:
-        state.collapsed = rankme < RECOVERED * min_rank or feature_std < RECOVERED * min_std
-    elif rankme < min_rank or feature_std < min_std:
+        state.collapsed = rank < RECOVERED * min_rank or std < RECOVERED * min_std
+    elif rank < min_rank or std < min_std:
         state.collapsed = True
         state.alarms.append(state.step)
         log.warning(
-            f"collapse alarm at step {state.step}: RankMe {rankme:.2f} (alarm below {min_rank:.2f}), feature std "
-            f"{feature_std:.2g} (alarm below {min_std:.2g}). The features of all images are becoming the same: raise "
+            f"collapse alarm at step {state.step}: RankMe {rank:.2f} (alarm below {min_rank:.2f}), feature std "
+            f"{std:.2g} (alarm below {min_std:.2g}). The features of all images are becoming the same: raise "
             "loss.view_weight or loss.sigreg_weight, lower training.lr, or bring training.ema_momentum nearer to 1"
         )
 

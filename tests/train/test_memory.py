@@ -14,9 +14,9 @@ from tests.train.test_run import ROOT, command
 from train.build import build_dataset, build_training_loader
 from train.config.load import load_config
 from train.config.schema import Config
+from train.evaluation.measure import rankme
 from train.memory import held_by_others, out_of_memory_explained, pipeline_bytes
 from train.monitor import memory_metrics
-from train.output.log import rankme
 from train.run import main
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"

@@ -147,8 +147,8 @@ def run_data(case: Case) -> Finding:
     index = index_of(case)
     if index is None or case.config is None:
         return skipped("no CONFIG, or no readable shards")
-    from train.evaluation.baselines import FILE, measured_on, read_baselines
-    from train.evaluation.features import spread_rows
+    from train.evaluation.features import subsample_evenly
+    from train.evaluation.online import BASELINES_FILE, baselines_key, read_baselines
     from train.output.folder import check_run_folder, run_folder
 
     config = case.config
@@ -156,11 +156,11 @@ def run_data(case: Case) -> Finding:
         check_run_folder(config, index.digest)
     except ValueError as error:
         return fail(str(error), "data.data_path=OLD_SHARDS, another logging.run_name, or checkpoint.resume=none")
-    path, val = run_folder(config) / FILE, validation_index(case)
+    path, val = run_folder(config) / BASELINES_FILE, validation_index(case)
     if val is None or not path.exists():
         return ok("no run, or none that was measured, is in its folder")
-    used = [spread_rows(each, config.evaluation.max_samples) for each in (index, val)]
-    key = measured_on(used[0], used[1], config.evaluation)
+    used = [subsample_evenly(each, config.evaluation.max_samples) for each in (index, val)]
+    key = baselines_key(used[0], used[1], config.evaluation)
     fix = "the same training command measures them again; until then, do not compare with summary.json and report.md"
     try:
         if read_baselines(path, key) is None:

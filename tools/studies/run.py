@@ -16,9 +16,7 @@ from train.build import build_dataset, build_evaluation_loaders, build_model
 from train.config.load import load_config
 from train.config.schema import Config
 from train.evaluation.features import Extractor, Features, colour_histogram, extract, pixels, pooled_features
-from train.evaluation.knn import knn_accuracies
-from train.evaluation.probes import linear_probe
-from train.output.log import rankme
+from train.evaluation.measure import knn_accuracies, linear_probe, rankme
 from train.trainer import Trainer
 
 CALIBRATION_S, TURN_STEPS = 15.0, 12
@@ -131,7 +129,7 @@ def measure(config: Config, rows: dict[str, Extractor], model: TaughtEncoder) ->
 
 def _figures(config: Config, train: Features, test: Features) -> dict[str, Any]:
     k = config.evaluation.knn_k
-    knn = knn_accuracies(train.values["last"], train.labels, test.values["last"], test.labels, [k])[k]
+    knn = knn_accuracies(train.values["last"], train.labels, test.values["last"], test.labels, [k], CPU)[k]
     linear, _ = linear_probe(train, test, ["last"], config.evaluation.linear_epochs, CPU)
     return {"knn": round(knn, 2), "linear": round(linear, 2), "rankme": round(rankme(test.values["last"]), 1)}
 

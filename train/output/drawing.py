@@ -4,7 +4,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from pipeline.batch import CropBatch
 from pipeline.shards.index import UNLABELLED
 from train.output.plots import plt, save_figure
 from train.replay import Replay
+
+if TYPE_CHECKING:
+    from train.evaluation.online import Neighbours
 
 GLOBAL_COLOUR, LOCAL_COLOUR = "#ffb000", "#00a6d6"
 SHEET_SOURCE_INCHES, SHEET_CROP_INCHES = 4.2, 1.5
@@ -223,16 +226,7 @@ def draw_features(path: Path, views: Views, colours: np.ndarray) -> None:
     save_figure(path, figure)
 
 
-@dataclass(frozen=True)
-class Neighbours:
-    """An image and its nearest others: their files and labels, the image first, and the others' cosine similarities."""
-
-    pictures: list[bytes]
-    labels: list[int]
-    similarities: list[float]
-
-
-def draw_neighbours(path: Path, rows: Sequence[Neighbours], cell: int = 104, text: int = 14) -> None:
+def draw_neighbours(path: Path, rows: Sequence["Neighbours"], cell: int = 104, text: int = 14) -> None:
     """One row per validation image: itself, then its nearest training images, in green with the same label, in red with another.
 
     Drawn without matplotlib, which takes a second for so many axes.

@@ -15,6 +15,7 @@ import nvidia.dali
 import torch
 import yaml
 
+from pipeline.files import write_atomic
 from train.checkpoint import data_of, list_checkpoints
 from train.config.changes import changed_settings, flatten
 from train.config.schema import Config
@@ -58,23 +59,13 @@ def open_run_folder(config: Config, data: str | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         if config.checkpoint.resume == "none":
             _move_aside(folder)
-        write_whole(folder / "config.yaml", config.to_yaml())
-        write_whole(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
+        write_atomic(folder / "config.yaml", config.to_yaml())
+        write_atomic(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
     except OSError as error:
         raise ValueError(
             f"{folder}: cannot be written ({error.strerror}); free some space, or choose another logging.run_dir"
         ) from None
     return folder
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write beside and rename: on a full disk or after a crash, the old content stays. Raises OSError."""
-    temporary = path.with_name(f"{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def check_run_folder(config: Config, data: str | None = None) -> None:

@@ -8,24 +8,8 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import torch
 
 log = logging.getLogger(__name__)
-
-
-def rankme(features: torch.Tensor, eps: float = 1e-7) -> float:
-    """The effective rank of `[n, D]` features: exp of the entropy of their singular values (RankMe, arXiv 2210.02885, eq. 1)."""
-    features = features.double()
-    # The singular values are the roots of the eigenvalues of the smaller Gram matrix: far cheaper on a GPU than an SVD.
-    gram = features @ features.T if len(features) < features.shape[1] else features.T @ features
-    values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
-    shares = values / values.sum().clamp_min(eps) + eps
-    return float(torch.exp(-(shares * shares.log()).sum()))
-
-
-def mean_std(features: torch.Tensor) -> float:
-    """The mean over dimensions of the standard deviation over samples of unit-length `[n, D]` features; 1/sqrt(D) is ideal."""
-    return float(torch.nn.functional.normalize(features.float(), dim=1).std(dim=0).mean())
 
 
 class MetricsLog:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,7 +14,6 @@ from pipeline.dataset import MultiCropDataset
 from train.build import build_loader
 from train.config.schema import Config
 from train.output.drawing import (
-    Neighbours,
     Views,
     draw_crops,
     draw_features,
@@ -25,6 +25,9 @@ from train.output.log import read_metrics
 from train.output.plots import RUN_PANELS, draw_curves
 from train.trainer import step_seed
 
+if TYPE_CHECKING:
+    from train.evaluation.online import Neighbours
+
 PICTURED, MASKED = 4, 2  # images in crops.png and features.png, and in masks.png
 QUERIES, NEIGHBOURS = 6, 7  # in neighbours.png
 
@@ -35,7 +38,7 @@ def draw_run(
     dataset: MultiCropDataset,
     model: HJEPA,
     masks: MultiCropMaskGenerator,
-    neighbours: Sequence[Neighbours] = (),
+    neighbours: Sequence["Neighbours"] = (),
 ) -> list[Path]:
     """Draw `folder/figures/*.png`; returns their paths.
 

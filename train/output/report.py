@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.files import write_atomic
 from pipeline.shards.object_store import is_remote
 from train.config.schema import Config
 from train.evaluation.online import OnlineEvaluation
 from train.output.display import summary_rows
-from train.output.folder import write_whole
 from train.state import RunState
 
 
@@ -36,7 +36,7 @@ def write_summary(folder: Path, config: Config, state: RunState, probe: OnlineEv
         "collapse_alarms": state.alarms,
         "collapsed": state.collapsed,
     }
-    write_whole(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_atomic(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
 
@@ -45,7 +45,7 @@ def write_report(folder: Path, summary: dict[str, Any], hints: list[str], figure
     rows = [f"| {name} | {value} |" for name, value in summary_rows(summary)]
     shown = [f"## {figure.stem}\n\n![{figure.stem}](figures/{figure.name})\n" for figure in figures]
     path = folder / "report.md"
-    write_whole(
+    write_atomic(
         path,
         "\n".join(
             [

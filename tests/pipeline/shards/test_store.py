@@ -23,7 +23,7 @@ from pipeline.shards.object_store import StoreError, is_remote, read
 from tests.pipeline.shards.conftest import COUNTS, Store
 from tests.train.test_run import command
 from tools.benchmarks.store.line import Fault, Line, environment, no_fault
-from train.evaluation.features import spread_rows
+from train.evaluation.features import subsample_evenly
 from train.evaluation.labels import check_classes
 from train.run import main
 
@@ -247,7 +247,7 @@ def test_a_web_server_serves_shards_as_well(store: Store, tmp_path: Path) -> Non
 def test_of_a_store_few_whole_shards_are_evaluated(store: Store) -> None:
     index = open_index(f"{store.url}/train")
     for most, shards in ((30, 1), (60, 2), (100, 3), (1000, 5)):
-        some = spread_rows(index, most)
+        some = subsample_evenly(index, most)
         assert len(some) == min(most, TOTAL)
         assert len(np.unique(some.samples["shard"])) == np.count_nonzero(some.counts) == shards
 

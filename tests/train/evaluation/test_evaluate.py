@@ -35,7 +35,7 @@ def test_the_log_holds_knn_and_linear_probe_of_each_evaluation_and_the_picture_t
 def test_every_probe_has_pixels_and_random_initialisation_beside_it_and_twice_the_same_figures(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probes, "LEAST_STEPS", 0)  # seconds instead of a minute
+    monkeypatch.setattr(probes, "MIN_STEPS", 0)  # seconds instead of a minute
     arguments = [str(run), "--probe", "knn", "linear", "attentive", "lowshot", "--json"]
     assert evaluate([*arguments, str(tmp_path / "one.json")]) == 0
     printed = capsys.readouterr().out

@@ -19,13 +19,13 @@ from train.evaluation.features import (
     encoder_features,
     extract,
     mixed_precision,
-    pixel_tokens,
     pixels,
     pooled_features,
-    spread_rows,
+    subsample_evenly,
 )
 from train.evaluation.labels import check_labels
-from train.output.log import mean_std, rankme
+from train.evaluation.measure import feature_std, rankme
+from train.evaluation.probes import pixel_tokens
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 5, "num_heads": 2, "num_reg_tokens": 1}
 
@@ -81,7 +81,7 @@ def test_features_are_computed_in_bf16_on_a_gpu_and_in_float32_on_a_cpu(encoder:
 
 @pytest.mark.parametrize("most", [1, 7, 50, 102, 103, 500])
 def test_a_part_of_a_split_is_spread_evenly_over_it(index: ShardIndex, most: int) -> None:
-    part = spread_rows(index, most)
+    part = subsample_evenly(index, most)
     assert len(part) == min(most, 103)
     places = np.flatnonzero(np.isin(index.samples["offset"] * 10 + index.samples["shard"],
                                     part.samples["offset"] * 10 + part.samples["shard"]))  # fmt: skip
@@ -115,8 +115,8 @@ def test_rankme_of_orthogonal_features_is_their_number_and_of_a_line_is_one() ->
 
 def test_feature_std_is_one_over_root_d_for_spread_features_and_zero_for_a_collapse() -> None:
     spread = torch.randn(4000, 64, generator=torch.Generator().manual_seed(0))
-    assert mean_std(spread) == pytest.approx(1 / 8, rel=0.02)
-    assert mean_std(torch.ones(100, 64)) == 0
+    assert feature_std(spread) == pytest.approx(1 / 8, rel=0.02)
+    assert feature_std(torch.ones(100, 64)) == 0
 
 
 def test_the_baselines_see_what_their_names_say() -> None:
