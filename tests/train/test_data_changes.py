@@ -14,7 +14,8 @@ from PIL import Image
 from pipeline.shards.index import open_index, save_index
 from tests.train.test_run import QUICKSTART, command
 from tools.checks import data
-from tools.checks.check import CHECKS, Case, Finding, examine
+from tools.checks.check import Case, Finding, examine
+from tools.doctor import CHECKS
 from tools.make_shards import main as make_shards
 from train.checkpoint import data_of, list_checkpoints
 from train.config.load import load_config
