@@ -22,7 +22,8 @@ from train.config.yaml12 import ConfigError
 from train.output.display import LOADING
 
 if TYPE_CHECKING:
-    from train.trainer import Recorder, Trainer
+    from train.recorder import Recorder
+    from train.trainer import Trainer
 
 LOST = 1  # another rank died or hangs
 

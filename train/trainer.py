@@ -4,9 +4,8 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -37,14 +36,17 @@ from train.checkpoint import (
 )
 from train.config.schema import Config
 from train.distributed import SINGLE_PROCESS, Ranks, Watchdog, no_sync_if, replicated
-from train.monitor import CollapseAlarm, RunningMeans, StepGuard, memory_metrics, throughput
+from train.monitor import StepMonitor
 from train.optim import build_optimizer
-from train.output.advice import limiting_key
 from train.output.folder import StopSignal, run_folder
 from train.state import RunState
 
+if TYPE_CHECKING:
+    from train.recorder import Recorder
+
 log = logging.getLogger(__name__)
 
+# Exit codes of `train`, next to 0.
 STORE_FAILED = 2  # the object store did not deliver the next shards; the last checkpoint is of the last step
 DIVERGED = 3  # too many steps without finite numbers; the last checkpoint is sound
 STOPPED = 75  # EX_TEMPFAIL: stopped on request, with a checkpoint; the same command continues from it
@@ -54,36 +56,29 @@ DIVERGED_ADVICE = (
     "training.use_amp=false; the same command then continues"
 )
 
-LossFunction = Callable[[nn.Module, CropBatch, MaskPlan, torch.Tensor], dict[str, torch.Tensor]]
+Losses = dict[str, torch.Tensor]
+LossFunction = Callable[[nn.Module, CropBatch, MaskPlan, torch.Tensor], Losses]
 
 
-def hjepa_losses(
-    replica: nn.Module, batch: CropBatch, plan: MaskPlan, directions: torch.Tensor
-) -> dict[str, torch.Tensor]:
+def hjepa_losses(replica: nn.Module, batch: CropBatch, plan: MaskPlan, directions: torch.Tensor) -> Losses:
     return replica(batch.crops, batch.boxes, batch.flips, plan, directions)
 
 
 class Trainer:
-    """The dataset, loader, masks, model, optimizer and state of a run, built from its config. Writes nothing by itself.
+    """The data, model, optimizer and state of a run, built from its config. Writes nothing but `quarantine`.
 
-    `model` replaces the HJEPA of the config by another method's student and teacher; `loss_fn` then computes its losses, a dict
-    with a scalar `loss`, from the replica of the model, the crops, the masks of the config and SIGReg's directions. The loader
-    appends samples that it cannot decode to the file `quarantine`, or remembers them in memory only.
+    `model` replaces the HJEPA of the config by the student and teacher of another method, whose losses, a dict with a scalar
+    `loss`, `loss_fn` computes from a replica of the model, crops, masks and SIGReg's directions. `quarantine` is the file to
+    which the loader appends samples that it cannot decode; without one it keeps them in memory.
     """
 
     def __init__(
-        self,
-        config: Config,
-        ranks: Ranks = SINGLE_PROCESS,
-        *,
-        model: TaughtEncoder | None = None,
-        loss_fn: LossFunction | None = None,
-        quarantine: Path | None = None,
-    ) -> None:
+        self, config: Config, ranks: Ranks = SINGLE_PROCESS, *, model: TaughtEncoder | None = None,
+        loss_fn: LossFunction | None = None, quarantine: Path | None = None,
+    ) -> None:  # fmt: skip
         config = with_crop_device(config)
         self.config, self.ranks, self.device = config, ranks, ranks.device(resolve_device(config.device))
-        training = config.training
-        self.folder = run_folder(config)
+        training, self.folder = config.training, run_folder(config)
         self.dataset = build_dataset(config)
         self.model: TaughtEncoder = build_model(config, self.device) if model is None else model
         self.masks = build_masks(config, self.model, self.device)
@@ -96,15 +91,13 @@ class Trainer:
         self._loss_fn, self._replica = loss_fn or hjepa_losses, replicated(self.model, ranks)
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._generator = torch.Generator(self.device)
-        self._alarm = CollapseAlarm(self.model.encoder.width)
         self.store_error: OSError | None = None
-        """What the object store answered when it failed; None while it works."""
+        """Why the object store failed; None while it works."""
         self._start_from(RunState())
 
     def _start_from(self, state: RunState) -> None:
         """Take the next step from `state`, with the next batch of the loader."""
-        self.state, self._last_logged = state, replace(state)
-        self._guard, self._means = StepGuard(self.device, state), RunningMeans()
+        self.state, self._monitor = state, StepMonitor(self.device, state)
         self._batches = batches(self.loader, self.config.training.accumulation_steps)
         self._store_wait_before_s = state.store_wait_s - self.loader.store_wait_s
 
@@ -122,15 +115,13 @@ class Trainer:
         return frequency > 0 and self.state.step % frequency == 0
 
     def read_counts(self) -> None:
-        """Copy the counts of skipped steps from the device to `state`. Waits for the device."""
-        self._guard.read(self.state)
+        """Read the counts of skipped steps into `state`. Waits for the device."""
+        self._monitor.read_counts()
 
     def snapshot(self, score: float | None) -> Snapshot:
         """Copy what a checkpoint of this step holds. `score` ranks it among the others; higher is better."""
-        run, loader = self.state.as_dict(), self.loader.state_dict()
-        return take_snapshot(
-            self.model, self.optimizer, {"step": self.state.step, "run": run, "loader": loader, "score": score}
-        )
+        step, run, loader = self.state.step, self.state.as_dict(), self.loader.state_dict()
+        return take_snapshot(self.model, self.optimizer, {"step": step, "run": run, "loader": loader, "score": score})
 
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint. Raises ValueError when it is damaged or of another architecture."""
@@ -139,16 +130,6 @@ class Trainer:
         # A run that ended because of its skipped steps deserves another try: their count starts at 0 again.
         self._start_from(RunState(**{**saved["run"], "skipped_in_a_row": 0}))
         log.info(f"continuing from {path} (step {self.state.step} of {self.schedule.total_steps})")
-
-    def resume(self) -> None:
-        """Restore the checkpoint that `checkpoint.resume` names, if there is one."""
-        resume = self.config.checkpoint.resume
-        checkpoint = self.newest_checkpoint() if resume == "auto" else None if resume == "none" else Path(resume)
-        if checkpoint is not None:
-            self.restore(checkpoint)
-        if self.complete:
-            limit = limiting_key(self.config, self.schedule.total_steps)
-            log.info(f"this run is complete: to continue, raise {limit}; checkpoint.resume=none starts over")
 
     def newest_checkpoint(self) -> Path | None:
         """Return the newest undamaged checkpoint of the run, which rank 0 chooses for all ranks."""
@@ -160,7 +141,7 @@ class Trainer:
     def fetch_shards(self, cancelled: Callable[[], bool]) -> bool:
         """Wait for the shards of the next step, so that a failing object store cannot break the step itself.
 
-        Returns False when `cancelled()` turns true or the store fails, for which `store_error` then has the reason.
+        Returns False when `cancelled()` turns true or the store fails; `store_error` then says why.
         """
         started = time.perf_counter()
         try:
@@ -175,27 +156,6 @@ class Trainer:
         self.state.store_wait_s = self._store_wait_before_s + self.loader.store_wait_s
         return self.store_error is None and not cancelled()
 
-    def _read_means(self) -> dict[str, float]:
-        """Return the mean losses since the last logging step, over all ranks. Waits for the device."""
-        means = self._means.read(self.ranks)
-        self.state.loss_last = means.get("loss", self.state.loss_last)
-        self.state.loss_first = self.state.loss_last if self.state.loss_first is None else self.state.loss_first
-        self.read_counts()
-        return means
-
-    def _close_interval(self) -> dict[str, float]:
-        """Return what else is logged of the steps since the last logging step, and begin the next interval."""
-        state, (signals, rows) = self.state, self._means.collapse_signals()
-        state.bad_samples = len(self.loader.quarantine)
-        if signals:
-            self._alarm.check(state, signals, rows)
-        speed = throughput(self._last_logged, state)
-        self._means, self._last_logged = RunningMeans(), replace(state)
-        counts = {"skipped_steps": state.skipped_steps, "collapse_alarm": float(state.collapsed)}
-        epoch = self.loader.state_dict()["epoch"]
-        memory = memory_metrics(self.device)
-        return {**signals, **speed, **counts, "bad_samples": state.bad_samples, **memory, "epoch": epoch}
-
     def train_step(self) -> dict[str, float]:
         """Take one optimiser step. Returns its line of metrics.jsonl at a logging step, else an empty dict."""
         config, ranks, state, started = self.config, self.ranks, self.state, time.perf_counter()
@@ -203,8 +163,8 @@ class Trainer:
         lr, momentum = self.schedule.lr(state.step), self.schedule.momentum(state.step)
         # SIGReg's random directions must agree on all ranks: lane 0 of the step.
         self._generator.manual_seed(step_seed(config.seed, state.step, 0))
-        shape = (config.model.projector_dim, config.loss.sigreg_slices)
-        directions = random_directions(*shape, self._generator, self.device)
+        size = (config.model.projector_dim, config.loss.sigreg_slices)
+        directions = random_directions(*size, self._generator, self.device)
         losses = []
         for part in range(parts):
             # Data. DALI prefetches batches: this waits only where the loader is slower than the model.
@@ -226,8 +186,8 @@ class Trainer:
         # Clip.
         grad_norm = nn.utils.clip_grad_norm_(self._parameters, config.training.grad_clip or math.inf)
 
-        # Guard. `skip` is 1.0 on all ranks if a number is not finite on any; it stays on the device, so nothing waits.
-        skip = self._guard.check([part["loss"] for part in losses], grad_norm)
+        # Guard. `skip` is 1 on all ranks if a number is not finite on any. It stays on the device, so that nothing waits.
+        skip = self._monitor.check([part["loss"] for part in losses], grad_norm)
 
         # Optimiser. Where `found_inf` is 1, its kernels change nothing.
         for group in self.optimizer.param_groups:
@@ -239,46 +199,20 @@ class Trainer:
         # Target: the moving average of the encoder.
         self.model.update_target(momentum, skip)
 
-        # Log. Only here does the host wait for the device; step 1 is read for the first loss of the summary.
+        # Log. Only here does the host wait for the device; at step 1 too, for the first loss of the summary.
         state.step += 1
-        self._means.add(losses, grad_norm, skip)
+        self._monitor.add(losses, grad_norm, skip)
         is_logged = self.is_due(config.logging.log_frequency) or self.complete
-        means = self._read_means() if is_logged or state.step == 1 else {}
+        means = self._monitor.read_means(ranks) if is_logged or state.step == 1 else {}
+        state.bad_samples = len(self.loader.quarantine)
         state.train_s += time.perf_counter() - started
-        return {**means, "lr": lr, "ema_momentum": momentum, **self._close_interval()} if is_logged else {}
+        if not is_logged:
+            return {}
+        epoch = self.loader.state_dict()["epoch"]
+        return {**means, "lr": lr, "ema_momentum": momentum, **self._monitor.end_interval(), "epoch": epoch}
 
 
-class Recorder:
-    """What `train` reports to. This one records nothing, for all ranks but the first; `RunRecorder` is rank 0's."""
-
-    def display(self) -> AbstractContextManager[object]:
-        """Show the progress while open."""
-        return nullcontext()
-
-    def log(self, line: dict[str, float]) -> None:
-        """Record a step; `line` is empty except at logging steps."""
-
-    def evaluate(self) -> None:
-        """Measure the target encoder."""
-
-    def save(self) -> None:
-        """Write a checkpoint in the background, unless the run has diverged."""
-
-    def wait(self) -> None:
-        """Wait until the checkpoint is on disk, or was refused by it."""
-
-    def rewind(self) -> None:
-        """Forget what was logged after the step to which the trainer has gone back."""
-
-    def report(self) -> int:
-        """Evaluate the trained encoder and report the run. Returns an exit code."""
-        return 0
-
-    def close(self, code: int) -> None:
-        """Note how the run ended."""
-
-
-def train(trainer: Trainer, recorder: Recorder, stop: StopSignal) -> int:
+def train(trainer: Trainer, recorder: "Recorder", stop: StopSignal) -> int:
     """Train to the end of the schedule. Returns 0, STOPPED, STORE_FAILED or DIVERGED."""
     config, ranks = trainer.config, trainer.ranks
     eval_steps, rolled_back_to = config.evaluation.eval_frequency * trainer.steps_per_epoch, None

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model.masks import STRATEGIES
-from tests.train.test_run import ROOT, command
+from tests.train.test_run import QUICKSTART, command
 from train.config.load import load_config
 from train.config.schema import Config
 from train.trainer import Trainer
@@ -28,7 +28,7 @@ def _one_thread() -> Iterator[None]:
 
 def config_of(device: str, data_path: Path, tmp_path: Path, *changes: str) -> Config:
     given = [f"device={device}", "data.crop_device=cpu", "data.hw_decoder_load=0.65", "training.max_steps=30", *changes]
-    path, *overrides = command(ROOT / "configs" / "quickstart.yaml", data_path, tmp_path, *given)
+    path, *overrides = command(QUICKSTART, data_path, tmp_path, *given)
     return load_config(Path(path), overrides)
 
 
