@@ -1,7 +1,6 @@
 """Builds the objects of a run from its config: the one place where config keys meet arguments."""
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 
 from model.encoder import MultiCropEncoder
 from model.hjepa import HJEPA, Level, default_levels
-from model.losses import LossWeights, random_directions
+from model.losses import LossWeights
 from model.masks import MultiCropMaskGenerator
 from model.predictor import Predictor
 from model.teacher import TaughtEncoder
@@ -117,14 +116,6 @@ def build_training_loader(
             "steps). Lower data.batch_size or training.accumulation_steps"
         )
     return loader
-
-
-def describe_epoch(config: Config, loader: MultiCropLoader) -> str:
-    """Return how much data there is, and how many samples of each epoch are left out because they fill no step."""
-    count, per_step = len(loader.index), loader.global_batch * config.training.accumulation_steps
-    dropped = f"; each epoch leaves out {count % per_step} others, which fill no step" if count % per_step else ""
-    shards = len(loader.index.shards)
-    return f"data: {count:,} images in {shards} shards, {count // per_step:,} steps of {per_step} an epoch{dropped}"
 
 
 def with_crop_device(config: Config) -> Config:
@@ -238,23 +229,3 @@ def build_schedule(config: Config, batches_per_epoch: int) -> Schedule:
         first_momentum=training.ema_momentum,
         last_momentum=training.ema_final_momentum,
     )
-
-
-def trial_step(config: Config, device: torch.device) -> tuple[HJEPA, Callable[[], None]]:
-    """Return the model, and a function that runs it forward and backward on a batch of noise and waits for the device."""
-    count, model, sizes = config.data.batch_size, build_model(config, device), crop_sizes(config)
-    masks = build_masks(config, model, device)
-    crops = [torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device) for size in sizes]
-    boxes = torch.tensor([0.0, 0.0, 1.0, 1.0], device=device).expand(count, len(sizes), 4)
-    flips = torch.zeros(count, len(sizes), dtype=torch.bool, device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    directions = random_directions(config.model.projector_dim, config.loss.sigreg_slices, generator, device)
-
-    def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp_enabled(config, device)):
-            loss = model(crops, boxes, flips, masks(count), directions)["loss"]
-        loss.backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    return model, step

@@ -10,12 +10,12 @@ import torch
 
 from model.hjepa import HJEPA
 from pipeline.crops.device import is_out_of_memory
-from pipeline.shards.index import UNLABELLED
 from train.checkpoint import list_checkpoints
 from train.config.schema import Config
 from train.evaluation.online import OnlineEvaluation
 from train.monitor import memory_metrics
 from train.output.folder import check_run_folder
+from train.recorder import log_description
 from train.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -24,50 +24,25 @@ GIB = 2**30
 
 
 def dry_run(trainer: Trainer) -> None:
-    """Log a line for each part of the run. Raises ValueError or FileNotFoundError as the run would."""
-    config, model, index, schedule = trainer.config, cast(HJEPA, trainer.model), trainer.dataset.index, trainer.schedule
-    labelled = int((index.samples["label"] != UNLABELLED).sum())
-    log.info(f"data: {len(index):,} images ({labelled:,} labelled) in {len(index.shards)} shards of {index.folder}")
-    encoder = sum(p.numel() for p in model.encoder.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log.info(
-        f"model: {config.model.encoder}, {encoder / 1e6:.1f} M parameters ({trained / 1e6:.1f} M trained), "
-        f"{model.grid}x{model.grid} tokens in a global crop, {len(model.levels)} levels"
-    )
-    images = trainer.loader.global_batch * config.training.accumulation_steps
-    log.info(
-        f"run: {schedule.total_steps:,} steps of {images:,} images on {trainer.ranks.world_size} rank(s), "
-        f"{trainer.steps_per_epoch:,} steps an epoch, {schedule.warmup_steps:,} of warm-up"
-    )
-    log.info(f"step: {describe_step(trainer)}")
-    OnlineEvaluation(config, trainer.folder, model)  # reports what is wrong with the validation split and the labels
-    check_run_folder(config, index.digest)
+    """Take one step and log what it used. Raises ValueError or FileNotFoundError as the run would."""
+    config, device = trainer.config, trainer.device
+    log_description(trainer)
+    before, started = memory_metrics(device), time.perf_counter()
+    trainer.train_step()  # also waits for the device: it reads the first loss
+    seconds, after = time.perf_counter() - started, memory_metrics(device)
+    peak = after["peak_memory_bytes"] / GIB
+    used = f"raised the memory of this process from {before['peak_memory_bytes'] / GIB:.2f} to {peak:.2f} GiB"
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory / GIB
+        used = f"took {peak:.2f} GiB in torch; {after['device_memory_bytes'] / GIB:.2f} of {total:.1f} GiB of {device} are in use"
+    crops = f"{config.data.batch_size} images with {sum(config.data.crop_counts)} crops"
+    log.info(f"step: {crops} on each rank took {seconds:.1f} s, including the start of the loader, and {used}")
+    OnlineEvaluation(config, trainer.folder, cast(HJEPA, trainer.model))  # reports problems of the validation split
+    check_run_folder(config, trainer.dataset.index.digest)
     resume = config.checkpoint.resume
-    found = list_checkpoints(trainer.folder / "checkpoints") if resume == "auto" else []
-    begin = (
-        f"continue from {found[-1].name if found else resume}"
-        if found or resume not in ("auto", "none")
-        else "start at step 0"
-    )
-    log.info(f"folder: {trainer.folder}; would {begin}")
-
-
-def describe_step(trainer: Trainer) -> str:
-    """Take a step and return its time, with the start of the loader, and the most memory that it used."""
-    before, started = memory_metrics(trainer.device)["peak_memory_bytes"], time.perf_counter()
-    trainer.train_step()
-    if trainer.device.type == "cuda":
-        torch.cuda.synchronize()
-    seconds, memory = time.perf_counter() - started, memory_metrics(trainer.device)
-    batch, crops = trainer.config.data.batch_size, sum(trainer.config.data.crop_counts)
-    taken = f"{batch} images of {crops} crops on each rank took {seconds:.1f} s, the start of the loader included"
-    if trainer.device.type != "cuda":
-        return f"{taken}, and {(memory['peak_memory_bytes'] - before) / GIB:.2f} GiB of memory"
-    total = torch.cuda.mem_get_info(trainer.device)[1]
-    return (
-        f"{taken}; torch took {memory['peak_memory_bytes'] / GIB:.2f} GiB at most, and with DALI and CUDA "
-        f"{memory['device_memory_bytes'] / GIB:.2f} of the {total / GIB:.1f} GiB of {trainer.device} are in use"
-    )
+    checkpoints = list_checkpoints(trainer.folder / "checkpoints")
+    begin = f"continue from {checkpoints[-1].name}" if resume == "auto" and checkpoints else "start at step 0"
+    log.info(f"folder: {trainer.folder}; would {begin if resume in ('auto', 'none') else f'continue from {resume}'}")
 
 
 @contextmanager

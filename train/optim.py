@@ -94,21 +94,18 @@ def build_optimizer(
     `name`: `adamw`, or `muon` for Muon on the weights of the blocks' linear layers and AdamW on all others. The groups hold
     the parameters' `names`, in the order of the model.
     """
-    decayed: list[tuple[str, nn.Parameter]] = []
-    undecayed: list[tuple[str, nn.Parameter]] = []
-    hidden: list[tuple[str, nn.Parameter]] = []
+    decayed: dict[str, Any] = {"params": [], "names": [], "weight_decay": weight_decay, "muon": False}
+    undecayed: dict[str, Any] = {"params": [], "names": [], "weight_decay": 0.0, "muon": False}
+    hidden: dict[str, Any] = {"params": [], "names": [], "weight_decay": weight_decay, "muon": name == "muon"}
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
             # cls_token and reg_token are [1, n, D], a query is one token per level: embeddings, not weights of a map.
             is_map = parameter.ndim > 1 and not key.endswith(("cls_token", "reg_token", "query"))
-            is_hidden = name == "muon" and parameter.ndim == 2 and "blocks." in key
-            (hidden if is_hidden else decayed if is_map else undecayed).append((key, parameter))
-    groups = []
-    for part, decay, is_muon in ((decayed, weight_decay, False), (undecayed, 0.0, False), (hidden, weight_decay, True)):
-        if part or not is_muon:
-            names, parameters = [key for key, _ in part], [parameter for _, parameter in part]
-            groups.append({"params": parameters, "names": names, "weight_decay": decay, "muon": is_muon})
-    return MuonAdamW(groups, lr=0.0, betas=betas, fused=True)
+            is_hidden = hidden["muon"] and parameter.ndim == 2 and "blocks." in key
+            group = hidden if is_hidden else decayed if is_map else undecayed
+            group["params"].append(parameter)
+            group["names"].append(key)
+    return MuonAdamW([decayed, undecayed, hidden], lr=0.0, betas=betas, fused=True)
 
 
 @dataclass(frozen=True)

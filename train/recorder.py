@@ -12,8 +12,8 @@ from rich.console import Console
 
 from model.hjepa import HJEPA
 from pipeline.files import write_atomic
+from pipeline.shards.index import UNLABELLED
 from pipeline.shards.object_store import StoreError
-from train.build import describe_epoch
 from train.checkpoint import CheckpointWriter, checkpoint_path
 from train.evaluation.online import OnlineEvaluation
 from train.output.advice import advice, limiting_key
@@ -38,7 +38,7 @@ def open_recorder(trainer: Trainer, console: Console) -> "Recorder":
     evaluation = OnlineEvaluation(config, trainer.folder, cast(HJEPA, trainer.model)) if ranks.is_first else None
     if evaluation is not None:
         open_run_folder(config, trainer.dataset.index.digest)
-        log.info(describe_epoch(config, trainer.loader))
+        log_description(trainer)
         evaluation.measure_baselines()  # now, while the model is untrained
     ranks.barrier()  # the folder exists
     resume = config.checkpoint.resume
@@ -49,6 +49,27 @@ def open_recorder(trainer: Trainer, console: Console) -> "Recorder":
         limit = limiting_key(config, trainer.schedule.total_steps)
         log.info(f"this run is complete: to continue, raise {limit}; checkpoint.resume=none starts over")
     return Recorder() if evaluation is None else RunRecorder(trainer, evaluation, console)
+
+
+def log_description(trainer: Trainer) -> None:
+    """Log a line each about the data, the model and the schedule."""
+    config, index, model = trainer.config, trainer.dataset.index, cast(HJEPA, trainer.model)
+    labelled = int((index.samples["label"] != UNLABELLED).sum())
+    log.info(f"data: {len(index):,} images ({labelled:,} labelled) in {len(index.shards)} shards of {index.folder}")
+    encoder = sum(p.numel() for p in model.encoder.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log.info(
+        f"model: {config.model.encoder}, {encoder / 1e6:.1f} M parameters ({trained / 1e6:.1f} M trained), "
+        f"{model.grid}x{model.grid} tokens in a global crop, {len(model.levels)} levels"
+    )
+    images, schedule = trainer.loader.global_batch * config.training.accumulation_steps, trainer.schedule
+    left_out = (
+        f"; each epoch leaves out {len(index) % images} images, which fill no step" if len(index) % images else ""
+    )
+    log.info(
+        f"run: {schedule.total_steps:,} steps of {images:,} images on {trainer.ranks.world_size} rank(s), "
+        f"{trainer.steps_per_epoch:,} steps an epoch, {schedule.warmup_steps:,} of warm-up{left_out}"
+    )
 
 
 class Recorder:

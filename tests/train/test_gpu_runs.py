@@ -60,8 +60,8 @@ def test_a_dry_run_takes_a_step_on_the_device_and_says_what_it_used(
 ) -> None:
     assert main([*arguments(device, "auto", data_path, tmp_path), "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "8 images of 8 crops on each rank took" in said
-    assert ("GiB of cuda:0 are in use" if device == "gpu" else "GiB of memory") in said
+    assert "8 images with 8 crops on each rank took" in said
+    assert ("GiB of cuda:0 are in use" if device == "gpu" else "memory of this process") in said
     assert list(tmp_path.iterdir()) == []
 
 
