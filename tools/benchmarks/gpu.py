@@ -179,10 +179,10 @@ def measure_training(case: GpuCase) -> Iterator[Result]:
         for way in CROP_DEVICES:
             config = settings(case, encoder, f"data.crop_device={crop_device(case, way)}")
             seconds = case.seconds / (len(CROP_DEVICES) * len(names))
-            yield from attempt(f"{name}, {way}", train, case, f"{name}, {way}", config, seconds)
+            yield from attempt(f"{name}, {way}", train_for, case, f"{name}, {way}", config, seconds)
 
 
-def train(case: GpuCase, name: str, config: Config, seconds: float) -> Iterator[Result]:
+def train_for(case: GpuCase, name: str, config: Config, seconds: float) -> Iterator[Result]:
     if not case.rehearsal:
         torch.cuda.reset_peak_memory_stats()
     trainer = Trainer(config)
