@@ -151,11 +151,13 @@ def run_study(options: argparse.Namespace) -> None:
     path = options.out / f"{study.name}_calibration.json"
     variants = list(dict.fromkeys([BASE, *(trial.variant for trial in study.planned)]))
     steps = calibrate(path, study.base, options.budget, study.points, variants)
+    # Baselines first: they take seconds, and the tables are then never without them.
     for seed in study.seeds:
         if ("raw pixels", "", seed) not in study.done:
             baselines = run_in_subprocess(run_baselines, study.base, seed)
             rows = [{"variant": name, "equal": "", "seed": seed, **scores} for name, scores in baselines.items()]
             append_rows(study.table, FIELDS, rows)
+    # Write the tables after each training, so that a stopped study shows what is done.
     study.write(steps)
     for number, trial in enumerate(study.remaining, 1):
         started = time.monotonic()

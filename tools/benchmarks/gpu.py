@@ -51,6 +51,7 @@ MEASURED_SHARE = 0.7  # of a part's time; the rest is for first batches and for 
 REHEARSED_S = 5.0  # measured in each part of a rehearsal, whatever the minutes
 CROP_DEVICES = {"GPU crops": "gpu", "hybrid (CPU crops, uploaded)": "cpu"}
 CONFIG = Path(__file__).parents[2] / "configs" / "multicrop_training.yaml"
+# The smallest model that has all parts of the real one.
 TINY_ENCODER = "{img_size: 32, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2, init_values: 0.1}"
 REHEARSAL = (
     "device=cpu", "data.batch_size=8", "data.multicrop.global_crop_size=32", "data.multicrop.local_crop_size=16",
@@ -287,6 +288,7 @@ def start_server() -> None:
 
 def run_part(measurement: Measurement, case: GpuCase, seconds: float) -> Iterator[Result]:
     """Yield the results of a part as they come, from a subprocess that is killed after `seconds`."""
+    # A process rather than a thread: a measurement can hang or crash in CUDA, and only the kernel can end it then.
     receiver, sender = CONTEXT.Pipe(duplex=False)
     case = replace(case, seconds=REHEARSED_S if case.rehearsal else MEASURED_SHARE * seconds)
     process = CONTEXT.Process(target=send_results, args=(measurement, case, sender))

@@ -97,6 +97,7 @@ def seconds_per_image(
     number of batches is prefetched at the end as at the start.
     """
     torch.set_num_threads(1)
+    # Warm up: every worker starts with its first batch.
     stream = loader(setup)
     for _ in range(max(2, setup.threads)):
         next(stream)
@@ -132,6 +133,7 @@ def peak_bytes(step: Step, device: torch.device) -> int:
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
+    # The profiler records every allocation as a positive and every release as a negative change.
     changes = (event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
     return max(accumulate(changes, initial=0))
 

@@ -31,11 +31,13 @@ def naive_losses(
     for view, pixels in enumerate(crops):
         grid = pixels.shape[-1] // model.encoder.patch_size
         box, flip, is_global = boxes[:, view], flips[:, view], view < model.num_global
+        # Student: the crop at full length, with the masked patches set to zero.
         seen = torch.ones(len(boxes), grid * grid, 1, device=device)
         if is_global:
             seen = torch.zeros_like(seen).scatter_(1, plan.context[:, view, :, None], 1.0)
         tokens = model.encoder([(zero_unseen(pixels, seen, grid), None)])[0].tokens
         summaries.append(tokens.float().mean(dim=1))
+        # Target: a forward pass of its own for each crop, pooled to the cells of each level.
         with torch.no_grad():
             (out,) = model.target([(pixels, None)], layers=[level.layer for level in model.levels])
         places, sizes, targets = [], [], []
@@ -47,10 +49,12 @@ def naive_losses(
             places.append(cell_centres(box, flip, grid, level.stride).gather(1, cells.expand(-1, -1, 2)))
             sizes.append(log_cell_size(box, grid, level.stride)[:, None].expand(-1, cells.shape[1], -1))
             targets.append(goal.gather(1, cells.expand(-1, -1, goal.shape[-1])))
+        # Prediction: all tokens and queries go through every block.
         token_sizes = log_cell_size(box, grid)[:, None].expand(-1, grid * grid, -1)
         predictions = predict_cells(predictor, tokens, cell_centres(box, flip, grid), token_sizes, places, sizes)
         for level, predicted, goal in zip(model.levels, predictions, targets, strict=True):
             total = total + level.weight * F.smooth_l1_loss(predicted.float(), goal) / len(crops)
+    # View term and SIGReg, over all crops at once, as in the product.
     if model.projector is not None:
         flat = torch.stack(summaries, dim=1)
         projections = model.projector(flat.flatten(0, 1)).float().unflatten(0, flat.shape[:2])

@@ -102,6 +102,7 @@ class ThrottledProxy:
         self._server.server_close()
 
     def _forward(self, request: BaseHTTPRequestHandler) -> None:
+        # Count the request and decide its fault in one go: clients send requests from several threads.
         with self._lock:
             self.requests.append(f"{request.command} {request.path}")
             fault = self.fault(len(self.requests), request.path)
@@ -130,6 +131,7 @@ class ThrottledProxy:
     def _send(self, request: BaseHTTPRequestHandler, content: bytes) -> None:
         for start in range(0, len(content), CHUNK_BYTES):
             chunk = content[start : start + CHUNK_BYTES]
+            # All responses share the bandwidth: each chunk reserves the next free interval and waits for its end.
             if self.bytes_per_s < float("inf"):
                 with self._lock:
                     self._free_at = max(self._free_at, time.monotonic()) + len(chunk) / self.bytes_per_s

@@ -58,6 +58,7 @@ def make_empty_shards(folder: Path, num_samples: int, shard_size: int, batch: in
     save_index(folder, names, rows)
     counts = np.bincount(rows["shard"])
     ends = np.cumsum(counts)
+    # The first batches need pixels; opening the data set looks at the first and the last sample of each shard.
     real = Plan(counts, 0).rows(0, 0, REAL_BATCHES * batch)
     for shard, name in enumerate(names):
         with (folder / name).open("wb") as tar:

@@ -163,6 +163,7 @@ def check_rate(case: Case) -> Finding:
     batches = chain.from_iterable(repeat(loader))
     for _ in islice(batches, WARM_UP_BATCHES):
         pass
+    # The pipeline without a model.
     images, started = 0, time.perf_counter()
     while time.perf_counter() - started < RATE_S:
         images += len(next(batches).labels)

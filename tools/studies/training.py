@@ -44,6 +44,7 @@ class TimedTraining:
     def __init__(self, config: Config, variant: str) -> None:
         torch.set_num_threads(1)
         dataset, hjepa = build_dataset(config), build_model(config, CPU)
+        # A loader of its own, so that the trainer still starts with the first batch.
         warm_up = build_training_loader(config, dataset)
         next(iter(warm_up))
         warm_up.close()
@@ -128,6 +129,7 @@ def calibrate(path: Path, base: Base, budget: float, points: int, variants: Sequ
     record: dict[str, Any] = {**options, "step_cpu_ms": {}, "steps": {}}
     if path.exists():
         record = options | {"points": 1, "overrides": []} | json.loads(path.read_text())
+    # Steps fill one budget and measure one set of settings: with others, the rows could not be compared.
     for key, option in {"budget_s": "--budget", "points": "--points", "overrides": "KEY=VALUE"}.items():
         if record[key] != options[key]:
             before, now = (
