@@ -31,7 +31,8 @@ from pipeline.dataset import MultiCropDataset, resolve_device
 from pipeline.notices import Every
 from tools.shards.photographs import PHOTOGRAPHS, photograph_path
 from train.optim import build_optimizer
-from train.output.drawing import Views, draw_masks, draw_overview, feature_colours
+from train.output.drawing import Views
+from train.output.pictures import draw_masks, draw_overview, feature_colours
 
 BATCH_SIZE, LR, EMA_MOMENTUM = 6, 1e-3, 0.99
 SLICES, PROJECTOR = 64, 64

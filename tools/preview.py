@@ -43,7 +43,7 @@ def preview(given: argparse.Namespace) -> None:
     config = load_config(given.config, given.overrides)
     split_folder(config.data.dataset, config.data.data_path, "train")
     print(LOADING, file=sys.stderr)  # only now: a wrong setting is reported at once
-    from train.output.drawing import draw_sheet
+    from train.output.pictures import draw_sheet
     from train.replay import replay
 
     seen = replay(config, given.epoch, given.position, given.count, given.world_size)

@@ -104,7 +104,7 @@ def train(config: Config, console: Console) -> int:
     from train.build import torch_threads
     from train.distributed import joined, ranks_from_environment, use_device
     from train.memory import out_of_memory_explained
-    from train.output.folder import StopSignal
+    from train.signals import StopSignal
     from train.trainer import Trainer
 
     ranks, kind = ranks_from_environment(), resolve_device(config.device)

@@ -33,13 +33,13 @@ from train.distributed import Ranks, Watchdog, replicated
 from train.evaluation.online import OnlineEvaluation
 from train.monitor import CollapseAlarm, Heartbeat, RunningMeans, Speed, StepGuard, StoreGuard, memory_metrics
 from train.optim import build_optimizer
-from train.output.advice import advice, limiting_key
 from train.output.display import Display, summary_table
-from train.output.folder import StopSignal, open_run_folder, run_folder
+from train.output.folder import open_run_folder, run_folder
 from train.output.log import MetricsLog, open_wandb
 from train.output.page import write_page
 from train.output.pictures import NEIGHBOURS, QUERIES, draw_run, read_picture
-from train.output.report import write_report, write_summary
+from train.output.report import advice, stop_setting, write_report, write_summary
+from train.signals import StopSignal
 from train.state import RunState
 from train.step import StepResult, Updater, batches
 
@@ -111,7 +111,7 @@ class Trainer:
         if checkpoint is not None:
             self.restore(checkpoint)
             if self.complete:
-                limit = limiting_key(config, self.schedule.total_steps)
+                limit = stop_setting(config, self.schedule.total_steps)
                 log.info(f"this run is complete: to continue, raise {limit}; checkpoint.resume=none starts over")
 
     def restore(self, path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from train.config.load import load_config
-from train.output.advice import advice
+from train.output.report import advice
 
 ROOT = Path(__file__).parents[3]
 
