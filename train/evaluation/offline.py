@@ -2,7 +2,7 @@
 
 import logging
 import statistics
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +31,6 @@ ROW_NAMES = {
 }
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ProbeScore:
-    """One accuracy of the report, in percent; `spread` is the standard deviation over `repeats` random choices of images."""
-
-    probe: str
-    features: str
-    setting: str
-    accuracy: float
-    spread: float | None = None
-    repeats: int = 1
 
 
 def find_checkpoint(
@@ -103,15 +91,17 @@ def evaluate(checkpoint: Path, config: Config, probes: tuple[str, ...]) -> dict[
         "random_init": encoder_features(initial, model.levels),
         "trained": encoder_features(model.target, model.levels),
     }
+    # The ks that the training split has enough images for.
+    ks = [k for k in KNN_KS if k <= len(indices[0])] or [len(indices[0])]
     log.info("measuring %s images ...", " + ".join(f"{len(index):,}" for index in indices))
     measured = measure(
         loaders,
         extractors,
         device,
-        ks=possible_ks(len(indices[0])) if "knn" in probes else (),
+        ks=ks if "knn" in probes else (),
         linear_epochs=(config.evaluation.linear_epochs or LINEAR_EPOCHS) if "linear" in probes else 0,
     )
-    figures: list[ProbeScore] = []
+    figures: list[dict[str, Any]] = []
     for probe in probes:
         if probe == "attentive":
             figures += attentive_scores(config, model, initial, device)
@@ -122,35 +112,44 @@ def evaluate(checkpoint: Path, config: Config, probes: tuple[str, ...]) -> dict[
         "step": checkpoint_step(checkpoint),
         "data": [str(index.folder) for index in indices],
         "images": [len(index) for index in indices],
-        "figures": [vars(score) for score in figures],
+        "figures": figures,
     }
 
 
-def possible_ks(num_train: int) -> list[int]:
-    """Return those of KNN_KS that the training split has images for, or its size if it has fewer than all of them."""
-    return [k for k in KNN_KS if k <= num_train] or [num_train]
+def probe_score(probe: str, features: str, setting: str, accuracies: Sequence[float]) -> dict[str, Any]:
+    """Return one figure of the report. With several `accuracies`, it is their mean and their standard deviation."""
+    return {
+        "probe": probe,
+        "features": features,
+        "setting": setting,
+        "accuracy": statistics.mean(accuracies),
+        "spread": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "repeats": len(accuracies),
+    }
 
 
-def pooled_scores(probe: str, name: str, row: Scores, device: torch.device) -> list[ProbeScore]:
+def pooled_scores(probe: str, name: str, row: Scores, device: torch.device) -> list[dict[str, Any]]:
     """Return the scores of one extractor in `knn`, `linear` or `lowshot`."""
     if row.linear is not None and probe == "linear":
         accuracy, setting = row.linear
-        return [ProbeScore(probe, name, setting, accuracy)]
+        return [probe_score(probe, name, setting, [accuracy])]
     if probe == "knn":
         return [
-            ProbeScore(probe, name if key == "last" else f"{name}, {key.replace('_', ' ')}", f"k={k}", accuracy)
+            probe_score(probe, name if key == "last" else f"{name}, {key.replace('_', ' ')}", f"k={k}", [accuracy])
             for key, by_k in row.knn.items()
             for k, accuracy in by_k.items()
         ]
-    scores = []
-    for shots in SHOTS:
-        repeats = lowshot_accuracies(row.train, row.test, shots, SHOT_SEEDS, device)
-        mean, spread = statistics.mean(repeats), statistics.stdev(repeats)
-        scores.append(ProbeScore(probe, name, f"{shots} per class", mean, spread, len(repeats)))
-    return scores
+    return [
+        probe_score(
+            probe, name, f"{shots} per class", lowshot_accuracies(row.train, row.test, shots, SHOT_SEEDS, device)
+        )
+        for shots in SHOTS
+    ]
 
 
-def attentive_scores(config: Config, model: HJEPA, initial: MultiCropEncoder, device: torch.device) -> list[ProbeScore]:
+def attentive_scores(
+    config: Config, model: HJEPA, initial: MultiCropEncoder, device: torch.device
+) -> list[dict[str, Any]]:
     patch = model.target.patch_size
     rows = {
         "pixels": (pixel_tokens(patch), 3 * patch**2),
@@ -165,7 +164,7 @@ def attentive_scores(config: Config, model: HJEPA, initial: MultiCropEncoder, de
         classes = num_classes(*(torch.tensor(loader.index.samples["label"]) for loader in (train, test)))
         streams = TokenStream(train, tokenizer), TokenStream(test, tokenizer)
         accuracy, setting = attentive_probe(*streams, width, classes, device)
-        scores.append(ProbeScore("attentive", name, setting, accuracy))
+        scores.append(probe_score("attentive", name, setting, [accuracy]))
     return scores
 
 

@@ -1,4 +1,4 @@
-"""What a person sees while a command works: a live bar in a terminal, plain lines elsewhere, and a run's table at its end."""
+"""Progress of a command, as a live bar in a terminal and as plain lines elsewhere, and a run's table at its end."""
 
 import time
 from types import TracebackType

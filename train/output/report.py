@@ -1,4 +1,4 @@
-"""What a run leaves behind at its end: summary.json, report.md, and suggestions for a run that waited or learned little."""
+"""The results of a run at its end: summary.json, report.md, and suggestions for a run that waited or learned little."""
 
 import json
 from pathlib import Path

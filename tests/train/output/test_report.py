@@ -1,4 +1,4 @@
-"""What a run suggests when it waited for its data or learned nothing."""
+"""Suggestions for a run that waited for its data or learned nothing."""
 
 from pathlib import Path
 
