@@ -8,11 +8,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.shards.index import split_folder
 from train.command import run_command
 from train.config.load import load_config
 from train.output.display import LOADING
+
+if TYPE_CHECKING:
+    from train.replay import Replay
+
+SOURCE_SIDE = 400  # pixels
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -32,12 +38,39 @@ def preview(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     split_folder(config.data.dataset, config.data.data_path, "train")
     print(LOADING, file=sys.stderr)  # imports start here, so that a wrong setting is reported at once
-    from train.output.pictures import draw_sheet
     from train.replay import replay
 
     replayed = replay(config, args.epoch, args.position, args.count, args.world_size)
     draw_sheet(args.out, replayed)
     print(*replayed.captions, f"wrote {args.out}", sep="\n")
+
+
+def draw_sheet(path: Path, replayed: "Replay") -> None:
+    """Draw a band per sample: its source with the boxes, its crops, the masks of its globals; each view has its own colour."""
+    from train.output.drawing import (
+        Views,
+        crop_tiles,
+        hstack,
+        mask_tiles,
+        open_picture,
+        save_picture,
+        source_tile,
+        text_line,
+        vstack,
+    )  # fmt: skip
+
+    dataset, num_global = replayed.dataset, replayed.masks.context.shape[1]
+    views = Views(replayed.batch, num_global, dataset.mean, dataset.std, distinct=True)
+    bands = []
+    for i, (row, caption) in enumerate(zip(replayed.rows, replayed.captions, strict=True)):
+        source = open_picture(dataset.index.encoded(row))
+        size = f"source, {source.width}x{source.height} (dashed: flipped)"
+        masks = [
+            hstack(mask_tiles(views, replayed.masks, i, g, replayed.grid, replayed.strides)) for g in range(num_global)
+        ]
+        right = vstack([hstack(crop_tiles(views, i)), *masks])
+        bands += [text_line(caption), hstack([source_tile(source, size, views, i, SOURCE_SIDE), right])]
+    save_picture(path, vstack(bands))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ import torch
 from model.encoder import MultiCropEncoder
 from model.hjepa import HJEPA
 from pipeline.dataset import resolve_device
+from pipeline.loader import MultiCropLoader
 from train.build import build_evaluation_loaders, build_model, torch_threads, with_crop_device
 from train.checkpoint import MANIFEST, checkpoint_step, load_checkpoint, newest_checkpoint
 from train.config.load import load_config
@@ -85,15 +86,33 @@ def evaluate(checkpoint: Path, config: Config, probes: tuple[str, ...]) -> dict[
     check_labels(*indices)
     if warning := unknown_labels(*indices):
         log.warning(warning)
+    log.info("measuring %s images ...", " + ".join(f"{len(index):,}" for index in indices))
+    return {
+        "checkpoint": str(checkpoint),
+        "step": checkpoint_step(checkpoint),
+        "data": [str(index.folder) for index in indices],
+        "images": [len(index) for index in indices],
+        "figures": probe_scores(config, probes, loaders, model, initial, device),
+    }
+
+
+def probe_scores(
+    config: Config,
+    probes: tuple[str, ...],
+    loaders: tuple[MultiCropLoader, MultiCropLoader],
+    model: HJEPA,
+    initial: MultiCropEncoder,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """Return the scores of each probe on each kind of features."""
     extractors = {
         "pixels": pixels,
         "colour_histogram": colour_histogram,
         "random_init": encoder_features(initial, model.levels),
         "trained": encoder_features(model.target, model.levels),
     }
-    # The ks that the training split has enough images for.
-    ks = [k for k in KNN_KS if k <= len(indices[0])] or [len(indices[0])]
-    log.info("measuring %s images ...", " + ".join(f"{len(index):,}" for index in indices))
+    num_train = len(loaders[0].index)
+    ks = [k for k in KNN_KS if k <= num_train] or [num_train]
     measured = measure(
         loaders,
         extractors,
@@ -101,19 +120,13 @@ def evaluate(checkpoint: Path, config: Config, probes: tuple[str, ...]) -> dict[
         ks=ks if "knn" in probes else (),
         linear_epochs=(config.evaluation.linear_epochs or LINEAR_EPOCHS) if "linear" in probes else 0,
     )
-    figures: list[dict[str, Any]] = []
+    scores = []
     for probe in probes:
         if probe == "attentive":
-            figures += attentive_scores(config, model, initial, device)
+            scores += attentive_scores(config, model, initial, device)
         else:
-            figures += [score for name, row in measured.items() for score in pooled_scores(probe, name, row, device)]
-    return {
-        "checkpoint": str(checkpoint),
-        "step": checkpoint_step(checkpoint),
-        "data": [str(index.folder) for index in indices],
-        "images": [len(index) for index in indices],
-        "figures": figures,
-    }
+            scores += [score for name, row in measured.items() for score in pooled_scores(probe, name, row, device)]
+    return scores
 
 
 def probe_score(probe: str, features: str, setting: str, accuracies: Sequence[float]) -> dict[str, Any]:

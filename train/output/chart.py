@@ -23,44 +23,43 @@ def line_chart(title: str, series: Mapping[str, Points], x_label: str = "step") 
     curves = {name: points for name, values in series.items() if len(points := thin_out(values))}
     if not curves:
         return ""
-    xs, ys = np.concatenate(list(curves.values())).T
-    x_low, x_high = float(xs.min()), float(max(xs.max(), xs.min() + 1e-9))
-    y_ticks = round_ticks(float(ys.min()), float(ys.max()), 4)
-    y_low, y_high = y_ticks[0], y_ticks[-1]
-
-    def place_x(x: float) -> float:
-        return LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
-
-    def place_y(y: float) -> float:
-        return HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
-
-    base = HEIGHT - BOTTOM
-    parts = [
-        _line("grid", LEFT, place_y(tick), WIDTH - RIGHT, place_y(tick))
-        + _label(LEFT - 6, place_y(tick) + 4, "end", format_number(tick))
-        for tick in y_ticks
-    ]
-    parts += [
-        _line("tick", place_x(tick), base, place_x(tick), base + 4)
-        + _label(place_x(tick), base + 16, "middle", format_number(tick))
-        for tick in round_ticks(x_low, x_high, 5)
-        if x_low <= tick <= x_high
-    ]
-    parts.append(_label(WIDTH - RIGHT, HEIGHT - 2, "end", x_label))
-    for number, points in enumerate(curves.values()):
-        path = " ".join(f"{place_x(x):.1f},{place_y(y):.1f}" for x, y in points)
-        parts.append(f'<polyline class="c{number % NUM_COLOURS}" points="{path}"/>')
-    parts.append(_line("cursor", -9, TOP, -9, base))
     keys = [f'<span class="key c{n % NUM_COLOURS}">{escape(name)}</span>' for n, name in enumerate(curves)]
     legend = f'<span class="legend">{" ".join(keys)}</span>' if len(keys) > 1 else ""
+    xs, ys = np.concatenate(list(curves.values())).T
+    x_range = float(xs.min()), float(max(xs.max(), xs.min() + 1e-9))
     rounded = {name: [[float(f"{v:.5g}") for v in point] for point in points] for name, points in curves.items()}
-    data = escape(json.dumps({"x": [x_low, x_high], "lines": rounded}))
+    data = escape(json.dumps({"x": x_range, "lines": rounded}))
+    content = _draw(list(curves.values()), x_range, round_ticks(float(ys.min()), float(ys.max()), 4), x_label)
     return (
         f'<figure class="chart"><figcaption>{escape(title)} {legend}</figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} by {escape(x_label)}" '
-        f"data-lines='{data}'>{''.join(parts)}</svg>"
+        f"data-lines='{data}'>{content}</svg>"
         '<output class="readout">&nbsp;</output></figure>'
     )
+
+
+def _draw(curves: Sequence[np.ndarray], x_range: tuple[float, float], y_ticks: list[float], x_label: str) -> str:
+    """Return the grid, the axes and the curves as SVG elements."""
+    base, right = HEIGHT - BOTTOM, WIDTH - RIGHT
+
+    def place_x(x: float) -> float:
+        return LEFT + (x - x_range[0]) / (x_range[1] - x_range[0]) * (right - LEFT)
+
+    def place_y(y: float) -> float:
+        return base - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (base - TOP)
+
+    parts = [_label(right, HEIGHT - 2, "end", x_label), _line("cursor", -9, TOP, -9, base)]
+    for tick in y_ticks:
+        y = place_y(tick)
+        parts += [_line("grid", LEFT, y, right, y), _label(LEFT - 6, y + 4, "end", format_number(tick))]
+    for tick in round_ticks(*x_range, 5):
+        if x_range[0] <= tick <= x_range[1]:
+            x = place_x(tick)
+            parts += [_line("tick", x, base, x, base + 4), _label(x, base + 16, "middle", format_number(tick))]
+    for number, points in enumerate(curves):
+        path = " ".join(f"{place_x(x):.1f},{place_y(y):.1f}" for x, y in points)
+        parts.append(f'<polyline class="c{number % NUM_COLOURS}" points="{path}"/>')
+    return "".join(parts)
 
 
 def thin_out(points: Points, max_points: int = MAX_POINTS) -> np.ndarray:

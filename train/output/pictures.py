@@ -25,7 +25,6 @@ from train.output.drawing import (
     open_picture,
     save_picture,
     source_tile,
-    text_line,
     tile,
     to_picture,
     vstack,
@@ -35,7 +34,6 @@ from train.step import step_seed
 
 if TYPE_CHECKING:
     from train.evaluation.online import Neighbours
-    from train.replay import Replay
 
 NUM_PICTURED, NUM_MASKED = 4, 2  # images in crops.png and features.png, and in masks.png
 QUERIES, NEIGHBOURS = 6, 7  # in neighbours.png
@@ -121,20 +119,6 @@ def draw_neighbours(path: Path, rows: Sequence["Neighbours"], side: int = 104) -
             framed = ImageOps.expand(fit(open_picture(encoded), side - 6), 3, colour)
             tiles.append(tile(framed, ", ".join(parts), side, colour))
         bands.append(hstack(tiles))
-    save_picture(path, vstack(bands))
-
-
-def draw_sheet(path: Path, replay: "Replay") -> None:
-    """Draw a band per sample: its source with the boxes, its crops, the masks of its globals; each view has its own colour."""
-    num_global = replay.masks.context.shape[1]
-    views = Views(replay.batch, num_global, replay.dataset.mean, replay.dataset.std, distinct=True)
-    bands = []
-    for i, (row, caption) in enumerate(zip(replay.rows, replay.captions, strict=True)):
-        source = open_picture(replay.dataset.index.encoded(row))
-        size = f"source, {source.width}x{source.height} (dashed: flipped)"
-        masks = [mask_tiles(views, replay.masks, i, g, replay.grid, replay.strides) for g in range(num_global)]
-        right = vstack([hstack(crop_tiles(views, i)), *(hstack(tiles) for tiles in masks)])
-        bands += [text_line(caption), hstack([source_tile(source, size, views, i, SOURCE_SIDE), right])]
     save_picture(path, vstack(bands))
 
 
