@@ -15,8 +15,8 @@ MAX_POINTS = 400  # of a curve: beyond that, groups of neighbouring points are a
 NUM_COLOURS = 6  # classes c0..c5 of train/output/page.html
 
 
-def line_chart(title: str, series: Mapping[str, Points], x_label: str = "step") -> str:
-    """Return a `<figure>` with a curve for each of `series`, its `(x, y)` points in order of x; "" if no series has a point.
+def line_chart(title: str, series: Mapping[str, Points]) -> str:
+    """Return a `<figure>` with a curve for each of `series`, its `(step, y)` points in order; "" if no series has a point.
 
     The points are in the attribute `data-lines` as well, from which the page's script shows the values under the pointer.
     """
@@ -29,16 +29,16 @@ def line_chart(title: str, series: Mapping[str, Points], x_label: str = "step") 
     x_range = float(xs.min()), float(max(xs.max(), xs.min() + 1e-9))
     rounded = {name: [[float(f"{v:.5g}") for v in point] for point in points] for name, points in curves.items()}
     data = escape(json.dumps({"x": x_range, "lines": rounded}))
-    content = _draw(list(curves.values()), x_range, round_ticks(float(ys.min()), float(ys.max()), 4), x_label)
+    content = _draw(list(curves.values()), x_range, round_ticks(float(ys.min()), float(ys.max()), 4))
     return (
         f'<figure class="chart"><figcaption>{escape(title)} {legend}</figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} by {escape(x_label)}" '
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} by step" '
         f"data-lines='{data}'>{content}</svg>"
         '<output class="readout">&nbsp;</output></figure>'
     )
 
 
-def _draw(curves: Sequence[np.ndarray], x_range: tuple[float, float], y_ticks: list[float], x_label: str) -> str:
+def _draw(curves: Sequence[np.ndarray], x_range: tuple[float, float], y_ticks: list[float]) -> str:
     """Return the grid, the axes and the curves as SVG elements."""
     base, right = HEIGHT - BOTTOM, WIDTH - RIGHT
 
@@ -48,7 +48,7 @@ def _draw(curves: Sequence[np.ndarray], x_range: tuple[float, float], y_ticks: l
     def place_y(y: float) -> float:
         return base - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (base - TOP)
 
-    parts = [_label(right, HEIGHT - 2, "end", x_label), _line("cursor", -9, TOP, -9, base)]
+    parts = [_label(right, HEIGHT - 2, "end", "step"), _line("cursor", -9, TOP, -9, base)]
     for tick in y_ticks:
         y = place_y(tick)
         parts += [_line("grid", LEFT, y, right, y), _label(LEFT - 6, y + 4, "end", format_number(tick))]
@@ -62,13 +62,13 @@ def _draw(curves: Sequence[np.ndarray], x_range: tuple[float, float], y_ticks: l
     return "".join(parts)
 
 
-def thin_out(points: Points, max_points: int = MAX_POINTS) -> np.ndarray:
+def thin_out(points: Points) -> np.ndarray:
     """Return the finite points, `[n, 2] float64`, or the means of equal groups of neighbours if there are too many."""
     array = np.array(points, np.float64).reshape(-1, 2)
     array = array[np.isfinite(array).all(axis=1)]
-    if len(array) <= max_points:
+    if len(array) <= MAX_POINTS:
         return array
-    return np.array([group.mean(axis=0) for group in np.array_split(array, max_points)])
+    return np.array([group.mean(axis=0) for group in np.array_split(array, MAX_POINTS)])
 
 
 def round_ticks(low: float, high: float, max_steps: int) -> list[float]:

@@ -97,13 +97,14 @@ KNN_NAMES = {
 
 def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the names and values of `summary`, the content of summary.json, as tables show them."""
+    store_wait, rankme, knn, linear = (summary.get(key) for key in ("store_wait_percent", "rankme", "knn", "linear"))
     rows = [
         ("images seen", f"{summary['images']:,}"),
         ("images/s", f"{summary['images_per_s']:.0f}"),
         ("data wait", f"{summary['data_wait_percent']:.1f} %"),
     ]
-    if summary.get("store_wait_percent") is not None:
-        rows.append(("of it for the store", f"{summary['store_wait_percent']:.1f} %"))
+    if store_wait is not None:
+        rows.append(("of it for the store", f"{store_wait:.1f} %"))
     if summary["loss_first"] is not None:
         rows.append(("loss, first -> last", f"{summary['loss_first']:.4f} -> {summary['loss_last']:.4f}"))
     if summary["bad_samples"]:
@@ -112,14 +113,14 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("steps skipped, not finite", f"{summary['skipped_steps']:,}"))
     if summary["collapse_alarms"]:
         rows.append(("collapse alarms at steps", ", ".join(map(str, summary["collapse_alarms"]))))
-    if summary["rankme"] is not None:
+    if rankme is not None:
         largest = min(summary["width"], summary["validation_images"])
-        rows.append(("RankMe of the trained features", f"{summary['rankme']:.1f} of {largest}"))
+        rows.append(("RankMe of the trained features", f"{rankme:.1f} of {largest}"))
         rows.append(("validation images", f"{summary['validation_images']:,}"))
-    if summary["knn"] is not None:
-        rows += [(name, f"{summary['knn'][key]:.1f} %") for key, name in KNN_NAMES.items()]
-    if summary["linear"] is not None:
-        rows.append(("linear probe, trained encoder", f"{summary['linear']:.1f} %"))
+    if knn is not None:
+        rows += [(name, f"{knn[key]:.1f} %") for key, name in KNN_NAMES.items()]
+    if linear is not None:
+        rows.append(("linear probe, trained encoder", f"{linear:.1f} %"))
     return rows
 
 

@@ -34,7 +34,7 @@ def run_folder(config: Config) -> Path:
     return Path(config.logging.run_dir) / config.logging.run_name
 
 
-def open_run_folder(config: Config, data: str | None = None) -> Path:
+def open_run_folder(config: Config, data: str) -> Path:
     """Create `run_dir/run_name` with its config.yaml and environment.json. `data`: the digest of the training shards.
 
     With `resume: none` an earlier run's checkpoints are renamed. Otherwise raises ValueError, listing the differences, if the
@@ -55,7 +55,7 @@ def open_run_folder(config: Config, data: str | None = None) -> Path:
     return folder
 
 
-def check_run_folder(config: Config, data: str | None = None) -> None:
+def check_run_folder(config: Config, data: str) -> None:
     """Raise ValueError if this run would continue one with other settings or on other data in the same folder."""
     folder = run_folder(config)
     settings = folder / "config.yaml"
@@ -68,7 +68,7 @@ def check_run_folder(config: Config, data: str | None = None) -> None:
             "checkpoint.resume=none to start over"
         )
     known = [digest for path in list_checkpoints(folder / "checkpoints") if (digest := data_of(path))]
-    if data and known and known[-1] != data:
+    if known and known[-1] != data:
         path, now = flatten(before).get("data.data_path"), str(config.data.data_path)
         moved = f"data.data_path was {path}, is {now}" if str(path) != now else f"{now} has changed since"
         raise ValueError(

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 NUM_PICTURED, NUM_MASKED = 4, 2  # images in crops.png and features.png, and in masks.png
 QUERIES, NEIGHBOURS = 6, 7  # in neighbours.png
-SOURCE_SIDE = 400  # pixels of the source image where it is the main picture
+SOURCE_SIDE, NEIGHBOUR_SIDE = 400, 104  # pixels of the main picture of an overview, and of a neighbour
 
 
 def draw_run(
@@ -106,7 +106,7 @@ def draw_features(path: Path, views: Views, colours: np.ndarray) -> None:
     save_picture(path, hstack(columns))
 
 
-def draw_neighbours(path: Path, rows: Sequence["Neighbours"], side: int = 104) -> None:
+def draw_neighbours(path: Path, rows: Sequence["Neighbours"]) -> None:
     """Draw a row per validation image: itself, then its nearest training images, with the same label in green, else in red."""
     bands = []
     for row in rows:
@@ -116,8 +116,8 @@ def draw_neighbours(path: Path, rows: Sequence["Neighbours"], side: int = 104) -
             if number:
                 colour = "#606060" if label == UNLABELLED else "#2a8f2a" if label == row.labels[0] else "#c03030"
                 parts.append(f"{row.similarities[number - 1]:.3f}")
-            framed = ImageOps.expand(fit(open_picture(encoded), side - 6), 3, colour)
-            tiles.append(tile(framed, ", ".join(parts), side, colour))
+            framed = ImageOps.expand(fit(open_picture(encoded), NEIGHBOUR_SIDE - 6), 3, colour)
+            tiles.append(tile(framed, ", ".join(parts), NEIGHBOUR_SIDE, colour))
         bands.append(hstack(tiles))
     save_picture(path, vstack(bands))
 

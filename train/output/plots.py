@@ -27,13 +27,13 @@ COMPARED_PANELS: Panels = (
 MAX_COLUMNS, RUNS_A_ROW = 4, 6  # of panels, and of names in the legend
 
 
-def save_figure(path: Path, figure: Any, dpi: int = 110) -> None:
+def save_figure(path: Path, figure: Any) -> None:
     """Write the figure and close it. Axes without a line are pictures or unused: they get no frame."""
     for axis in figure.get_axes():
         if not axis.lines:
             axis.set_axis_off()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
