@@ -156,7 +156,7 @@ class OnlineEvaluation:
         if self._loaders is None:
             return None
         ks = [self._settings.knn_k] if self._labelled else []
-        self._model.eval()
+        self._model.eval()  # train() again below, whatever happens: this also runs between training steps
         try:
             return measure(self._loaders, extractors, self._device, ks=ks, **settings)
         except ValueError as error:
