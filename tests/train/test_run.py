@@ -108,7 +108,7 @@ def test_images_without_labels_get_neighbours_and_rankme_and_no_accuracies(
         samples["label"] = UNLABELLED
         shutil.copytree(data_path / split, tmp_path / "bare" / split)
         save_index(tmp_path / "bare" / split, list(index.shards), samples)
-    changes = ["training.max_steps=2", "evaluation.eval_frequency=1", "data.batch_size=96", "logging.pictures=true"]
+    changes = ["training.max_steps=2", "logging.pictures=true"]
     assert main(command(QUICKSTART, tmp_path / "bare", tmp_path, *changes)) == 0
     summary = json.loads((tmp_path / "quickstart" / "summary.json").read_text())
     assert (summary["knn"], summary["linear"], summary["validation_images"]) == (None, None, 24)
