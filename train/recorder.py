@@ -1,4 +1,4 @@
-"""What `train` reports to: metrics, progress, heartbeat, measurements, checkpoints and the report of a run."""
+"""Records a run: metrics, progress, heartbeat, measurements, checkpoints and the report."""
 
 import json
 import logging
@@ -52,7 +52,7 @@ def open_recorder(trainer: Trainer, console: Console) -> "Recorder":
 
 
 def log_description(trainer: Trainer) -> None:
-    """Log a line each about the data, the model and the schedule."""
+    """Log one line about the data, one about the model and one about the schedule."""
     config, index, model = trainer.config, trainer.dataset.index, cast(HJEPA, trainer.model)
     labelled = int((index.samples["label"] != UNLABELLED).sum())
     log.info(f"data: {len(index):,} images ({labelled:,} labelled) in {len(index.shards)} shards of {index.folder}")
