@@ -46,7 +46,7 @@ def trained_on(config: Config, start: dict[str, int], count: int) -> list[tuple]
     trainer.state.step = (start["epoch"] * len(loader) + start["position"] // loader.global_batch) // parts
     loader.load_state_dict(start)
     while len(seen) < count:
-        trainer.step()
+        trainer.train_step()
     return seen
 
 

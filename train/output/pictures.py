@@ -30,7 +30,7 @@ from train.output.drawing import (
     vstack,
 )
 from train.output.log import read_metrics
-from train.step import step_seed
+from train.trainer import step_seed
 
 if TYPE_CHECKING:
     from train.evaluation.online import Neighbours
