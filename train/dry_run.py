@@ -1,4 +1,4 @@
-"""`--dry-run`: one real step, of which nothing is written; and the settings to change when it runs out of memory."""
+"""`--dry-run`: takes one real step and writes nothing. And the advice for a step that runs out of memory."""
 
 import logging
 import time

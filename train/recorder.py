@@ -1,4 +1,4 @@
-"""What `train` reports to: metrics, progress, heartbeat, measurements, checkpoints and the report of a run."""
+"""Records a run: metrics, progress, heartbeat, measurements, checkpoints and the report."""
 
 import json
 import logging
@@ -16,13 +16,12 @@ from pipeline.shards.index import UNLABELLED
 from pipeline.shards.object_store import StoreError
 from train.checkpoint import CheckpointWriter, checkpoint_path
 from train.evaluation.online import OnlineEvaluation
-from train.output.advice import advice, limiting_key
 from train.output.display import Display, summary_table
 from train.output.folder import open_run_folder
 from train.output.log import MetricsLog, open_wandb
 from train.output.page import write_page
 from train.output.pictures import NEIGHBOURS, QUERIES, draw_run, read_picture
-from train.output.report import write_report, write_summary
+from train.output.report import advice, stop_setting, write_report, write_summary
 from train.trainer import DIVERGED, STOPPED, Trainer
 
 log = logging.getLogger(__name__)
@@ -46,13 +45,13 @@ def open_recorder(trainer: Trainer, console: Console) -> "Recorder":
     if checkpoint is not None:
         trainer.restore(checkpoint)
     if trainer.complete:
-        limit = limiting_key(config, trainer.schedule.total_steps)
+        limit = stop_setting(config, trainer.schedule.total_steps)
         log.info(f"this run is complete: to continue, raise {limit}; checkpoint.resume=none starts over")
     return Recorder() if evaluation is None else RunRecorder(trainer, evaluation, console)
 
 
 def log_description(trainer: Trainer) -> None:
-    """Log a line each about the data, the model and the schedule."""
+    """Log one line about the data, one about the model and one about the schedule."""
     config, index, model = trainer.config, trainer.dataset.index, cast(HJEPA, trainer.model)
     labelled = int((index.samples["label"] != UNLABELLED).sum())
     log.info(f"data: {len(index):,} images ({labelled:,} labelled) in {len(index.shards)} shards of {index.folder}")

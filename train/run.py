@@ -10,7 +10,6 @@ import traceback
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -21,15 +20,11 @@ from train.config.schema import Config
 from train.config.yaml12 import ConfigError
 from train.output.display import LOADING
 
-if TYPE_CHECKING:
-    from train.recorder import Recorder
-    from train.trainer import Trainer
-
 LOST = 1  # another rank died or hangs
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> tuple[Path, list[str], argparse.Namespace]:
-    """Return the config file, all overrides as `section.key=value`, and the flags."""
+    """Return the config file, all overrides as `section.key=value`, and the options."""
     parser = argparse.ArgumentParser(
         prog="python -m train.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -50,15 +45,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[Path, list[str], a
         "--dry-run", action="store_true",
         help="Print the settings, take one step, print the memory that it used, and exit. Nothing is written.",
     )  # fmt: skip
-    given = parser.parse_intermixed_args(arguments)
-    overrides = list(given.overrides)
-    if given.config_flag and given.config:
-        overrides.insert(0, given.config)
-    config = given.config_flag or given.config
+    options = parser.parse_intermixed_args(arguments)
+    overrides = list(options.overrides)
+    if options.config_flag and options.config:  # the first positional argument is an override
+        overrides.insert(0, options.config)
+    config = options.config_flag or options.config
     if config is None:
         parser.error("which config? For example: python -m train.run configs/quickstart.yaml")
-    overrides += [f"{key}={value}" for flag, key in SHORT_FLAGS.items() if (value := getattr(given, flag)) is not None]
-    return Path(config), overrides, given
+    shortcuts = {key: getattr(options, flag) for flag, key in SHORT_FLAGS.items()}
+    overrides += [f"{key}={value}" for key, value in shortcuts.items() if value is not None]
+    return Path(config), overrides, options
 
 
 def check_settings(config: Config) -> None:
@@ -75,7 +71,8 @@ def check_settings(config: Config) -> None:
         )
 
 
-def run(given: argparse.Namespace, path: Path, overrides: list[str]) -> int:
+def launch(options: argparse.Namespace, path: Path, overrides: list[str]) -> int:
+    """Load, print and check the settings, then train. Returns the exit code."""
     is_first = os.environ.get("RANK", "0") == "0"
     console = Console(soft_wrap=True, quiet=not is_first)
     show_messages(console)
@@ -85,27 +82,29 @@ def run(given: argparse.Namespace, path: Path, overrides: list[str]) -> int:
         if is_first:  # the same on all ranks: reported once
             raise
         return BAD_INPUT
-    if given.print_config or given.dry_run:
+    if options.print_config or options.dry_run:
         console.out(annotated(config, origins), highlight=False)
-    if given.print_config:
+    if options.print_config:
         return 0
     check_settings(config)
     console.print(LOADING, style="dim")
-    return start(config, console, given.dry_run)
+    return execute(config, console, options.dry_run)
 
 
-def start(config: Config, console: Console, is_dry_run: bool) -> int:
+def execute(config: Config, console: Console, is_dry_run: bool) -> int:
     """Train, evaluate and report, or only take one step. Returns the exit code."""
     # Imported only now: it takes about ten seconds, and wrong settings are reported at once.
     import torch
 
+    from pipeline.crops.device import is_out_of_memory
     from pipeline.dataset import resolve_device
     from train.build import torch_threads
     from train.distributed import process_group, ranks_from_environment, use_device
     from train.dry_run import dry_run, out_of_memory_explained
     from train.output.folder import run_folder
     from train.recorder import open_recorder
-    from train.trainer import Trainer
+    from train.signals import StopSignal
+    from train.trainer import Trainer, train
 
     ranks, kind = ranks_from_environment(), resolve_device(config.device)
     device = use_device(ranks, kind)
@@ -118,36 +117,27 @@ def start(config: Config, console: Console, is_dry_run: bool) -> int:
                 return 0
             trainer = Trainer(config, ranks, quarantine=run_folder(config) / "quarantine.jsonl")
             recorder = open_recorder(trainer, console)
-            code = train_until_stopped(trainer, recorder)
+            try:
+                with StopSignal() as stop:
+                    code = train(trainer, recorder, stop)
+            except RuntimeError as error:
+                if ranks.world_size == 1 or is_out_of_memory(error):
+                    raise
+                # Most likely another rank has died and reports its own error; where this one stood may help as well.
+                traceback.print_exc()
+                print(f"rank {ranks.rank}: lost the others at step {trainer.state.step}", file=sys.stderr)
+                code = LOST
         if code == 0:
-            code = recorder.report()  # by rank 0; the others have left
+            code = recorder.report()  # rank 0 evaluates after the others have left
     recorder.close(code)
     return code
 
 
-def train_until_stopped(trainer: "Trainer", recorder: "Recorder") -> int:
-    """Train while signals ask for a stop. Returns the exit code, which is LOST when another rank died."""
-    from pipeline.crops.device import is_out_of_memory
-    from train.output.folder import StopSignal
-    from train.trainer import train
-
-    try:
-        with StopSignal() as stop:
-            return train(trainer, recorder, stop)
-    except RuntimeError as error:
-        if trainer.ranks.world_size == 1 or is_out_of_memory(error):
-            raise
-        # Most likely another rank has died and reports its own error; where this one stood may help as well.
-        traceback.print_exc()
-        print(f"rank {trainer.ranks.rank}: lost the others at step {trainer.state.step}", file=sys.stderr)
-        return LOST
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    path, overrides, given = parse_arguments(arguments)
+    path, overrides, options = parse_arguments(arguments)
     # While training, a signal is caught and answered with a checkpoint; Ctrl-C before or after that ends the command.
     resumes = "interrupted; the same command continues from the newest checkpoint"
-    return run_command("train", lambda: run(given, path, overrides), interrupted=resumes)
+    return run_command("train", lambda: launch(options, path, overrides), interrupted=resumes)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the command answers before and instead of training: its settings, a dry run, and what to do when memory runs out."""
+"""The command before and instead of training: its settings, a dry run, and the advice for a step that runs out of memory."""
 
 import mmap
 import re

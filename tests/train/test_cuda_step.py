@@ -62,7 +62,7 @@ def _indices(args: Any) -> list[torch.Tensor | None]:
 
 @pytest.fixture
 def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch needs a GPU for, besides its kernels: a generator, autocast's question for one, and the backward pass."""
+    """Replace what torch needs a GPU for, except its kernels: a generator, autocast's check, and the backward pass."""
 
     def backward(loss: torch.Tensor) -> None:
         assert (loss.device, loss.dtype, loss.shape) == (CUDA, torch.float32, ())

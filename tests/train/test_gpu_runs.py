@@ -23,7 +23,7 @@ READER = ("data.num_workers=2", "data.hw_decoder_load=0.65")
 
 
 def arguments(device: str, crop_device: str, data_path: Path, run_dir: Path, *changes: str) -> list[str]:
-    """Of a run of 20 steps. Where the CPU stands for the GPU, it makes the crops too."""
+    """The arguments of a run of 20 steps. Where the CPU replaces the GPU, it makes the crops too."""
     crop_device = crop_device if device == "gpu" or crop_device == "auto" else "cpu"
     settings = ["training.epochs=2", f"training.max_steps={STEPS}", "logging.log_frequency=1"]
     settings += [f"device={device}", f"data.crop_device={crop_device}", *changes]
@@ -31,7 +31,7 @@ def arguments(device: str, crop_device: str, data_path: Path, run_dir: Path, *ch
 
 
 def lines_of(run: Path) -> list[dict[str, float]]:
-    """Of the steps, without those of an evaluation."""
+    """The logged lines of steps, without those of an evaluation."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line]
 

@@ -146,7 +146,7 @@ def test_the_alarm_rings_once_until_both_signals_have_recovered() -> None:
 
 
 class Collapsing(HJEPA):
-    """What is left without guards: the target is the student itself, the loss's gradient flows into it, nothing trails behind.
+    """A model without guards: the target is the student itself, the loss's gradient flows into it, nothing trails behind.
 
     One vector for all images then has no loss, and the step goes there from any start. A target without gradient is not
     enough to make collapse certain: with momentum 0 and no more, some seeds resist for thousands of steps.

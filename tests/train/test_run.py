@@ -108,7 +108,7 @@ def test_images_without_labels_get_neighbours_and_rankme_and_no_accuracies(
         samples["label"] = UNLABELLED
         shutil.copytree(data_path / split, tmp_path / "bare" / split)
         save_index(tmp_path / "bare" / split, list(index.shards), samples)
-    changes = ["training.max_steps=2", "evaluation.eval_frequency=1", "data.batch_size=96", "logging.pictures=true"]
+    changes = ["training.max_steps=2", "logging.pictures=true"]
     assert main(command(QUICKSTART, tmp_path / "bare", tmp_path, *changes)) == 0
     summary = json.loads((tmp_path / "quickstart" / "summary.json").read_text())
     assert (summary["knn"], summary["linear"], summary["validation_images"]) == (None, None, 24)
@@ -183,7 +183,7 @@ def test_a_run_stopped_at_random_steps_and_resumed_ends_with_the_same_weights_bi
 def test_a_second_ctrl_c_leaves_at_once_unless_it_is_the_first_passed_on_twice() -> None:
     text = (
         "import os, signal, time\n"
-        "from train.output.folder import StopSignal\n"
+        "from train.signals import StopSignal\n"
         "with StopSignal() as stop:\n"
         "    for wait in (0, 0, 1.2):\n"
         "        time.sleep(wait); os.kill(os.getpid(), signal.SIGINT); print(stop.asked, flush=True)\n"

@@ -58,8 +58,8 @@ def one_label(index: ShardIndex) -> str:
     if labels[0] == UNLABELLED or (labels != labels[0]).any():
         return ""
     return (
-        f"{index.folder}: all {len(index):,} images have the label {labels[0]}, so accuracies mean nothing: every image is given "
-        "that label, whatever its features. Convert a folder that holds one folder for each class"
+        f"{index.folder}: all {len(index):,} images have the label {labels[0]}, so accuracies mean nothing: every image gets "
+        "that label, regardless of its features. Convert a folder that holds one folder for each class"
     )
 
 

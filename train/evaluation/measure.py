@@ -108,6 +108,7 @@ def nearest_neighbours(
             if start == 0:
                 best.append((nearest, rows))
                 continue
+            # Merge with the nearest of the chunks before.
             nearest, rows = (torch.cat(pair, dim=1) for pair in zip(best[number], (nearest, rows), strict=True))
             nearest, order = nearest.topk(min(k, nearest.shape[1]), dim=1)
             best[number] = (nearest, rows.gather(1, order))

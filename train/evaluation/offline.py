@@ -2,7 +2,7 @@
 
 import logging
 import statistics
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from model.encoder import MultiCropEncoder
 from model.hjepa import HJEPA
 from pipeline.dataset import resolve_device
+from pipeline.loader import MultiCropLoader
 from train.build import build_evaluation_loaders, build_model, torch_threads, with_crop_device
 from train.checkpoint import MANIFEST, checkpoint_step, load_checkpoint, newest_checkpoint
 from train.config.load import load_config
@@ -31,18 +32,6 @@ ROW_NAMES = {
 }
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ProbeScore:
-    """One accuracy of the report, in percent; `spread` is the standard deviation over `repeats` random choices of images."""
-
-    probe: str
-    features: str
-    setting: str
-    accuracy: float
-    spread: float | None = None
-    repeats: int = 1
 
 
 def find_checkpoint(
@@ -97,60 +86,83 @@ def evaluate(checkpoint: Path, config: Config, probes: tuple[str, ...]) -> dict[
     check_labels(*indices)
     if warning := unknown_labels(*indices):
         log.warning(warning)
+    log.info("measuring %s images ...", " + ".join(f"{len(index):,}" for index in indices))
+    return {
+        "checkpoint": str(checkpoint),
+        "step": checkpoint_step(checkpoint),
+        "data": [str(index.folder) for index in indices],
+        "images": [len(index) for index in indices],
+        "figures": probe_scores(config, probes, loaders, model, initial, device),
+    }
+
+
+def probe_scores(
+    config: Config,
+    probes: tuple[str, ...],
+    loaders: tuple[MultiCropLoader, MultiCropLoader],
+    model: HJEPA,
+    initial: MultiCropEncoder,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """Return the scores of each probe on each kind of features."""
     extractors = {
         "pixels": pixels,
         "colour_histogram": colour_histogram,
         "random_init": encoder_features(initial, model.levels),
         "trained": encoder_features(model.target, model.levels),
     }
-    log.info("measuring %s images ...", " + ".join(f"{len(index):,}" for index in indices))
+    num_train = len(loaders[0].index)
+    ks = [k for k in KNN_KS if k <= num_train] or [num_train]
     measured = measure(
         loaders,
         extractors,
         device,
-        ks=possible_ks(len(indices[0])) if "knn" in probes else (),
+        ks=ks if "knn" in probes else (),
         linear_epochs=(config.evaluation.linear_epochs or LINEAR_EPOCHS) if "linear" in probes else 0,
     )
-    figures: list[ProbeScore] = []
+    scores = []
     for probe in probes:
         if probe == "attentive":
-            figures += attentive_scores(config, model, initial, device)
+            scores += attentive_scores(config, model, initial, device)
         else:
-            figures += [score for name, row in measured.items() for score in pooled_scores(probe, name, row, device)]
-    return {
-        "checkpoint": str(checkpoint),
-        "step": checkpoint_step(checkpoint),
-        "data": [str(index.folder) for index in indices],
-        "images": [len(index) for index in indices],
-        "figures": [vars(score) for score in figures],
-    }
-
-
-def possible_ks(num_train: int) -> list[int]:
-    """Return those of KNN_KS that the training split has images for, or its size if it has fewer than all of them."""
-    return [k for k in KNN_KS if k <= num_train] or [num_train]
-
-
-def pooled_scores(probe: str, name: str, row: Scores, device: torch.device) -> list[ProbeScore]:
-    """Return the scores of one extractor in `knn`, `linear` or `lowshot`."""
-    if row.linear is not None and probe == "linear":
-        accuracy, setting = row.linear
-        return [ProbeScore(probe, name, setting, accuracy)]
-    if probe == "knn":
-        return [
-            ProbeScore(probe, name if key == "last" else f"{name}, {key.replace('_', ' ')}", f"k={k}", accuracy)
-            for key, by_k in row.knn.items()
-            for k, accuracy in by_k.items()
-        ]
-    scores = []
-    for shots in SHOTS:
-        repeats = lowshot_accuracies(row.train, row.test, shots, SHOT_SEEDS, device)
-        mean, spread = statistics.mean(repeats), statistics.stdev(repeats)
-        scores.append(ProbeScore(probe, name, f"{shots} per class", mean, spread, len(repeats)))
+            scores += [score for name, row in measured.items() for score in pooled_scores(probe, name, row, device)]
     return scores
 
 
-def attentive_scores(config: Config, model: HJEPA, initial: MultiCropEncoder, device: torch.device) -> list[ProbeScore]:
+def probe_score(probe: str, features: str, setting: str, accuracies: Sequence[float]) -> dict[str, Any]:
+    """Return one figure of the report. With several `accuracies`, it is their mean and their standard deviation."""
+    return {
+        "probe": probe,
+        "features": features,
+        "setting": setting,
+        "accuracy": statistics.mean(accuracies),
+        "spread": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "repeats": len(accuracies),
+    }
+
+
+def pooled_scores(probe: str, name: str, row: Scores, device: torch.device) -> list[dict[str, Any]]:
+    """Return the scores of one extractor in `knn`, `linear` or `lowshot`."""
+    if row.linear is not None and probe == "linear":
+        accuracy, setting = row.linear
+        return [probe_score(probe, name, setting, [accuracy])]
+    if probe == "knn":
+        return [
+            probe_score(probe, name if key == "last" else f"{name}, {key.replace('_', ' ')}", f"k={k}", [accuracy])
+            for key, by_k in row.knn.items()
+            for k, accuracy in by_k.items()
+        ]
+    return [
+        probe_score(
+            probe, name, f"{shots} per class", lowshot_accuracies(row.train, row.test, shots, SHOT_SEEDS, device)
+        )
+        for shots in SHOTS
+    ]
+
+
+def attentive_scores(
+    config: Config, model: HJEPA, initial: MultiCropEncoder, device: torch.device
+) -> list[dict[str, Any]]:
     patch = model.target.patch_size
     rows = {
         "pixels": (pixel_tokens(patch), 3 * patch**2),
@@ -165,7 +177,7 @@ def attentive_scores(config: Config, model: HJEPA, initial: MultiCropEncoder, de
         classes = num_classes(*(torch.tensor(loader.index.samples["label"]) for loader in (train, test)))
         streams = TokenStream(train, tokenizer), TokenStream(test, tokenizer)
         accuracy, setting = attentive_probe(*streams, width, classes, device)
-        scores.append(ProbeScore("attentive", name, setting, accuracy))
+        scores.append(probe_score("attentive", name, setting, [accuracy]))
     return scores
 
 

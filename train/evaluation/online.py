@@ -1,29 +1,45 @@
 """Scores of frozen features before, during and after a run, and baselines that need no training (baselines.json)."""
 
-import json
 import logging
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from model.hjepa import HJEPA
 from pipeline.files import write_atomic
 from pipeline.loader import MultiCropLoader
 from pipeline.shards.index import ShardIndex
-from pipeline.shards.manifest import read_object
 from train.build import build_evaluation_loaders
 from train.config.schema import Config, Evaluation
 from train.evaluation.features import Extractor, colour_histogram, pixels, pooled_features
 from train.evaluation.labels import check_labels, one_label, unknown_labels
 from train.evaluation.measure import Scores, measure, nearest_neighbours
 
-BASELINES = ("pixels", "colour_histogram", "random_init")
 BASELINES_FILE = "baselines.json"
 
 log = logging.getLogger(__name__)
+
+
+Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+
+
+class BaselineScores(BaseModel):
+    """k-NN percentages of features that need no training."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    pixels: Percent
+    colour_histogram: Percent
+    random_init: Percent
+
+
+class Baselines(BaseModel):
+    """The content of baselines.json. `measured_on`: what the scores depend on and a run may change."""
+
+    measured_on: dict[str, Any]
+    knn: BaselineScores
 
 
 @dataclass(frozen=True)
@@ -95,10 +111,12 @@ class OnlineEvaluation:
             return
         again = f" again, since {self._file} is of other images or settings" if self._file.exists() else ""
         log.info(f"measuring the baselines{again}: raw pixels, colour histogram, random initialisation ...")
-        extractors = zip(BASELINES, (pixels, colour_histogram, pooled_features(self._model.target)), strict=True)
-        if scores := self._measure(dict(extractors)):
+        untrained = pooled_features(self._model.target)
+        scores = self._measure({"pixels": pixels, "colour_histogram": colour_histogram, "random_init": untrained})
+        if scores is not None:
             self.baselines = {name: row.knn["last"][self._settings.knn_k] for name, row in scores.items()}
-            write_atomic(self._file, json.dumps({"measured_on": key, "knn": self.baselines}, indent=1) + "\n")
+            baselines = Baselines(measured_on=key, knn=BaselineScores(**self.baselines))
+            write_atomic(self._file, baselines.model_dump_json(indent=1) + "\n")
 
     def measure(self) -> float | None:
         """Return k-NN percent of the target encoder, None without labels; updates `rankme` and `linear` as well."""
@@ -138,7 +156,7 @@ class OnlineEvaluation:
         if self._loaders is None:
             return None
         ks = [self._settings.knn_k] if self._labelled else []
-        self._model.eval()
+        self._model.eval()  # train() again below, whatever happens: this also runs between training steps
         try:
             return measure(self._loaders, extractors, self._device, ks=ks, **settings)
         except ValueError as error:
@@ -155,13 +173,8 @@ def encoded_at(loader: MultiCropLoader, position: int) -> bytes:
 
 
 def baselines_key(train: ShardIndex, val: ShardIndex, settings: Evaluation) -> dict[str, Any]:
-    """Return what the baselines depend on and a run may change: the images in use of both splits, and two settings."""
-    return {
-        "train": train.digest,
-        "val": val.digest,
-        "knn_k": settings.knn_k,
-        "crop_ratio": settings.crop_ratio,
-    }
+    """Return `measured_on`: the images in use of both splits, and two settings."""
+    return {"train": train.digest, "val": val.digest, "knn_k": settings.knn_k, "crop_ratio": settings.crop_ratio}
 
 
 def read_baselines(path: Path, key: dict[str, Any]) -> dict[str, float] | None:
@@ -169,18 +182,10 @@ def read_baselines(path: Path, key: dict[str, Any]) -> dict[str, float] | None:
 
     Raises ValueError for a damaged file.
     """
-    if not path.exists():
+    try:
+        baselines = Baselines.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
         return None
-    content = read_object(path, "It is measured again")
-    if content.get("measured_on") != key:
-        return None
-    scores = content.get("knn")
-    if not isinstance(scores, dict) or scores.keys() != set(BASELINES) or not all(map(_is_percentage, scores.values())):
-        raise ValueError(
-            f"{path}: damaged: knn is not a percentage for each of {', '.join(BASELINES)}. It is measured again"
-        )
-    return {name: scores[name] for name in BASELINES}
-
-
-def _is_percentage(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and 0 <= value <= 100
+    except ValidationError as error:
+        raise ValueError(f"{path}: damaged: {error.errors()[0]['msg']}. The baselines are measured again") from None
+    return baselines.knn.model_dump() if baselines.measured_on == key else None

@@ -12,9 +12,9 @@ def test_knn_with_one_neighbour_equals_scikit_learn() -> None:
     torch.manual_seed(0)
     train, test = torch.randn(300, 8), torch.randn(100, 8)
     labels = torch.randint(0, 5, (300,))
-    wanted = torch.randint(0, 5, (100,))
-    reference = KNeighborsClassifier(1, metric="cosine").fit(train, labels).score(test, wanted)
-    assert knn_accuracies(train, labels, test, wanted, [1], CPU) == {1: pytest.approx(100 * reference)}
+    truth = torch.randint(0, 5, (100,))
+    reference = KNeighborsClassifier(1, metric="cosine").fit(train, labels).score(test, truth)
+    assert knn_accuracies(train, labels, test, truth, [1], CPU) == {1: pytest.approx(100 * reference)}
 
 
 def test_knn_weighs_votes_by_similarity() -> None:
@@ -27,11 +27,11 @@ def test_knn_weighs_votes_by_similarity() -> None:
 def test_every_k_of_a_list_equals_a_weighted_vote_counted_one_by_one() -> None:
     generator = torch.Generator().manual_seed(1)
     train, test = torch.randn(120, 6, generator=generator), torch.randn(40, 6, generator=generator)
-    labels, wanted = (torch.randint(0, 4, (n,), generator=generator) for n in (120, 40))
-    scores = knn_accuracies(train, labels, test, wanted, [3, 10, 500], CPU)
+    labels, truth = (torch.randint(0, 4, (n,), generator=generator) for n in (120, 40))
+    scores = knn_accuracies(train, labels, test, truth, [3, 10, 500], CPU)
     for k in (3, 10, 500):
         right = 0
-        for row, label in zip(test, wanted, strict=True):
+        for row, label in zip(test, truth, strict=True):
             similar = torch.nn.functional.cosine_similarity(row[None], train)
             nearest = similar.argsort(descending=True)[:k]
             votes = [sum(float(torch.exp(similar[n] / 0.07)) for n in nearest if labels[n] == c) for c in range(4)]

@@ -126,7 +126,7 @@ def colour_tokens(crops: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Of torch: its products here are small, and threads that wait for one another cost more than they bring."""
+    """Run torch on one thread: the products here are so small that more threads only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
