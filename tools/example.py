@@ -31,7 +31,8 @@ from pipeline.dataset import MultiCropDataset, resolve_device
 from pipeline.notices import Every
 from tools.shards.photographs import PHOTOGRAPHS, photograph_path
 from train.optim import build_optimizer
-from train.output.drawing import Views, draw_masks, draw_overview, feature_colours
+from train.output.drawing import Views
+from train.output.pictures import draw_masks, draw_overview, feature_colours
 
 BATCH_SIZE, LR, EMA_MOMENTUM = 6, 1e-3, 0.99
 SLICES, PROJECTOR = 64, 64
@@ -39,16 +40,16 @@ PRINT_EVERY_S = 5.0
 
 
 def write_photographs(folder: Path) -> None:
-    """A WebDataset: a JPEG and a class for each photograph, under one key. Any tool that writes tars will do."""
+    """Write a WebDataset: a JPEG and a class for each photograph, under one key. Any tool that writes tars will do."""
     folder.mkdir(parents=True, exist_ok=True)
     with webdataset.TarWriter(str(folder / "photographs-000000.tar")) as tar:
-        for label, (place, file, _, _) in enumerate(PHOTOGRAPHS):
-            picture = Image.open(photograph_path(place, file)).convert("RGB")
+        for label, (package, file, _, _) in enumerate(PHOTOGRAPHS):
+            picture = Image.open(photograph_path(package, file)).convert("RGB")
             tar.write({"__key__": f"{label:04d}", "jpg": picture, "cls": label})
 
 
 def build_hjepa(dataset: MultiCropDataset) -> HJEPA:
-    """A small encoder for 224 and 96 pixels, with three levels to predict."""
+    """Return a small model for 224 and 96 pixels, with three levels to predict."""
     encoder = MultiCropEncoder(
         "vit_tiny_patch16_dinov3_qkvb", [224, 96], mean=dataset.mean, std=dataset.std, depth=6, init_values=0.1
     )
@@ -60,7 +61,7 @@ def build_hjepa(dataset: MultiCropDataset) -> HJEPA:
 
 
 def train(model: HJEPA, dataset: MultiCropDataset, device: torch.device, steps: int) -> None:
-    """The loop of `python -m train.run` without its schedules, checkpoints and guards."""
+    """Train as `python -m train.run` does, without its schedules, checkpoints and guards."""
     loader = build_multicrop_dataloader(dataset, min(BATCH_SIZE, len(dataset)))
     mask_gen = MultiCropMaskGenerator("global_only", num_global_crops=2, num_local_crops=6, device=device)
     optimizer = build_optimizer(model, 0.05, (0.9, 0.95))
@@ -81,13 +82,13 @@ def train(model: HJEPA, dataset: MultiCropDataset, device: torch.device, steps: 
 
 
 def mask_generator(strategy: str, device: torch.device) -> MultiCropMaskGenerator:
-    """Seeded, so that its first masks are always the same."""
+    """Return a mask generator, seeded so that its first masks are always the same."""
     torch.manual_seed(1)
     return MultiCropMaskGenerator(strategy, num_global_crops=2, num_local_crops=6, device=device)
 
 
 def draw_strategies(folder: Path, views: Views, i: int) -> list[Path]:
-    """One picture per strategy: the first global of image `i`, what it is predicted from, and the cells to predict."""
+    """Draw a picture per strategy: the first global of image `i`, what it is predicted from, and the cells to predict."""
     paths = [folder / f"{strategy}.png" for strategy in STRATEGIES]
     for strategy, path in zip(STRATEGIES, paths, strict=True):
         mask_gen = mask_generator(strategy, views.batch.boxes.device)
@@ -124,32 +125,24 @@ def tour(data: Path, out: Path, steps: int, image: int) -> None:
     print(f"5. features: {out / 'overview.png'}")
 
 
-def run_tour(given: argparse.Namespace) -> None:
-    if given.data is None:
-        given.data = given.out / "shards"
-        write_photographs(given.data / "train")
-    tour(given.data, given.out, given.steps, given.image)
+def run_tour(args: argparse.Namespace) -> None:
+    data = args.data or args.out / "shards"
+    if args.data is None:
+        write_photographs(data / "train")
+    tour(data, args.out, args.steps, args.image)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="example", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--data",
-        type=Path,
-        metavar="FOLDER",
-        help="A folder with train/*.tar. By default photographs are written to OUT/shards.",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("example"), help="The folder of the pictures. The default is %(default)s."
-    )
-    parser.add_argument("--steps", type=int, default=60, help="How many steps to train. The default is %(default)s.")
-    parser.add_argument(
-        "--image", type=int, default=0, help="Which image of the first batch to draw. The default is %(default)s."
-    )
-    given = parser.parse_args(arguments)
-    return run_command("example", lambda: run_tour(given))
+    add, default = parser.add_argument, "The default is %(default)s."
+    add("--data", type=Path, metavar="FOLDER", help="A folder with train/*.tar. The default is photographs.")
+    add("--out", type=Path, default=Path("example"), help=f"The folder of the pictures. {default}")
+    add("--steps", type=int, default=60, help=f"The number of training steps. {default}")
+    add("--image", type=int, default=0, help=f"The image of the first batch to draw. {default}")
+    args = parser.parse_args(arguments)
+    return run_command("example", lambda: run_tour(args))
 
 
 if __name__ == "__main__":

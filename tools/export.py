@@ -19,12 +19,37 @@ from train.output.display import LOADING, summary_rows
 if TYPE_CHECKING:
     from model.encoder import MultiCropEncoder
 
-WRITE_AGAIN = "Run the command again that wrote it"
-WEIGHTS, SETTINGS, CARD = "model.safetensors", "config.json", "README.md"
+REMEDY = "Run the command that wrote it again"
+WEIGHTS, SETTINGS, README = "model.safetensors", "config.json", "README.md"
+CARD = """\
+---
+library_name: timm
+tags: [image-feature-extraction, self-supervised, jepa]
+license: {licence}
+---
+
+# {name}
+
+A `{encoder}` encoder, pretrained without labels by Multi-Crop H-JEPA: {crops}, masking strategy `{strategy}`. These are the
+weights of the moving-average encoder after {steps} steps.
+
+```python
+import timm
+
+encoder = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()
+features = encoder(images)  # mean of the patch tokens; forward_features(images) returns all tokens
+```
+
+`timm.data.create_transform(**timm.data.resolve_model_data_config(encoder))` prepares the images.
+
+## Data
+
+`{dataset}`; pixels in 0..1 are normalised with mean {mean} and standard deviation {std}. The data has its own licence.
+"""
 
 
 def timm_settings(encoder: "MultiCropEncoder", config: Config) -> dict[str, Any]:
-    """What timm needs to build the encoder and to prepare an image as the evaluation does."""
+    """Return what timm needs to build the encoder and to prepare an image as the evaluation does."""
     size = config.data.multicrop.global_crop_size
     return {
         "architecture": config.model.encoder.partition(".")[0],
@@ -50,54 +75,30 @@ def timm_settings(encoder: "MultiCropEncoder", config: Config) -> dict[str, Any]
 
 
 def model_card(config: Config, checkpoint: Path, licence: str, summary: Path, figures: Path | None) -> str:
-    """README.md: how to load it, what it was trained on and how, what was measured, and its licence."""
+    """Return README.md: how to load the encoder, its data, training, scores, settings and licence."""
     from train.checkpoint import checkpoint_step
-    from train.evaluation.offline import table
+    from train.evaluation.offline import report_table
 
     data, (num_global, num_local) = config.data, config.data.crop_counts
     crops = f"{num_global} global crops of {data.multicrop.global_crop_size} px"
     if num_local:
         crops += f" and {num_local} local crops of {data.multicrop.local_crop_size} px"
-    lines = [
-        "---",
-        "library_name: timm",
-        "tags: [image-feature-extraction, self-supervised, jepa]",
-        f"license: {licence}",
-        "---",
-        "",
-        f"# {config.logging.run_name}",
-        "",
-        f"A `{config.model.encoder}` encoder, pretrained without labels by Multi-Crop H-JEPA: {crops}, masking strategy "
-        f"`{config.masking.strategy}`. These are the weights of the moving-average encoder after "
-        f"{checkpoint_step(checkpoint):,} steps.",
-        "",
-        "```python",
-        "import timm",
-        "",
-        'encoder = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()',
-        "features = encoder(images)  # mean of the patch tokens; forward_features(images) gives all tokens",
-        "```",
-        "",
-        "`timm.data.create_transform(**timm.data.resolve_model_data_config(encoder))` makes the images.",
-        "",
-        "## Data",
-        "",
-        f"`{data.dataset}`; pixels in 0..1 are normalised with mean {list(data.augmentation.mean)} and standard deviation "
-        f"{list(data.augmentation.std)}. The data has its own licence.",
-        "",
-    ]
+    card = CARD.format(
+        name=config.logging.run_name, licence=licence, encoder=config.model.encoder, strategy=config.masking.strategy,
+        crops=crops, steps=f"{checkpoint_step(checkpoint):,}", dataset=data.dataset,
+        mean=list(data.augmentation.mean), std=list(data.augmentation.std),
+    )  # fmt: skip
     if summary.exists():
-        rows = [f"| {name} | {value} |" for name, value in summary_rows(read_object(summary, WRITE_AGAIN))]
-        lines += ["## Training", "", "| | |", "|---|---|", *rows, ""]
+        rows = "".join(f"| {name} | {value} |\n" for name, value in summary_rows(read_object(summary, REMEDY)))
+        card += f"\n## Training\n\n| | |\n|---|---|\n{rows}"
     if figures is not None:
-        lines += ["## Evaluation", "", table(read_object(figures, WRITE_AGAIN)), ""]
-    lines += ["## Settings", "", "```yaml", config.to_yaml().rstrip(), "```", "", "## Licence", "", licence, ""]
-    return "\n".join(lines)
+        card += f"\n## Evaluation\n\n{report_table(read_object(figures, REMEDY))}\n"
+    return f"{card}\n## Settings\n\n```yaml\n{config.to_yaml().rstrip()}\n```\n\n## Licence\n\n{licence}\n"
 
 
 def export(run: Path, out: Path, settings: Path | None, licence: str, figures: Path | None) -> None:
     """Raises FileNotFoundError for missing files and ValueError for wrong ones."""
-    if out.exists() and {path.name for path in out.iterdir()} - {WEIGHTS, SETTINGS, CARD}:
+    if out.exists() and {path.name for path in out.iterdir()} - {WEIGHTS, SETTINGS, README}:
         raise ValueError(f"{out}: holds other files; name a new folder with --out")
     print(LOADING, file=sys.stderr)
     import torch
@@ -116,27 +117,20 @@ def export(run: Path, out: Path, settings: Path | None, licence: str, figures: P
     encoder = model.target
     save_file({name: value.contiguous() for name, value in encoder.vit.state_dict().items()}, out / WEIGHTS)
     (out / SETTINGS).write_text(json.dumps(timm_settings(encoder, config), indent=2) + "\n")
-    (out / CARD).write_text(card)
+    (out / README).write_text(card)
     print(f'exported; load it with timm.create_model("local-dir:{out}", pretrained=True)')
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="export", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "run", type=Path, help="The folder of a run, whose newest checkpoint is taken, or one of its checkpoints."
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="The folder to make. It must not exist.")
-    parser.add_argument(
-        "--config", type=Path, help="The settings of the checkpoint. The default is config.yaml of its run."
-    )
-    parser.add_argument(
-        "--figures", type=Path, metavar="JSON", help="What train.evaluate --json wrote; the model card then shows it."
-    )
-    parser.add_argument(
-        "--license", default="apache-2.0", help="The licence of the weights. The default is %(default)s."
-    )
-    given = parser.parse_args(arguments)
-    return run_command("export", lambda: export(given.run, given.out, given.config, given.license, given.figures))
+    add = parser.add_argument
+    add("run", type=Path, help="The folder of a run, whose newest checkpoint is exported, or one of its checkpoints.")
+    add("--out", type=Path, required=True, metavar="DIR", help="The folder to create or to export to again.")
+    add("--config", type=Path, help="The settings of the checkpoint. The default is config.yaml of its run.")
+    add("--figures", type=Path, metavar="JSON", help="The output of train.evaluate --json, for the model card.")
+    add("--license", default="apache-2.0", help="The licence of the weights. The default is %(default)s.")
+    args = parser.parse_args(arguments)
+    return run_command("export", lambda: export(args.run, args.out, args.config, args.license, args.figures))
 
 
 if __name__ == "__main__":

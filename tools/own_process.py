@@ -1,13 +1,23 @@
-"""Work in a process of its own, so that no threads, allocator or peak memory but its own are measured."""
+"""Subprocesses for work whose threads, allocator and peak memory must not mix with the caller's."""
 
 import multiprocessing
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from typing import TypeVar
 
 from tools.shards.convert import die_with_parent
 
+T = TypeVar("T")
 
-def own_process(*preload: str) -> ProcessPoolExecutor:
-    """One worker, forked from a server that has imported `preload` and has neither threads nor CUDA of the caller."""
+
+def isolated_executor(preload: str) -> ProcessPoolExecutor:
+    """Return an executor of one worker, forked from a server that has imported `preload` but has no threads and no CUDA."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(preload))
+    context.set_forkserver_preload([preload])
     return ProcessPoolExecutor(1, context, initializer=die_with_parent)
+
+
+def run_in_subprocess(function: Callable[..., T], *arguments: object) -> T:
+    """Return `function(*arguments)`, computed in a subprocess of its own."""
+    with isolated_executor(function.__module__) as worker:
+        return worker.submit(function, *arguments).result()

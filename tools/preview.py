@@ -8,52 +8,74 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.shards.index import split_folder
 from train.command import run_command
 from train.config.load import load_config
 from train.output.display import LOADING
 
+if TYPE_CHECKING:
+    from train.replay import Replay
+
+SOURCE_SIDE = 400  # pixels
+
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="preview", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("config", type=Path, help="The YAML file of a run.")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="Settings that replace those of the file."
-    )
-    parser.add_argument("--epoch", type=int, default=0, help="The epoch, counted from 0, which is the default.")
-    parser.add_argument(
-        "--position", type=int, default=0, help="The first sample's place in the epoch. The default is 0."
-    )
-    parser.add_argument("--count", type=int, default=2, help="How many samples to draw. The default is %(default)s.")
-    parser.add_argument(
-        "--world-size", type=int, default=1, help="The ranks of the training run. The default is %(default)s."
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("preview.png"),
-        metavar="PNG",
-        help="The picture to write. The default is %(default)s.",
-    )
+    add, default = parser.add_argument, "The default is %(default)s."
+    add("config", type=Path, help="The YAML file of a run.")
+    add("overrides", nargs="*", metavar="section.key=value", help="Settings that replace those of the file.")
+    add("--epoch", type=int, default=0, help=f"The epoch, counted from 0. {default}")
+    add("--position", type=int, default=0, help=f"The first sample's position in the epoch. {default}")
+    add("--count", type=int, default=2, help=f"The number of samples to draw. {default}")
+    add("--world-size", type=int, default=1, help=f"The number of ranks of the training run. {default}")
+    add("--out", type=Path, default=Path("preview.png"), metavar="PNG", help=f"The picture to write. {default}")
     return parser.parse_intermixed_args(arguments)
 
 
-def preview(given: argparse.Namespace) -> None:
-    config = load_config(given.config, given.overrides)
+def preview(args: argparse.Namespace) -> None:
+    config = load_config(args.config, args.overrides)
     split_folder(config.data.dataset, config.data.data_path, "train")
-    print(LOADING, file=sys.stderr)  # only now: a wrong setting is reported at once
-    from train.output.drawing import draw_sheet
+    print(LOADING, file=sys.stderr)  # imports start here, so that a wrong setting is reported at once
     from train.replay import replay
 
-    seen = replay(config, given.epoch, given.position, given.count, given.world_size)
-    draw_sheet(given.out, seen)
-    print(*seen.captions, f"wrote {given.out}", sep="\n")
+    replayed = replay(config, args.epoch, args.position, args.count, args.world_size)
+    draw_sheet(args.out, replayed)
+    print(*replayed.captions, f"wrote {args.out}", sep="\n")
+
+
+def draw_sheet(path: Path, replayed: "Replay") -> None:
+    """Draw a band per sample: its source with the boxes, its crops, the masks of its globals; each view has its own colour."""
+    from train.output.drawing import (
+        Views,
+        crop_tiles,
+        hstack,
+        mask_tiles,
+        open_picture,
+        save_picture,
+        source_tile,
+        text_line,
+        vstack,
+    )  # fmt: skip
+
+    dataset, num_global = replayed.dataset, replayed.masks.context.shape[1]
+    views = Views(replayed.batch, num_global, dataset.mean, dataset.std, distinct=True)
+    bands = []
+    for i, (row, caption) in enumerate(zip(replayed.rows, replayed.captions, strict=True)):
+        source = open_picture(dataset.index.encoded(row))
+        size = f"source, {source.width}x{source.height} (dashed: flipped)"
+        masks = [
+            hstack(mask_tiles(views, replayed.masks, i, g, replayed.grid, replayed.strides)) for g in range(num_global)
+        ]
+        right = vstack([hstack(crop_tiles(views, i)), *masks])
+        bands += [text_line(caption), hstack([source_tile(source, size, views, i, SOURCE_SIDE), right])]
+    save_picture(path, vstack(bands))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = parse_arguments(arguments)
-    return run_command("preview", lambda: preview(given))
+    args = parse_arguments(arguments)
+    return run_command("preview", lambda: preview(args))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The settings of a run turned into its objects: the one place where config keys meet arguments."""
+"""Builds the objects of a run from its config: the one place where config keys meet arguments."""
 
 import logging
 from pathlib import Path
@@ -11,6 +11,7 @@ from model.hjepa import HJEPA, Level, default_levels
 from model.losses import LossWeights
 from model.masks import MultiCropMaskGenerator
 from model.predictor import Predictor
+from model.teacher import TaughtEncoder
 from pipeline.crops.augment import Augmentation
 from pipeline.crops.decode import check_decoder
 from pipeline.crops.device import DeviceError
@@ -27,26 +28,33 @@ from pipeline.loader import MultiCropLoader
 from pipeline.shards.cache import CacheSettings
 from pipeline.shards.index import open_index, split_folder
 from train.config.schema import Config
-from train.distributed import Ranks
-from train.evaluation.features import spread_rows
+from train.distributed import SINGLE_PROCESS, Ranks
+from train.evaluation.features import subsample_evenly
 from train.evaluation.labels import check_classes
 from train.optim import Schedule
 
 log = logging.getLogger(__name__)
 
-ALONE = Ranks()
-HW_DECODER_LOAD = 0.65  # DALI's own default
-WIDE = 128  # where a second thread of torch begins to pay
+# On two cores DALI's thread mostly waits. With two threads, an encoder 128 wide trains faster, and one 64 wide slower.
+MIN_WIDTH_FOR_TWO_THREADS = 128
 
 
 def torch_threads(config: Config) -> int:
-    """Torch's threads when it computes on the CPU next to DALI: what `default_threads` leaves, and two for a wide encoder.
-
-    On two cores DALI's thread mostly waits. With both, an encoder 128 wide trains faster, one of 64 slower than with one.
-    """
+    """Return torch's threads next to DALI on a CPU: the cores that DALI leaves, but two for a wide encoder on two cores."""
     width = config.model.encoder_kwargs.get("embed_dim")
-    wide = not isinstance(width, int) or width >= WIDE
-    return min(own_cores(), max(own_cores() - default_threads(), 2 if wide else 1))
+    is_narrow = isinstance(width, int) and width < MIN_WIDTH_FOR_TWO_THREADS
+    return min(own_cores(), max(own_cores() - default_threads(), 1 if is_narrow else 2))
+
+
+def amp_enabled(config: Config, device: torch.device) -> bool:
+    """Return True where steps run in bf16: on GPUs. CPUs are slower with it than in float32."""
+    return config.training.use_amp and device.type == "cuda"
+
+
+def crop_sizes(config: Config) -> list[int]:
+    """Return the pixels per side of each crop of an image, globals first."""
+    (num_global, num_local), crops = config.data.crop_counts, config.data.multicrop
+    return [crops.global_crop_size] * num_global + [crops.local_crop_size] * num_local
 
 
 def build_dataset(config: Config) -> MultiCropDataset:
@@ -68,36 +76,37 @@ def build_dataset(config: Config) -> MultiCropDataset:
 
 
 def cache_settings(config: Config) -> CacheSettings:
-    """Where the shards of a store are kept."""
-    data = config.data
-    folder = Path(data.cache_dir).expanduser() if data.cache_dir else None
+    """Return where and how long the shards of an object store are cached."""
+    data, folder = config.data, Path(config.data.cache_dir).expanduser() if config.data.cache_dir else None
     return CacheSettings(folder, int(data.cache_size_gb * 1e9), data.store_retry_s, data.store_streams)
 
 
 def build_loader(
-    config: Config, dataset: MultiCropDataset, batch_size: int, ranks: Ranks = ALONE, **changes: Any
+    config: Config, dataset: MultiCropDataset, batch_size: int, ranks: Ranks = SINGLE_PROCESS, **changes: Any
 ) -> MultiCropLoader:
-    """A loader with the run's device, seed and threads; `changes` override single arguments."""
+    """Build a loader with the run's device, seed and threads; `changes` override single arguments."""
+    data = config.data
     arguments: dict[str, Any] = {
         "seed": config.seed,
         "device": config.device,
         "device_id": ranks.local_rank,
-        "crop_device": config.data.crop_device,
-        "num_workers": config.data.num_workers,
-        "hw_decoder_load": HW_DECODER_LOAD if config.data.hw_decoder_load == "auto" else config.data.hw_decoder_load,
-        "prefetch": config.data.prefetch,
-        "use_mmap": config.data.use_mmap,
-        "max_bad_share": config.data.max_bad_share,
+        "crop_device": data.crop_device,
+        "num_workers": data.num_workers,
+        "prefetch": data.prefetch,
+        "use_mmap": data.use_mmap,
+        "max_bad_share": data.max_bad_share,
         "rank": ranks.rank,
         "world_size": ranks.world_size,
     }
+    if data.hw_decoder_load != "auto":
+        arguments["hw_decoder_load"] = data.hw_decoder_load
     return build_multicrop_dataloader(dataset, batch_size, **(arguments | changes))
 
 
 def build_training_loader(
-    config: Config, dataset: MultiCropDataset, ranks: Ranks = ALONE, **changes: Any
+    config: Config, dataset: MultiCropDataset, ranks: Ranks = SINGLE_PROCESS, **changes: Any
 ) -> MultiCropLoader:
-    """Crops as uint8, which the model normalises. Raises ValueError when the data set is smaller than one step."""
+    """Build a loader of uint8 crops, which the model normalises. Raises ValueError for fewer samples than one step needs."""
     loader = build_loader(config, dataset, config.data.batch_size, ranks, normalized=False, **changes)
     needed = loader.global_batch * config.training.accumulation_steps
     if len(dataset) < needed:
@@ -109,16 +118,8 @@ def build_training_loader(
     return loader
 
 
-def describe_epoch(config: Config, loader: MultiCropLoader) -> str:
-    """How much data there is, and how many samples an epoch leaves out because they do not fill a step."""
-    count, per_step = len(loader.index), loader.global_batch * config.training.accumulation_steps
-    dropped = f"; each epoch leaves out {count % per_step} others, which fill no step" if count % per_step else ""
-    shards = len(loader.index.shards)
-    return f"data: {count:,} images in {shards} shards, {count // per_step:,} steps of {per_step} an epoch{dropped}"
-
-
 def with_crop_device(config: Config) -> Config:
-    """`config` with data.crop_device cpu in place of `auto` where the GPU's decoder does not work."""
+    """Return `config` with data.crop_device=cpu in place of `auto` where the GPU's decoder does not work."""
     if resolve_device(config.device) != "gpu" or config.data.crop_device != "auto":
         return config
     try:
@@ -130,16 +131,16 @@ def with_crop_device(config: Config) -> Config:
 
 
 def build_evaluation_loaders(config: Config, shuffle: bool = False) -> tuple[MultiCropLoader, MultiCropLoader]:
-    """Centre crops of the training split, in stored order unless `shuffle`, and of the validation split.
+    """Build loaders of centre crops: of the training split, in stored order unless `shuffle`, and of the validation split.
 
-    Of each at most `evaluation.max_samples` images. FileNotFoundError when a split is missing, ValueError when their labels
-    mean different classes.
+    Each has at most `evaluation.max_samples` images. Raises FileNotFoundError when a split is missing, and ValueError when
+    their labels mean different classes.
     """
     loaders = []
     folders = [split_folder(config.data.dataset, config.data.data_path, split) for split in ("train", "val")]
     if folders[0] == folders[1]:
-        raise FileNotFoundError(f"{folders[0]}: one split alone; evaluation needs train/ and val/ in it")
-    indices = [spread_rows(open_index(folder), config.evaluation.max_samples) for folder in folders]
+        raise FileNotFoundError(f"{folders[0]}: a single split; evaluation needs train/ and val/ in it")
+    indices = [subsample_evenly(open_index(folder), config.evaluation.max_samples) for folder in folders]
     check_classes(*indices)
     for folder, index in zip(folders, indices, strict=True):
         dataset = centre_crop_dataset(
@@ -155,13 +156,12 @@ def build_evaluation_loaders(config: Config, shuffle: bool = False) -> tuple[Mul
 
 
 def build_model(config: Config, device: torch.device) -> HJEPA:
-    """The model at its seeded initialisation."""
+    """Build the model with its seeded initial weights."""
     torch.manual_seed(config.seed)
-    crops, settings, loss = config.data.multicrop, config.model, config.loss
-    num_global, num_local = config.data.crop_counts
-    sizes = [crops.global_crop_size] + ([crops.local_crop_size] if num_local else [])
-    mean, std = config.data.augmentation.mean, config.data.augmentation.std
-    encoder = MultiCropEncoder(settings.encoder, sizes, mean=mean, std=std, **settings.encoder_kwargs)
+    settings, loss, augmentation = config.model, config.loss, config.data.augmentation
+    encoder = MultiCropEncoder(
+        settings.encoder, crop_sizes(config), mean=augmentation.mean, std=augmentation.std, **settings.encoder_kwargs
+    )
     levels = build_levels(config, encoder.depth)
     predictor = None
     if loss.prediction_weight > 0:
@@ -171,11 +171,11 @@ def build_model(config: Config, device: torch.device) -> HJEPA:
         encoder,
         predictor,
         levels,
-        num_global_crops=num_global,
-        global_crop_size=crops.global_crop_size,
+        num_global_crops=config.data.crop_counts[0],
+        global_crop_size=config.data.multicrop.global_crop_size,
         projector_hidden=settings.projector_hidden,
         projector_dim=settings.projector_dim,
-        sigreg_knots=config.loss.sigreg_knots,
+        sigreg_knots=loss.sigreg_knots,
         weights=LossWeights(loss.prediction_weight, loss.summary_weight, loss.view_weight, loss.sigreg_weight),
         exclude_covered=config.masking.exclude_covered,
         grad_checkpointing=settings.grad_checkpointing,
@@ -184,7 +184,7 @@ def build_model(config: Config, device: torch.device) -> HJEPA:
 
 
 def build_levels(config: Config, depth: int) -> tuple[Level, ...]:
-    """The configured levels, their layers counted from 0. Raises ValueError for a layer that the encoder does not have."""
+    """Return the configured levels, layers counted from 0. Raises ValueError for a layer that the encoder does not have."""
     if config.model.levels is None:
         return default_levels(depth)
     levels = []
@@ -198,15 +198,17 @@ def build_levels(config: Config, depth: int) -> tuple[Level, ...]:
     return tuple(levels)
 
 
-def build_masks(config: Config, model: HJEPA, device: torch.device) -> MultiCropMaskGenerator:
-    num_global, num_local = config.data.crop_counts
+def build_masks(config: Config, model: TaughtEncoder, device: torch.device) -> MultiCropMaskGenerator:
+    """Build the generator of masks for any model with the config's encoder."""
+    (num_global, num_local), crops, patch = config.data.crop_counts, config.data.multicrop, model.encoder.patch_size
+    levels = build_levels(config, model.encoder.depth) if config.loss.prediction_weight > 0 else ()
     return MultiCropMaskGenerator(
         config.masking.strategy,
         num_global,
         num_local,
-        grid=model.grid,
-        local_grid=config.data.multicrop.local_crop_size // model.encoder.patch_size,
-        strides=() if model.predictor is None else tuple(level.stride for level in model.levels),
+        grid=crops.global_crop_size // patch,
+        local_grid=crops.local_crop_size // patch,
+        strides=tuple(level.stride for level in levels),
         num_masks=config.masking.num_masks,
         mask_scale=config.masking.mask_scale,
         aspect_ratio=config.masking.aspect_ratio,
@@ -217,8 +219,7 @@ def build_masks(config: Config, model: HJEPA, device: torch.device) -> MultiCrop
 
 
 def build_schedule(config: Config, batches_per_epoch: int) -> Schedule:
-    training = config.training
-    steps_per_epoch = batches_per_epoch // training.accumulation_steps
+    training, steps_per_epoch = config.training, batches_per_epoch // config.training.accumulation_steps
     total = training.epochs * steps_per_epoch
     return Schedule(
         total_steps=min(total, training.max_steps or total),
@@ -228,14 +229,3 @@ def build_schedule(config: Config, batches_per_epoch: int) -> Schedule:
         first_momentum=training.ema_momentum,
         last_momentum=training.ema_final_momentum,
     )
-
-
-def amp_enabled(config: Config, device: torch.device) -> bool:
-    """bf16 only pays where the hardware multiplies in it: on CPUs it was slower than float32."""
-    return config.training.use_amp and device.type == "cuda"
-
-
-def crop_sizes(config: Config) -> list[int]:
-    """Pixels of each crop of an image, globals first."""
-    (num_global, num_local), crops = config.data.crop_counts, config.data.multicrop
-    return [crops.global_crop_size] * num_global + [crops.local_crop_size] * num_local

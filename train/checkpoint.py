@@ -1,4 +1,4 @@
-"""Checkpoints: a folder of safetensors and JSON with checksums, written beside and renamed. Nothing is ever unpickled."""
+"""Checkpoints: folders of safetensors and JSON with checksums, written under another name and renamed. Nothing is unpickled."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ class DamagedCheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint will hold: copies, so that training can continue while they are written."""
+    """The content of a checkpoint, copied so that training can continue while it is written."""
 
     model: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
@@ -34,10 +34,9 @@ class Snapshot:
 
 
 def take_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Snapshot:
-    """`state` is JSON with a `step`, and a `score` by which the best are kept (higher is better) or null.
+    """Copy what a checkpoint holds. `state` is JSON with a `step`, and with a `score` (higher is better) or null.
 
-    The copies stay on their device, which takes milliseconds where copying to the host takes seconds; if there is no memory
-    for them, they go to the host at once.
+    The copies stay on their device, which takes milliseconds where copies to the host take seconds, unless it is full.
     """
     parts = (dict(model.state_dict()), _optimizer_tensors(optimizer))
     try:
@@ -54,10 +53,16 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     """
     final = checkpoint_path(folder, snapshot.state["step"])
     temporary = folder / f".{final.name}.partial"
-    for left_behind in folder.glob(".step_*.partial"):  # of a process that was killed
-        shutil.rmtree(left_behind, ignore_errors=True)
+    for abandoned in folder.glob(".step_*.partial"):  # by a process that was killed
+        shutil.rmtree(abandoned, ignore_errors=True)
     try:
-        _write_files(temporary, snapshot)
+        temporary.mkdir(parents=True)
+        for name, tensors in ((MODEL, snapshot.model), (OPTIMIZER, snapshot.optimizer)):
+            save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, temporary / name)
+        (temporary / STATE).write_text(json.dumps(snapshot.state, indent=1))
+        (temporary / MANIFEST).write_text(_manifest(_checksums(temporary)))
+        for path in (*temporary.iterdir(), temporary):
+            _flush(path)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         _flush(folder)
@@ -68,39 +73,36 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     return final
 
 
-def _write_files(folder: Path, snapshot: Snapshot) -> None:
-    folder.mkdir(parents=True)
-    for name, tensors in ((MODEL, snapshot.model), (OPTIMIZER, snapshot.optimizer)):
-        save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, folder / name)
-    (folder / STATE).write_text(json.dumps(snapshot.state, indent=1))
-    (folder / MANIFEST).write_text(_manifest(_sums(folder)))
-    for path in (*folder.iterdir(), folder):
-        _flush(path)
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def prune_checkpoints(folder: Path, keep_last: int, keep_best: int) -> None:
-    """Delete all but the newest `keep_last` and the `keep_best` of the highest score."""
+    """Delete all but the newest `keep_last` and the `keep_best` with the highest scores."""
     paths = list_checkpoints(folder)
-    scores = {path: score for path in paths if (score := _score(path)) is not None}
+    scores = {path: score for path in paths if (score := _read_state(path).get("score")) is not None}
     best = sorted(scores, key=lambda path: (scores[path], path.name))[::-1][:keep_best]
     for path in paths[:-keep_last]:
         if path not in best:
             shutil.rmtree(path)
 
 
-def _score(path: Path) -> float | None:
-    try:
-        return json.loads((path / STATE).read_text())["score"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # damaged: it may be deleted
-
-
 def data_of(path: Path) -> str | None:
-    """The digest of the shards that a checkpoint was trained on; None in old checkpoints and damaged ones."""
+    """Return the digest of the shards that a checkpoint was trained on; None for old and for damaged checkpoints."""
+    return _read_state(path).get("loader", {}).get("data")
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """Return state.json without checking it; empty if it is damaged."""
     try:
-        return json.loads((path / STATE).read_text())["loader"]["data"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        state = json.loads((path / STATE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -112,31 +114,12 @@ def checkpoint_step(path: Path) -> int:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
+    """Return the checkpoints of a run, oldest first."""
     return sorted(folder.glob("step_" + "[0-9]" * 8))
 
 
-def verify_checkpoint(path: Path) -> None:
-    """Raise DamagedCheckpointError unless every file exists and the manifest equals, to the byte, the one they give."""
-    try:
-        written, sums = (path / MANIFEST).read_bytes(), _sums(path)
-    except OSError as error:
-        raise DamagedCheckpointError(f"{path}: unreadable ({error})") from None
-    if written != _manifest(sums).encode():
-        wrong = [name for name, checksum in sums.items() if checksum.encode() not in written]
-        raise DamagedCheckpointError(f"{path}: damaged: {', '.join(wrong or [MANIFEST])}")
-
-
-def _sums(folder: Path) -> dict[str, str]:
-    return {name: _sha256(folder / name) for name in (MODEL, OPTIMIZER, STATE)}
-
-
-def _manifest(sums: dict[str, str]) -> str:
-    return json.dumps({"format": 1, "sha256": sums}, indent=1)
-
-
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest undamaged checkpoint; damaged ones are reported."""
+    """Return the newest undamaged checkpoint, and log the damaged ones."""
     for path in reversed(list_checkpoints(folder)):
         try:
             verify_checkpoint(path)
@@ -146,8 +129,31 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def verify_checkpoint(path: Path) -> None:
+    """Raise DamagedCheckpointError unless the manifest is, to the byte, that of the files."""
+    try:
+        written, checksums = (path / MANIFEST).read_bytes(), _checksums(path)
+    except OSError as error:
+        raise DamagedCheckpointError(f"{path}: unreadable ({error})") from None
+    if written != _manifest(checksums).encode():
+        wrong = [name for name, checksum in checksums.items() if checksum.encode() not in written]
+        raise DamagedCheckpointError(f"{path}: damaged: {', '.join(wrong or [MANIFEST])}")
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    checksums = {}
+    for name in (MODEL, OPTIMIZER, STATE):
+        with (folder / name).open("rb") as file:
+            checksums[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return checksums
+
+
+def _manifest(checksums: dict[str, str]) -> str:
+    return json.dumps({"format": 1, "sha256": checksums}, indent=1)
+
+
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
-    """Put a verified checkpoint into `model` and `optimizer` and return its state.
+    """Verify a checkpoint, load it into `model` and `optimizer`, and return its state.
 
     Raises DamagedCheckpointError, or ValueError when it belongs to another architecture or optimiser.
     """
@@ -155,26 +161,25 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     try:
         model.load_state_dict(load_file(path / MODEL))
         if optimizer is not None:
-            moments = load_file(path / OPTIMIZER)
-            _check_optimizer(path, optimizer, moments)
-            _load_optimizer(optimizer, moments)
+            _load_optimizer(path, optimizer)
     except (RuntimeError, KeyError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(f"{path}: belongs to another architecture ({first})") from None
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"{path}: belongs to another architecture ({reason})") from None
     return json.loads((path / STATE).read_text())
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    tensors = {}
+    """Return the optimiser's state as `NAME OF THE PARAMETER/KEY`."""
+    tensors: dict[str, torch.Tensor] = {}
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
-            for key, value in optimizer.state[parameter].items():
-                tensors[f"{name}/{key}"] = value
+            tensors |= {f"{name}/{key}": value for key, value in optimizer.state[parameter].items()}
     return tensors
 
 
-def _check_optimizer(path: Path, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """ValueError if the tensors are those of the other `training.optimizer`."""
+def _load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError if the checkpoint is of the other `training.optimizer`."""
+    tensors = load_file(path / OPTIMIZER)
     saved = "muon" if any(key.endswith("/momentum") for key in tensors) else "adamw"
     ours = "muon" if any(group.get("muon") for group in optimizer.param_groups) else "adamw"
     if tensors and saved != ours:
@@ -182,9 +187,6 @@ def _check_optimizer(path: Path, optimizer: torch.optim.Optimizer, tensors: dict
             f"{path}: of a run with training.optimizer={saved}, not {ours}: give {saved} to continue it, or "
             "checkpoint.resume=none to start over"
         )
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             keys = [key for key in tensors if key.rpartition("/")[0] == name]
@@ -192,23 +194,22 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.T
 
 
 class CheckpointWriter:
-    """Writes one snapshot at a time to `folder`, in a thread. A full disk is reported; earlier checkpoints stay."""
+    """Writes one snapshot at a time to `folder`, in a background thread. A full disk is logged; earlier checkpoints stay."""
 
     def __init__(self, folder: Path, keep_last: int, keep_best: int) -> None:
         self._folder, self._keep_last, self._keep_best = folder, keep_last, keep_best
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread()
 
     def write(self, snapshot: Snapshot) -> None:
-        """Return at once, unless the previous snapshot is still being written."""
+        """Start writing. Waits only for a previous snapshot that is still being written."""
         self.wait()
         self._thread = threading.Thread(target=self._write, args=(snapshot,))
         self._thread.start()
 
     def wait(self) -> None:
-        """Until everything handed over is on the disk, or was refused by it."""
-        if self._thread is not None:
+        """Wait until the last snapshot is on disk, or was refused by it."""
+        if self._thread.ident is not None:
             self._thread.join()
-            self._thread = None
 
     def _write(self, snapshot: Snapshot) -> None:
         try:
@@ -221,16 +222,3 @@ class CheckpointWriter:
                 f"{self._folder}: step {snapshot.state['step']} could not be saved ({error}); {last}. Training continues: "
                 "free some space, or lower checkpoint.keep_last_n"
             )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,16 +1,13 @@
-"""Several processes that train one model: this one's rank, what they agree on, and what ends them when one hangs."""
+"""Several processes that train one model: their ranks, what they agree on, and what ends them when one hangs."""
 
 import datetime
 import faulthandler
 import os
 import sys
-import threading
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -18,13 +15,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-# Rank 0 evaluates alone while the others wait for it; the watchdog knows about that, and detects hangs.
-PATIENCE = datetime.timedelta(days=7)
+# Collectives must not time out while the other ranks wait for rank 0's evaluation. The watchdog detects hangs.
+COLLECTIVE_TIMEOUT = datetime.timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all, and among those of its machine. torchrun sets them."""
+    """This process among all, and among those of its machine, as torchrun numbers them."""
 
     rank: int = 0
     world_size: int = 1
@@ -36,39 +33,46 @@ class Ranks:
         return self.rank == 0
 
     def device(self, kind: str) -> torch.device:
-        """`kind`: gpu or cpu."""
+        """Return this rank's device; `kind` is gpu or cpu."""
         return torch.device("cuda", self.local_rank) if kind == "gpu" else torch.device("cpu")
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank: the same answer on all. Waits for the slowest rank, not for the device."""
-        return bool(self._agree(int(flag), dist.ReduceOp.MAX))
+    def all(self, flag: bool) -> bool:
+        """Return True, on all ranks, if the flag is set on each of them. Waits for the slowest rank, not for the device."""
+        return bool(self._reduce(int(flag), dist.ReduceOp.MIN))
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        self.all(True)
 
     def from_first(self, number: int) -> int:
-        """Rank 0's number, on all ranks."""
-        return self._agree(number if self.is_first else 0, dist.ReduceOp.SUM)
+        """Return rank 0's number on all ranks."""
+        return self._reduce(number if self.is_first else 0, dist.ReduceOp.SUM)
 
-    def _agree(self, number: int, by: dist.ReduceOp.RedOpType) -> int:
+    def _reduce(self, number: int, operation: dist.ReduceOp.RedOpType) -> int:
         if self.world_size == 1:
             return number
         value = torch.tensor(number)
-        dist.all_reduce(value, by)  # on the CPU, by gloo
+        dist.all_reduce(value, operation)  # a CPU tensor: gloo reduces it, without the GPU
         return int(value)
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """The mean over the ranks, elementwise."""
+        """Return the elementwise mean over the ranks."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values / self.world_size
 
 
+SINGLE_PROCESS = Ranks()
+
+
 def ranks_from_environment() -> Ranks:
-    """A single process unless torchrun says otherwise."""
+    """Return what torchrun has set; without it, a single process."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     return Ranks(*(int(os.environ.get(name, default)) for name, default in zip(names, "0101", strict=True)))
 
 
 def use_device(ranks: Ranks, kind: str) -> torch.device:
-    """This rank's device, of `kind` gpu or cpu, made torch's current one. ValueError for more ranks than GPUs."""
+    """Make this rank's device, of `kind` gpu or cpu, torch's current one. Raises ValueError for more ranks than GPUs."""
     if kind == "gpu":
         count = torch.cuda.device_count()
         if not count:
@@ -85,12 +89,12 @@ def use_device(ranks: Ranks, kind: str) -> torch.device:
 
 
 @contextmanager
-def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
-    """While open, the ranks can communicate: by NCCL between GPUs, by gloo between CPUs."""
+def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
+    """Connect the ranks while open: GPUs through NCCL, CPUs through gloo."""
     if ranks.world_size == 1:
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
     try:
         yield
     finally:
@@ -98,62 +102,46 @@ def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
 
 
 def replicated(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """`model` with gradients averaged over the ranks; for a single process, the model itself."""
+    """Return `model` with gradients averaged over the ranks; for a single process, the model itself."""
     if ranks.world_size == 1:
         return model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 renames broadcast_buffers, 2.11 knows no other name
-        # The buffers are constants. Every parameter has a gradient under every strategy, so none is searched for.
+        # The buffers are constants. Every parameter has a gradient under every strategy, so DDP need not search for some.
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def gradients_kept_back(replica: nn.Module, kept: bool) -> AbstractContextManager[Any]:
-    """While open, and if `kept`, gradients stay on this rank, to be averaged together with those of a later batch."""
-    return replica.no_sync() if kept and isinstance(replica, DistributedDataParallel) else nullcontext()
+def no_sync_if(condition: bool, replica: nn.Module) -> AbstractContextManager[Any]:
+    """Keep the gradients of a pass on this rank if `condition`: those of a later pass are averaged together with them."""
+    return replica.no_sync() if condition and isinstance(replica, DistributedDataParallel) else nullcontext()
 
 
 class Watchdog:
-    """While open, ends the process and prints the stack of its threads when no `beat` has come for `timeout_s`.
+    """While open, ends a rank and dumps the stacks of its threads when no `beat` comes for `timeout_s` seconds.
 
-    Only on several ranks: when one hangs, all of them stand still, and each shows where. A single process is left to its user.
+    When one of several ranks hangs, all of them stand still, and each shows where. A single process is not watched.
     """
 
     def __init__(self, ranks: Ranks, timeout_s: float) -> None:
-        self._name, self._timeout_s, self._needed = f"rank {ranks.rank}", timeout_s, ranks.world_size > 1
-        self._last: float | None = None
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._ranks, self._timeout_s = ranks, timeout_s
 
     def beat(self) -> None:
-        """The run makes progress."""
-        self._last = time.monotonic()
+        if self._ranks.world_size > 1:
+            faulthandler.dump_traceback_later(self._timeout_s, exit=True)
 
-    def rest(self) -> None:
-        """What follows may take long, until the next beat."""
-        self._last = None
-
-    def _watch(self) -> None:
-        while not self._closed.wait(min(1.0, self._timeout_s / 4)):
-            last = self._last
-            if last is not None and time.monotonic() - last > self._timeout_s:
-                print(
-                    f"{self._name}: no step for {self._timeout_s:g} s (training.timeout_s); it stands at:",
-                    file=sys.stderr,
-                )
-                sys.stderr.flush()
-                faulthandler.dump_traceback()
-                os._exit(1)
-            # Should the interpreter itself be stuck, this one fires without it.
-            faulthandler.dump_traceback_later(2 * self._timeout_s, exit=True)
+    def pause(self) -> None:
+        """Expect no beat for now: the next one starts the timeout again."""
+        if self._ranks.world_size > 1:
+            faulthandler.cancel_dump_traceback_later()
 
     def __enter__(self) -> Self:
+        if self._ranks.world_size > 1:  # the dump itself names neither the rank nor the setting
+            limit = f"{self._timeout_s:g} s without a step (training.timeout_s)"
+            print(
+                f"rank {self._ranks.rank}, process {os.getpid()}: ends with its stacks after {limit}", file=sys.stderr
+            )
         self.beat()
-        if self._needed:
-            self._thread.start()
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        if self._needed:
-            self._closed.set()
-            self._thread.join()
-            faulthandler.cancel_dump_traceback_later()
+    def __exit__(self, *_: object) -> None:
+        self.pause()

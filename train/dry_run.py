@@ -1,56 +1,62 @@
-"""`--dry-run`: everything a run needs, tried without training and without writing."""
+"""`--dry-run`: takes one real step and writes nothing. And the advice for a step that runs out of memory."""
 
 import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
 
-from pipeline.dataset import resolve_device
-from pipeline.shards.index import UNLABELLED
-from train.build import amp_enabled, build_dataset, build_masks, build_model, build_schedule, build_training_loader
+import torch
+
+from model.hjepa import HJEPA
+from pipeline.crops.device import is_out_of_memory
 from train.checkpoint import list_checkpoints
 from train.config.schema import Config
-from train.distributed import ranks_from_environment, use_device
 from train.evaluation.online import OnlineEvaluation
-from train.memory import device_memory, measure_step, pipeline_bytes
-from train.output.folder import check_run_folder, run_folder
+from train.monitor import memory_metrics
+from train.output.folder import check_run_folder
+from train.recorder import log_description
+from train.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 GIB = 2**30
 
 
-def dry_run(config: Config) -> None:
-    """Log a line for each part that was tried. Raises ValueError or FileNotFoundError as a run would."""
-    ranks, kind = ranks_from_environment(), resolve_device(config.device)
-    device = use_device(ranks, kind)
-    dataset = build_dataset(config)
-    loader = build_training_loader(config, dataset, ranks)
-    batch = next(iter(loader))
-    labelled = int((dataset.index.samples["label"] != UNLABELLED).sum())
-    log.info(
-        f"data: {len(dataset):,} images ({labelled:,} labelled) in {len(dataset.index.shards)} shards of "
-        f"{dataset.index.folder}; the first batch of {len(batch.labels)} x {len(batch.crops)} crops was made on {kind}"
-    )
-    model = build_model(config, device)
-    build_masks(config, model, device)
-    encoder = sum(p.numel() for p in model.encoder.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log.info(
-        f"model: {config.model.encoder}, {encoder / 1e6:.1f} M parameters ({trained / 1e6:.1f} M trained), "
-        f"{model.grid}x{model.grid} tokens in a global crop, {len(model.levels)} levels"
-    )
-    schedule, parts = build_schedule(config, len(loader)), config.training.accumulation_steps
-    log.info(
-        f"run: {schedule.total_steps:,} steps of {loader.global_batch * parts:,} images on {ranks.world_size} rank(s), "
-        f"{len(loader) // parts:,} steps an epoch, {schedule.warmup_steps:,} of warm-up"
-    )
-    step = measure_step(config, amp_enabled(config, device)).total(config.data.batch_size, config.data.crop_counts[1])
-    crops, have = pipeline_bytes(config, dataset.index), device_memory(device)
-    log.info(
-        f"memory: about {step / GIB:.2f} GiB for a step (weights, optimiser and activations) and {crops / GIB:.2f} GiB for "
-        f"DALI's images and crops, of {have / GIB:.1f} GiB of {device}{'' if step + crops < have else ': IT WILL NOT FIT'}"
-    )
-    folder, resume = run_folder(config), config.checkpoint.resume
-    OnlineEvaluation(config, folder, model)  # reports what is wrong with the validation split and the labels
-    check_run_folder(config, dataset.index.digest)
-    found = list_checkpoints(folder / "checkpoints") if resume == "auto" else []
-    start = f"would continue from {found[-1].name}" if found else "would start at step 0"
-    log.info(f"folder: {folder}; {start if resume in ('auto', 'none') else f'would continue from {resume}'}")
+def dry_run(trainer: Trainer) -> None:
+    """Take one step and log what it used. Raises ValueError or FileNotFoundError as the run would."""
+    config, device = trainer.config, trainer.device
+    log_description(trainer)
+    before, started = memory_metrics(device), time.perf_counter()
+    trainer.train_step()  # also waits for the device: it reads the first loss
+    seconds, after = time.perf_counter() - started, memory_metrics(device)
+    peak = after["peak_memory_bytes"] / GIB
+    used = f"raised the memory of this process from {before['peak_memory_bytes'] / GIB:.2f} to {peak:.2f} GiB"
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory / GIB
+        used = f"took {peak:.2f} GiB in torch; {after['device_memory_bytes'] / GIB:.2f} of {total:.1f} GiB of {device} are in use"
+    crops = f"{config.data.batch_size} images with {sum(config.data.crop_counts)} crops"
+    log.info(f"step: {crops} on each rank took {seconds:.1f} s, including the start of the loader, and {used}")
+    OnlineEvaluation(config, trainer.folder, cast(HJEPA, trainer.model))  # reports problems of the validation split
+    check_run_folder(config, trainer.dataset.index.digest)
+    resume = config.checkpoint.resume
+    checkpoints = list_checkpoints(trainer.folder / "checkpoints")
+    begin = f"continue from {checkpoints[-1].name}" if resume == "auto" and checkpoints else "start at step 0"
+    log.info(f"folder: {trainer.folder}; would {begin if resume in ('auto', 'none') else f'continue from {resume}'}")
+
+
+@contextmanager
+def out_of_memory_explained(config: Config, device: torch.device) -> Iterator[None]:
+    """Turn the out-of-memory errors of torch, DALI and CUDA into a ValueError that names the settings to change, in order."""
+    try:
+        yield
+    except (RuntimeError, ValueError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        crops, checkpointing = config.data.multicrop, str(config.model.grad_checkpointing).lower()
+        raise ValueError(
+            f"out of memory: a step does not fit the memory of {device}. Lower, in this order, "
+            f"data.multicrop.num_local_crops (now {crops.num_local_crops}), data.batch_size (now {config.data.batch_size}) or "
+            f"data.multicrop.local_crop_size (now {crops.local_crop_size}); then set model.grad_checkpointing=true (now "
+            f"{checkpointing}), which takes more time. --dry-run prints what a step uses"
+        ) from None

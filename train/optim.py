@@ -1,4 +1,4 @@
-"""Parameter groups and schedules."""
+"""AdamW, Muon, their parameter groups, and the schedules."""
 
 import math
 from collections import defaultdict
@@ -8,9 +8,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+# Muon as published (kellerjordan.github.io/posts/muon): momentum, Newton-Schulz steps, and the coefficients of their quintic,
+# chosen for the steepest slope at 0 that keeps singular values near 1.
 MUON_MOMENTUM, MUON_STEPS, MUON_EPS = 0.95, 5, 1e-7
 MUON_A, MUON_B, MUON_C = 3.4445, -4.7750, 2.0315
-MUON_SCALE = 0.2  # an update's root mean square, near that of AdamW's
+MUON_SCALE = 0.2  # root mean square of an update, as is usual for AdamW's (arXiv 2502.16982, section 2.2)
 
 
 class MuonAdamW(torch.optim.AdamW):
@@ -37,15 +39,17 @@ class MuonAdamW(torch.optim.AdamW):
                 self._muon_step(group)
 
     def _muon_step(self, group: dict[str, Any]) -> None:
-        shapes: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
-        for parameter in (each for each in group["params"] if each.grad is not None):
-            shapes[min(parameter.shape), max(parameter.shape)].append(parameter)
-        for parameters in shapes.values():
-            directions = [self._direction(parameter) for parameter in parameters]
-            wide = torch.stack([part if part.shape[0] <= part.shape[1] else part.T for part in directions])
-            scale = group["lr"] * MUON_SCALE * max(wide.shape[1:]) ** 0.5
+        """Update the matrices of a group, those of equal shape, transposed or not, in one batch."""
+        by_shape: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                by_shape[min(parameter.shape), max(parameter.shape)].append(parameter)
+        for parameters in by_shape.values():
+            directions = [_wide(self._direction(parameter)) for parameter in parameters]
+            updates = orthogonalized(torch.stack(directions))
+            scale = group["lr"] * MUON_SCALE * max(updates.shape[1:]) ** 0.5
             decay = group["lr"] * group["weight_decay"]
-            for parameter, update in zip(parameters, orthogonalized(wide), strict=True):
+            for parameter, update in zip(parameters, updates, strict=True):
                 update = update if parameter.shape[0] <= parameter.shape[1] else update.T
                 change = scale * update + decay * parameter
                 if self.found_inf is not None:
@@ -53,7 +57,7 @@ class MuonAdamW(torch.optim.AdamW):
                 parameter.sub_(change)
 
     def _direction(self, parameter: nn.Parameter) -> torch.Tensor:
-        """Nesterov momentum, finite when a step that is to be skipped has a gradient that is not."""
+        """Return Nesterov's momentum, finite also for a gradient that is not, as the step is then skipped."""
         state, gradient = self.state[parameter], cast(torch.Tensor, parameter.grad)
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
@@ -64,13 +68,18 @@ class MuonAdamW(torch.optim.AdamW):
         return gradient.lerp(momentum, MUON_MOMENTUM)
 
 
-def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
-    """`[n, a, b]`, a <= b: the singular vectors of each, with all singular values between about 0.7 and 1.2.
+def _wide(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the matrix, transposed if it is higher than wide: the smaller Gram matrix is cheaper."""
+    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
 
-    Five steps of Newton-Schulz with Jordan's coefficients; in bfloat16 on a GPU, in float32 on a CPU.
+
+def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
+    """Return `[n, a, b]` matrices, a <= b, with their singular vectors and all singular values between about 0.7 and 1.2.
+
+    Takes Newton-Schulz steps with Jordan's coefficients, in bfloat16 on a GPU and in float32 on a CPU.
     """
     x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + MUON_EPS)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + MUON_EPS)  # the Frobenius norm bounds the largest singular value
     for _ in range(MUON_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=MUON_B, alpha=MUON_C), x, beta=MUON_A)
@@ -80,31 +89,23 @@ def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
 def build_optimizer(
     model: nn.Module, weight_decay: float, betas: tuple[float, float], name: str = "adamw"
 ) -> MuonAdamW:
-    """The trainable parameters in groups: no weight decay on norms, biases, scales and single tokens. `lr` is set each step.
+    """Group the trainable parameters: no weight decay on norms, biases, scales and single tokens. `lr` is set at each step.
 
-    `name`: `adamw`, or `muon` for the weights of the blocks' linear layers, and AdamW for all others. The groups hold the
-    parameters' names, in the order of the model.
+    `name`: `adamw`, or `muon` for Muon on the weights of the blocks' linear layers and AdamW on all others. The groups hold
+    the parameters' `names`, in the order of the model.
     """
-    decayed: list[tuple[str, nn.Parameter]] = []
-    kept: list[tuple[str, nn.Parameter]] = []
-    hidden: list[tuple[str, nn.Parameter]] = []
+    decayed: dict[str, Any] = {"params": [], "names": [], "weight_decay": weight_decay, "muon": False}
+    undecayed: dict[str, Any] = {"params": [], "names": [], "weight_decay": 0.0, "muon": False}
+    hidden: dict[str, Any] = {"params": [], "names": [], "weight_decay": weight_decay, "muon": name == "muon"}
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
             # cls_token and reg_token are [1, n, D], a query is one token per level: embeddings, not weights of a map.
             is_map = parameter.ndim > 1 and not key.endswith(("cls_token", "reg_token", "query"))
-            is_hidden = name == "muon" and parameter.ndim == 2 and "blocks." in key
-            (hidden if is_hidden else decayed if is_map else kept).append((key, parameter))
-    groups = [
-        {
-            "params": [parameter for _, parameter in part],
-            "names": [key for key, _ in part],
-            "weight_decay": decay,
-            "muon": part is hidden,
-        }
-        for part, decay in ((decayed, weight_decay), (kept, 0.0), (hidden, weight_decay))
-        if part is not hidden or hidden
-    ]
-    return MuonAdamW(groups, lr=0.0, betas=betas, fused=True)
+            is_hidden = hidden["muon"] and parameter.ndim == 2 and "blocks." in key
+            group = hidden if is_hidden else decayed if is_map else undecayed
+            group["params"].append(parameter)
+            group["names"].append(key)
+    return MuonAdamW([decayed, undecayed, hidden], lr=0.0, betas=betas, fused=True)
 
 
 @dataclass(frozen=True)
@@ -119,18 +120,18 @@ class Schedule:
     last_momentum: float
 
     def lr(self, step: int) -> float:
-        """Linear warm-up to the peak, then half a cosine to `final_lr` at the last step."""
+        """Return the rate of a linear warm-up to the peak, then of half a cosine to `final_lr` at the last step."""
         if step < self.warmup_steps:
             return self.peak_lr * (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(self.total_steps - 1 - self.warmup_steps, 1)
         return cosine(self.peak_lr, self.final_lr, done)
 
     def momentum(self, step: int) -> float:
-        """Half a cosine, held down to (1 + step) / (10 + step) so that short runs forget their start."""
-        held = cosine(self.first_momentum, self.last_momentum, step / max(self.total_steps - 1, 1))
-        return min(held, (1 + step) / (10 + step))
+        """Return half a cosine, capped at (1 + step) / (10 + step) so that short runs forget their random weights."""
+        scheduled = cosine(self.first_momentum, self.last_momentum, step / max(self.total_steps - 1, 1))
+        return min(scheduled, (1 + step) / (10 + step))
 
 
 def cosine(start: float, end: float, done: float) -> float:
-    """From `start` at done = 0 to `end` at done = 1 along half a cosine."""
+    """Return the point at `done`, 0..1, of half a cosine from `start` to `end`."""
     return end + (start - end) * (1 + math.cos(math.pi * min(max(done, 0.0), 1.0))) / 2

@@ -1,6 +1,7 @@
-"""The crops and masks that training sees at given positions of an epoch, reproduced."""
+"""Reproduces the crops and masks that training sees at given positions of an epoch."""
 
 from dataclasses import dataclass, fields
+from functools import cache
 
 import torch
 
@@ -9,17 +10,17 @@ from pipeline.batch import CropBatch
 from pipeline.dataset import MultiCropDataset, resolve_device
 from train.build import build_dataset, build_loader, build_masks, build_model, build_schedule
 from train.config.schema import Config
-from train.step import step_seed
+from train.trainer import step_seed
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where training meets a sample: steps counted from 0, `part` the batch of an accumulated step, `slot` the place in it."""
+class TrainingSlot:
+    """Where training meets a sample: image `image` of batch `part` of a step, on a rank. All count from 0."""
 
     step: int
     part: int
     rank: int
-    slot: int
+    image: int
 
 
 @dataclass(frozen=True)
@@ -36,101 +37,84 @@ class Replay:
 
 
 def replay(config: Config, epoch: int, position: int, count: int, world_size: int = 1) -> Replay:
-    """The samples at `position .. position + count` of `epoch`, or up to the last one that the epoch trains on.
+    """Return the samples at `position .. position + count` of `epoch`, or fewer where training ends before.
 
     Raises ValueError for an epoch or a position that no step of the run reaches.
     """
     for option, value in (("--count", count), ("--world-size", world_size)):
         if value < 1:
             raise ValueError(f"{option} {value}: must be at least 1")
-    dataset = build_dataset(config)
-    device = torch.device("cuda" if resolve_device(config.device) == "gpu" else "cpu")
-    # Only the sizes of the model are needed: no weights are allocated.
-    with torch.device("meta"):
+    dataset, batch_size, parts = build_dataset(config), config.data.batch_size, config.training.accumulation_steps
+    loader = build_loader(config, dataset, batch_size, world_size=world_size)
+    num_used = len(loader) // parts * parts * loader.global_batch
+    check_position(epoch, position, config.training.epochs, num_used, len(dataset))
+    positions = range(position, min(position + count, num_used))
+    slots = [slot_of(epoch * num_used + p, batch_size, parts, world_size) for p in positions]
+    num_steps = build_schedule(config, len(loader)).total_steps
+    if slots[0].step >= num_steps:
+        raise ValueError(
+            f"--epoch {epoch} --position {position}: step {slots[0].step} is past the run's {num_steps} steps: "
+            "choose an earlier position, or raise training.max_steps"
+        )
+    slots = [slot for slot in slots if slot.step < num_steps]
+    with torch.device("meta"):  # only the sizes of the model matter: no weights are allocated
         model = build_model(config, torch.device("meta"))
+    device = torch.device("cuda" if resolve_device(config.device) == "gpu" else "cpu")
     generator = build_masks(config, model, device)
-    loader = build_loader(config, dataset, config.data.batch_size, world_size=world_size)
-    parts, total_steps = config.training.accumulation_steps, build_schedule(config, len(loader)).total_steps
-    used = len(loader) // parts * parts * loader.global_batch
-    check_place(epoch, position, config.training.epochs, used, len(dataset))
-    count = min(count, used - position)
-    places = [
-        place_of(epoch, p, used, config.data.batch_size, parts, world_size) for p in range(position, position + count)
-    ]
-    first, places = places[0], [place for place in places if place.step < total_steps]
-    if not places:
-        raise ValueError(
-            f"--epoch {epoch} --position {position}: step {first.step} is past the run's {total_steps} steps: "
-            "choose an earlier place, or raise training.max_steps"
-        )
-    batch, rows = crops_at(config, dataset, epoch, position, len(places))
-    return Replay(
-        dataset,
-        batch,
-        masks_at(places, generator, config.seed, config.data.batch_size, world_size),
-        rows,
-        [describe(dataset, row, epoch, position + i, places[i]) for i, row in enumerate(rows)],
-        model.grid,
-        generator.strides,
-    )
-
-
-def check_place(epoch: int, position: int, epochs: int, used: int, total: int) -> None:
-    """Raise ValueError unless the position is one of the `used` that an epoch's whole steps hold."""
-    if not 0 <= epoch < epochs:
-        raise ValueError(f"--epoch {epoch}: the run has {epochs} epochs, allowed are 0..{epochs - 1}")
-    if not 0 <= position < used:
-        left_out = f" (the last {total - used} fill no step and are dropped)" if used <= position < total else ""
-        raise ValueError(
-            f"--position {position}: an epoch trains on {used:,} of {total:,} samples, "
-            f"allowed are 0..{used - 1}{left_out}"
-        )
-
-
-def place_of(epoch: int, position: int, used: int, batch_size: int, parts: int, world_size: int) -> Place:
-    """Global batch k of an epoch holds positions `k * G .. (k + 1) * G`, cut into one slice for each rank."""
-    batch, within = divmod(epoch * used + position, batch_size * world_size)
-    return Place(*divmod(batch, parts), *divmod(within, batch_size))
-
-
-def crops_at(
-    config: Config, dataset: MultiCropDataset, epoch: int, position: int, count: int
-) -> tuple[CropBatch, list[int]]:
-    """One batch from there on and its rows: draws depend on the position alone, so the batch's size does not matter."""
-    loader = build_loader(config, dataset, count)
+    # One batch from there: random draws depend on the position only, so the size of the batch does not matter.
+    loader = build_loader(config, dataset, len(slots))
     loader.load_state_dict({"epoch": epoch, "position": position})
     batch = next(iter(loader))
-    return batch, loader.rows_at(epoch, position, position + count).tolist()
+    rows = loader.rows_at(epoch, position, position + len(slots)).tolist()
+    captions = [describe(dataset, row, epoch, position + i, slots[i]) for i, row in enumerate(rows)]
+    masks = masks_of(slots, generator, config.seed, batch_size, world_size)
+    return Replay(dataset, batch, masks, rows, captions, model.grid, generator.strides)
 
 
-def masks_at(
-    places: list[Place], generator: MultiCropMaskGenerator, seed: int, batch_size: int, world_size: int
+def check_position(epoch: int, position: int, epochs: int, num_used: int, total: int) -> None:
+    """Raise ValueError unless the epoch exists and the position is one of the `num_used` that fill its steps."""
+    if not 0 <= epoch < epochs:
+        raise ValueError(f"--epoch {epoch}: the run has {epochs} epochs, allowed are 0..{epochs - 1}")
+    if not 0 <= position < num_used:
+        dropped = f" (the last {total - num_used} fill no step and are dropped)" if num_used <= position < total else ""
+        raise ValueError(
+            f"--position {position}: an epoch trains on {num_used:,} of {total:,} samples, "
+            f"allowed are 0..{num_used - 1}{dropped}"
+        )
+
+
+def slot_of(number: int, batch_size: int, parts: int, world_size: int) -> TrainingSlot:
+    """Return the slot of the sample of that number in a run: each global batch is cut into one slice per rank."""
+    batch, within = divmod(number, batch_size * world_size)
+    return TrainingSlot(*divmod(batch, parts), *divmod(within, batch_size))
+
+
+def masks_of(
+    slots: list[TrainingSlot], generator: MultiCropMaskGenerator, seed: int, batch_size: int, world_size: int
 ) -> MaskPlan:
-    """The masks of each place: drawn for its whole batch at once, as in training, of which its slot is taken."""
-    plans: dict[tuple[int, int], MaskPlan] = {}
-    for place in places:
-        drawn = place.step, place.part * world_size + place.rank + 1
-        if drawn not in plans:
-            torch.manual_seed(step_seed(seed, *drawn))
-            plans[drawn] = generator(batch_size)
-    chosen = [(plans[place.step, place.part * world_size + place.rank + 1], place.slot) for place in places]
+    """Return the masks of each slot. They are drawn for its complete batch, as in training."""
+
+    @cache
+    def plan_of(step: int, lane: int) -> MaskPlan:
+        torch.manual_seed(step_seed(seed, step, lane))
+        return generator(batch_size)
+
+    chosen = [(plan_of(slot.step, slot.part * world_size + slot.rank + 1), slot.image) for slot in slots]
 
     def stacked(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
-        """The slots' rows of one tensor of each plan; None where the strategy has no such tensor."""
-        rows = [tensor[slot] for tensor, (_, slot) in zip(tensors, chosen, strict=True) if tensor is not None]
+        """Join the slots' rows of one tensor of each plan; None where the strategy has no such tensor."""
+        rows = [tensor[image] for tensor, (_, image) in zip(tensors, chosen, strict=True) if tensor is not None]
         return torch.stack(rows) if rows else None
 
-    parts = {
-        f.name: stacked([getattr(plan, f.name) for plan, _ in chosen]) for f in fields(MaskPlan) if f.name != "queries"
-    }
+    names = [field.name for field in fields(MaskPlan) if field.name != "queries"]
+    tensors = {name: stacked([getattr(plan, name) for plan, _ in chosen]) for name in names}
     levels = zip(*(plan.queries for plan, _ in chosen), strict=True)
-    return MaskPlan(queries=tuple(stacked(list(level)) for level in levels), **parts)  # type: ignore[arg-type,misc]
+    return MaskPlan(queries=tuple(stacked(list(level)) for level in levels), **tensors)  # type: ignore[arg-type,misc]
 
 
-def describe(dataset: MultiCropDataset, row: int, epoch: int, position: int, place: Place) -> str:
-    index = dataset.index
-    sample = index.samples[row]
+def describe(dataset: MultiCropDataset, row: int, epoch: int, position: int, slot: TrainingSlot) -> str:
+    index, sample = dataset.index, dataset.index.samples[row]
     return (
-        f"epoch {epoch}, position {position}, step {place.step} (rank {place.rank}, image {place.slot} of its batch): "
+        f"epoch {epoch}, position {position}, step {slot.step} (rank {slot.rank}, image {slot.image} of its batch): "
         f"shard {index.shards[sample['shard']]}, member {index.key(row)}, label {sample['label']}"
     )

@@ -24,7 +24,7 @@ LOST = 1  # another rank died or hangs
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> tuple[Path, list[str], argparse.Namespace]:
-    """The config file, all overrides as `section.key=value`, and the flags."""
+    """Return the config file, all overrides as `section.key=value`, and the options."""
     parser = argparse.ArgumentParser(
         prog="python -m train.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -34,7 +34,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[Path, list[str], a
         help="Settings that replace those of the file, for example training.max_steps=500.",
     )  # fmt: skip
     parser.add_argument("--config", dest="config_flag", metavar="CONFIG", help="The same as the first argument.")
-    short = parser.add_argument_group("common settings in short")
+    short = parser.add_argument_group("shortcuts for common settings")
     for flag, key in SHORT_FLAGS.items():
         short.add_argument(f"--{flag}", metavar="VALUE", help=f"Set {key}. By default the file decides.")
     trial = parser.add_argument_group("look before you train")
@@ -43,17 +43,18 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[Path, list[str], a
     )
     trial.add_argument(
         "--dry-run", action="store_true",
-        help="Print the settings, try the data, the model and a step, estimate the memory, and exit. Nothing is written.",
+        help="Print the settings, take one step, print the memory that it used, and exit. Nothing is written.",
     )  # fmt: skip
-    given = parser.parse_intermixed_args(arguments)
-    overrides = list(given.overrides)
-    if given.config_flag and given.config:
-        overrides.insert(0, given.config)
-    config = given.config_flag or given.config
+    options = parser.parse_intermixed_args(arguments)
+    overrides = list(options.overrides)
+    if options.config_flag and options.config:  # the first positional argument is an override
+        overrides.insert(0, options.config)
+    config = options.config_flag or options.config
     if config is None:
         parser.error("which config? For example: python -m train.run configs/quickstart.yaml")
-    overrides += [f"{key}={value}" for flag, key in SHORT_FLAGS.items() if (value := getattr(given, flag)) is not None]
-    return Path(config), overrides, given
+    shortcuts = {key: getattr(options, flag) for flag, key in SHORT_FLAGS.items()}
+    overrides += [f"{key}={value}" for key, value in shortcuts.items() if value is not None]
+    return Path(config), overrides, options
 
 
 def check_settings(config: Config) -> None:
@@ -70,7 +71,8 @@ def check_settings(config: Config) -> None:
         )
 
 
-def run(given: argparse.Namespace, path: Path, overrides: list[str]) -> int:
+def launch(options: argparse.Namespace, path: Path, overrides: list[str]) -> int:
+    """Load, print and check the settings, then train. Returns the exit code."""
     is_first = os.environ.get("RANK", "0") == "0"
     console = Console(soft_wrap=True, quiet=not is_first)
     show_messages(console)
@@ -80,62 +82,62 @@ def run(given: argparse.Namespace, path: Path, overrides: list[str]) -> int:
         if is_first:  # the same on all ranks: reported once
             raise
         return BAD_INPUT
-    if given.print_config or given.dry_run:
+    if options.print_config or options.dry_run:
         console.out(annotated(config, origins), highlight=False)
-    if given.print_config:
+    if options.print_config:
         return 0
     check_settings(config)
     console.print(LOADING, style="dim")
+    return execute(config, console, options.dry_run)
+
+
+def execute(config: Config, console: Console, is_dry_run: bool) -> int:
+    """Train, evaluate and report, or only take one step. Returns the exit code."""
     # Imported only now: it takes about ten seconds, and wrong settings are reported at once.
-    if given.dry_run:
-        from train.dry_run import dry_run
-
-        dry_run(config)
-        return 0
-    return train(config, console)
-
-
-def train(config: Config, console: Console) -> int:
-    """Train, evaluate and draw; returns the exit code. Only rank 0 shows and writes anything."""
     import torch
 
     from pipeline.crops.device import is_out_of_memory
     from pipeline.dataset import resolve_device
     from train.build import torch_threads
-    from train.distributed import joined, ranks_from_environment, use_device
-    from train.memory import out_of_memory_explained
-    from train.output.folder import StopSignal
-    from train.trainer import Trainer
+    from train.distributed import process_group, ranks_from_environment, use_device
+    from train.dry_run import dry_run, out_of_memory_explained
+    from train.output.folder import run_folder
+    from train.recorder import open_recorder
+    from train.signals import StopSignal
+    from train.trainer import Trainer, train
 
     ranks, kind = ranks_from_environment(), resolve_device(config.device)
     device = use_device(ranks, kind)
+    if kind == "cpu":
+        torch.set_num_threads(torch_threads(config))
     with out_of_memory_explained(config, device):
-        with joined(ranks, device):
-            if kind == "cpu":
-                torch.set_num_threads(torch_threads(config))
-            trainer = Trainer(config, ranks)
-            trainer.open(console)
+        with process_group(ranks, device):
+            if is_dry_run:
+                dry_run(Trainer(config, ranks))
+                return 0
+            trainer = Trainer(config, ranks, quarantine=run_folder(config) / "quarantine.jsonl")
+            recorder = open_recorder(trainer, console)
             try:
                 with StopSignal() as stop:
-                    code = trainer.fit(stop)
+                    code = train(trainer, recorder, stop)
             except RuntimeError as error:
                 if ranks.world_size == 1 or is_out_of_memory(error):
                     raise
                 # Most likely another rank has died and reports its own error; where this one stood may help as well.
                 traceback.print_exc()
                 print(f"rank {ranks.rank}: lost the others at step {trainer.state.step}", file=sys.stderr)
-                return LOST
-        if code == 0 and ranks.is_first:
-            code = trainer.evaluate()
-    trainer.close(code)
+                code = LOST
+        if code == 0:
+            code = recorder.report()  # rank 0 evaluates after the others have left
+    recorder.close(code)
     return code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    path, overrides, given = parse_arguments(arguments)
+    path, overrides, options = parse_arguments(arguments)
     # While training, a signal is caught and answered with a checkpoint; Ctrl-C before or after that ends the command.
     resumes = "interrupted; the same command continues from the newest checkpoint"
-    return run_command("train", lambda: run(given, path, overrides), interrupted=resumes)
+    return run_command("train", lambda: launch(options, path, overrides), interrupted=resumes)
 
 
 if __name__ == "__main__":

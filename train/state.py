@@ -1,4 +1,4 @@
-"""The counts of a run. This module imports no torch: displays and reports read it before torch is loaded."""
+"""The counts of a run. Displays and reports use them before torch is loaded, so this module does not import it."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ class RunState:
     train_s: float = 0.0
     wait_s: float = 0.0
     store_wait_s: float = 0.0
-    """Of `wait_s`: for an object store."""
+    """The part of `wait_s` that an object store took."""
     bad_samples: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0

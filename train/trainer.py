@@ -1,27 +1,33 @@
-"""One training run: build it, restore its checkpoint, train, save, evaluate. `train/run.py` is the command in front of it."""
+"""Training: a `Trainer` holds what a step needs, `Trainer.train_step` takes one, and `train` is the loop around it."""
 
 import logging
+import math
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+import torch
+from torch import nn
 
+from model.losses import random_directions
+from model.masks import MaskPlan
+from model.teacher import TaughtEncoder
+from pipeline.batch import CropBatch
 from pipeline.dataset import resolve_device
-from pipeline.quarantine import Quarantine
+from pipeline.loader import MultiCropLoader
+from pipeline.shards.fetcher import Cancelled
 from train.build import (
-    ALONE,
+    amp_enabled,
     build_dataset,
     build_masks,
     build_model,
     build_schedule,
     build_training_loader,
-    describe_epoch,
     with_crop_device,
 )
 from train.checkpoint import (
-    CheckpointWriter,
+    Snapshot,
     checkpoint_path,
     checkpoint_step,
     load_checkpoint,
@@ -29,105 +35,72 @@ from train.checkpoint import (
     take_snapshot,
 )
 from train.config.schema import Config
-from train.distributed import Ranks, Watchdog, replicated
-from train.evaluation.online import OnlineEvaluation
-from train.monitor import CollapseAlarm, Heartbeat, RunningMeans, Speed, StepGuard, StoreGuard, memory_metrics
+from train.distributed import SINGLE_PROCESS, Ranks, Watchdog, no_sync_if, replicated
+from train.monitor import StepMonitor
 from train.optim import build_optimizer
-from train.output.advice import advice, limiting_key
-from train.output.display import Display, summary_table
-from train.output.folder import StopSignal, open_run_folder, run_folder
-from train.output.log import MetricsLog, open_wandb
-from train.output.page import write_page
-from train.output.pictures import NEIGHBOURS, QUERIES, draw_run, read_picture
-from train.output.report import write_report, write_summary
+from train.output.folder import run_folder
+from train.signals import StopSignal
 from train.state import RunState
-from train.step import StepResult, Updater, batches
+
+if TYPE_CHECKING:
+    from train.recorder import Recorder
 
 log = logging.getLogger(__name__)
 
-STOPPED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint; the same command continues from it
-NOT_WRITTEN = 4  # the disk refused the last checkpoint or the summary
-STORE_FAILED = 2  # the object store did not give the next shards; the last checkpoint is of the last step
+# Exit codes of `train`, next to 0.
+STORE_FAILED = 2  # the object store did not deliver the next shards; the last checkpoint is of the last step
 DIVERGED = 3  # too many steps without finite numbers; the last checkpoint is sound
-STATUSES = {0: "complete", STOPPED: "stopped", DIVERGED: "diverged"}
+STOPPED = 75  # EX_TEMPFAIL: stopped on request, with a checkpoint; the same command continues from it
+
+DIVERGED_ADVICE = (
+    "These steps did not change any weights. Lower training.lr or training.grad_clip, lengthen training.warmup_epochs, or set "
+    "training.use_amp=false; the same command then continues"
+)
+
+Losses = dict[str, torch.Tensor]
+LossFunction = Callable[[nn.Module, CropBatch, MaskPlan, torch.Tensor], Losses]
+
+
+def hjepa_losses(replica: nn.Module, batch: CropBatch, plan: MaskPlan, directions: torch.Tensor) -> Losses:
+    return replica(batch.crops, batch.boxes, batch.flips, plan, directions)
 
 
 class Trainer:
-    """The parts of a run. `Trainer(config)` builds them and `step` trains them, without writing anything.
+    """The data, model, optimizer and state of a run, built from its config. Writes nothing but `quarantine`.
 
-    A whole run goes `open`, `fit`, `evaluate`, `close`; `evaluate` is for rank 0 alone.
+    `model` replaces the HJEPA of the config by the student and teacher of another method, whose losses, a dict with a scalar
+    `loss`, `loss_fn` computes from a replica of the model, crops, masks and SIGReg's directions. `quarantine` is the file to
+    which the loader appends samples that it cannot decode; without one it keeps them in memory.
     """
 
-    def __init__(self, config: Config, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, config: Config, ranks: Ranks = SINGLE_PROCESS, *, model: TaughtEncoder | None = None,
+        loss_fn: LossFunction | None = None, quarantine: Path | None = None,
+    ) -> None:  # fmt: skip
         config = with_crop_device(config)
         self.config, self.ranks, self.device = config, ranks, ranks.device(resolve_device(config.device))
-        training = config.training
+        training, self.folder = config.training, run_folder(config)
         self.dataset = build_dataset(config)
-        self.model = build_model(config, self.device)
+        self.model: TaughtEncoder = build_model(config, self.device) if model is None else model
         self.masks = build_masks(config, self.model, self.device)
-        self.loader = build_training_loader(config, self.dataset, ranks)
+        self.loader = build_training_loader(config, self.dataset, ranks, quarantine=quarantine)
         self.schedule = build_schedule(config, len(self.loader))
         self.steps_per_epoch = len(self.loader) // training.accumulation_steps
         if training.compile:
             self.model.compile(dynamic=False)  # in place: the parameters keep their names
         self.optimizer = build_optimizer(self.model, training.weight_decay, training.betas, training.optimizer)
-        replica = replicated(self.model, ranks)
-        self._updater = Updater(config, self.model, replica, self.masks, self.optimizer, self.schedule, ranks)
-        self.folder = run_folder(config)
-        self.checkpoints = self.folder / "checkpoints"
-        self._writer = CheckpointWriter(self.checkpoints, config.checkpoint.keep_last_n, config.checkpoint.keep_best_n)
-        self._alarm = CollapseAlarm(self.model.encoder.width)
-        self._console = Console(quiet=True)
-        self._probe: OnlineEvaluation | None = None
-        self._heartbeat: Heartbeat | None = None
-        self._store = StoreGuard()
-        self._wandb: Any = None
-        self._continue_from(RunState())
+        self._loss_fn, self._replica = loss_fn or hjepa_losses, replicated(self.model, ranks)
+        self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._generator = torch.Generator(self.device)
+        self.store_error: OSError | None = None
+        """Why the object store failed; None while it works."""
+        self._start_from(RunState())
 
-    def _continue_from(self, state: RunState) -> None:
-        """Take the next step from `state`, with the batches from where the loader stands."""
-        self.state = state
-        self._guard, self._means, self._speed = StepGuard(self.device, state), RunningMeans(), Speed(state)
-        self._stream = batches(self.loader, self.config.training.accumulation_steps)
-
-    def open(self, console: Console) -> None:
-        """Make the run folder, measure the baselines and restore the checkpoint that `checkpoint.resume` names."""
-        config, logging_ = self.config, self.config.logging
-        self._console = console
-        if self.ranks.is_first:
-            self._probe = OnlineEvaluation(config, self.folder, self.model)
-            open_run_folder(config, self.dataset.index.digest)
-            log.info(describe_epoch(config, self.loader))
-            self._probe.measure_baselines()
-            if logging_.wandb.enabled:
-                self._wandb = open_wandb(logging_.wandb.project, self.folder, config.resolved)
-            self._heartbeat = Heartbeat(self.folder, self.schedule.total_steps)
-        self.ranks.any(False)  # wait until rank 0 has made the folder
-        self.loader.quarantine = Quarantine(
-            self.dataset.index, self.folder / "quarantine.jsonl", config.data.max_bad_share
-        )
-        resume = config.checkpoint.resume
-        checkpoint = self._newest_checkpoint() if resume == "auto" else None if resume == "none" else Path(resume)
-        if checkpoint is not None:
-            self.restore(checkpoint)
-            if self.complete:
-                limit = limiting_key(config, self.schedule.total_steps)
-                log.info(f"this run is complete: to continue, raise {limit}; checkpoint.resume=none starts over")
-
-    def restore(self, path: Path) -> None:
-        """Raises ValueError when the checkpoint is damaged or of another architecture."""
-        saved = load_checkpoint(path, self.model, self.optimizer)
-        self.loader.load_state_dict(saved["loader"])
-        # A count of 0, or a run that ended for its skipped steps could never be tried again.
-        self._continue_from(RunState(**{**saved["run"], "skipped_in_a_row": 0}))
-        log.info(f"continuing from {path} (step {self.state.step} of {self.schedule.total_steps})")
-
-    def _newest_checkpoint(self) -> Path | None:
-        """The newest undamaged checkpoint, which rank 0 chooses for all."""
-        self._writer.wait()
-        path = newest_checkpoint(self.checkpoints) if self.ranks.is_first else None
-        step = self.ranks.from_first(-1 if path is None else checkpoint_step(path))
-        return None if step < 0 else checkpoint_path(self.checkpoints, step)
+    def _start_from(self, state: RunState) -> None:
+        """Take the next step from `state`, with the next batch of the loader."""
+        self.state, self._monitor = state, StepMonitor(self.device, state)
+        self._batches = batches(self.loader, self.config.training.accumulation_steps)
+        self._store_wait_before_s = state.store_wait_s - self.loader.store_wait_s
 
     @property
     def complete(self) -> bool:
@@ -135,189 +108,175 @@ class Trainer:
 
     @property
     def diverged(self) -> bool:
-        """Whether too many steps in a row had a loss or gradient that is not finite, as of the last logging step."""
+        """True after too many steps in a row without a finite loss and gradient, as of the last `read_counts`."""
         return self.state.skipped_in_a_row >= self.config.training.max_skipped_steps
 
-    def fit(self, stop: StopSignal) -> int:
-        """Train to the end: 0, STOPPED, STORE_FAILED or DIVERGED. A run that diverges goes back to its last checkpoint, once."""
-        rolled_back_to: Path | None = None
-        while True:
-            self._train(stop)
-            self._guard.read(self.state)
-            state = self.state
-            if not self.diverged:
-                break
-            checkpoint = self._newest_checkpoint()
-            bad = f"step {state.step}: {state.skipped_in_a_row} steps in a row without a finite loss and gradient"
-            if checkpoint is None or checkpoint == rolled_back_to:
-                again = " again" if checkpoint else ""
-                log.error(
-                    f"{bad}{again}; stopped. These steps did not change any weights. Lower training.lr or training.grad_clip, "
-                    "lengthen training.warmup_epochs, or set training.use_amp=false; the same command then continues"
-                )
-                return DIVERGED
-            log.warning(f"{bad}; going back to the last checkpoint")
-            rolled_back_to = checkpoint
-            self.restore(checkpoint)
-        if not self.complete:
-            self.save()
-        self._writer.wait()
-        if self.complete:
-            return 0
-        self.ranks.any(False)  # torchrun gives the others half a minute once one rank has left
-        if self._store.error is not None:
-            log.error(f"{self._store.error}; saved at step {state.step}, from which the same command continues")
-            return STORE_FAILED
-        log.info(f"stopped at step {state.step}; the same command continues from there")
-        return STOPPED
-
-    def _train(self, stop: StopSignal) -> None:
-        """The training loop: until the end, a request to stop, or divergence."""
-        config, name = self.config, self.config.logging.run_name
-        progress = (self.state.step, self.schedule.total_steps, self.steps_per_epoch)
-        with (
-            self._open_metrics() as metrics,
-            Display(self._console, name, *progress) as display,
-            Watchdog(self.ranks, config.training.timeout_s) as watchdog,
-        ):
-            while not self.complete and not self.diverged and not self.ranks.any(self._must_stop(stop)):
-                values = self.step()
-                if values and metrics is not None:
-                    metrics.write(self.state.step, values)
-                display.update(self.state)
-                if self._heartbeat is not None:
-                    self._heartbeat.beat(self.state)
-                probed = self._due(config.evaluation.eval_frequency * self.steps_per_epoch) and not self.complete
-                if probed:
-                    watchdog.rest()
-                    self._evaluate_online(metrics)
-                    watchdog.beat()
-                due = self._due(config.checkpoint.save_frequency) or (probed and config.checkpoint.keep_best_n > 0)
-                if due or self.complete:
-                    self.save()
-                watchdog.beat()
-
-    def _must_stop(self, stop: StopSignal) -> bool:
-        parts = self.config.training.accumulation_steps
-        return self._store.failed(self.loader, parts, self.state, lambda: stop.asked) or stop.asked
-
-    def step(self) -> dict[str, float]:
-        """Take one optimiser step. At a logging step, what metrics.jsonl records of it; else nothing."""
-        state, started = self.state, time.perf_counter()
-        result = self._updater.take(self._stream, state, self._guard)
-        self._means.add(result.losses, result.grad_norm, result.skip)
-        state.step += 1
-        due = self._due(self.config.logging.log_frequency) or self.complete
-        means = {}
-        if due or state.step == 1:
-            means = self._means.read(self.ranks)
-            state.loss_last = means.get("loss", state.loss_last)
-            state.loss_first = state.loss_last if state.loss_first is None else state.loss_first
-            self._guard.read(state)
-        state.train_s += time.perf_counter() - started
-        return self._metrics(result, means) if due else {}
-
-    def _metrics(self, result: StepResult, means: dict[str, float]) -> dict[str, float]:
-        """One line of metrics.jsonl; the means start anew."""
-        state, (signals, rows) = self.state, self._means.collapse_signals()
-        state.bad_samples = len(self.loader.quarantine)
-        if signals:
-            self._alarm.check(state, signals, rows)
-        self._means = RunningMeans()
-        return {
-            **means,
-            **signals,
-            "lr": result.lr,
-            "ema_momentum": result.momentum,
-            **self._speed.since_last(state),
-            "skipped_steps": state.skipped_steps,
-            "collapse_alarm": float(state.collapsed),
-            "bad_samples": state.bad_samples,
-            **memory_metrics(self.device),
-            "epoch": self.loader.state_dict()["epoch"],
-        }
-
-    def _due(self, frequency: int) -> bool:
-        """Whether it is time for what happens every `frequency` steps; 0: never."""
+    def is_due(self, frequency: int) -> bool:
+        """Return True at every `frequency`-th step; never, if it is 0."""
         return frequency > 0 and self.state.step % frequency == 0
 
-    def save(self) -> None:
-        """Write a checkpoint, unless the run has diverged: on rank 0, in the background while training continues."""
-        self._guard.read(self.state)
-        if self.ranks.is_first and not self.diverged:
-            run, loader = self.state.as_dict(), self.loader.state_dict()
-            saved = {"step": self.state.step, "run": run, "loader": loader, "score": self._score()}
-            self._writer.write(take_snapshot(self.model, self.optimizer, saved))
+    def read_counts(self) -> None:
+        """Read the counts of skipped steps into `state`. Waits for the device."""
+        self._monitor.read_counts()
 
-    def _score(self) -> float | None:
-        """Ranks checkpoints: the k-NN measured at this step or, in a run that measures none, the negative loss."""
-        state = self.state
-        if self.config.evaluation.eval_frequency:
-            return state.knn if state.knn_step == state.step else None
-        return None if state.loss_last is None else -state.loss_last
+    def snapshot(self, score: float | None) -> Snapshot:
+        """Copy what a checkpoint of this step holds. `score` ranks it among the others; higher is better."""
+        step, run, loader = self.state.step, self.state.as_dict(), self.loader.state_dict()
+        return take_snapshot(self.model, self.optimizer, {"step": step, "run": run, "loader": loader, "score": score})
 
-    def _evaluate_online(self, metrics: MetricsLog | None) -> None:
-        """Measure k-NN and draw, on rank 0, while the others wait."""
-        if self._probe is not None:
-            with self._store.noting():
-                values = self._probe.online()
-                self.state.knn, self.state.knn_step = values.get("knn"), self.state.step
-                if metrics is not None:
-                    metrics.write(self.state.step, values)
-                self._draw(self._probe, metrics)
-        self.ranks.any(False)
+    def restore(self, path: Path) -> None:
+        """Continue from a checkpoint. Raises ValueError when it is damaged or of another architecture."""
+        saved = load_checkpoint(path, self.model, self.optimizer)
+        self.loader.load_state_dict(saved["loader"])
+        # A run that ended because of its skipped steps deserves another try: their count starts at 0 again.
+        self._start_from(RunState(**{**saved["run"], "skipped_in_a_row": 0}))
+        log.info(f"continuing from {path} (step {self.state.step} of {self.schedule.total_steps})")
 
-    def _open_metrics(self) -> AbstractContextManager[MetricsLog | None]:
-        if not self.ranks.is_first:
-            return nullcontext()
-        return MetricsLog(self.folder, self.config.logging.tensorboard, self.state.step, self._wandb)
+    def newest_checkpoint(self) -> Path | None:
+        """Return the newest undamaged checkpoint of the run, which rank 0 chooses for all ranks."""
+        folder = self.folder / "checkpoints"
+        path = newest_checkpoint(folder) if self.ranks.is_first else None
+        step = self.ranks.from_first(-1 if path is None else checkpoint_step(path))
+        return None if step < 0 else checkpoint_path(folder, step)
 
-    def _draw(self, probe: OnlineEvaluation, metrics: MetricsLog | None) -> list[Path]:
-        """Draw the pictures of the run as it is now, and put them into its log."""
-        if not self.config.logging.pictures:
-            return []
-        neighbours = probe.neighbours(QUERIES, NEIGHBOURS)
-        paths = draw_run(self.folder, self.config, self.dataset, self.model, self.masks, neighbours)
-        if metrics is not None:
-            for path in paths:
-                metrics.picture(self.state.step, path.stem, read_picture(path))
-        return paths
+    def fetch_shards(self, cancelled: Callable[[], bool]) -> bool:
+        """Wait for the shards of the next step, so that a failing object store cannot break the step itself.
 
-    def evaluate(self) -> int:
-        """Measure the trained encoder, draw, and write summary.json, report.md and report.html: 0 or NOT_WRITTEN."""
-        folder, state, probe = self.folder, self.state, self._probe
-        assert probe is not None, "evaluate() is for rank 0, after open()"
-        self._console.print("evaluating and drawing ...", style="dim")
-        self._set_status("evaluating")
-        self.loader.close()
+        Returns False when `cancelled()` turns true or the store fails; `store_error` then says why.
+        """
+        started = time.perf_counter()
         try:
-            with self._open_metrics() as metrics:
-                summary = write_summary(folder, self.config, state, probe, self.model.encoder.width)
-                pictures = self._draw(probe, metrics)
-            hints = advice(self.config, summary)
-            write_report(folder, summary, hints, pictures)
-            page = write_page(folder, hints)
-        except OSError as error:
-            log.error(f"{folder}: the summary could not be written ({error}); the same command tries again")
-            return NOT_WRITTEN
-        self._console.print(summary_table(summary))
-        for line in (*hints, f"report: {page}, pictures: {folder / 'figures'}"):
-            log.info(line)
-        if checkpoint_path(self.checkpoints, state.step).exists():
-            return 0
-        log.error(
-            f"the weights of step {state.step} are NOT saved: free some space; the same command continues from the last "
-            "checkpoint"
-        )
-        return NOT_WRITTEN
+            if self.store_error is None:
+                self.loader.prepare(self.config.training.accumulation_steps, cancelled)
+        except Cancelled:
+            pass
+        except OSError as error:  # of the store, or of the disk that caches its shards
+            self.store_error = error
+        waited = time.perf_counter() - started
+        self.state.wait_s, self.state.train_s = self.state.wait_s + waited, self.state.train_s + waited
+        self.state.store_wait_s = self._store_wait_before_s + self.loader.store_wait_s
+        return self.store_error is None and not cancelled()
 
-    def close(self, code: int) -> None:
-        """Note how the run ended, by its exit code."""
-        self._set_status(STATUSES.get(code, "failed"))
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=code)
+    def train_step(self) -> dict[str, float]:
+        """Take one optimiser step. Returns its line of metrics.jsonl at a logging step, else an empty dict."""
+        config, ranks, state, started = self.config, self.ranks, self.state, time.perf_counter()
+        parts = config.training.accumulation_steps
+        lr, momentum = self.schedule.lr(state.step), self.schedule.momentum(state.step)
+        # SIGReg's random directions must agree on all ranks: lane 0 of the step.
+        self._generator.manual_seed(step_seed(config.seed, state.step, 0))
+        size = (config.model.projector_dim, config.loss.sigreg_slices)
+        directions = random_directions(*size, self._generator, self.device)
+        losses = []
+        for part in range(parts):
+            # Data. DALI prefetches batches: this waits only where the loader is slower than the model.
+            waiting = time.perf_counter()
+            batch = next(self._batches)
+            state.wait_s += time.perf_counter() - waiting
+            state.images += len(batch.labels) * ranks.world_size
 
-    def _set_status(self, status: str) -> None:
-        """In heartbeat.json, on rank 0."""
-        if self._heartbeat is not None:
-            self._heartbeat.write(status, self.state)
+            # Masks. They and stochastic depth use the global generator, seeded so that a resumed run draws the same.
+            torch.manual_seed(step_seed(config.seed, state.step, part * ranks.world_size + ranks.rank + 1))
+            plan = self.masks(len(batch.labels))
+
+            # Forward and backward. Gradients add up over the parts; only the last one averages them over the ranks.
+            amp = torch.autocast(self.device.type, torch.bfloat16, enabled=amp_enabled(config, self.device))
+            with no_sync_if(part < parts - 1, self._replica), amp:
+                losses.append(self._loss_fn(self._replica, batch, plan, directions))
+            (losses[-1]["loss"] / parts).backward()
+
+        # Clip.
+        grad_norm = nn.utils.clip_grad_norm_(self._parameters, config.training.grad_clip or math.inf)
+
+        # Guard. `skip` is 1 on all ranks if a number is not finite on any. It stays on the device, so that nothing waits.
+        skip = self._monitor.check([part["loss"] for part in losses], grad_norm)
+
+        # Optimiser. Where `found_inf` is 1, its kernels change nothing.
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.found_inf = skip
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+        # Target: the moving average of the encoder.
+        self.model.update_target(momentum, skip)
+
+        # Log. Only here does the host wait for the device; at step 1 too, for the first loss of the summary.
+        state.step += 1
+        self._monitor.add(losses, grad_norm, skip)
+        is_logged = self.is_due(config.logging.log_frequency) or self.complete
+        means = self._monitor.read_means(ranks) if is_logged or state.step == 1 else {}
+        state.bad_samples = len(self.loader.quarantine)
+        state.train_s += time.perf_counter() - started
+        if not is_logged:
+            return {}
+        epoch = self.loader.state_dict()["epoch"]
+        return {**means, "lr": lr, "ema_momentum": momentum, **self._monitor.end_interval(), "epoch": epoch}
+
+
+def train(trainer: Trainer, recorder: "Recorder", stop: StopSignal) -> int:
+    """Train to the end of the schedule. Returns 0, STOPPED, STORE_FAILED or DIVERGED."""
+    config, ranks = trainer.config, trainer.ranks
+    eval_steps, rolled_back_to = config.evaluation.eval_frequency * trainer.steps_per_epoch, None
+    with recorder.display(), Watchdog(ranks, config.training.timeout_s) as watchdog:
+        # Stop all ranks before the same step: when one of them is asked to, or cannot get its shards.
+        while not trainer.complete and ranks.all(trainer.fetch_shards(lambda: stop.asked)):
+            recorder.log(trainer.train_step())
+
+            # Evaluate. Rank 0 may take minutes while the others wait for it: they do not hang.
+            is_evaluated = trainer.is_due(eval_steps) and not trainer.complete
+            if is_evaluated:
+                watchdog.pause()
+                recorder.evaluate()
+                ranks.barrier()
+
+            # Save. Every rank reads the counts, so that all agree on `diverged`.
+            has_score = is_evaluated and config.checkpoint.keep_best_n > 0
+            if trainer.is_due(config.checkpoint.save_frequency) or has_score or trainer.complete:
+                trainer.read_counts()
+                recorder.save()
+
+            # Roll back a run that diverges, but not twice to the same checkpoint.
+            if trainer.diverged:
+                recorder.wait()
+                checkpoint, skipped = trainer.newest_checkpoint(), trainer.state.skipped_in_a_row
+                bad = f"step {trainer.state.step}: {skipped} steps in a row without a finite loss and gradient"
+                if checkpoint is None or checkpoint == rolled_back_to:
+                    log.error(f"{bad}; stopped. {DIVERGED_ADVICE}")
+                    return DIVERGED
+                log.warning(f"{bad}; going back to the last checkpoint")
+                rolled_back_to = checkpoint
+                trainer.restore(checkpoint)
+                recorder.rewind()
+            watchdog.beat()
+
+    # Leave with a checkpoint. torchrun kills the others half a minute after one rank has left, so all wait for rank 0's.
+    if not trainer.complete:
+        trainer.read_counts()
+        recorder.save()
+    recorder.wait()
+    ranks.barrier()
+    if trainer.complete:
+        return 0
+    if trainer.store_error is not None:
+        log.error(f"{trainer.store_error}; saved at step {trainer.state.step}, from which the same command continues")
+        return STORE_FAILED
+    log.info(f"stopped at step {trainer.state.step}; the same command continues from there")
+    return STOPPED
+
+
+def step_seed(seed: int, step: int, lane: int) -> int:
+    """Return a seed for every step and lane, so that a resumed run draws what an uninterrupted one would.
+
+    Lane 0 is for what all ranks share; each part of each rank has one of the others.
+    """
+    return ((seed * 1_000_003 + step) * 1_000_003 + lane) % 2**63
+
+
+def batches(loader: MultiCropLoader, per_step: int = 1) -> Iterator[CropBatch]:
+    """Yield epoch after epoch, from where the loader stands, without the last batches of an epoch that fill no step."""
+    while True:
+        left = (len(loader.index) - loader.state_dict()["position"]) // loader.global_batch
+        usable = left // per_step * per_step
+        for number, batch in enumerate(loader):
+            if number < usable:
+                yield batch

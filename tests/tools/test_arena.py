@@ -1,4 +1,4 @@
-"""The arena: other methods on our crops with our step, the budget's bookkeeping, and what its tables make of the lines."""
+"""The arena: other methods on our crops with our step, the bookkeeping of the budget, and its tables."""
 
 import csv
 import json
@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tools import study
-from tools.studies.arena import curve, lead_lines, write_arena
 from tools.studies.grid import BASE, PEERS, Base, arena_trials
 from tools.studies.peers import Supervised
-from tools.studies.run import Training, measure, run_trial, study_config
+from tools.studies.tables import lead_lines, seed_means, write_arena
+from tools.studies.training import TimedTraining, measure_rows, run_trial, trial_config
 from train.evaluation.features import pooled_features
 
 LIGHTLY = pytest.mark.skipif(find_spec("lightly") is None, reason="needs lightly: pip install -e '.[arena]'")
@@ -21,9 +21,9 @@ METHODS = [pytest.param(name, marks=LIGHTLY if name == "dino" else ()) for name 
 
 @pytest.mark.parametrize("variant", METHODS)
 def test_a_peer_takes_two_steps_with_gradients_in_every_weight_of_the_encoder(base: Path, variant: str) -> None:
-    training = Training(study_config(Base(str(base)), variant, 0, 2), variant)
-    model, losses = training.model, []
-    model.register_forward_hook(lambda _, __, found: losses.append(found["loss"].item()))
+    training = TimedTraining(trial_config(Base(str(base)), variant, 0, 2), variant)
+    model, losses = training.trainer.model, []
+    model.register_forward_hook(lambda _, __, outputs: losses.append(outputs["loss"].item()))
     gradients: set[str] = set()
     for name, value in model.named_parameters():
         if value.requires_grad:
@@ -36,19 +36,20 @@ def test_a_peer_takes_two_steps_with_gradients_in_every_weight_of_the_encoder(ba
     assert all(torch.tensor(losses).isfinite())
     assert {f"encoder.{name}" for name, _ in model.encoder.named_parameters()} <= gradients
     assert any(not torch.equal(value, start[name]) for name, value in model.encoder.state_dict().items())
-    assert (training.state.images, training.state.skipped_steps) == (16, 0)
+    state = training.trainer.state
+    assert (state.images, state.skipped_steps) == (16, 0)
 
 
 @LIGHTLY
 def test_dinos_loss_is_the_cross_entropy_of_all_pairs_of_different_views(base: Path) -> None:
-    training = Training(study_config(Base(str(base)), "dino", 0, 2), "dino")
-    model, batch = training.model, next(training._stream)
-    found = [model.head(model.encoder([(crop, None)])[0].tokens.mean(dim=1)) for crop in batch.crops]
+    training = TimedTraining(trial_config(Base(str(base)), "dino", 0, 2), "dino")
+    model, batch = training.trainer.model, next(iter(training.trainer.loader))
+    outputs = [model.head(model.encoder([(crop, None)])[0].tokens.mean(dim=1)) for crop in batch.crops]
     taught = [model.target_head(model.target([(crop, None)])[0].tokens.mean(dim=1)) for crop in batch.crops[:2]]
     terms = [
         -((teacher / 0.04).softmax(-1) * (student / 0.1).log_softmax(-1)).sum(-1).mean()
         for g, teacher in enumerate(taught)
-        for v, student in enumerate(found)
+        for v, student in enumerate(outputs)
         if g != v
     ]
     torch.testing.assert_close(model(batch.crops, batch.labels)["loss"], torch.stack(terms).mean())
@@ -56,8 +57,8 @@ def test_dinos_loss_is_the_cross_entropy_of_all_pairs_of_different_views(base: P
 
 
 def test_supervised_is_the_mean_cross_entropy_of_every_view(base: Path) -> None:
-    training = Training(study_config(Base(str(base)), "supervised", 0, 2), "supervised")
-    model, batch = training.model, next(training._stream)
+    training = TimedTraining(trial_config(Base(str(base)), "supervised", 0, 2), "supervised")
+    model, batch = training.trainer.model, next(iter(training.trainer.loader))
     assert isinstance(model, Supervised)
     terms = [
         torch.nn.functional.cross_entropy(model.head(model.encoder([(crop, None)])[0].tokens.mean(dim=1)), batch.labels)
@@ -68,11 +69,11 @@ def test_supervised_is_the_mean_cross_entropy_of_every_view(base: Path) -> None:
 
 def test_evaluations_neither_count_nor_change_the_training(base: Path) -> None:
     start = Base(str(base))
-    config = study_config(start, BASE, 0, 4)
-    training = Training(config, BASE)
+    config = trial_config(start, BASE, 0, 4)
+    training = TimedTraining(config, BASE)
     training.run_to(2)
     before = training.cpu_s
-    measure(config, {"trained": pooled_features(training.model.target)}, training.model)
+    measure_rows(config, {"trained": pooled_features(training.trainer.model.target)})
     assert training.cpu_s == before > 0
     taken = training.step()
     assert training.cpu_s == pytest.approx(before + taken)
@@ -159,10 +160,10 @@ def test_leads_are_differences_of_the_same_seed_and_curves_means_of_the_same_ste
     # 2, 3, 2: a standard deviation of 0.577, times 4.303 / sqrt(3).
     assert "| lejepa | +2.3 ± 1.4 | +2.3 ± 1.4 | +2.5 ± 19.1 | +2.5 ± 19.1 |" in text
     points = [made_up("lejepa", "time", seed, knn, steps) for seed, knn, steps in ((0, 50, 5), (1, 54, 5), (0, 60, 10))]
-    assert curve(points, "images", "knn") == ([160, 320], [52, 60], [50, 60], [54, 60])
+    assert seed_means(points, "images", "knn") == [(160, 52, 50, 54), (320, 60, 60, 60)]
     baseline = {**made_up("raw pixels", "", 0, 61), "images": "", "cpu_s": ""}
     steps = {BASE: 10, "lejepa": 12}
-    write_arena(tmp_path, "made_up", "a command", [BASE, "lejepa"], [baseline, *rows], [*points, *rows], steps, 1.0)
+    write_arena(tmp_path / "made_up", "a command", [BASE, "lejepa"], [baseline, *rows], [*points, *rows], steps, 1.0)
     text = (tmp_path / "made_up.md").read_text()
     assert text.count("| lejepa | ") == 3
     assert "| raw pixels | 1 | 61.0 | 62.0 |" in text

@@ -1,4 +1,4 @@
-"""The doctor on a sound machine, and on one fault at a time, planted where it would really occur."""
+"""The doctor on a sound machine, and on one problem at a time, planted where it would really occur."""
 
 import json
 import os
@@ -10,12 +10,11 @@ import pytest
 from pipeline.shards.index import open_index, split_folder
 from tools import doctor, make_shards
 from tools.checks import data, gpu, machine, packages
-from tools.checks.check import CHECKS, Case, Finding, examine
+from tools.checks.check import Case, Finding, examine
 from train.config.load import load_config
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
-MULTICROP = ROOT / "configs" / "multicrop_training.yaml"  # with device auto
 
 
 @pytest.fixture
@@ -29,12 +28,12 @@ def shards(data_path: Path, tmp_path: Path) -> Path:
     return tmp_path / "shards"
 
 
-def found(name: str, case: Case) -> Finding:
-    return examine(CHECKS[name], case)
+def diagnosis(name: str, case: Case) -> Finding:
+    return examine(doctor.CHECKS[name], case)
 
 
 def plant_package(folder: Path, name: str, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a wrong `pip install` leaves behind: another version's metadata, found first."""
+    """Write what a wrong `pip install` leaves behind: metadata of another version, which comes first on the path."""
     place = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     place.mkdir(parents=True)
     (place / "METADATA").write_text(
@@ -43,14 +42,15 @@ def plant_package(folder: Path, name: str, version: str, monkeypatch: pytest.Mon
     monkeypatch.syspath_prepend(str(folder))
 
 
-def test_on_a_sound_machine_nothing_fails_and_at_least_fifteen_things_are_looked_at(
+def test_on_a_sound_machine_nothing_fails_and_what_does_not_apply_is_skipped(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [str(QUICKSTART), "data.batch_size=8", "--data", str(shards), "--out", str(tmp_path / "runs"), "--json"]
     assert doctor.main(arguments) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert len(rows) >= 15
+    assert [row["name"] for row in rows] == list(doctor.CHECKS)
     assert {row["name"] for row in rows if row["status"] == "fail"} == set()
+    assert {row["name"]: row["status"] for row in rows}["compiler"] == "skip"  # not "ok"
     assert set(rows[0]) == {"name", "status", "text", "fix", "seconds"}
     assert list((tmp_path / "runs").iterdir()) == []  # nothing of the trials is left
 
@@ -64,7 +64,7 @@ def test_a_damaged_shard_is_exit_code_1_with_a_suggested_fix(
             file.write(b"\xff" * 64)
     assert doctor.main(["--data", str(shards), "--out", str(tmp_path)]) == 1
     said = capsys.readouterr().out
-    assert "fail  shards: a sampled checksum" in said
+    assert "fail  shards: manifest" in said
     assert "-> copy the shard again, or convert again" in said
 
 
@@ -85,7 +85,7 @@ def zero_the_index(train: Path) -> None:
 @pytest.mark.parametrize("damage", [cut_short, lose_a_shard, zero_the_index])
 def test_an_index_that_does_not_belong_to_the_shards_fails(damage: Callable[[Path], None], shards: Path) -> None:
     damage(shards / "train")
-    finding = found("shards: index", Case(data=str(shards)))
+    finding = diagnosis("shards: index", Case(data=str(shards)))
     assert finding.status == "fail"
     assert finding.fix == f"python tools/make_shards.py verify {shards}"
 
@@ -95,7 +95,7 @@ def test_a_manifest_of_another_folder_fails(shards: Path) -> None:
     content = json.loads(path.read_text())
     content["shards"][0]["name"] = "other-000000.tar"
     path.write_text(json.dumps(content))
-    finding = found("shards: manifest", Case(data=str(shards)))
+    finding = diagnosis("shards: manifest", Case(data=str(shards)))
     assert finding.status == "fail"
     assert "make_shards.py index" in finding.fix
 
@@ -107,7 +107,7 @@ def test_images_that_do_not_decode_fail(shards: Path) -> None:
         with (shards / "train" / index.shards[sample["shard"]]).open("r+b") as file:
             file.seek(int(sample["offset"]) + 40)
             file.write(bytes(int(sample["size"]) - 40))
-    finding = found("shards: sampled images", Case(data=str(shards)))
+    finding = diagnosis("shards: sampled images", Case(data=str(shards)))
     assert finding.status == "fail"
     assert finding.text.startswith("32 of 32: ")
     assert "copy the shard again" in finding.fix
@@ -115,49 +115,47 @@ def test_images_that_do_not_decode_fail(shards: Path) -> None:
 
 def test_a_torchvision_of_another_torch_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant_package(tmp_path, "torchvision", "0.1.0", monkeypatch)
-    finding = found("torch and torchvision", Case())
+    finding = diagnosis("packages", Case())
     assert finding.status == "fail"
-    assert "torchvision 0.1.0 is of another release" in finding.text
+    assert "torchvision needs ==9.9" in finding.text
     assert "requirements.lock" in finding.fix
 
 
 def test_a_decoder_of_another_dali_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant_package(tmp_path, "nvidia-nvimgcodec-cu12", "0.1.0", monkeypatch)
-    finding = found("DALI and nvImageCodec", Case())
+    finding = diagnosis("DALI and nvImageCodec", Case())
     assert finding.status == "fail"
     assert "nvidia-nvimgcodec-cu12 is 0.1.0" in finding.text
 
 
 def test_two_dalis_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant_package(tmp_path, "nvidia-dali-cuda130", "2.4.0", monkeypatch)
-    finding = found("DALI and nvImageCodec", Case())
+    finding = diagnosis("DALI and nvImageCodec", Case())
     assert finding.status == "fail"
     assert "pip uninstall --yes nvidia-dali-cuda120 nvidia-dali-cuda130" in finding.fix
 
 
-def test_a_library_that_is_nowhere_is_missed(tmp_path: Path) -> None:
+def test_a_missing_library_is_noticed(tmp_path: Path) -> None:
     place = tmp_path / "npp" / "lib"
     place.mkdir(parents=True)
     (place / "libnppc.so.99").write_bytes(b"")
-    assert packages.is_found("libnppc.so.99", tmp_path)
-    assert not packages.is_found("libnppig.so.99", tmp_path)
+    assert packages.library_exists("libnppc.so.99", tmp_path)
+    assert not packages.library_exists("libnppig.so.99", tmp_path)
 
 
-@pytest.mark.parametrize(("version", "status"), [("470.57.02", "fail"), ("595.71.05", "ok")])
-def test_an_old_driver_fails(version: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("version", "is_old"), [("470.57.02", True), ("595.71.05", False)])
+def test_an_old_driver_fails(version: str, is_old: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {version}  Wed Jul 14 18:00:00 UTC 2021\nGCC version: gcc 12.2\n"
     (tmp_path / "version").write_text(text)
     monkeypatch.setattr(gpu, "DRIVER", tmp_path / "version")
-    finding = found("driver", Case())
-    assert finding.status == status
-    assert finding.text.startswith(version)
-    if status == "fail":
-        assert "install NVIDIA driver 5" in finding.fix
+    finding = diagnosis("GPUs", Case())
+    assert f"driver {version}" in finding.text
+    assert ("install NVIDIA driver 5" in finding.fix) == is_old
 
 
 def test_a_tiny_shared_memory_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "SHARED_MEMORY", Path("/proc"))  # a file system of size 0
-    finding = found("shared memory", Case())
+    finding = diagnosis("shared memory", Case())
     assert finding.status == "fail"
     assert "--shm-size=8g" in finding.fix
 
@@ -165,7 +163,7 @@ def test_a_tiny_shared_memory_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_folder_that_cannot_be_written_fails(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
     for place in (tmp_path / "runs" / "mine", Path("/proc/runs")):
-        finding = found("run folder", Case(out=place))
+        finding = diagnosis("run folder", Case(out=place))
         assert finding.status == "fail"
         assert "mount it writable" in finding.fix
 
@@ -173,66 +171,31 @@ def test_a_run_folder_that_cannot_be_written_fails(tmp_path: Path) -> None:
 def test_more_threads_than_the_container_may_use_warn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cpu.max").write_text("100000 100000\n")
     monkeypatch.setattr(machine, "CGROUP_QUOTA", tmp_path / "cpu.max")
-    finding = found("cores and threads", Case(load_config(QUICKSTART, ["data.num_workers=4"])))
+    finding = diagnosis("cores and threads", Case(load_config(QUICKSTART, ["data.num_workers=4"])))
     assert finding.status == "warn"
     assert finding.fix.startswith("data.num_workers=1,")
 
 
-def test_a_wish_for_compilation_without_a_compiler_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compilation_without_a_compiler_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    finding = found("compiler", Case(load_config(QUICKSTART, ["training.compile=true"])))
+    finding = diagnosis("compiler", Case(load_config(QUICKSTART, ["training.compile=true"])))
     assert finding.status == "fail"
     assert "training.compile=false" in finding.fix
 
 
-def test_a_wish_for_a_gpu_where_there_is_none_fails() -> None:
+def test_a_missing_gpu_fails() -> None:
     if gpu.sees_gpu():
         pytest.skip("there is a GPU")
-    finding = found("GPUs", Case(load_config(QUICKSTART, ["device=gpu"])))
+    finding = diagnosis("GPUs", Case(load_config(QUICKSTART, ["device=gpu"])))
     assert finding.status == "fail"
     assert "docker run --gpus all" in finding.fix
 
 
-@pytest.mark.parametrize(
-    ("changes", "text"), [((), "on the CPU"), (("device=cpu",), "on the CPU"), (("device=gpu",), "skipped: no GPU")]
-)
-def test_without_a_gpu_crops_are_made_on_the_cpu(changes: tuple[str, ...], text: str) -> None:
-    if gpu.sees_gpu():
-        pytest.skip("there is a GPU")
-    finding = found("where crops are made", Case(load_config(MULTICROP, changes)))
-    assert finding.status == "ok"
-    assert finding.text.startswith(text)
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
-        (("device=gpu",), "on the GPU or on the CPU"),
-        (("data.crop_device=gpu",), "on the GPU; data.crop_device"),
-        (("data.crop_device=cpu",), "on the CPU, by the compiled operator, and uploaded"),
-        (("device=cpu",), "on the CPU, by the compiled operator; device is cpu"),
-    ],
-)
-def test_with_a_gpu_the_settings_decide_where_crops_are_made(changes: tuple[str, ...], text: str) -> None:
-    finding = found("where crops are made", Case(load_config(MULTICROP, changes)))
-    assert finding.status == "ok"
-    assert finding.text.startswith(text)
-
-
-def test_without_a_gpu_nvjpeg_reports_no_engine() -> None:
-    if gpu.sees_gpu():
-        pytest.skip("there is a GPU")
-    assert gpu.jpeg_engines() is None
-    assert found("GPU decode, JPEG engine", Case()).text == "skipped: no GPU"
-
-
-@pytest.mark.gpu
-def test_the_jpeg_engine_is_reported_and_decodes_as_pillow_does() -> None:
-    finding = found("GPU decode, JPEG engine", Case())
+def test_the_gpu_decodes_as_pillow_does() -> None:
+    finding = diagnosis("decoder", Case())
     assert finding.status != "fail"
-    engines = gpu.jpeg_engines()
-    assert engines is None or f"{engines[0]} engine(s) with {engines[1]} cores" in finding.text
+    assert "Pillow on the GPU" in finding.text
 
 
 def test_wrong_settings_are_reported_as_by_the_trainer(capsys: pytest.CaptureFixture[str]) -> None:

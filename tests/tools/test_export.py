@@ -1,4 +1,4 @@
-"""An exported encoder against the one that was trained: bit for bit, through timm alone."""
+"""An exported encoder against the one that was trained: bit for bit, through timm only."""
 
 import json
 from pathlib import Path

@@ -22,12 +22,12 @@ BATCH, STEPS_PER_EPOCH = 8, 12  # 103 samples: 7 are left out of each epoch
 
 
 def settings(data_path: Path, *changes: str) -> list[str]:
-    given = [
+    overrides = [
         "data.dataset=custom", f"data.data_path={data_path}", f"data.batch_size={BATCH}", "data.num_workers=1",
         "training.epochs=3", "data.augmentation.global_blur_prob=0.5", "data.augmentation.solarize_prob=0.5",
         "model.predictor_depth=1", "model.encoder_kwargs.depth=2", *changes,
     ]  # fmt: skip
-    return list({override.partition("=")[0]: override for override in given}.values())
+    return list({override.partition("=")[0]: override for override in overrides}.values())
 
 
 @pytest.fixture(autouse=True)
@@ -39,14 +39,14 @@ def _one_thread() -> Any:
 
 
 def trained_on(config: Config, start: dict[str, int], count: int) -> list[tuple]:
-    """What the model gets with each of `count` batches of a training that continues from `start`: crops, boxes, flips, masks."""
+    """Return the model's inputs for `count` batches of a training that continues from `start`: crops, boxes, flips, masks."""
     trainer, seen = Trainer(config), []
     loader, parts = trainer.loader, config.training.accumulation_steps
     trainer.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[:4]))
     trainer.state.step = (start["epoch"] * len(loader) + start["position"] // loader.global_batch) // parts
     loader.load_state_dict(start)
     while len(seen) < count:
-        trainer.step()
+        trainer.train_step()
     return seen
 
 
@@ -80,13 +80,13 @@ def mask_tensors(plan: Any) -> list[torch.Tensor]:
 def test_on_several_ranks_a_position_has_the_masks_of_the_rank_that_gets_it(data_path: Path) -> None:
     config = load_config(CONFIG, settings(data_path))
     dataset = build_dataset(config)
-    alone, second = replay(config, 0, 9, 1), replay(config, 0, 9, 1, world_size=2)
+    single, second = replay(config, 0, 9, 1), replay(config, 0, 9, 1, world_size=2)
     loader = build_loader(config, dataset, BATCH, rank=1, world_size=2)
     assert next(iter(loader)).positions[1] == 9
     assert "step 0 (rank 1, image 1 of its batch)" in second.captions[0]
-    assert "step 1 (rank 0, image 1 of its batch)" in alone.captions[0]
-    assert torch.equal(alone.batch.crops[0], second.batch.crops[0])
-    assert not torch.equal(alone.masks.context, second.masks.context)
+    assert "step 1 (rank 0, image 1 of its batch)" in single.captions[0]
+    assert torch.equal(single.batch.crops[0], second.batch.crops[0])
+    assert not torch.equal(single.masks.context, second.masks.context)
 
 
 def test_the_command_names_each_sample_and_draws_it(

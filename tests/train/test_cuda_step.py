@@ -7,6 +7,8 @@ tensors: what it reads from a tensor there, it would wait for on a GPU.
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.hjepa import HJEPA
 from model.masks import STRATEGIES
 from pipeline.batch import CropBatch
-from tests.train.test_run import ROOT, command
-from train.build import build_masks, build_model, build_schedule, crop_sizes
+from tests.train.test_run import QUICKSTART, command
+from train.build import build_model, crop_sizes
 from train.config.load import load_config
 from train.distributed import Ranks
-from train.monitor import RunningMeans, StepGuard
-from train.optim import build_optimizer
-from train.state import RunState
-from train.step import Updater
+from train.trainer import Trainer
 
 CUDA = torch.device("cuda", 0)
 HOST_READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "bincount"}
@@ -63,7 +62,7 @@ def _indices(args: Any) -> list[torch.Tensor | None]:
 
 @pytest.fixture
 def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch needs a GPU for, besides its kernels: a generator, autocast's question for one, and the backward pass."""
+    """Replace what torch needs a GPU for, except its kernels: a generator, autocast's check, and the backward pass."""
 
     def backward(loss: torch.Tensor) -> None:
         assert (loss.device, loss.dtype, loss.shape) == (CUDA, torch.float32, ())
@@ -104,39 +103,50 @@ def moved(model: HJEPA, device: torch.device) -> HJEPA:
     return model
 
 
-def take_steps(strategy: str, device: torch.device, folder: Path) -> tuple[Waits, dict[str, torch.Tensor]]:
-    """Two steps of two batches each on fake tensors: what they waited for, and every tensor that they leave."""
-    changes = [f"masking.strategy={strategy}", "training.accumulation_steps=2", "training.use_amp=true"]
-    path, *overrides = command(ROOT / "configs" / "quickstart.yaml", folder, folder, *changes)
+@dataclass(frozen=True)
+class OneRank(Ranks):
+    """A single process on a device of the test's choice."""
+
+    chosen: torch.device = CUDA
+
+    def device(self, kind: str) -> torch.device:
+        return self.chosen
+
+
+def take_steps(strategy: str, device: torch.device, data_path: Path) -> tuple[Waits, dict[str, torch.Tensor]]:
+    """Take two steps of two batches each on fake tensors. Returns what they waited for, and every tensor that they leave."""
+    changes = [f"masking.strategy={strategy}", "training.accumulation_steps=2", "training.optimizer=muon"]
+    path, *overrides = command(QUICKSTART, data_path, data_path, *changes, "logging.log_frequency=1000")
     config = load_config(Path(path), overrides)
     real, sizes, count = build_model(config, torch.device("cpu")), crop_sizes(config), config.data.batch_size
     with FakeTensorMode():
-        model, state, means, guard = moved(real, device), RunState(), RunningMeans(), StepGuard(device, RunState())
-        optimizer, masks = build_optimizer(model, 0.05, (0.9, 0.95), "muon"), build_masks(config, model, device)
-        updater = Updater(config, model, model, masks, optimizer, build_schedule(config, 100), Ranks())
+        trainer = Trainer(config, OneRank(chosen=device), model=moved(real, device))
         crops = [torch.empty(count, 3, size, size, dtype=torch.uint8, device=device) for size in sizes]
         boxes = torch.empty(count, len(sizes), 4, device=device)
         flips = torch.empty(count, len(sizes), dtype=torch.bool, device=device)
         numbers = torch.empty(count, dtype=torch.int64, device=device)
+        trainer._batches = repeat(CropBatch(crops, numbers, boxes, flips, numbers))
+        trainer.state.step = 1  # the first step is read
         with Waits() as waits:
             for _ in range(2):
-                stream = iter([CropBatch(crops, numbers, boxes, flips, numbers) for _ in range(2)])
-                result = updater.take(stream, state, guard)
-                means.add(result.losses, result.grad_norm, result.skip)
-                state.step += 1
-        left = {**dict(model.named_parameters()), "skip": result.skip, "grad_norm": result.grad_norm, **means._sums}
-        for name, parameter in model.named_parameters():
-            left |= {f"{name}/{key}": value for key, value in optimizer.state[parameter].items()}
+                assert trainer.train_step() == {}
+        left = {
+            **dict(trainer.model.named_parameters()),
+            **trainer._monitor._sums,
+            "skipped": trainer._monitor._skipped,
+        }
+        for name, parameter in trainer.model.named_parameters():
+            left |= {f"{name}/{key}": value for key, value in trainer.optimizer.state[parameter].items()}
         with Waits() as reading, pytest.raises(DataDependentOutputException):
-            guard.read(state)
-        assert reading.seen == ["_local_scalar_dense"]  # at a logging step alone
+            trainer.read_counts()
+        assert reading.seen == ["_local_scalar_dense"]  # only a logging step waits
     return waits, left
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.usefixtures("pretended_gpu")
-def test_a_step_stays_on_the_gpu_and_never_waits_for_it(strategy: str, tmp_path: Path) -> None:
-    waits, left = take_steps(strategy, CUDA, tmp_path)
+def test_a_step_stays_on_the_gpu_and_never_waits_for_it(strategy: str, data_path: Path) -> None:
+    waits, left = take_steps(strategy, CUDA, data_path)
     assert waits.seen == []
     assert waits.count > 500
     assert {name: tensor.device for name, tensor in left.items() if tensor.device != CUDA} == {}
@@ -144,8 +154,8 @@ def test_a_step_stays_on_the_gpu_and_never_waits_for_it(strategy: str, tmp_path:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_backward_pass_reads_no_values_and_reaches_every_parameter(strategy: str, tmp_path: Path) -> None:
-    waits, left = take_steps(strategy, torch.device("cpu"), tmp_path)
+def test_a_backward_pass_reads_no_values_and_reaches_every_parameter(strategy: str, data_path: Path) -> None:
+    waits, left = take_steps(strategy, torch.device("cpu"), data_path)
     assert waits.seen == []
     trained = [name for name, tensor in left.items() if tensor.requires_grad]
     assert [name for name in trained if not {f"{name}/exp_avg", f"{name}/momentum"} & left.keys()] == []

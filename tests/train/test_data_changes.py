@@ -12,16 +12,16 @@ import pytest
 from PIL import Image
 
 from pipeline.shards.index import open_index, save_index
-from tests.train.test_run import ROOT, command
+from tests.train.test_run import QUICKSTART, command
 from tools.checks import data
-from tools.checks.check import CHECKS, Case, Finding, examine
+from tools.checks.check import Case, Finding, examine
+from tools.doctor import CHECKS
 from tools.make_shards import main as make_shards
 from train.checkpoint import data_of, list_checkpoints
 from train.config.load import load_config
 from train.evaluate import main as evaluate
 from train.run import main as train
 
-QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 SHORT = ("training.max_steps=2", "evaluation.crop_ratio=1.0")
 COLOURS = np.array([(r, g, b) for r in (20, 128, 235) for g in (20, 235) for b in (20, 235)])
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model.masks import STRATEGIES
-from tests.train.test_run import ROOT, command
+from tests.train.test_run import QUICKSTART, command
 from train.config.load import load_config
 from train.config.schema import Config
 from train.trainer import Trainer
@@ -28,7 +28,7 @@ def _one_thread() -> Iterator[None]:
 
 def config_of(device: str, data_path: Path, tmp_path: Path, *changes: str) -> Config:
     given = [f"device={device}", "data.crop_device=cpu", "data.hw_decoder_load=0.65", "training.max_steps=30", *changes]
-    path, *overrides = command(ROOT / "configs" / "quickstart.yaml", data_path, tmp_path, *given)
+    path, *overrides = command(QUICKSTART, data_path, tmp_path, *given)
     return load_config(Path(path), overrides)
 
 
@@ -91,16 +91,16 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     weight = next(trainer.model.encoder.parameters())
     weight.register_hook(lambda gradient: gradient * (spoilt[0] if kind == "gradient" else 1.0))
     for _ in range(2):
-        trainer.step()
+        trainer.train_step()
     sound = left_by(trainer)
     spoilt[0] = value
     for _ in range(2):
-        trainer.step()
+        trainer.train_step()
     assert changed(sound, left_by(trainer)) == []
     spoilt[0] = 1.0
-    trainer.step()
+    trainer.train_step()
     after = left_by(trainer)
     assert len(changed(sound, after)) > 0.5 * len(sound)
     assert all(bool(tensor.isfinite().all()) for tensor in after.values())
-    trainer._guard.read(trainer.state)
+    trainer.read_counts()
     assert (trainer.state.skipped_steps, trainer.state.skipped_in_a_row) == (2, 0)

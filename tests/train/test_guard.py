@@ -5,20 +5,21 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from model.hjepa import HJEPA
 from model.losses import random_directions
-from tests.train.test_run import ROOT, command
+from tests.train.test_run import QUICKSTART, command
 from train.checkpoint import list_checkpoints
 from train.config.load import load_config
 from train.config.schema import Config
-from train.monitor import CollapseAlarm
+from train.evaluation.measure import rankme
+from train.monitor import watch_for_collapse
 from train.run import main
 from train.state import RunState
-from train.step import batches, step_seed
-from train.trainer import Trainer
+from train.trainer import Trainer, batches, step_seed
 
 STEPS, BAD = 40, (*range(3, 13), 15, 17, *range(20, 28))
 
@@ -33,7 +34,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def config(data_path: Path, tmp_path: Path) -> Config:
-    path, *overrides = command(ROOT / "configs" / "quickstart.yaml", data_path, tmp_path, f"training.max_steps={STEPS}")
+    path, *overrides = command(QUICKSTART, data_path, tmp_path, f"training.max_steps={STEPS}")
     return load_config(Path(path), overrides)
 
 
@@ -82,7 +83,7 @@ def trained(config: Config, kind: str | None = None) -> tuple[Trainer, list[dict
     if kind is not None:
         poison(trainer.model, kind)
     while not trainer.complete:
-        if values := trainer.step():
+        if values := trainer.train_step():
             lines.append(values)
     return trainer, lines
 
@@ -119,7 +120,7 @@ def test_too_many_in_a_row_go_back_to_the_last_checkpoint_once_and_then_stop_wit
     data_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = ["training.max_steps=30", "training.max_skipped_steps=3", "checkpoint.save_frequency=5"]
-    arguments = command(ROOT / "configs" / "quickstart.yaml", data_path, tmp_path, *settings, "logging.log_frequency=1")
+    arguments = command(QUICKSTART, data_path, tmp_path, *settings, "logging.log_frequency=1")
     with monkeypatch.context() as context:
         spoil_every_model_from_its_call(context, 12)
         assert main(arguments) == 3
@@ -134,18 +135,18 @@ def test_too_many_in_a_row_go_back_to_the_last_checkpoint_once_and_then_stop_wit
 
 
 def test_the_alarm_rings_once_until_both_signals_have_recovered() -> None:
-    alarm, state = CollapseAlarm(100), RunState()
+    state = RunState()
     ranks = [50, 4.9, 4, 6, 7, 8, 4, 50, 50, 50]
     stds = [1.0, 1.0, 1.0, 1.0, 0.009, 1.0, 1.0, 1.0, 0.009, 0.02]
     for step, signals in enumerate(zip(ranks, stds, strict=True)):
         state.step = step
-        alarm.check(state, dict(zip(("rankme", "feature_std"), signals, strict=True)), rows=512)
+        watch_for_collapse(state, *signals, max_rank=100)
     assert state.alarms == [1, 6, 8]
     assert not state.collapsed
 
 
 class Collapsing(HJEPA):
-    """What is left without guards: the target is the student itself, the loss's gradient flows into it, nothing trails behind.
+    """A model without guards: the target is the student itself, the loss's gradient flows into it, nothing trails behind.
 
     One vector for all images then has no loss, and the step goes there from any start. A target without gradient is not
     enough to make collapse certain: with momentum 0 and no more, some seeds resist for thousands of steps.
@@ -179,7 +180,7 @@ def test_the_alarm_rings_on_a_toy_that_collapses_and_is_silent_on_the_same_with_
     settings = ["training.lr=2e-2", "training.warmup_epochs=0", "training.epochs=1000", "training.max_steps=120"]
     settings += ["training.final_lr_ratio=1", "logging.log_frequency=20", f"seed={seed}"]
     settings += ["training.optimizer=adamw"]  # in a toy that is made to fall at once
-    arguments = command(ROOT / "configs" / "quickstart.yaml", data_path, tmp_path, *settings)
+    arguments = command(QUICKSTART, data_path, tmp_path, *settings)
     falling = trained_as(Collapsing, [*arguments, "loss.view_weight=0", "loss.sigreg_weight=0"], monkeypatch)
     (alarm,) = caplog.messages
     assert alarm.startswith(("collapse alarm at step 60:", "collapse alarm at step 80:"))
@@ -200,10 +201,24 @@ def test_the_alarm_is_silent_on_the_quickstart(
 ) -> None:
     """Its own model and settings; only the photographs are those of the tests."""
     paths = ["data.dataset=custom", f"data.data_path={data_path}", f"logging.run_dir={tmp_path}"]
-    steps = ["training.epochs=60", "training.max_steps=60", "logging.log_frequency=20", "logging.tensorboard=false"]
-    assert main([str(ROOT / "configs" / "quickstart.yaml"), *paths, *steps]) == 0
+    steps = ["training.epochs=60", "training.max_steps=60", "logging.log_frequency=20"]
+    steps += ["logging.tensorboard=false", "logging.pictures=false"]
+    assert main([str(QUICKSTART), *paths, *steps]) == 0
     summary = json.loads((tmp_path / "quickstart" / "summary.json").read_text())
     lines = [json.loads(line) for line in (tmp_path / "quickstart" / "metrics.jsonl").read_text().splitlines()]
     assert summary["collapse_alarms"] == []
     assert max(line["collapse_alarm"] for line in lines) == 0
     assert "collapse alarm" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("count", "width", "rank"), [(512, 384, 384), (64, 384, 64), (300, 64, 7), (40, 40, 1), (2, 8, 2)]
+)
+def test_rankme_equals_its_definition_by_singular_values(count: int, width: int, rank: int) -> None:
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(count, rank)) @ (rng.normal(size=(rank, width)) * rng.uniform(0.1, 3, (rank, 1)))
+    values = np.linalg.svd(features, compute_uv=False)
+    shares = values / values.sum() + 1e-7
+    expected = np.exp(-(shares * np.log(shares)).sum())
+    assert rankme(torch.from_numpy(features)) == pytest.approx(expected, rel=1e-5)  # sqrt of float64's precision
+    assert rankme(torch.from_numpy(features).float()) == pytest.approx(expected, rel=1e-4)

@@ -21,8 +21,10 @@ from safetensors.torch import load_file
 
 from pipeline.shards.index import UNLABELLED, open_index, save_index
 from train.checkpoint import verify_checkpoint
+from train.config.load import load_config
 from train.output.log import MetricsLog
 from train.run import main
+from train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 TINY_ENCODER = (
@@ -36,6 +38,7 @@ TINY = [
     "model.projector_hidden=16", "model.projector_dim=8", "loss.sigreg_slices=8", "logging.tensorboard=false",
     "logging.pictures=false",
 ]  # fmt: skip
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 
 
@@ -44,24 +47,56 @@ def command(config: Path, data_path: Path, run_dir: Path, *changes: str) -> list
     return [str(config), *{override.partition("=")[0]: override for override in given}.values()]
 
 
-@pytest.mark.parametrize("config", SHIPPED, ids=lambda path: path.stem)
-def test_every_shipped_config_takes_two_steps_at_reduced_size(config: Path, data_path: Path, tmp_path: Path) -> None:
-    assert main(command(config, data_path, tmp_path, "training.max_steps=2", "logging.run_name=two")) == 0
-    run = tmp_path / "two"
+@pytest.fixture(scope="module")
+def complete(data_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two steps that is complete, with all its pictures."""
+    runs = tmp_path_factory.mktemp("complete")
+    assert main(command(QUICKSTART, data_path, runs, "training.max_steps=2", "logging.pictures=true")) == 0
+    return runs / "quickstart"
+
+
+def assert_two_steps(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 2
     assert summary["images"] == 16
     assert set(summary["knn"]) == {"pixels", "colour_histogram", "random_init", "trained"}
     assert 0 <= summary["linear"] <= 100
     assert {"images_per_s", "data_wait_percent", "loss_first", "loss_last", "rankme"} <= set(summary)
-    figures = ["crops.png", "curves.png", "features.png", "masks.png", "neighbours.png"]
-    assert sorted(path.name for path in (run / "figures").iterdir()) == figures
     report = (run / "report.md").read_text()
-    assert all(f"](figures/{name})" in report for name in figures)
     assert f"| k-NN, trained encoder | {summary['knn']['trained']:.1f} % |" in report
     heartbeat = json.loads((run / "heartbeat.json").read_text())
     assert (heartbeat["status"], heartbeat["step"], heartbeat["total_steps"]) == ("complete", 2, 2)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000002"]
+
+
+@pytest.mark.parametrize("config", [path for path in SHIPPED if path != QUICKSTART], ids=lambda path: path.stem)
+def test_every_shipped_config_takes_two_steps_at_reduced_size(config: Path, data_path: Path, tmp_path: Path) -> None:
+    assert main(command(config, data_path, tmp_path, "training.max_steps=2", "logging.run_name=two")) == 0
+    assert_two_steps(tmp_path / "two")
+
+
+def test_a_complete_run_is_reported_with_pictures_and_is_not_trained_again(complete: Path, data_path: Path) -> None:
+    assert_two_steps(complete)
+    figures = ["crops.png", "curves.png", "features.png", "masks.png", "neighbours.png"]
+    assert sorted(path.name for path in (complete / "figures").iterdir()) == figures
+    assert all(f"](figures/{name})" in (complete / "report.md").read_text() for name in figures)
+    checkpoint = complete / "checkpoints" / "step_00000002" / "model.safetensors"
+    before = checkpoint.stat().st_mtime_ns
+    assert main(command(QUICKSTART, data_path, complete.parent, "training.max_steps=2")) == 0
+    assert checkpoint.stat().st_mtime_ns == before
+
+
+def test_a_folder_of_another_run_is_not_continued(
+    complete: Path, data_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(QUICKSTART, data_path, complete.parent, "training.max_steps=2", "masking.num_masks=2")) == 2
+    assert "masking.num_masks: 4 -> 2" in capsys.readouterr().err
+
+
+def test_starting_over_moves_the_old_run_aside(complete: Path, data_path: Path, tmp_path: Path) -> None:
+    shutil.copytree(complete, tmp_path / "quickstart")
+    assert main(command(QUICKSTART, data_path, tmp_path, "training.max_steps=2", "checkpoint.resume=none")) == 0
+    assert (tmp_path / "quickstart" / "checkpoints.old-1" / "step_00000002").is_dir()
 
 
 def test_images_without_labels_get_neighbours_and_rankme_and_no_accuracies(
@@ -73,8 +108,8 @@ def test_images_without_labels_get_neighbours_and_rankme_and_no_accuracies(
         samples["label"] = UNLABELLED
         shutil.copytree(data_path / split, tmp_path / "bare" / split)
         save_index(tmp_path / "bare" / split, list(index.shards), samples)
-    changes = ["training.max_steps=2", "evaluation.eval_frequency=1", "data.batch_size=96"]
-    assert main(command(ROOT / "configs" / "quickstart.yaml", tmp_path / "bare", tmp_path, *changes)) == 0
+    changes = ["training.max_steps=2", "logging.pictures=true"]
+    assert main(command(QUICKSTART, tmp_path / "bare", tmp_path, *changes)) == 0
     summary = json.loads((tmp_path / "quickstart" / "summary.json").read_text())
     assert (summary["knn"], summary["linear"], summary["validation_images"]) == (None, None, 24)
     assert summary["rankme"] > 1
@@ -89,13 +124,15 @@ def test_images_without_labels_get_neighbours_and_rankme_and_no_accuracies(
 def test_every_strategy_trains_and_reports_what_its_other_crops_cover(
     strategy: str, data_path: Path, tmp_path: Path
 ) -> None:
-    changes = [f"masking.strategy={strategy}", "masking.exclude_covered=true", "training.max_steps=2"]
-    arguments = command(ROOT / "configs" / "quickstart.yaml", data_path, tmp_path, *changes)
-    assert main(arguments) == 0
-    line = json.loads((tmp_path / "quickstart" / "metrics.jsonl").read_text().splitlines()[-1])
+    changes = [f"masking.strategy={strategy}", "masking.exclude_covered=true", "logging.log_frequency=2"]
+    path, *overrides = command(QUICKSTART, data_path, tmp_path, *changes)
+    trainer = Trainer(load_config(Path(path), overrides))
+    assert trainer.train_step() == {}
+    line = trainer.train_step()
     assert 0 < line["covered_share"] < 1
     assert line["inside"] > 0
     assert line["outside"] == pytest.approx(line["level_0"] + line["level_1"] / 2 + line["level_2"] / 4, rel=1e-4)
+    assert list(tmp_path.iterdir()) == []
 
 
 def interrupt_at_step(run: Path, step: int, number: signal.Signals) -> threading.Thread:
@@ -112,26 +149,32 @@ def interrupt_at_step(run: Path, step: int, number: signal.Signals) -> threading
     return thread
 
 
+# Apart, so that no signal finds its step already logged and comes before the run is ready for it.
+STOPS = [(1, 15, signal.SIGTERM), (35, 50, signal.SIGUSR1), (70, 80, signal.SIGINT)]
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_run_stopped_at_random_steps_and_resumed_ends_with_the_same_weights_bit_for_bit(
-    data_path: Path, tmp_path: Path
+    count: int, data_path: Path, tmp_path: Path
 ) -> None:
-    config = ROOT / "configs" / "quickstart.yaml"
-    settings = ["training.epochs=8", "checkpoint.save_frequency=7", "logging.log_frequency=1"]
-    total = 8 * (103 // 8)
-    assert main(command(config, data_path, tmp_path, *settings, "logging.run_name=whole")) == 0
-    # Apart, so that no signal finds its step already logged and comes before the run is ready for it.
-    steps = (random.randint(1, 15), random.randint(35, 50), random.randint(70, 80))
-    for step, number in zip(steps, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), strict=True):
+    settings = [f"training.epochs={5 if count == 2 else 8}", "checkpoint.save_frequency=7", "logging.log_frequency=1"]
+    whole, parts = (
+        command(QUICKSTART, data_path, tmp_path, *settings, f"logging.run_name={n}") for n in ("whole", "parts")
+    )
+    assert main(whole) == 0
+    for first, last, number in STOPS[:count]:
+        step = random.randint(first, last)
         watcher = interrupt_at_step(tmp_path / "parts", step, number)
-        assert main(command(config, data_path, tmp_path, *settings, "logging.run_name=parts")) == 75, step
+        assert main(parts) == 75, step
         watcher.join()
-    assert main(command(config, data_path, tmp_path, *settings, "logging.run_name=parts")) == 0
+    assert json.loads((tmp_path / "parts" / "heartbeat.json").read_text())["status"] == "stopped"
+    assert main(parts) == 0
     newest = [max((tmp_path / name / "checkpoints").iterdir()) for name in ("whole", "parts")]
-    assert newest[0].name == newest[1].name == f"step_{total:08d}"
+    assert newest[0].name == newest[1].name
     for file in ("model.safetensors", "optimizer.safetensors"):
-        whole, parts = load_file(newest[0] / file), load_file(newest[1] / file)
-        assert whole.keys() == parts.keys()
-        assert all(torch.equal(whole[name], parts[name]) for name in whole)
+        ours, theirs = (load_file(path / file) for path in newest)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "parts")]
     losses = [[(line["step"], line["loss"]) for line in map(json.loads, part)] for part in lines]
     assert losses[0] == losses[1]
@@ -140,7 +183,7 @@ def test_a_run_stopped_at_random_steps_and_resumed_ends_with_the_same_weights_bi
 def test_a_second_ctrl_c_leaves_at_once_unless_it_is_the_first_passed_on_twice() -> None:
     text = (
         "import os, signal, time\n"
-        "from train.output.folder import StopSignal\n"
+        "from train.signals import StopSignal\n"
         "with StopSignal() as stop:\n"
         "    for wait in (0, 0, 1.2):\n"
         "        time.sleep(wait); os.kill(os.getpid(), signal.SIGINT); print(stop.asked, flush=True)\n"
@@ -149,24 +192,6 @@ def test_a_second_ctrl_c_leaves_at_once_unless_it_is_the_first_passed_on_twice()
     assert result.returncode == 130
     assert result.stdout.splitlines() == ["True", "True"]
     assert result.stderr.startswith("SIGINT: ")
-
-
-def test_a_finished_run_is_not_trained_again(data_path: Path, tmp_path: Path) -> None:
-    arguments = command(ROOT / "configs" / "quickstart.yaml", data_path, tmp_path, "training.max_steps=2")
-    assert main(arguments) == 0
-    checkpoint = tmp_path / "quickstart" / "checkpoints" / "step_00000002" / "model.safetensors"
-    before = checkpoint.stat().st_mtime_ns
-    assert main(arguments) == 0
-    assert checkpoint.stat().st_mtime_ns == before
-
-
-def test_a_folder_of_another_run_is_not_continued(
-    data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = command(ROOT / "configs" / "quickstart.yaml", data_path, tmp_path, "training.max_steps=2")
-    assert main(arguments) == 0
-    assert main([*arguments, "masking.num_masks=2"]) == 2
-    assert "masking.num_masks: 4 -> 2" in capsys.readouterr().err
 
 
 @contextmanager
@@ -183,9 +208,7 @@ def sizes_limited(most: int) -> Iterator[None]:
 def test_a_disk_that_refuses_a_checkpoint_is_reported_and_training_continues_with_the_last_good_one_intact(
     data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = command(
-        ROOT / "configs" / "quickstart.yaml", data_path, tmp_path, "training.max_steps=4", "checkpoint.save_frequency=2"
-    )
+    arguments = command(QUICKSTART, data_path, tmp_path, "training.max_steps=4", "checkpoint.save_frequency=2")
     assert main(arguments) == 0
     more = [argument.replace("max_steps=4", "max_steps=7") for argument in arguments]
     with sizes_limited(60_000):
@@ -221,18 +244,11 @@ def test_a_place_that_cannot_be_written_is_one_line_and_exit_code_2(
     data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "taken").write_text("")
-    arguments = command(ROOT / "configs" / "quickstart.yaml", data_path, tmp_path / "taken")
+    arguments = command(QUICKSTART, data_path, tmp_path / "taken")
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "taken/quickstart: cannot be written (Not a directory)" in error
-
-
-def test_starting_over_moves_the_old_run_aside(data_path: Path, tmp_path: Path) -> None:
-    arguments = command(ROOT / "configs" / "quickstart.yaml", data_path, tmp_path, "training.max_steps=2")
-    assert main(arguments) == 0
-    assert main([*arguments, "checkpoint.resume=none"]) == 0
-    assert (tmp_path / "quickstart" / "checkpoints.old-1" / "step_00000002").is_dir()
 
 
 def test_without_data_one_line_says_what_is_missing_and_which_command_makes_it(tmp_path: Path) -> None:
@@ -270,7 +286,7 @@ def test_without_data_one_line_says_what_is_missing_and_which_command_makes_it(t
 def test_a_setting_that_cannot_work_is_one_line_and_exit_code_2(
     data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
 ) -> None:
-    assert main(command(ROOT / "configs" / "quickstart.yaml", data_path, tmp_path, override)) == 2
+    assert main(command(QUICKSTART, data_path, tmp_path, override)) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

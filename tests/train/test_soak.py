@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.train.test_run import ROOT, command
+from tests.train.test_run import QUICKSTART, command
 from train.checkpoint import list_checkpoints, newest_checkpoint
 from train.run import main
 
@@ -53,7 +53,7 @@ def killed_at_random(arguments: list[str], run: Path, rng: random.Random, most_s
 
 def survive(kills: int, steps: int, data_path: Path, tmp_path: Path) -> None:
     """The run killed `kills` times ends with the weights, the optimiser and the log of one that was left alone."""
-    config, rng = ROOT / "configs" / "quickstart.yaml", random.Random(kills)
+    config, rng = QUICKSTART, random.Random(kills)
     settings = ["training.epochs=10000", f"training.max_steps={steps}", "checkpoint.save_frequency=2"]
     settings += ["logging.log_frequency=1", "checkpoint.keep_last_n=2"]
     whole = command(config, data_path, tmp_path, *settings, "logging.run_name=whole")
@@ -94,7 +94,7 @@ def test_two_hundred_damages_to_a_real_checkpoint_are_all_detected(
     data_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = ["training.max_steps=4", "checkpoint.save_frequency=2"]
-    assert main(command(ROOT / "configs" / "quickstart.yaml", data_path, tmp_path, *settings)) == 0
+    assert main(command(QUICKSTART, data_path, tmp_path, *settings)) == 0
     folder, rng = tmp_path / "quickstart" / "checkpoints", random.Random(0)
     older, newer = list_checkpoints(folder)
     whole = tmp_path / "whole"

@@ -1,4 +1,4 @@
-"""What the sources never do: read anything that could run code."""
+"""The sources never read anything that could run code."""
 
 import ast
 from pathlib import Path

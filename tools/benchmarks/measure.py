@@ -1,4 +1,4 @@
-"""How the benchmarks measure: streams of batches in processes that take turns, and single calls on a CPU or a GPU."""
+"""Shared measuring code of the benchmarks: interleaved rounds, medians, CPU time, peak memory, and the printed tables."""
 
 import gc
 import math
@@ -6,26 +6,23 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
-from tools.own_process import own_process
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "7")  # or the profiler writes lines of its own between ours
+os.environ.setdefault("KINETO_LOG_LEVEL", "7")  # silences the profiler's own log lines
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What all rows share. `threads`: worker threads or processes. `device`: `cpu` or `gpu`."""
+class LoaderSetup:
+    """The settings that all loaders of a comparison share. `threads`: worker threads or processes. `device`: `cpu` or `gpu`."""
 
     folder: Path
     batch_size: int
@@ -33,146 +30,132 @@ class Setup:
     device: str = "cpu"
 
 
-# Endless batches: sequences whose first element has one entry per image.
-Row = Callable[[Setup], Iterator[Sequence[Any]]]
+# An endless stream of batches: sequences whose first element has one entry per image.
+Loader = Callable[[LoaderSetup], Iterator[Sequence[Any]]]
 Step = Callable[[], object]
 
 
+def interleave(measurements: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
+    """Return each measurement's result in every round; each round begins with another measurement.
+
+    Results of the same round can be compared: a slow spell of the machine hits all of them alike.
+    """
+    results: dict[str, list[T]] = {name: [] for name in measurements}
+    names = list(measurements)
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            results[name].append(measurements[name]())
+    return results
+
+
+def median_ratio(values: Iterable[float], others: Iterable[float]) -> float:
+    """Return the median of the ratios within a round."""
+    return statistics.median(value / other for value, other in zip(values, others, strict=True))
+
+
+def median_times(steps: Mapping[str, Step], rounds: int, device: torch.device) -> dict[str, float]:
+    """Return the median seconds of each step, after one call that is not timed."""
+    for step in steps.values():
+        step()  # the first call allocates and compiles
+    times = interleave({name: partial(step_seconds, step, device) for name, step in steps.items()}, rounds)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def step_seconds(step: Step, device: torch.device) -> float:
+    synchronize(device)
+    started = time.perf_counter()
+    step()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Wait for the GPU; does nothing on the CPU. `device` is a torch device, or `cpu` or `gpu`."""
+    if str(device).startswith(("cuda", "gpu")):
+        torch.cuda.synchronize()
+
+
 def cpu_seconds() -> float:
-    """User and system time of this process, all its threads, and its live workers."""
+    """Return the user and system time of this process, all its threads, and its live child processes."""
     pids = [os.getpid(), *(worker.pid for worker in multiprocessing.active_children() if worker.pid)]
-    # ~pid << 3 | 2 is the clock that clock_getcpuclockid(3) returns: exact, where /proc counts ticks of 10 ms.
+    # ~pid << 3 | 2 is the clock that clock_getcpuclockid(3) returns. It is exact; /proc counts ticks of 10 ms.
     return sum(time.clock_gettime(~pid << 3 | 2) for pid in pids)
 
 
-def whole_batches(images: int, setup: Setup) -> int:
-    """Batches that hold at least `images`, as many for every worker."""
-    rounds = -(-images // (setup.batch_size * setup.threads))
-    return rounds * setup.threads
+def full_batches(images: int, setup: LoaderSetup) -> int:
+    """Return the number of batches that hold at least `images`, the same number for every worker."""
+    return -(-images // (setup.batch_size * setup.threads)) * setup.threads
 
 
-def seconds_per_image(row: Row, setup: Setup, images: int, seconds: float = math.inf) -> tuple[float, float]:
-    """Wall and CPU seconds per image in the middle of a row's stream: over `images` of them, or for `seconds`.
+def seconds_per_image(
+    loader: Loader, setup: LoaderSetup, images: int, limit_s: float = math.inf
+) -> tuple[float, float]:
+    """Return wall and CPU seconds per image in the middle of a loader's stream: over `images` of them, or for `limit_s`.
 
-    The clocks start after as many batches as fill every worker's queue, and the stream does not end with them: every row has
-    as much prepared at the end as at the start.
+    The clocks start after as many batches as fill every worker's queue, and the stream does not end with them: the same
+    number of batches is prefetched at the end as at the start.
     """
     torch.set_num_threads(1)
-    stream = row(setup)
+    # Warm up: every worker starts with its first batch.
+    stream = loader(setup)
     for _ in range(max(2, setup.threads)):
         next(stream)
-    _wait_for_gpu(setup)
+    synchronize(setup.device)
     wall, cpu, count = time.perf_counter(), cpu_seconds(), 0
-    for _ in range(whole_batches(images, setup)):
+    for _ in range(full_batches(images, setup)):
         batch = next(stream)
         count += len(batch[0])
-        if time.perf_counter() - wall > seconds:
+        if time.perf_counter() - wall > limit_s:
             break
-    _wait_for_gpu(setup)
+    synchronize(setup.device)
     wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
-    stream.close()  # type: ignore[attr-defined]  # a generator: stops its workers, so that it costs the others nothing
+    stream.close()  # type: ignore[attr-defined]  # a generator; closing it stops its workers
     del stream, batch
     gc.collect()
     return wall / count, cpu / count
 
 
-def _wait_for_gpu(setup: Setup) -> None:
-    if setup.device == "gpu":
-        torch.cuda.synchronize()
-
-
-def reason(error: BaseException) -> str:
-    """One line: DALI puts pages of trace before what was wrong."""
+def error_line(error: BaseException) -> str:
+    """Return the first line that says what is wrong: DALI puts pages of trace before it."""
     lines = str(error).split("encountered:")[-1].strip().splitlines()
     return lines[0] if lines else repr(error)
 
 
-def interleave(rows: Mapping[str, tuple[Row, Setup, int]], rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """For each row (with its setup and images) its `seconds_per_image` of every round; each round begins with another row.
-
-    Raises ValueError with the name of a row that fails, and the reason.
-    """
-    results: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
-    names = list(rows)
-    with ExitStack() as stack:
-        workers = {name: stack.enter_context(own_process("tools.benchmarks.pipeline")) for name in names}
-        for turn in (k % len(names) for k in range(rounds)):
-            for name in names[turn:] + names[:turn]:
-                try:
-                    results[name].append(workers[name].submit(seconds_per_image, *rows[name]).result())
-                except (ValueError, OSError, RuntimeError) as error:
-                    raise ValueError(f"{name}: {reason(error)}") from None
-    return results
-
-
-def median_times(steps: Mapping[str, Step], repeats: int, device: torch.device) -> dict[str, float]:
-    """Seconds by name: medians over `repeats` rounds in which every step is taken once, after one that is not timed."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        step()  # the first one allocates, and compiles
-    for _ in range(repeats):
-        for name, step in steps.items():
-            times[name].append(_seconds(step, device))
-    return {name: statistics.median(taken) for name, taken in times.items()}
-
-
-def _seconds(step: Step, device: torch.device) -> float:
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize(device)
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-    started = time.perf_counter()
-    step()
-    return time.perf_counter() - started
-
-
-def count(step: Step, device: torch.device) -> dict[str, int]:
-    """FLOPs (attention included), calls, and the most bytes allocated above what was there before.
-
-    Calls are kernels and copies on a GPU, operators on a CPU. What was compiled hides its FLOPs and, on a CPU, its calls.
-    """
-    flops = FlopCounterMode(display=False)
-    with flops:
-        step()
-    calls = _calls_on_gpu(step) if device.type == "cuda" else _calls_on_cpu(step)
-    return {"flops": flops.get_total_flops(), "peak_bytes": peak_bytes(step, device), "calls": calls}
-
-
-def _calls_on_gpu(step: Step) -> int:
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        step()
-        torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
-
-
-def _calls_on_cpu(step: Step) -> int:
-    with _CallCounter() as counter:
-        step()
-    return counter.calls
-
-
 def peak_bytes(step: Step, device: torch.device) -> int:
-    """The most bytes that torch holds during a step, above what it held before."""
+    """Return the peak of the bytes that torch allocates during a step, above those allocated before."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_allocated()
         step()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - held
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
+    # The profiler records every allocation as a positive and every release as a negative change.
     changes = (event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
     return max(accumulate(changes, initial=0))
 
 
-class _CallCounter(TorchDispatchMode):
-    calls = 0
+def resident_bytes() -> int:
+    """Return the memory of this process that is in RAM."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += 1
-        return func(*args, **(kwargs or {}))
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> str:
+    """Return an aligned Markdown table: the first `left` columns flush left, the others flush right."""
+    cells = [[str(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rule = [("-" * width + "--") if i < left else ("-" * width + "-:") for i, width in enumerate(widths)]
+    lines = [
+        "| " + " | ".join(f"{cell:{'<' if i < left else '>'}{widths[i]}}" for i, cell in enumerate(row)) + " |"
+        for row in cells
+    ]
+    return "\n".join([lines[0], "|" + "|".join(rule) + "|", *lines[1:]])
+
+
+def target(name: str, value: float, sign: str, limit: float) -> str:
+    """Return one line that says whether `value` is `<=` or `>=` the limit."""
+    met = value <= limit if sign == "<=" else value >= limit
+    return f"{name}: {value:,.3f}, target {sign} {limit:g}: {'met' if met else 'MISSED'}"

@@ -1,4 +1,4 @@
-"""The step as a plain loop over crops: the reference that `bench.py step` compares with."""
+"""The training step as a plain loop over crops: the reference that `bench.py step` compares with."""
 
 from collections.abc import Sequence
 
@@ -20,25 +20,27 @@ def naive_losses(
     plan: MaskPlan,
     directions: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
-    """Eight forwards of student, target and predictor, one for each crop, whose masked tokens are zeroed and not dropped.
+    """Return the loss of one forward pass of student, target and predictor per crop; masked tokens are zeroed, not dropped.
 
-    The predictor sees all of a crop's tokens and is asked for the plan's cells of a global, and for all cells of a local,
-    which has no mask; its blocks are timm's own. The same levels, view term and SIGReg as `HJEPA.forward`.
+    The predictor sees all tokens of a crop. It predicts the plan's cells of a global and all cells of a local, which has no
+    mask; its blocks are timm's own. Levels, view term and SIGReg are those of `HJEPA.forward`.
     """
     predictor, device = model.predictor, boxes.device
-    assert predictor is not None, "the plain loop always predicts"
+    assert predictor is not None, "the plain loop needs a predictor"
     total, summaries = torch.zeros((), device=device), []
     for view, pixels in enumerate(crops):
         grid = pixels.shape[-1] // model.encoder.patch_size
         box, flip, is_global = boxes[:, view], flips[:, view], view < model.num_global
+        # Student: the crop at full length, with the masked patches set to zero.
         seen = torch.ones(len(boxes), grid * grid, 1, device=device)
         if is_global:
             seen = torch.zeros_like(seen).scatter_(1, plan.context[:, view, :, None], 1.0)
-        tokens = model.encoder([(_zeroed(pixels, seen, grid), None)])[0].tokens
+        tokens = model.encoder([(zero_unseen(pixels, seen, grid), None)])[0].tokens
         summaries.append(tokens.float().mean(dim=1))
+        # Target: a forward pass of its own for each crop, pooled to the cells of each level.
         with torch.no_grad():
             (out,) = model.target([(pixels, None)], layers=[level.layer for level in model.levels])
-        places, sizes, wanted = [], [], []
+        places, sizes, targets = [], [], []
         for rung, (level, layer) in enumerate(zip(model.levels, out.layers, strict=True)):
             dense = F.layer_norm(layer.float(), layer.shape[-1:]).transpose(1, 2).unflatten(2, (grid, grid))
             goal = pool_cells(dense, level.stride).flatten(2).transpose(1, 2)
@@ -46,11 +48,13 @@ def naive_losses(
             cells = (plan.queries[rung][:, view] if is_global else every)[..., None]
             places.append(cell_centres(box, flip, grid, level.stride).gather(1, cells.expand(-1, -1, 2)))
             sizes.append(log_cell_size(box, grid, level.stride)[:, None].expand(-1, cells.shape[1], -1))
-            wanted.append(goal.gather(1, cells.expand(-1, -1, goal.shape[-1])))
+            targets.append(goal.gather(1, cells.expand(-1, -1, goal.shape[-1])))
+        # Prediction: all tokens and queries go through every block.
         token_sizes = log_cell_size(box, grid)[:, None].expand(-1, grid * grid, -1)
-        answers = _predict(predictor, tokens, cell_centres(box, flip, grid), token_sizes, places, sizes)
-        for level, answer, goal in zip(model.levels, answers, wanted, strict=True):
-            total = total + level.weight * F.smooth_l1_loss(answer.float(), goal) / len(crops)
+        predictions = predict_cells(predictor, tokens, cell_centres(box, flip, grid), token_sizes, places, sizes)
+        for level, predicted, goal in zip(model.levels, predictions, targets, strict=True):
+            total = total + level.weight * F.smooth_l1_loss(predicted.float(), goal) / len(crops)
+    # View term and SIGReg, over all crops at once, as in the product.
     if model.projector is not None:
         flat = torch.stack(summaries, dim=1)
         projections = model.projector(flat.flatten(0, 1)).float().unflatten(0, flat.shape[:2])
@@ -59,7 +63,7 @@ def naive_losses(
     return {"loss": total}
 
 
-def _predict(
+def predict_cells(
     predictor: Predictor,
     tokens: torch.Tensor,
     places: torch.Tensor,
@@ -67,7 +71,7 @@ def _predict(
     query_places: list[torch.Tensor],
     query_sizes: list[torch.Tensor],
 ) -> list[torch.Tensor]:
-    """`Predictor.forward` for one crop from all its tokens, every block on every token."""
+    """Return `Predictor.forward` of one crop from all its tokens, with every block applied to every token."""
     rows = [predictor.enter(tokens) + predictor.size_embed(token_sizes)]
     queries = predictor.query.to(rows[0].dtype)
     rows += [query + predictor.size_embed(size) for query, size in zip(queries, query_sizes, strict=True)]
@@ -78,7 +82,7 @@ def _predict(
     return [head(part) for head, part in zip(predictor.heads, parts, strict=True)]
 
 
-def _zeroed(pixels: torch.Tensor, seen: torch.Tensor, grid: int) -> torch.Tensor:
-    """The crop with the patches of unseen tokens black."""
+def zero_unseen(pixels: torch.Tensor, seen: torch.Tensor, grid: int) -> torch.Tensor:
+    """Return the crop with the patches of unseen tokens set to zero."""
     mask = seen.view(len(pixels), 1, grid, grid)
     return pixels * F.interpolate(mask, size=pixels.shape[-1], mode="nearest")

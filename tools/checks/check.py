@@ -1,4 +1,4 @@
-"""A check of the doctor: a small function from the case to a finding, registered by a decorator."""
+"""A check of the doctor: a function from a case to a finding. `tools/doctor.py` lists all of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from typing import Literal
 
 from train.config.schema import Config
 
-LOCKED = "pip install --require-hashes -r requirements.lock"
+INSTALL = "pip install --require-hashes -r requirements.lock"
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is to run here. `data`: folder, or prefix in a store, of the shards; `out`: folder of the runs; None: not given."""
+    """A run to prepare for. `data` is the folder of the shards, or their prefix in a store; `out` is the folder of the runs."""
 
     config: Config | None = None
     data: str | None = None
@@ -24,38 +24,23 @@ class Case:
         return self.config is not None and self.config.device == "gpu"
 
     @property
-    def compiles(self) -> bool:
-        return self.config is not None and self.config.training.compile
+    def uses_gpu(self) -> bool:
+        return sees_gpu() and (self.config is None or self.config.device != "cpu")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`fix`: a suggested fix, "" where nothing is to be done."""
+    """`skip`: there is nothing to check here. `fix` is a suggestion, "" if there is nothing to do."""
 
-    status: Literal["ok", "warn", "fail"]
+    status: Literal["ok", "warn", "fail", "skip"]
     text: str
     fix: str = ""
 
 
 Check = Callable[[Case], Finding]
-CHECKS: dict[str, Check] = {}
-
-
-def check(name: str) -> Callable[[Check], Check]:
-    """Register a function under `name`; checks run in the order of their registration."""
-
-    def register(function: Check) -> Check:
-        CHECKS[name] = function
-        return function
-
-    return register
-
-
-ok, warn, fail = (partial(Finding, status) for status in ("ok", "warn", "fail"))
-
-
-def skipped(reason: str) -> Finding:
-    return ok(f"skipped: {reason}")
+# (name, function), in the order of the report
+CheckList = tuple[tuple[str, Check], ...]
+ok, warn, fail, skip = (partial(Finding, status) for status in ("ok", "warn", "fail", "skip"))
 
 
 def sees_gpu() -> bool:
@@ -64,10 +49,10 @@ def sees_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def examine(function: Check, case: Case) -> Finding:
-    """The finding of one check. What it raises is a finding too, so that one fault does not hide the others."""
+def examine(check: Check, case: Case) -> Finding:
+    """Return the finding of a check. An exception is a finding too, so that one problem does not hide the others."""
     try:
-        return function(case)
+        return check(case)
     except (ImportError, OSError, RuntimeError, ValueError, AssertionError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        return fail(f"could not be checked: {lines[0][:300]}", f"fix the failures above first, then: {LOCKED}")
+        return fail(f"could not be checked: {lines[0][:300]}", f"fix the failures above first, then: {INSTALL}")

@@ -1,25 +1,19 @@
-"""Checks of the shards, and of the pipeline's images/s against the model's."""
+"""Checks of the shards, of the data a run was trained on, and of the pipeline's rate against the model's."""
 
 import hashlib
 import random
 import time
 from functools import cache
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pipeline.shards.index import ShardIndex, open_index, split_folder
-from pipeline.shards.manifest import MANIFEST_NAME, Manifest, check_class_count, read_manifest
-from tools.checks.check import Case, Finding, check, fail, ok, sees_gpu, skipped, warn
-from train.evaluation.labels import check_classes, one_label, unknown_labels
-
-if TYPE_CHECKING:
-    from pipeline.loader import MultiCropLoader
+from pipeline.shards.manifest import MANIFEST_NAME, check_class_count, read_manifest
+from tools.checks.check import Case, CheckList, Finding, fail, ok, sees_gpu, skip, warn
 
 SAMPLED_SHARDS, SAMPLED_IMAGES = 8, 32
-MOST_HASHED = 2 * 2**30
-RATE_S, NEED_S = 3.0, 1.0
-NO_DATA, NO_MANIFEST = "no CONFIG and no --data", "no manifest beside the shards"
+MAX_HASHED_BYTES = 2 * 2**30
+WARM_UP_BATCHES, RATE_S, MODEL_S = 3, 3.0, 1.0
 COPY_AGAIN = "copy the shard again, or convert again; all shards: python tools/make_shards.py verify FOLDER"
 
 
@@ -28,80 +22,76 @@ def opened(dataset: str, data: str) -> ShardIndex:
     return open_index(split_folder(dataset, data, "train"))
 
 
-def index_of(case: Case) -> ShardIndex | None:
-    """Of the training split; None where it cannot be read: the check of the index says why."""
+def dataset_name(case: Case) -> str:
+    return case.config.data.dataset if case.config is not None else "custom"
+
+
+def training_index(case: Case) -> ShardIndex | None:
+    """Return the index of the training split; None if it cannot be read: `check_index` says why."""
     try:
-        return opened(_dataset(case), case.data) if case.data else None
+        return opened(dataset_name(case), case.data) if case.data else None
     except (ValueError, OSError):
         return None
 
 
-def _dataset(case: Case) -> str:
-    return case.config.data.dataset if case.config is not None else "custom"
-
-
-@check("shards: index")
-def shard_index(case: Case) -> Finding:
-    if case.data is None:
-        return skipped(NO_DATA)
+def validation_index(case: Case) -> ShardIndex | None:
     try:
-        index = opened(_dataset(case), case.data)
+        folder = split_folder(dataset_name(case), case.data, "val") if case.data else None
+    except (ValueError, OSError):
+        return None
+    index = training_index(case)
+    return None if folder is None or index is None or folder == index.folder else open_index(folder)
+
+
+def check_index(case: Case) -> Finding:
+    if case.data is None:
+        return skip("no CONFIG and no --data")
+    try:
+        index = opened(dataset_name(case), case.data)
     except (ValueError, OSError) as error:
         return fail(str(error), f"python tools/make_shards.py verify {case.data}")
     return ok(f"{index.folder}: {len(index):,} images in {len(index.shards)} shards")
 
 
-def manifest_beside(index: ShardIndex | None) -> Manifest | None:
-    return None if index is None else read_manifest(index.folder)
-
-
-@check("shards: manifest")
-def manifest(case: Case) -> Finding:
-    index = index_of(case)
+def check_manifest(case: Case) -> Finding:
+    """Compare the manifest with the index and, in one small shard chosen at random, with the checksum."""
+    index = training_index(case)
     try:
-        content = manifest_beside(index)
-        if index is None or content is None:
-            return skipped(NO_MANIFEST)
-        check_class_count(index.folder, index.samples["label"], content)
+        manifest = None if index is None else read_manifest(index.folder)
+        if index is None or manifest is None:
+            return skip("no manifest next to the shards")
+        check_class_count(index.folder, index.samples["label"], manifest)
     except ValueError as error:
         return fail(str(error), "copy the manifest again, or convert again")
-    listed, found = set(content.checksums), set(index.shards)
-    if listed != found:
-        text = f"{len(listed)} shards are listed, {len(found)} are indexed; only one of them has {min(listed ^ found)}"
-        return fail(text, "copy the whole folder again or, if the manifest is old: tools/make_shards.py index FOLDER")
-    if content.num_samples not in (None, len(index)):
-        text = f"{content.num_samples:,} images are listed, {len(index):,} are indexed"
+    listed, indexed = set(manifest.checksums), set(index.shards)
+    if listed != indexed:
+        text = (
+            f"{len(listed)} shards are listed, {len(indexed)} are indexed; only one of them has {min(listed ^ indexed)}"
+        )
+        return fail(
+            text, "copy the complete folder again or, if the manifest is old: tools/make_shards.py index FOLDER"
+        )
+    if manifest.num_samples not in (None, len(index)):
+        text = f"{manifest.num_samples:,} images are listed, {len(index):,} are indexed"
         return fail(text, f"python tools/make_shards.py index {index.folder}")
-    return ok(f"{len(listed)} shards, {len(index):,} images, as indexed")
-
-
-@check("shards: a sampled checksum")
-def checksum(case: Case) -> Finding:
-    """The smallest of a few shards, drawn anew each time so that several runs look at several."""
-    index = index_of(case)
-    content = manifest_beside(index)
-    if index is None or content is None or not content.checksums:
-        return skipped(NO_MANIFEST)
+    text = f"{len(listed)} shards, {len(index):,} images, as indexed"
     if index.remote is not None:
-        return skipped("shards of a store are checked when they are fetched")
-    sums = {Path(index.folder) / name: checksum for name, checksum in content.checksums.items()}
-    there = sorted(path for path in sums if path.exists())
-    drawn = random.sample(there, min(SAMPLED_SHARDS, len(there)))
-    path = min(drawn, key=lambda path: path.stat().st_size)
-    if path.stat().st_size > MOST_HASHED:
-        return skipped(f"{path.name} is too large to read here; python tools/make_shards.py verify {index.folder}")
+        return ok(f"{text}; checksums are verified when shards are downloaded")
+    sampled = [Path(index.folder) / name for name in random.sample(sorted(listed), min(SAMPLED_SHARDS, len(listed)))]
+    path = min(sampled, key=lambda path: path.stat().st_size)
+    if path.stat().st_size > MAX_HASHED_BYTES:
+        return ok(f"{text}; too large for checksums here: python tools/make_shards.py verify {index.folder}")
     with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != sums[path]:
+        if hashlib.file_digest(file, "sha256").hexdigest() != manifest.checksums[path.name]:
             return fail(f"{path}: sha256 differs from {MANIFEST_NAME}", COPY_AGAIN)
-    return ok(path.name)
+    return ok(f"{text}; {path.name} has its checksum")
 
 
-@check("shards: sampled images")
-def sampled_images(case: Case) -> Finding:
-    """With the training's decoder, on the CPU."""
-    index = index_of(case)
+def check_images(case: Case) -> Finding:
+    """Decode some images with the training's decoder, on the CPU."""
+    index = training_index(case)
     if index is None:
-        return skipped("no index")
+        return skip("no index")
     from tools.shards.decode_check import decode_errors
 
     rows = random.sample(range(len(index)), min(SAMPLED_IMAGES, len(index)))
@@ -112,43 +102,34 @@ def sampled_images(case: Case) -> Finding:
     return ok(f"{len(rows)} decoded to their indexed sizes")
 
 
-@check("shards: classes")
-def classes(case: Case) -> Finding:
-    """Labels of train against those of val: one that means another class, or none, and one label for all images."""
-    index = index_of(case)
+def check_labels(case: Case) -> Finding:
+    """Compare the classes of train and val: a label must mean the same in both, and there must be several."""
+    from train.evaluation.labels import check_classes, one_label, unknown_labels
+
+    index = training_index(case)
     if index is None:
-        return skipped("no index")
-    if fault := one_label(index):
-        return warn(fault, "convert the folder whose folders are the classes; without classes, ignore all accuracies")
+        return skip("no index")
+    if problem := one_label(index):
+        return warn(problem, "convert the folder whose folders are the classes; without classes, ignore all accuracies")
     val = validation_index(case)
     if val is None:
-        return skipped("no val split")
+        return skip("no val split")
     try:
         check_classes(index, val)
     except ValueError as error:
-        return fail(str(error), "remove the val shards and convert val again beside train, with the same --out")
+        return fail(str(error), "remove the val shards and convert val again next to train, with the same --out")
     if unknown := unknown_labels(index, val):
         return warn(unknown, "leave those images out of val, or add some of their classes to train")
     return ok("each label means the same class in train and val")
 
 
-def validation_index(case: Case) -> ShardIndex | None:
-    try:
-        folder = split_folder(_dataset(case), case.data, "val") if case.data else None
-    except (ValueError, OSError):
-        return None
-    index = index_of(case)
-    return None if folder is None or index is None or folder == index.folder else open_index(folder)
-
-
-@check("run: data")
-def run_data(case: Case) -> Finding:
-    """Whether what the run's folder holds was trained and measured on these shards."""
-    index = index_of(case)
+def check_run_data(case: Case) -> Finding:
+    """Check that the run in the run folder was trained and measured on these shards."""
+    index = training_index(case)
     if index is None or case.config is None:
-        return skipped("no CONFIG, or no readable shards")
-    from train.evaluation.baselines import FILE, measured_on, read_baselines
-    from train.evaluation.features import spread_rows
+        return skip("no CONFIG, or no readable shards")
+    from train.evaluation.features import subsample_evenly
+    from train.evaluation.online import BASELINES_FILE, baselines_key, read_baselines
     from train.output.folder import check_run_folder, run_folder
 
     config = case.config
@@ -156,32 +137,38 @@ def run_data(case: Case) -> Finding:
         check_run_folder(config, index.digest)
     except ValueError as error:
         return fail(str(error), "data.data_path=OLD_SHARDS, another logging.run_name, or checkpoint.resume=none")
-    path, val = run_folder(config) / FILE, validation_index(case)
+    path, val = run_folder(config) / BASELINES_FILE, validation_index(case)
     if val is None or not path.exists():
-        return ok("no run, or none that was measured, is in its folder")
-    used = [spread_rows(each, config.evaluation.max_samples) for each in (index, val)]
-    key = measured_on(used[0], used[1], config.evaluation)
+        return ok("there is no run in its folder, or none that was measured")
+    used = [subsample_evenly(split, config.evaluation.max_samples) for split in (index, val)]
     fix = "the same training command measures them again; until then, do not compare with summary.json and report.md"
     try:
-        if read_baselines(path, key) is None:
+        if read_baselines(path, baselines_key(used[0], used[1], config.evaluation)) is None:
             return warn(f"{path}: baselines of other images or evaluation settings than these", fix)
     except ValueError as error:
         return warn(str(error), fix)
     return ok(f"{path}: measured on these images")
 
 
-@check("pipeline rate")
-def rate(case: Case) -> Finding:
-    """Images/s of the pipeline alone, against a forward and backward pass of the model alone."""
-    index = index_of(case)
+def check_rate(case: Case) -> Finding:
+    """Compare the images/s of the pipeline with those that training steps take, without their waits for data."""
+    index = training_index(case)
     if index is None or case.config is None:
-        return skipped("no CONFIG, or no readable shards")
+        return skip("no CONFIG, or no readable shards")
     from train.build import build_dataset, build_loader
 
     config = case.config
     batch_size = min(config.data.batch_size, 32, len(index))
     loader = build_loader(config, build_dataset(config), batch_size, normalized=False)
-    made = images_per_second(loader, RATE_S)
+    batches = chain.from_iterable(repeat(loader))
+    for _ in islice(batches, WARM_UP_BATCHES):
+        pass
+    # The pipeline without a model.
+    images, started = 0, time.perf_counter()
+    while time.perf_counter() - started < RATE_S:
+        images += len(next(batches).labels)
+    made = images / (time.perf_counter() - started)
+    loader.close()
     if not sees_gpu() and config.device != "cpu":
         return ok(f"{made:,.0f} images/s; the model is measured on a GPU, or with device=cpu")
     needed = model_rate(case)
@@ -192,36 +179,32 @@ def rate(case: Case) -> Finding:
     return ok(text)
 
 
-def images_per_second(loader: "MultiCropLoader", seconds: float) -> float:
-    """The loader's rate after three batches of warm-up."""
-    images, started = 0, 0.0
-    for number, batch in enumerate(chain.from_iterable(repeat(loader)), 1):
-        if number == 3:
-            started = time.perf_counter()
-        if number <= 3:
-            continue
-        images += len(batch.labels)
-        if number >= 7 and time.perf_counter() - started >= seconds:
-            break
-    return images / (time.perf_counter() - started)
-
-
 def model_rate(case: Case) -> float:
-    """Images/s of forward and backward passes on crops of noise, on the device of the run."""
+    """Return the images/s of training steps without their waits for data, on the device of the run."""
     import torch
 
     from train.build import torch_threads
-    from train.step import trial_step
+    from train.trainer import Trainer
 
-    config = case.config
-    assert config is not None
-    device = torch.device("cuda", 0) if sees_gpu() and config.device != "cpu" else torch.device("cpu")
-    if device.type == "cpu":
-        torch.set_num_threads(torch_threads(config))
-    _, step = trial_step(config, device)
-    step()
-    started, steps = time.perf_counter(), 0
-    while (elapsed := time.perf_counter() - started) < NEED_S or not steps:
-        step()
-        steps += 1
-    return steps * config.data.batch_size / elapsed
+    assert case.config is not None
+    if not case.uses_gpu:
+        torch.set_num_threads(torch_threads(case.config))
+    trainer = Trainer(case.config)
+    trainer.train_step()  # the first one allocates, and compiles
+    images, waited, started = trainer.state.images, trainer.state.wait_s, time.perf_counter()
+    while time.perf_counter() - started < MODEL_S:
+        trainer.train_step()
+        if case.uses_gpu:
+            torch.cuda.synchronize()
+    busy_s = time.perf_counter() - started - (trainer.state.wait_s - waited)
+    return (trainer.state.images - images) / busy_s
+
+
+DATA_CHECKS: CheckList = (
+    ("shards: index", check_index),
+    ("shards: manifest", check_manifest),
+    ("shards: sampled images", check_images),
+    ("shards: classes", check_labels),
+    ("run: data", check_run_data),
+    ("pipeline rate", check_rate),
+)

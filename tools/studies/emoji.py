@@ -1,8 +1,8 @@
-"""Colour pictures with nine classes: `python -m tools.studies.emoji TWITTER GOOGLE --out FOLDER`.
+"""Make a colour data set with nine classes: `python -m tools.studies.emoji TWITTER GOOGLE --out FOLDER`.
 
 The two arguments are unpacked npm packages, `emoji-datasource-twitter` (drawings CC-BY 4.0) and `emoji-datasource-google`
 (Apache-2.0), 16.0.0: `npm pack emoji-datasource-google@16.0.0` and `tar -xf`. A class is an emoji's category. The split is by
-emoji and not by picture, since both sets draw the same things; of skin tones one is kept.
+emoji rather than by picture, because both packages draw the same things; only one skin tone is kept.
 """
 
 import argparse
@@ -21,24 +21,24 @@ SIZE = "64"
 
 
 def write_pictures(packages: dict[str, Path], out: Path) -> int:
-    """Class folders under out/train and out/val, on white. FileNotFoundError where a package is not what it should be."""
-    drawing, count = random.Random(0), 0
+    """Write class folders under out/train and out/val, on white, and return the number of pictures."""
+    rng, count = random.Random(0), 0
     emoji = json.loads((packages["twitter"] / "emoji.json").read_text())
     for entry in sorted(emoji, key=lambda entry: entry["unified"]):
         if entry["category"] == "Component":
             continue
-        split = "val" if drawing.random() < VAL_SHARE else "train"
+        split = "val" if rng.random() < VAL_SHARE else "train"
         tones = sorted(tone["image"] for tone in entry.get("skin_variations", {}).values())
-        names = [entry["image"], *(drawing.sample(tones, 1) if tones else [])]
+        names = [entry["image"], *(rng.sample(tones, 1) if tones else [])]
         folder = out / split / entry["category"].replace(" & ", "_").replace(" ", "_")
         folder.mkdir(parents=True, exist_ok=True)
         for kind, package in packages.items():
             for name in names:
                 picture = package / "img" / kind / SIZE / name
                 if picture.exists():
-                    drawn = Image.open(picture).convert("RGBA")
-                    paper = Image.new("RGBA", drawn.size, "white")
-                    Image.alpha_composite(paper, drawn).convert("RGB").save(folder / f"{kind}_{name}")
+                    drawing = Image.open(picture).convert("RGBA")
+                    paper = Image.new("RGBA", drawing.size, "white")
+                    Image.alpha_composite(paper, drawing).convert("RGB").save(folder / f"{kind}_{name}")
                     count += 1
     return count
 
@@ -47,15 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("twitter", type=Path, help="The folder `package` of emoji-datasource-twitter.")
     parser.add_argument("google", type=Path, help="The folder `package` of emoji-datasource-google.")
-    parser.add_argument(
-        "--out", type=Path, default=Path("emoji"), help="The folder to write. The default is %(default)s."
-    )
-    given = parser.parse_args(arguments)
+    parser.add_argument("--out", type=Path, default=Path("emoji"), help="Write here. The default is %(default)s.")
+    options = parser.parse_args(arguments)
 
     def write() -> None:
-        print(
-            f"{write_pictures({'twitter': given.twitter, 'google': given.google}, given.out):,} pictures in {given.out}"
-        )
+        count = write_pictures({"twitter": options.twitter, "google": options.google}, options.out)
+        print(f"{count:,} pictures in {options.out}")
 
     return run_command("emoji", write)
 

@@ -1,7 +1,7 @@
-"""Methods that are not ours, trained by the product's step: the same crops, encoder, optimiser, schedule and moving average.
+"""Other methods, trained by the product's step with the same crops, encoder, optimiser, schedule and moving average.
 
-What they share with us is not tuned for them, and their own recipes for ImageNet (warm-up of temperatures, a last layer that
-is frozen at first, augmentations without jitter) are left out.
+Shared settings are not tuned for them, and their own recipes for ImageNet are left out (temperature warm-up, a last layer that
+is frozen at first, augmentations without jitter).
 """
 
 import warnings
@@ -18,21 +18,20 @@ from model.teacher import TaughtEncoder, move_average
 from pipeline.batch import CropBatch
 from pipeline.shards.index import UNLABELLED, ShardIndex
 from train.config.schema import Config
-from train.step import Updater
 
-OUTPUTS = 1024  # prototypes of DINO; its 65,536 are for the thousand classes of ImageNet
+NUM_PROTOTYPES = 1024  # of DINO, whose 65,536 are for the thousand classes of ImageNet
 
 
 def encode_views(encoder: MultiCropEncoder, crops: Sequence[torch.Tensor], num_global: int) -> torch.Tensor:
-    """`[B, V, D] float32`: the mean token of every whole crop, in one pass."""
+    """Return the mean token of every unmasked crop, `[B, V, D] float32`, in one pass."""
     groups = [join_crops(part) for part in (crops[:num_global], crops[num_global:]) if part]
     return pool_views([out.tokens for out in encoder([(part, None) for part in groups])], len(crops[0]))
 
 
 class Dino(TaughtEncoder):
-    """DINO (arXiv 2104.14294): all views of the student match the other globals' centred and sharpened teacher outputs.
+    """DINO (arXiv 2104.14294): each view of the student matches the centred, sharpened teacher outputs of the other globals.
 
-    Head and loss are lightly's; the moving average is the run's. Crops as in `HJEPA.forward`.
+    Head and loss are lightly's; the moving average is the run's. Crops are those of `HJEPA.forward`.
     """
 
     def __init__(self, encoder: MultiCropEncoder, num_global: int, hidden: int, bottleneck: int) -> None:
@@ -43,20 +42,20 @@ class Dino(TaughtEncoder):
         self.num_global = num_global
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # lightly still uses torch's older weight_norm
-            heads = [DINOProjectionHead(encoder.width, hidden, bottleneck, OUTPUTS) for _ in range(2)]
+            heads = [DINOProjectionHead(encoder.width, hidden, bottleneck, NUM_PROTOTYPES) for _ in range(2)]
         self.head, self.target_head = heads
         self.target_head.load_state_dict(self.head.state_dict())
         self.target_head.requires_grad_(False)
-        self.cross_entropy = DINOLoss(OUTPUTS)
+        self.cross_entropy = DINOLoss(NUM_PROTOTYPES)
 
     def forward(self, crops: Sequence[torch.Tensor], labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`loss`; `labels` are not looked at."""
+        """Return the `loss`; `labels` are ignored."""
         with torch.no_grad():
-            seen = encode_views(self.target, crops[: self.num_global], self.num_global)
-            taught = self.target_head(seen.flatten(0, 1)).unflatten(0, seen.shape[:2])
+            taught = encode_views(self.target, crops[: self.num_global], self.num_global)
+            targets = self.target_head(taught.flatten(0, 1)).unflatten(0, taught.shape[:2])
         views = encode_views(self.encoder, crops, self.num_global)
-        found = self.head(views.flatten(0, 1)).unflatten(0, views.shape[:2])
-        return {"loss": self.cross_entropy(list(taught.unbind(1)), list(found.unbind(1)))}
+        outputs = self.head(views.flatten(0, 1)).unflatten(0, views.shape[:2])
+        return {"loss": self.cross_entropy(list(targets.unbind(1)), list(outputs.unbind(1)))}
 
     def update_target(self, momentum: float, skip: torch.Tensor | None = None) -> None:
         super().update_target(momentum, skip)
@@ -64,7 +63,7 @@ class Dino(TaughtEncoder):
 
 
 class Supervised(TaughtEncoder):
-    """Cross-entropy on the labels, of a linear classifier of every view: an upper bound, not a peer."""
+    """Cross-entropy of a linear classifier of every view: an upper bound rather than a competitor."""
 
     def __init__(self, encoder: MultiCropEncoder, num_global: int, classes: int) -> None:
         super().__init__(encoder)
@@ -75,15 +74,13 @@ class Supervised(TaughtEncoder):
         return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(logits.shape[1]))}
 
 
-class PeerUpdater(Updater):
-    """The product's step for a model that wants crops and labels."""
-
-    def _losses(self, batch: CropBatch, plan: MaskPlan, directions: torch.Tensor) -> dict[str, torch.Tensor]:
-        return self._replica(batch.crops, batch.labels)
+def peer_losses(replica: nn.Module, batch: CropBatch, _: MaskPlan, __: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the losses of a model that takes crops and labels: a `LossFunction` of the trainer."""
+    return replica(batch.crops, batch.labels)
 
 
 def build_peer(variant: str, config: Config, encoder: MultiCropEncoder, index: ShardIndex) -> TaughtEncoder | None:
-    """The method of that name; None for variants that are settings of ours. ValueError when images have no labels to learn."""
+    """Return the method of that name, or None for settings of ours. Raises ValueError for labels that are missing."""
     num_global = config.data.crop_counts[0]
     if variant == "dino":
         return Dino(encoder, num_global, config.model.projector_hidden, config.model.projector_dim)

@@ -1,45 +1,67 @@
-"""k-NN and a linear probe on frozen features before, during and after a run, and baselines that need no training."""
+"""Scores of frozen features before, during and after a run, and baselines that need no training (baselines.json)."""
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from model.hjepa import HJEPA
+from pipeline.files import write_atomic
 from pipeline.loader import MultiCropLoader
+from pipeline.shards.index import ShardIndex
 from train.build import build_evaluation_loaders
-from train.config.schema import Config
-from train.evaluation.baselines import FILE, measured_on, read_baselines, write_baselines
-from train.evaluation.features import (
-    Extractor,
-    Features,
-    colour_histogram,
-    extract,
-    pixels,
-    pooled_features,
-)
-from train.evaluation.knn import knn_accuracies, nearest_neighbours
+from train.config.schema import Config, Evaluation
+from train.evaluation.features import Extractor, colour_histogram, pixels, pooled_features
 from train.evaluation.labels import check_labels, one_label, unknown_labels
-from train.evaluation.probes import linear_probe
-from train.output.drawing import Neighbours
-from train.output.log import rankme
+from train.evaluation.measure import Scores, measure, nearest_neighbours
+
+BASELINES_FILE = "baselines.json"
 
 log = logging.getLogger(__name__)
 
 
-class OnlineEvaluation:
-    """Measures the target encoder of `model` on the validation split; without one it warns once and measures nothing.
+Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 
-    Without labels, or with one label for all images, there are `rankme` and `neighbours`, but no accuracies. Raises ValueError
+
+class BaselineScores(BaseModel):
+    """k-NN percentages of features that need no training."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    pixels: Percent
+    colour_histogram: Percent
+    random_init: Percent
+
+
+class Baselines(BaseModel):
+    """The content of baselines.json. `measured_on`: what the scores depend on and a run may change."""
+
+    measured_on: dict[str, Any]
+    knn: BaselineScores
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """An image and its nearest others: their encoded files and labels, the image first, and the others' cosine similarities."""
+
+    pictures: list[bytes]
+    labels: list[int]
+    similarities: list[float]
+
+
+class OnlineEvaluation:
+    """Measures the target encoder of `model` on the validation split. Without that split it warns once and measures nothing.
+
+    If the images have no labels, or all the same one, there are `rankme` and `neighbours`, but no accuracies. Raises ValueError
     when the labels of the two splits mean different classes.
     """
 
     def __init__(self, config: Config, folder: Path, model: HJEPA) -> None:
-        self._model, self._settings, self._file = model, config.evaluation, folder / FILE
+        self._model, self._settings, self._file = model, config.evaluation, folder / BASELINES_FILE
         self.baselines: dict[str, float] | None = None
-        self.rankme: float | None = None
-        self.linear: float | None = None
-        self._measured: tuple[Features, Features] | None = None
+        self._latest: Scores | None = None
         self._loaders: tuple[MultiCropLoader, MultiCropLoader] | None = None
         self._labelled, self.one_label = False, False
         try:
@@ -55,22 +77,32 @@ class OnlineEvaluation:
             log.warning("no accuracies, only RankMe and neighbours: %s", error)
             return
         self._labelled = True
-        if unknown := unknown_labels(*indices):
-            log.warning(unknown)
+        if warning := unknown_labels(*indices):
+            log.warning(warning)
 
     @property
     def num_validation(self) -> int:
-        """Images that the scores are measured on."""
+        """The number of images that are scored."""
         return 0 if self._loaders is None else len(self._loaders[1].index)
 
-    def measure_baselines(self) -> None:
-        """k-NN of raw pixels, colour histogram and the untrained model. Call it before training.
+    @property
+    def rankme(self) -> float | None:
+        """RankMe at the latest measurement."""
+        return None if self._latest is None else self._latest.rankme
 
-        Kept in baselines.json, and measured again for other images or settings of the evaluation.
+    @property
+    def linear(self) -> float | None:
+        """The linear probe's accuracy at the latest measurement, in percent."""
+        return None if self._latest is None or self._latest.linear is None else self._latest.linear[0]
+
+    def measure_baselines(self) -> None:
+        """Measure k-NN of raw pixels, of the colour histogram and of the untrained model. Call it before training.
+
+        The accuracies are kept in baselines.json, and measured again for other images or evaluation settings.
         """
         if not self._labelled or self._loaders is None:
             return
-        key = measured_on(self._loaders[0].index, self._loaders[1].index, self._settings)
+        key = baselines_key(self._loaders[0].index, self._loaders[1].index, self._settings)
         try:
             self.baselines = read_baselines(self._file, key)
         except ValueError as error:
@@ -79,64 +111,54 @@ class OnlineEvaluation:
             return
         again = f" again, since {self._file} is of other images or settings" if self._file.exists() else ""
         log.info(f"measuring the baselines{again}: raw pixels, colour histogram, random initialisation ...")
-        extractors = {"pixels": pixels, "colour_histogram": colour_histogram, "random_init": self._encoder()}
-        features = self._features(extractors)
-        if features is None:
-            return
-        self.baselines = {name: self._knn(features[0][name], features[1][name]) for name in extractors}
-        write_baselines(self._file, key, self.baselines)
+        untrained = pooled_features(self._model.target)
+        scores = self._measure({"pixels": pixels, "colour_histogram": colour_histogram, "random_init": untrained})
+        if scores is not None:
+            self.baselines = {name: row.knn["last"][self._settings.knn_k] for name, row in scores.items()}
+            baselines = Baselines(measured_on=key, knn=BaselineScores(**self.baselines))
+            write_atomic(self._file, baselines.model_dump_json(indent=1) + "\n")
 
     def measure(self) -> float | None:
-        """k-NN percent of the target encoder, None without labels; updates `rankme` and `linear` as well."""
-        features = self._features({"trained": self._encoder()})
-        if features is None:
+        """Return k-NN percent of the target encoder, None without labels; updates `rankme` and `linear` as well."""
+        epochs = self._settings.linear_epochs if self._labelled else 0
+        extractors = {"trained": pooled_features(self._model.target)}
+        scores = self._measure(extractors, linear_epochs=epochs, with_rankme=True)
+        if scores is None:
             return None
-        train, test = self._measured = (features[0]["trained"], features[1]["trained"])
-        self.rankme = rankme(test.values["last"])
-        if not self._labelled:
-            return None
-        if self._settings.linear_epochs:
-            self.linear, _ = linear_probe(train, test, ["last"], self._settings.linear_epochs, self._device)
-        return self._knn(train, test)
+        self._latest = scores["trained"]
+        return self._latest.knn["last"][self._settings.knn_k] if self._labelled else None
 
     def online(self) -> dict[str, float]:
-        """The scores of a measurement during the run, for its log."""
+        """Measure during the run, and return the scores for its log."""
         scores = {"knn": self.measure(), "knn_rankme": self.rankme, "linear": self.linear}
         return {name: value for name, value in scores.items() if value is not None}
 
     def neighbours(self, count: int, k: int) -> list[Neighbours]:
-        """The k nearest training images of `count` validation images, evenly spread, at the last measurement."""
-        if self._measured is None or self._loaders is None:
+        """Return the k nearest training images of `count` evenly spaced validation images, at the latest measurement."""
+        if self._latest is None or self._loaders is None:
             return []
-        train, test = self._measured
+        train, test = self._latest.train, self._latest.test
         rows = torch.linspace(0, len(test.labels) - 1, min(count, len(test.labels))).long()
         similarities, nearest = nearest_neighbours(train.values["last"], test.values["last"][rows], k, self._device)
-        found = []
+        neighbours = []
         for row, others, similar in zip(rows.tolist(), nearest.tolist(), similarities.tolist(), strict=True):
-            pictures = [picture(self._loaders[1], row), *(picture(self._loaders[0], other) for other in others)]
+            pictures = [encoded_at(self._loaders[1], row), *(encoded_at(self._loaders[0], other) for other in others)]
             labels = [int(test.labels[row]), *train.labels[others].tolist()]
-            found.append(Neighbours(pictures, labels, similar))
-        return found
+            neighbours.append(Neighbours(pictures, labels, similar))
+        return neighbours
 
     @property
     def _device(self) -> torch.device:
         return next(self._model.target.parameters()).device
 
-    def _encoder(self) -> Extractor:
-        return pooled_features(self._model.target)
-
-    def _knn(self, train: Features, test: Features) -> float:
-        k = self._settings.knn_k
-        parts = (train.values["last"], train.labels, test.values["last"], test.labels)
-        return knn_accuracies(*parts, [k], self._device)[k]
-
-    def _features(self, extractors: dict[str, Extractor]) -> tuple[dict[str, Features], dict[str, Features]] | None:
-        """Of the training and of the validation split."""
+    def _measure(self, extractors: dict[str, Extractor], **settings: Any) -> dict[str, Scores] | None:
+        """Return the scores, or None without a validation split or when the features do not fit in memory."""
         if self._loaders is None:
             return None
-        self._model.eval()
+        ks = [self._settings.knn_k] if self._labelled else []
+        self._model.eval()  # train() again below, whatever happens: this also runs between training steps
         try:
-            return extract(self._loaders[0], extractors), extract(self._loaders[1], extractors)
+            return measure(self._loaders, extractors, self._device, ks=ks, **settings)
         except ValueError as error:
             log.warning("nothing is measured: %s", error)
             self._loaders = None
@@ -145,6 +167,25 @@ class OnlineEvaluation:
             self._model.train()
 
 
-def picture(loader: MultiCropLoader, position: int) -> bytes:
-    """The encoded image whose features `extract` has at a position: of a damaged sample, its stand-in."""
+def encoded_at(loader: MultiCropLoader, position: int) -> bytes:
+    """Return the encoded image at a position of `extract`: for a damaged sample, its replacement."""
     return loader.index.encoded(int(loader.rows_at(0, position, position + 1)[0]))
+
+
+def baselines_key(train: ShardIndex, val: ShardIndex, settings: Evaluation) -> dict[str, Any]:
+    """Return `measured_on`: the images in use of both splits, and two settings."""
+    return {"train": train.digest, "val": val.digest, "knn_k": settings.knn_k, "crop_ratio": settings.crop_ratio}
+
+
+def read_baselines(path: Path, key: dict[str, Any]) -> dict[str, float] | None:
+    """Return the accuracies measured on `key`, or None if the file is absent or has another key.
+
+    Raises ValueError for a damaged file.
+    """
+    try:
+        baselines = Baselines.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise ValueError(f"{path}: damaged: {error.errors()[0]['msg']}. The baselines are measured again") from None
+    return baselines.knn.model_dump() if baselines.measured_on == key else None

@@ -1,4 +1,4 @@
-"""What a person sees while a command works: a live bar in a terminal, plain lines elsewhere, and a run's table at its end."""
+"""Progress of a command, as a live bar in a terminal and as plain lines elsewhere, and a run's table at its end."""
 
 import time
 from types import TracebackType
@@ -6,50 +6,53 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
+from pipeline.text import plural
 from train.state import RunState
 
 PLAIN_EVERY_S = 5.0
 LOADING = "loading torch, DALI and timm ..."  # ten seconds of imports, which would look like a hang
-WIDE = 132  # columns of a terminal that has room for more than the details
+MIN_WIDTH_FOR_BAR = 132  # columns of a terminal that has room for more than steps, details and ETA
 
 
 class ProgressDisplay:
-    """Progress of a command. Used as a context; `show` may be called often, it draws a few times a second at most.
+    """Progress of a command. Use it as a context and call `show` as often as you like: it draws a few times a second.
 
-    A `transient` one clears its bar at the end; short work leaves no plain line at all.
+    A `transient` display clears its bar at the end, and short work leaves no plain line at all.
     """
 
     def __init__(
         self, console: Console, name: str, unit: str, total: int, start: int = 0, transient: bool = False
     ) -> None:
-        self._console, self._name, self._unit, self._total, self._start = console, name, unit, total, start
-        self._started, self._transient = time.monotonic(), transient
+        self._console, self._unit, self._total, self._transient = console, unit, total, transient
+        self._started = time.monotonic()
         self._plain_at, self._printed = self._started if transient else 0.0, start
-        named = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
-        details, left = TextColumn("{task.fields[details]}"), (TextColumn("ETA"), TimeRemainingColumn())
-        wide = console.width >= WIDE
-        percent = TextColumn("{task.percentage:.0f}%")
-        columns = (*named, details, TimeElapsedColumn(), *left) if wide else (percent, details, *left)
-        self._live = console.is_terminal
+        eta = (TextColumn("ETA"), TimeRemainingColumn())
+        # Where space is short, the details are cut: steps and ETA always show.
+        details = TextColumn("{task.fields[details]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
+        columns: tuple[Any, ...] = (MofNCompleteColumn(), details, *eta)
+        if console.width >= MIN_WIDTH_FOR_BAR:
+            named = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
+            columns = (*named, TextColumn("{task.fields[details]}"), TimeElapsedColumn(), *eta)
         self._progress = Progress(
-            *columns, console=console, refresh_per_second=4, transient=transient, disable=not self._live
-        )
+            *columns, console=console, refresh_per_second=4, transient=transient, expand=True,
+            disable=not console.is_terminal,
+        )  # fmt: skip
         self._task = self._progress.add_task(name, total=total, completed=start, details="")
 
     def show(self, done: int, details: str) -> None:
-        """`done` of `total` units, and the details to print with it."""
+        """Show that `done` of `total` units are complete, with `details`."""
         self._progress.update(self._task, completed=done, details=details)
-        now = time.monotonic()
-        is_last = done == self._total and not self._transient
-        if self._live or done == self._printed or (now - self._plain_at < PLAIN_EVERY_S and not is_last):
+        if self._console.is_terminal or done == self._printed:
             return
-        self._plain_at, self._printed = now, done
-        rate = (done - self._start) / max(now - self._started, 1e-9)
-        left = time.strftime("%H:%M:%S", time.gmtime((self._total - done) / rate)) if rate else "-"
-        line = f"{self._name}: {self._unit} {done}/{self._total} · {details} · ETA {left}"
-        self._console.print(line, highlight=False, soft_wrap=True)
+        now, is_last = time.monotonic(), done == self._total and not self._transient
+        if is_last or now - self._plain_at >= PLAIN_EVERY_S:
+            self._plain_at, self._printed = now, done
+            task = self._progress.tasks[0]
+            eta = TimeRemainingColumn().render(task)
+            line = f"{task.description}: {self._unit} {done}/{self._total} · {details} · ETA {eta}"
+            self._console.print(line, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -67,20 +70,21 @@ class Display(ProgressDisplay):
         self._steps_per_epoch = steps_per_epoch
 
     def update(self, state: RunState) -> None:
-        """Speed and data wait are means over the whole run; the loss is the latest logged."""
+        """Show the latest logged loss, and speed and data wait averaged over the run."""
         loss = "-" if state.loss_last is None else f"{state.loss_last:.4f}"
         epoch, epochs = state.step / self._steps_per_epoch, self._total / self._steps_per_epoch
-        speed, wait = state.images / state.train_s, 100 * state.wait_s / state.train_s
-        details = f"epoch {epoch:.1f}/{epochs:.4g} · loss {loss} · {speed:.0f} images/s · data wait {wait:.0f}%"
-        if state.store_wait_s:
-            details += f" · store wait {100 * state.store_wait_s / state.train_s:.0f}%"
-        if state.bad_samples:
-            details += f" · {state.bad_samples} bad samples replaced"
-        if state.skipped_steps:
-            details += f" · {state.skipped_steps} steps skipped"
-        if state.collapsed:
-            details += " · COLLAPSE ALARM"
-        self.show(state.step, details)
+        # Narrow terminals cut the end off, so warnings come first and the epoch, which the step implies, last.
+        parts = [
+            state.collapsed and "COLLAPSE ALARM",
+            state.skipped_steps and plural(state.skipped_steps, "step") + " skipped",
+            state.bad_samples and plural(state.bad_samples, "bad sample") + " replaced",
+            f"loss {loss}",
+            f"{state.images / state.train_s:.0f} images/s",
+            f"data wait {100 * state.wait_s / state.train_s:.0f}%",
+            state.store_wait_s and f"store wait {100 * state.store_wait_s / state.train_s:.0f}%",
+            f"epoch {epoch:.1f}/{epochs:.4g}",
+        ]
+        self.show(state.step, " · ".join(part for part in parts if part))
 
 
 KNN_NAMES = {
@@ -92,14 +96,15 @@ KNN_NAMES = {
 
 
 def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Names and values of `summary`, the content of summary.json, as they are shown."""
+    """Return the names and values of `summary`, the content of summary.json, as tables show them."""
+    store_wait, rankme, knn, linear = (summary.get(key) for key in ("store_wait_percent", "rankme", "knn", "linear"))
     rows = [
         ("images seen", f"{summary['images']:,}"),
         ("images/s", f"{summary['images_per_s']:.0f}"),
         ("data wait", f"{summary['data_wait_percent']:.1f} %"),
     ]
-    if summary.get("store_wait_percent") is not None:
-        rows.append(("of it for the store", f"{summary['store_wait_percent']:.1f} %"))
+    if store_wait is not None:
+        rows.append(("of it for the store", f"{store_wait:.1f} %"))
     if summary["loss_first"] is not None:
         rows.append(("loss, first -> last", f"{summary['loss_first']:.4f} -> {summary['loss_last']:.4f}"))
     if summary["bad_samples"]:
@@ -108,24 +113,24 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("steps skipped, not finite", f"{summary['skipped_steps']:,}"))
     if summary["collapse_alarms"]:
         rows.append(("collapse alarms at steps", ", ".join(map(str, summary["collapse_alarms"]))))
-    if summary["rankme"] is not None:
-        most = min(summary["width"], summary["validation_images"])
-        rows.append(("RankMe of the trained features", f"{summary['rankme']:.1f} of {most}"))
+    if rankme is not None:
+        largest = min(summary["width"], summary["validation_images"])
+        rows.append(("RankMe of the trained features", f"{rankme:.1f} of {largest}"))
         rows.append(("validation images", f"{summary['validation_images']:,}"))
-    if summary["knn"] is not None:
-        rows += [(name, f"{summary['knn'][key]:.1f} %") for key, name in KNN_NAMES.items()]
-    if summary["linear"] is not None:
-        rows.append(("linear probe, trained encoder", f"{summary['linear']:.1f} %"))
+    if knn is not None:
+        rows += [(name, f"{knn[key]:.1f} %") for key, name in KNN_NAMES.items()]
+    if linear is not None:
+        rows.append(("linear probe, trained encoder", f"{linear:.1f} %"))
     return rows
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
-    """The run in one table."""
+    """Return the run's results as a table."""
     table = Table(title=f"{summary['run_name']}: {summary['steps']} steps", title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
-    rows = summary_rows(summary)
-    for number, row in enumerate(rows, 1):
-        is_last_before_knn = number < len(rows) and rows[number][0] == KNN_NAMES["pixels"]
-        table.add_row(*row, end_section=is_last_before_knn)
+    for name, value in summary_rows(summary):
+        if name == KNN_NAMES["pixels"]:
+            table.add_section()
+        table.add_row(name, value)
     return table

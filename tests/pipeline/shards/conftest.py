@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.shards.index import INDEX_NAME, ShardIndex, open_index, save_index
 from tests.conftest import write_shards
-from tools.benchmarks.store.line import Line, environment, moto_server, no_fault, put, put_folder
+from tools.benchmarks.proxy import ThrottledProxy, environment, moto_server, no_fault, put, put_folder
 
 COUNTS = [41, 40, 22, 30, 35]
 
@@ -22,7 +22,7 @@ class Store:
     local: Path
     url: str
     server: str
-    line: Line
+    line: ThrottledProxy
 
     def upload(self, prefix: str, **changed: bytes | None) -> str:
         """The training split once more; `changed`: other contents of `shard0`, ..., `index`, `manifest`, None to omit."""
@@ -57,7 +57,7 @@ def whole_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
         index = open_index(folder)
         save_index(folder, list(index.shards), index.samples)
         write_manifest(folder, index)
-    with moto_server() as server, Line(server) as line, environment(line.url):
+    with moto_server() as server, ThrottledProxy(server) as line, environment(line.url):
         for split in ("train", "val"):
             put_folder(server, local / split, f"set/{split}")
         yield Store(local, "s3://photos/set", server, line)

@@ -22,8 +22,8 @@ from pipeline.shards.index import INDEX_NAME, open_index, split_folder
 from pipeline.shards.object_store import StoreError, is_remote, read
 from tests.pipeline.shards.conftest import COUNTS, Store
 from tests.train.test_run import command
-from tools.benchmarks.store.line import Fault, Line, environment, no_fault
-from train.evaluation.features import spread_rows
+from tools.benchmarks.proxy import Fault, ThrottledProxy, environment, no_fault
+from train.evaluation.features import subsample_evenly
 from train.evaluation.labels import check_classes
 from train.run import main
 
@@ -70,7 +70,7 @@ def test_the_split_is_found_and_its_index_is_the_local_one(store: Store) -> None
 def test_a_change_of_the_environment_reaches_the_next_request(store: Store) -> None:
     url = f"{store.url}/train/{INDEX_NAME}"
     content = read(url)
-    with Line(store.server) as other:
+    with ThrottledProxy(store.server) as other:
         with environment(other.url):
             assert read(url) == content
         before = len(store.line.requests)
@@ -247,7 +247,7 @@ def test_a_web_server_serves_shards_as_well(store: Store, tmp_path: Path) -> Non
 def test_of_a_store_few_whole_shards_are_evaluated(store: Store) -> None:
     index = open_index(f"{store.url}/train")
     for most, shards in ((30, 1), (60, 2), (100, 3), (1000, 5)):
-        some = spread_rows(index, most)
+        some = subsample_evenly(index, most)
         assert len(some) == min(most, TOTAL)
         assert len(np.unique(some.samples["shard"])) == np.count_nonzero(some.counts) == shards
 

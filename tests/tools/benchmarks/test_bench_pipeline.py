@@ -17,9 +17,9 @@ import torch
 from pipeline import build_multicrop_dataset
 from pipeline.shards.index import open_index
 from tools import bench
-from tools.benchmarks.measure import Setup, cpu_seconds, interleave, whole_batches
+from tools.benchmarks.measure import LoaderSetup, cpu_seconds, full_batches, interleave, table, target
 from tools.benchmarks.photographs import photograph_shards
-from tools.benchmarks.pipeline import ROWS, ratio
+from tools.benchmarks.pipeline import LOADERS, cpu_ratio, measure_loaders
 
 ROOT = Path(__file__).parents[3]
 SOME_ROWS = ("ours", "torchvision-pil", "dali-native")
@@ -27,8 +27,8 @@ SOME_ROWS = ("ours", "torchvision-pil", "dali-native")
 
 def test_the_command_prints_each_row_and_each_target_and_writes_the_rows(data_path: Path, tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
-    options = f"--images 8 --batch 8 --rounds 1 --threads 1 --device cpu --rows {','.join(SOME_ROWS)}"
-    # In a process of its own, as it is used: the rows are forked from it, and this one holds many threads.
+    options = f"--images 8 --batch 8 --rounds 1 --threads 1 --rows {','.join(SOME_ROWS)}"
+    # In a subprocess, as it is used: the loaders are forked from a server of its own.
     command = [sys.executable, "tools/bench.py", "pipeline", "--json", str(out), "--shards", str(data_path)]
     done = subprocess.run([*command, *options.split()], cwd=ROOT, capture_output=True, text=True, check=True)
     rows = json.loads(out.read_text())
@@ -51,7 +51,7 @@ def crops(data_path: Path) -> dict[str, list[torch.Tensor]]:
     made = {}
     for name in ("ours", "dali-native", "torchvision-pil", "torchvision-v2"):
         torch.manual_seed(0)  # the seed of DataLoader's workers
-        stream = ROWS[name](Setup(data_path / "train", 32, 1))
+        stream = LOADERS[name](LoaderSetup(data_path / "train", 32, 1))
         batches = [[crop.clone() for crop in next(stream)] for _ in range(4)]
         stream.close()  # type: ignore[attr-defined]
         made[name] = [torch.cat(views) for views in zip(*batches, strict=True)]
@@ -71,7 +71,7 @@ def statistics_of(view: torch.Tensor, data_path: Path) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", ["dali-native", "torchvision-pil", "torchvision-v2"])
-def test_every_row_hands_over_the_same_kind_of_crops(
+def test_every_loader_makes_the_same_kind_of_crops(
     name: str, crops: dict[str, list[torch.Tensor]], data_path: Path
 ) -> None:
     assert len(crops[name]) == len(crops["ours"]) == 8
@@ -110,29 +110,42 @@ def _work(connection: Connection) -> None:
     connection.recv()
 
 
-def test_images_are_rounded_up_to_whole_batches_of_every_worker() -> None:
+def test_images_are_rounded_up_to_full_batches_of_every_worker() -> None:
     for threads in (1, 2, 5, 16):
         for images in (1, 31, 32, 33, 257):
-            count = whole_batches(images, Setup(Path(), 32, threads))
+            count = full_batches(images, LoaderSetup(Path(), 32, threads))
             assert count % threads == 0
             assert images <= count * 32 < images + 32 * threads
 
 
+def test_each_round_begins_with_another_measurement() -> None:
+    calls: list[str] = []
+    results = interleave({name: lambda name=name: calls.append(name) or len(calls) for name in "abc"}, 2)
+    assert "".join(calls) == "abcbca"
+    assert results == {"a": [1, 6], "b": [2, 4], "c": [3, 5]}
+
+
 def test_a_ratio_is_the_median_within_rounds_so_that_a_slow_round_does_not_move_it() -> None:
     measured = {"ours": [(1.0, 2.0), (10.0, 20.0), (1.0, 2.0)], "other": [(3.0, 6.0), (30.0, 60.0), (2.0, 4.0)]}
-    assert ratio(measured, "other", "ours", "cpu_ms_per_image") == 3.0
-    assert ratio(measured, "ours", "other", "images_per_s") == 3.0
-    assert ratio(measured, "missing", "ours", "images_per_s") is None
+    assert cpu_ratio(measured, "other", "ours") == 3.0
+    assert cpu_ratio(measured, "missing", "ours") is None
 
 
-def _fails(setup: Setup) -> Iterator[Sequence[Any]]:
+def test_a_table_is_aligned_markdown_and_a_target_has_a_verdict() -> None:
+    rows = table(["row", "ms"], [("a", 1), ("longer", 234)]).splitlines()
+    assert rows == ["| row    |  ms |", "|--------|----:|", "| a      |   1 |", "| longer | 234 |"]
+    assert target("x", 1.0, "<=", 1.0).endswith(": met")
+    assert target("x", 1.0, ">=", 1.1).endswith(": MISSED")
+
+
+def _fails(setup: LoaderSetup) -> Iterator[Sequence[Any]]:
     yield [[0]]
     raise RuntimeError("pages of trace\nencountered:\n\nno such image\nmore")
 
 
 def test_a_row_that_fails_is_one_line_with_its_name() -> None:
     with pytest.raises(ValueError, match=r"^broken: no such image$"):
-        interleave({"broken": (_fails, Setup(Path(), 1, 1), 1)}, rounds=1)
+        measure_loaders({"broken": (_fails, LoaderSetup(Path(), 1, 1), 1)}, rounds=1)
 
 
 @pytest.mark.parametrize(

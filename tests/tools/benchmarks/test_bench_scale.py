@@ -1,8 +1,8 @@
-"""The shards that `bench.py scale` makes up are sound as far as the start looks at them."""
+"""The empty shards of `bench.py scale` are enough to start a loader."""
 
 from pathlib import Path
 
-from tools.benchmarks.scale import make_empty_shards, measure_larger, measure_loader
+from tools.benchmarks.scale import make_empty_shards, measure_loader, measure_plan
 
 
 def test_a_loader_starts_on_empty_shards(tmp_path: Path) -> None:
@@ -14,8 +14,7 @@ def test_a_loader_starts_on_empty_shards(tmp_path: Path) -> None:
     assert all(value >= 0 for name, value in figures.items() if name.endswith(("_s", "_bytes")))
 
 
-def test_the_plan_of_any_size_is_asked_without_its_index() -> None:
-    figures = measure_larger(20_000_001, 1000)
+def test_the_plan_of_any_size_needs_no_index() -> None:
+    figures = measure_plan(20_000_001, 1000)
     assert figures["shards"] == 20_001
     assert figures["plan_memory_bytes"] < 20_000_000  # grows with the shards, not with the samples
-    assert "open_index_file_s" not in figures

@@ -20,22 +20,26 @@ QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 def run(data_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     settings = ["training.epochs=2", "evaluation.eval_frequency=1", "logging.run_name=short", "logging.log_frequency=1"]
+    settings.append("logging.pictures=true")
     assert train(command(QUICKSTART, data_path, folder, *settings)) == 0
     return folder / "short"
 
 
-def test_the_log_holds_knn_and_linear_probe_of_each_evaluation_and_the_picture_their_neighbours(run: Path) -> None:
+def test_the_log_holds_knn_and_linear_probe_of_each_evaluation_and_the_report_every_picture(run: Path) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     measured = [line for line in lines if "knn" in line]
     assert [line["step"] for line in measured] == [12]
     assert 0 <= measured[0]["linear"] <= 100
-    assert (run / "figures" / "neighbours.png").stat().st_size > 10_000
+    report = (run / "report.md").read_text()
+    for name in ("crops", "masks", "features", "neighbours", "curves"):
+        assert (run / "figures" / f"{name}.png").stat().st_size > 5_000
+        assert f"](figures/{name}.png)" in report
 
 
-def test_every_probe_has_pixels_and_random_initialisation_beside_it_and_twice_the_same_figures(
+def test_every_probe_has_pixels_and_random_initialisation_next_to_it_and_twice_the_same_figures(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probes, "LEAST_STEPS", 0)  # seconds instead of a minute
+    monkeypatch.setattr(probes, "MIN_STEPS", 0)  # seconds instead of a minute
     arguments = [str(run), "--probe", "knn", "linear", "attentive", "lowshot", "--json"]
     assert evaluate([*arguments, str(tmp_path / "one.json")]) == 0
     printed = capsys.readouterr().out

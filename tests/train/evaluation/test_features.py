@@ -19,13 +19,13 @@ from train.evaluation.features import (
     encoder_features,
     extract,
     mixed_precision,
-    pixel_tokens,
     pixels,
     pooled_features,
-    spread_rows,
+    subsample_evenly,
 )
 from train.evaluation.labels import check_labels
-from train.output.log import mean_std, rankme
+from train.evaluation.measure import feature_std, rankme
+from train.evaluation.probes import pixel_tokens
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 5, "num_heads": 2, "num_reg_tokens": 1}
 
@@ -79,17 +79,17 @@ def test_features_are_computed_in_bf16_on_a_gpu_and_in_float32_on_a_cpu(encoder:
         torch.testing.assert_close(found[name].float(), values, **tolerance)
 
 
-@pytest.mark.parametrize("most", [1, 7, 50, 102, 103, 500])
-def test_a_part_of_a_split_is_spread_evenly_over_it(index: ShardIndex, most: int) -> None:
-    part = spread_rows(index, most)
-    assert len(part) == min(most, 103)
-    places = np.flatnonzero(np.isin(index.samples["offset"] * 10 + index.samples["shard"],
-                                    part.samples["offset"] * 10 + part.samples["shard"]))  # fmt: skip
-    assert np.ptp(np.diff(places)) <= 1 if most > 2 else True
-    assert part.counts.sum() == len(part)
-    found = extract(centre_loader(part, 16), {"pixels": pixels})["pixels"]
-    whole = extract(centre_loader(index, 16), {"pixels": pixels})["pixels"]
-    assert torch.equal(found.values["last"], whole.values["last"][places])
+def test_a_part_of_a_split_is_spread_evenly_over_it(index: ShardIndex) -> None:
+    features = extract(centre_loader(index, 16), {"pixels": pixels})["pixels"].values["last"]
+    identity = index.samples["offset"] * 10 + index.samples["shard"]
+    for max_samples in (1, 7, 50, 102, 103, 500):
+        part = subsample_evenly(index, max_samples)
+        assert len(part) == part.counts.sum() == min(max_samples, 103)
+        rows = np.flatnonzero(np.isin(identity, part.samples["offset"] * 10 + part.samples["shard"]))
+        assert max_samples < 3 or np.ptp(np.diff(rows)) <= 1
+        if max_samples in (7, 102):
+            loader = centre_loader(part, 16)
+            assert torch.equal(extract(loader, {"pixels": pixels})["pixels"].values["last"], features[rows])
 
 
 def test_features_that_would_not_fit_the_memory_are_refused_with_the_number_that_would(
@@ -115,8 +115,8 @@ def test_rankme_of_orthogonal_features_is_their_number_and_of_a_line_is_one() ->
 
 def test_feature_std_is_one_over_root_d_for_spread_features_and_zero_for_a_collapse() -> None:
     spread = torch.randn(4000, 64, generator=torch.Generator().manual_seed(0))
-    assert mean_std(spread) == pytest.approx(1 / 8, rel=0.02)
-    assert mean_std(torch.ones(100, 64)) == 0
+    assert feature_std(spread) == pytest.approx(1 / 8, rel=0.02)
+    assert feature_std(torch.ones(100, 64)) == 0
 
 
 def test_the_baselines_see_what_their_names_say() -> None:

@@ -2,8 +2,8 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from train.evaluation import knn as knn_module
-from train.evaluation.knn import knn_accuracies, nearest_neighbours
+from train.evaluation import measure
+from train.evaluation.measure import knn_accuracies, nearest_neighbours
 
 CPU = torch.device("cpu")
 
@@ -12,26 +12,26 @@ def test_knn_with_one_neighbour_equals_scikit_learn() -> None:
     torch.manual_seed(0)
     train, test = torch.randn(300, 8), torch.randn(100, 8)
     labels = torch.randint(0, 5, (300,))
-    wanted = torch.randint(0, 5, (100,))
-    reference = KNeighborsClassifier(1, metric="cosine").fit(train, labels).score(test, wanted)
-    assert knn_accuracies(train, labels, test, wanted, [1]) == {1: pytest.approx(100 * reference)}
+    truth = torch.randint(0, 5, (100,))
+    reference = KNeighborsClassifier(1, metric="cosine").fit(train, labels).score(test, truth)
+    assert knn_accuracies(train, labels, test, truth, [1], CPU) == {1: pytest.approx(100 * reference)}
 
 
 def test_knn_weighs_votes_by_similarity() -> None:
     train = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0]])
     labels = torch.tensor([0, 1, 1])
     # Two far neighbours of class 1 lose against one near neighbour of class 0.
-    assert knn_accuracies(train, labels, torch.tensor([[1.0, 0.1]]), torch.tensor([0]), [20]) == {20: 100.0}
+    assert knn_accuracies(train, labels, torch.tensor([[1.0, 0.1]]), torch.tensor([0]), [20], CPU) == {20: 100.0}
 
 
 def test_every_k_of_a_list_equals_a_weighted_vote_counted_one_by_one() -> None:
     generator = torch.Generator().manual_seed(1)
     train, test = torch.randn(120, 6, generator=generator), torch.randn(40, 6, generator=generator)
-    labels, wanted = (torch.randint(0, 4, (n,), generator=generator) for n in (120, 40))
-    scores = knn_accuracies(train, labels, test, wanted, [3, 10, 500])
+    labels, truth = (torch.randint(0, 4, (n,), generator=generator) for n in (120, 40))
+    scores = knn_accuracies(train, labels, test, truth, [3, 10, 500], CPU)
     for k in (3, 10, 500):
         right = 0
-        for row, label in zip(test, wanted, strict=True):
+        for row, label in zip(test, truth, strict=True):
             similar = torch.nn.functional.cosine_similarity(row[None], train)
             nearest = similar.argsort(descending=True)[:k]
             votes = [sum(float(torch.exp(similar[n] / 0.07)) for n in nearest if labels[n] == c) for c in range(4)]
@@ -44,8 +44,8 @@ def test_neighbours_do_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch)
     train, test = torch.randn(90, 5, generator=generator), torch.randn(31, 5, generator=generator)
     whole = nearest_neighbours(train, test, 12, CPU)
     # The last chunk of 90 = 11 * 8 + 2 is smaller than k.
-    monkeypatch.setattr(knn_module, "TRAIN_CHUNK", 8)
-    monkeypatch.setattr(knn_module, "TEST_CHUNK", 7)
+    monkeypatch.setattr(measure, "TRAIN_CHUNK", 8)
+    monkeypatch.setattr(measure, "TEST_CHUNK", 7)
     parts = nearest_neighbours(train, test, 12, CPU)
     torch.testing.assert_close(parts[0], whole[0])
     assert torch.equal(parts[1], whole[1])

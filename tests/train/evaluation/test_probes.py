@@ -12,18 +12,16 @@ from torch.nn import functional as F
 from pipeline.dataset import build_multicrop_dataloader, centre_crop_dataset
 from pipeline.loader import MultiCropLoader
 from pipeline.shards.index import ShardIndex
-from train.evaluation import features
-from train.evaluation.features import Features, TokenStream
+from train.evaluation import probes
+from train.evaluation.features import Features
+from train.evaluation.measure import Standardizer, accuracies, linear_heads, linear_probe
 from train.evaluation.probes import (
     AttentiveProbe,
-    Standard,
-    accuracies,
+    TokenStream,
     attentive_probe,
-    few_of_each,
-    linear_heads,
-    linear_probe,
     logistic_regression,
     lowshot_accuracies,
+    sample_per_class,
 )
 
 CPU = torch.device("cpu")
@@ -40,7 +38,7 @@ def blobs(count: int, seed: int, width: int = 6, classes: int = 3, spread: float
 
 def test_standardised_features_have_mean_zero_and_deviation_one_and_constants_stay_finite() -> None:
     rows = torch.cat([blobs(20_000, 0).values["last"], torch.full((20_000, 1), 3.0)], dim=1)
-    found = Standard(rows, CPU)(rows)
+    found = Standardizer(rows, CPU)(rows)
     torch.testing.assert_close(found.mean(dim=0), torch.zeros(7), atol=1e-3, rtol=0)
     torch.testing.assert_close(found[:, 1:6].std(dim=0), torch.ones(5), atol=2e-2, rtol=0)
     assert found[:, 6].abs().max() < 1e-2
@@ -48,7 +46,7 @@ def test_standardised_features_have_mean_zero_and_deviation_one_and_constants_st
 
 def test_heads_trained_together_equal_each_trained_alone_with_torchs_sgd() -> None:
     data = blobs(300, 0)
-    standard = Standard(data.values["last"], CPU)
+    standard = Standardizer(data.values["last"], CPU)
     rates = (0.01, 0.3)
     heads = linear_heads(data.values["last"], data.labels, 3, rates, 2, standard)
     for rate, found in zip(rates, heads, strict=True):
@@ -76,7 +74,7 @@ def test_the_linear_probe_reaches_scikit_learns_accuracy_and_prefers_features_th
         Features(noise, train.labels), Features(test_noise, test.labels), ["last", "last4"], 10, CPU
     )
     assert setting.startswith("last4, lr ")
-    standard = Standard(train.values["last"], CPU)
+    standard = Standardizer(train.values["last"], CPU)
     reference = LogisticRegression(max_iter=1000).fit(standard(train.values["last"]), train.labels)
     assert score == pytest.approx(100 * reference.score(standard(test.values["last"]), test.labels), abs=1.5)
     before = torch.get_rng_state()
@@ -90,7 +88,7 @@ def test_the_linear_probe_reaches_scikit_learns_accuracy_and_prefers_features_th
 
 def test_logistic_regression_equals_scikit_learn() -> None:
     data = blobs(60, 0, spread=3.0)
-    rows = Standard(data.values["last"], CPU)(data.values["last"])
+    rows = Standardizer(data.values["last"], CPU)(data.values["last"])
     weight, bias = logistic_regression(rows, data.labels, 3, 0.7)
     reference = LogisticRegression(C=0.7, tol=1e-10, max_iter=10_000).fit(rows.double(), data.labels)
     # Only differences between classes are determined for the biases.
@@ -100,11 +98,11 @@ def test_logistic_regression_equals_scikit_learn() -> None:
 
 def test_few_of_each_class_are_drawn_by_the_seed() -> None:
     labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 4)
-    rows = few_of_each(labels, 10, seed=0)
+    rows = sample_per_class(labels, 10, seed=0)
     assert labels[rows].bincount().tolist() == [10, 10, 4]
     assert len(rows.unique()) == 24
-    assert torch.equal(rows, few_of_each(labels, 10, seed=0))
-    assert not torch.equal(rows, few_of_each(labels, 10, seed=1))
+    assert torch.equal(rows, sample_per_class(labels, 10, seed=0))
+    assert not torch.equal(rows, sample_per_class(labels, 10, seed=1))
 
 
 def test_more_shots_are_better_and_each_seed_has_its_figure() -> None:
@@ -118,7 +116,7 @@ def test_more_shots_are_better_and_each_seed_has_its_figure() -> None:
 def test_accuracies_count_every_row_once() -> None:
     rows, labels = torch.eye(3).repeat(4000, 1), torch.arange(3).repeat(4000)
     heads = [nn.Identity(), lambda inputs: inputs[:, [0, 2, 1]]]
-    assert accuracies(heads, Standard(rows, CPU).batches(rows, labels)) == [100, 100 / 3]
+    assert accuracies(heads, Standardizer(rows, CPU).batches(rows, labels)) == [100, 100 / 3]
 
 
 def colour_tokens(crops: torch.Tensor) -> torch.Tensor:
@@ -128,7 +126,7 @@ def colour_tokens(crops: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Of torch: its products here are small, and threads that wait for one another cost more than they bring."""
+    """Run torch on one thread: the products here are so small that more threads only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -157,7 +155,7 @@ def test_tokens_are_the_same_whether_kept_or_made_again_for_each_epoch(
     kept, again = streams
     first = list(kept.epoch())
     assert sum(len(labels) for _, labels, _ in first) == 103
-    monkeypatch.setattr(features, "TOKENS_SHARE", 0.0)
+    monkeypatch.setattr(probes, "TOKENS_SHARE", 0.0)
     list(again.epoch())
     assert kept._store is not None
     assert again._store is None

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train.output.chart import MOST_POINTS, line_chart, thinned
+from train.output.chart import MAX_POINTS, line_chart, thin_out
 from train.output.page import write_comparison, write_page
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -85,12 +85,12 @@ def test_a_comparison_shows_each_metric_of_all_runs_and_the_settings_that_differ
     assert "cross_crop_prediction" in page
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, MOST_POINTS, MOST_POINTS + 1, 10_000])
+@pytest.mark.parametrize("count", [0, 1, 2, MAX_POINTS, MAX_POINTS + 1, 10_000])
 def test_thinned_lines_keep_their_mean_and_their_range_of_steps(count: int) -> None:
     points = np.column_stack([np.arange(count), np.random.default_rng(0).normal(size=count)])
-    kept = thinned(points.tolist())
-    assert len(kept) == min(count, MOST_POINTS)
-    if count and count % MOST_POINTS == 0:
+    kept = thin_out(points.tolist())
+    assert len(kept) == min(count, MAX_POINTS)
+    if count and count % MAX_POINTS == 0:
         np.testing.assert_allclose(kept.mean(axis=0), points.mean(axis=0))
     assert (np.diff(kept[:, 0]) > 0).all()
 

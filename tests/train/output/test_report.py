@@ -1,11 +1,11 @@
-"""What a run suggests when it waited for its data or learned nothing."""
+"""Suggestions for a run that waited for its data or learned nothing."""
 
 from pathlib import Path
 
 import pytest
 
 from train.config.load import load_config
-from train.output.advice import advice
+from train.output.report import advice
 
 ROOT = Path(__file__).parents[3]
 

@@ -1,0 +1,173 @@
+"""The trainings of the study: one trial and its scores, and the calibration of how many steps fill the budget."""
+
+import json
+import resource
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tools.own_process import run_in_subprocess
+from tools.studies.grid import BASE, Base
+from tools.studies.peers import build_peer, peer_losses
+from train.build import build_dataset, build_evaluation_loaders, build_model, build_training_loader
+from train.config.changes import changed_settings
+from train.config.load import load_config
+from train.config.schema import Config
+from train.evaluation.features import Extractor, colour_histogram, pixels, pooled_features
+from train.evaluation.measure import measure
+from train.trainer import Trainer
+
+CALIBRATION_S, TURN_STEPS = 15.0, 12
+MANY_EPOCHS = 100_000  # max_steps decides
+MANY_STEPS = 10_000  # the budget decides
+CPU = torch.device("cpu")
+# Settings that can differ between the calls of one study: where files are, and what each trial sets itself.
+FREE_KEYS = ("device", "seed", "training.max_steps", "training.epochs", "checkpoint.", "logging.", "data.data_path")
+
+
+def trial_config(base: Base, variant: str, seed: int, max_steps: int) -> Config:
+    settings = ("device=cpu", f"seed={seed}", f"training.max_steps={max_steps}", f"training.epochs={MANY_EPOCHS}")
+    return load_config(Path(base.config), [*base.settings(variant), *settings])
+
+
+class TimedTraining:
+    """A variant's training by the product's trainer, on one thread of torch.
+
+    `cpu_s` and `wall_s` are the seconds its steps took; CPU seconds are those of all threads of this process, including the
+    loader's. Work between steps does not count, and neither do compiling the crop operator and starting DALI.
+    """
+
+    def __init__(self, config: Config, variant: str) -> None:
+        torch.set_num_threads(1)
+        dataset, hjepa = build_dataset(config), build_model(config, CPU)
+        # A loader of its own, so that the trainer still starts with the first batch.
+        warm_up = build_training_loader(config, dataset)
+        next(iter(warm_up))
+        warm_up.close()
+        peer = build_peer(variant, config, hjepa.encoder, dataset.index)
+        self.trainer = Trainer(config, model=peer or hjepa, loss_fn=peer_losses if peer else None)
+        self.cpu_s = self.wall_s = 0.0
+
+    def step(self) -> float:
+        """Take one step and return its CPU seconds."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.trainer.train_step()
+        self.trainer.read_counts()
+        taken = time.process_time() - cpu
+        self.cpu_s, self.wall_s = self.cpu_s + taken, self.wall_s + time.perf_counter() - wall
+        return taken
+
+    def run_to(self, step: int) -> None:
+        self.trainer.model.train()
+        while self.trainer.state.step < step and not self.trainer.diverged:
+            self.step()
+
+
+def run_trial(base: Base, variant: str, seed: int, steps: int, points: int = 1) -> list[dict[str, Any]]:
+    """Train for `steps` and return a row of figures for each of `points` measurements, evenly spaced, the last at the end.
+
+    Accuracies are percentages, times seconds, and memory MiB; times and memory are only in the last row.
+    """
+    config = trial_config(base, variant, seed, steps)
+    before, rows = peak_mib(), []
+    training, peak = TimedTraining(config, variant), 0.0
+    trainer = training.trainer
+    for point in range(1, points + 1):
+        training.run_to(max(1, trainer.schedule.total_steps * point // points))
+        peak = peak or peak_mib()  # later peaks can be those of an evaluation
+        trainer.model.eval()
+        scores = measure_rows(config, {"trained": pooled_features(trainer.model.target)})["trained"]
+        counts = {"steps": trainer.state.step, "images": trainer.state.images, "cpu_s": round(training.cpu_s, 2)}
+        rows.append({**counts, **scores})
+    rows[-1] |= {
+        "wall_s": round(training.wall_s, 1),
+        "images_per_cpu_s": round(trainer.state.images / training.cpu_s, 1),
+        "peak_mib": round(peak - before, 1),
+    }
+    return rows
+
+
+def run_baselines(base: Base, seed: int) -> dict[str, dict[str, Any]]:
+    """Return the scores of raw pixels, of the colour histogram and of the seed's random initialisation."""
+    torch.set_num_threads(1)
+    config = trial_config(base, BASE, seed, 1)
+    untrained = pooled_features(build_model(config, CPU).eval().target)
+    rows = {"raw pixels": pixels, "colour histogram": colour_histogram, "random initialisation": untrained}
+    return measure_rows(config, rows)
+
+
+def measure_rows(config: Config, extractors: Mapping[str, Extractor]) -> dict[str, dict[str, Any]]:
+    """Return k-NN, linear probe and RankMe of each extractor's features on the validation split."""
+    k, epochs = config.evaluation.knn_k, config.evaluation.linear_epochs
+    loaders = build_evaluation_loaders(config)
+    scores = measure(loaders, extractors, CPU, ks=[k], linear_epochs=epochs, with_rankme=True)
+    return {
+        name: {
+            "knn": round(score.knn["last"][k], 2),
+            "linear": round(score.linear[0], 2) if score.linear else "",
+            "rankme": round(score.rankme or 0.0, 1),
+        }
+        for name, score in scores.items()
+    }
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def calibrate(path: Path, base: Base, budget: float, points: int, variants: Sequence[str]) -> dict[str, int]:
+    """Return the steps that fill the budget by variant, measured once and kept in the file `path`.
+
+    Raises ValueError if the file belongs to a study with other options or settings.
+    """
+    settings = load_config(Path(base.config), base.overrides).resolved
+    options = {"budget_s": budget, "points": points, "overrides": list(base.overrides), "settings": settings}
+    record: dict[str, Any] = {**options, "step_cpu_ms": {}, "steps": {}}
+    if path.exists():
+        record = options | {"points": 1, "overrides": []} | json.loads(path.read_text())
+    # Steps fill one budget and measure one set of settings: with others, the rows could not be compared.
+    for key, option in {"budget_s": "--budget", "points": "--points", "overrides": "KEY=VALUE"}.items():
+        if record[key] != options[key]:
+            before, now = (
+                " ".join(value) or "none" if isinstance(value, list) else f"{value:g}"
+                for value in (record[key], options[key])
+            )
+            raise ValueError(f"{path}: belongs to a study with {option} {before}, not {now}; choose another --out")
+    if changes := changed_settings(record["settings"], settings, FREE_KEYS):
+        raise ValueError(
+            f"{path}: belongs to a study with other settings ({'; '.join(changes)}); choose another --out, or move its files away"
+        )
+    if missing := [name for name in variants if name not in record["steps"]]:
+        timed = [BASE, *(name for name in missing if name != BASE)]
+        seconds = run_in_subprocess(step_seconds, base, timed, budget)
+        base_ms = record["step_cpu_ms"].get(BASE, 1000 * seconds[BASE])
+        for name in missing:
+            ms = base_ms * seconds[name] / seconds[BASE]
+            record["step_cpu_ms"][name] = round(ms, 2)
+            record["steps"][name] = max(1, round(1000 * budget / ms))
+        path.write_text(json.dumps(record, indent=1) + "\n")
+    return record["steps"]
+
+
+def step_seconds(base: Base, variants: Sequence[str], budget: float) -> dict[str, float]:
+    """Return the CPU seconds of one step of each variant, relative to those of the first.
+
+    The variants take turns of a few steps: other work on the machine slows all of them alike, so that the median of the
+    ratios holds. Turns end when the first variant has used `CALIBRATION_S`, or the budget if that is less. The first turn warms
+    up. The first step of a turn is not timed, because the previous variant's loader can still be prefetching.
+    """
+    trainings = {name: TimedTraining(trial_config(base, name, 0, MANY_STEPS), name) for name in variants}
+    turns: list[dict[str, float]] = []
+    first = variants[0]
+    while len(turns) < 2 or trainings[first].cpu_s < min(CALIBRATION_S, budget):
+        turns.append({})
+        for name, training in trainings.items():
+            training.step()
+            turns[-1][name] = sum(training.step() for _ in range(TURN_STEPS)) / TURN_STEPS
+    timed = turns[1:]
+    seconds = statistics.median(turn[first] for turn in timed)
+    return {name: seconds * statistics.median(turn[name] / turn[first] for turn in timed) for name in variants}

@@ -1,0 +1,210 @@
+"""Records a run: metrics, progress, heartbeat, measurements, checkpoints and the report."""
+
+import json
+import logging
+import os
+import time
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from pathlib import Path
+from typing import cast
+
+from rich.console import Console
+
+from model.hjepa import HJEPA
+from pipeline.files import write_atomic
+from pipeline.shards.index import UNLABELLED
+from pipeline.shards.object_store import StoreError
+from train.checkpoint import CheckpointWriter, checkpoint_path
+from train.evaluation.online import OnlineEvaluation
+from train.output.display import Display, summary_table
+from train.output.folder import open_run_folder
+from train.output.log import MetricsLog, open_wandb
+from train.output.page import write_page
+from train.output.pictures import NEIGHBOURS, QUERIES, draw_run, read_picture
+from train.output.report import advice, stop_setting, write_report, write_summary
+from train.trainer import DIVERGED, STOPPED, Trainer
+
+log = logging.getLogger(__name__)
+
+NOT_WRITTEN = 4  # exit code: the disk refused the last checkpoint or the summary
+STATUSES = {0: "complete", STOPPED: "stopped", DIVERGED: "diverged"}  # other exit codes: failed
+HEARTBEAT_S = 5.0
+
+
+def open_recorder(trainer: Trainer, console: Console) -> "Recorder":
+    """Open the run's folder, restore the checkpoint that `checkpoint.resume` names, and return what records the run."""
+    config, ranks = trainer.config, trainer.ranks
+    evaluation = OnlineEvaluation(config, trainer.folder, cast(HJEPA, trainer.model)) if ranks.is_first else None
+    if evaluation is not None:
+        open_run_folder(config, trainer.dataset.index.digest)
+        log_description(trainer)
+        evaluation.measure_baselines()  # now, while the model is untrained
+    ranks.barrier()  # the folder exists
+    resume = config.checkpoint.resume
+    checkpoint = trainer.newest_checkpoint() if resume == "auto" else None if resume == "none" else Path(resume)
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    if trainer.complete:
+        limit = stop_setting(config, trainer.schedule.total_steps)
+        log.info(f"this run is complete: to continue, raise {limit}; checkpoint.resume=none starts over")
+    return Recorder() if evaluation is None else RunRecorder(trainer, evaluation, console)
+
+
+def log_description(trainer: Trainer) -> None:
+    """Log one line about the data, one about the model and one about the schedule."""
+    config, index, model = trainer.config, trainer.dataset.index, cast(HJEPA, trainer.model)
+    labelled = int((index.samples["label"] != UNLABELLED).sum())
+    log.info(f"data: {len(index):,} images ({labelled:,} labelled) in {len(index.shards)} shards of {index.folder}")
+    encoder = sum(p.numel() for p in model.encoder.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log.info(
+        f"model: {config.model.encoder}, {encoder / 1e6:.1f} M parameters ({trained / 1e6:.1f} M trained), "
+        f"{model.grid}x{model.grid} tokens in a global crop, {len(model.levels)} levels"
+    )
+    images, schedule = trainer.loader.global_batch * config.training.accumulation_steps, trainer.schedule
+    left_out = (
+        f"; each epoch leaves out {len(index) % images} images, which fill no step" if len(index) % images else ""
+    )
+    log.info(
+        f"run: {schedule.total_steps:,} steps of {images:,} images on {trainer.ranks.world_size} rank(s), "
+        f"{trainer.steps_per_epoch:,} steps an epoch, {schedule.warmup_steps:,} of warm-up{left_out}"
+    )
+
+
+class Recorder:
+    """Records nothing, for all ranks but the first."""
+
+    def display(self) -> AbstractContextManager[object]:
+        """Show the progress while open."""
+        return nullcontext()
+
+    def log(self, line: dict[str, float]) -> None:
+        """Record a step; `line` is empty except at logging steps."""
+
+    def evaluate(self) -> None:
+        """Measure the target encoder."""
+
+    def save(self) -> None:
+        """Write a checkpoint in the background, unless the run has diverged."""
+
+    def wait(self) -> None:
+        """Wait until the checkpoint is on disk, or was refused by it."""
+
+    def rewind(self) -> None:
+        """Drop what was logged after the step to which the trainer has gone back."""
+
+    def report(self) -> int:
+        """Measure the trained encoder, draw, and write summary.json, report.md and report.html. Returns an exit code."""
+        return 0
+
+    def close(self, code: int) -> None:
+        """Note how the run ended, given its exit code."""
+
+
+class RunRecorder(Recorder):
+    """Writes the run of `trainer` into its folder, and shows it on `console`; for rank 0.
+
+    `heartbeat.json` holds `{status, step, total_steps, time, pid}`, with the time in seconds since 1970. Its status is training,
+    evaluating or, at the end, complete, stopped (run it again), diverged or failed.
+    """
+
+    def __init__(self, trainer: Trainer, evaluation: OnlineEvaluation, console: Console) -> None:
+        config, self._folder, self._checkpoints = trainer.config, trainer.folder, trainer.folder / "checkpoints"
+        self._trainer, self._evaluation, self._console = trainer, evaluation, console
+        self._writer = CheckpointWriter(self._checkpoints, config.checkpoint.keep_last_n, config.checkpoint.keep_best_n)
+        steps = (trainer.state.step, trainer.schedule.total_steps, trainer.steps_per_epoch)
+        self._display = Display(console, config.logging.run_name, *steps)
+        wandb = config.logging.wandb
+        self._wandb = open_wandb(wandb.project, self._folder, config.resolved) if wandb.enabled else None
+        self._opened = ExitStack()
+        self._metrics = self._open_metrics()
+        self._heartbeat_at = 0.0
+
+    def _open_metrics(self) -> MetricsLog:
+        """Open the logs, without what they hold of later steps."""
+        tensorboard, step = self._trainer.config.logging.tensorboard, self._trainer.state.step
+        return self._opened.enter_context(MetricsLog(self._folder, tensorboard, step, self._wandb))
+
+    def display(self) -> AbstractContextManager[object]:
+        return self._display
+
+    def log(self, line: dict[str, float]) -> None:
+        if line:
+            self._metrics.write(self._trainer.state.step, line)
+        self._display.update(self._trainer.state)
+        if time.monotonic() - self._heartbeat_at >= HEARTBEAT_S:
+            self._write_heartbeat("training")
+
+    def _write_heartbeat(self, status: str) -> None:
+        self._heartbeat_at, trainer = time.monotonic(), self._trainer
+        progress = {"status": status, "step": trainer.state.step, "total_steps": trainer.schedule.total_steps}
+        content = {**progress, "time": round(time.time(), 1), "pid": os.getpid()}
+        with suppress(OSError):  # a full disk is reported where it costs a checkpoint
+            write_atomic(self._folder / "heartbeat.json", json.dumps(content) + "\n", durable=False)
+
+    def evaluate(self) -> None:
+        state = self._trainer.state
+        try:
+            values = self._evaluation.online()
+            state.knn, state.knn_step = values.get("knn"), state.step
+            self._metrics.write(state.step, values)
+            self._draw()
+        except StoreError as error:  # the trainer saves and stops
+            self._trainer.store_error = error
+
+    def _draw(self) -> list[Path]:
+        """Draw the pictures of the run as it is now, and put them into TensorBoard."""
+        trainer = self._trainer
+        if not trainer.config.logging.pictures:
+            return []
+        neighbours, model = self._evaluation.neighbours(QUERIES, NEIGHBOURS), cast(HJEPA, trainer.model)
+        paths = draw_run(self._folder, trainer.config, trainer.dataset, model, trainer.masks, neighbours)
+        for path in paths:
+            self._metrics.picture(trainer.state.step, path.stem, read_picture(path))
+        return paths
+
+    def save(self) -> None:
+        state = self._trainer.state
+        # Checkpoints are ranked by the k-NN of their step or, in a run that measures none, by the loss.
+        score = None if state.loss_last is None else -state.loss_last
+        if self._trainer.config.evaluation.eval_frequency:
+            score = state.knn if state.knn_step == state.step else None
+        if not self._trainer.diverged:
+            self._writer.write(self._trainer.snapshot(score))
+
+    def wait(self) -> None:
+        self._writer.wait()
+
+    def rewind(self) -> None:
+        self._opened.close()
+        self._metrics = self._open_metrics()
+
+    def report(self) -> int:
+        folder, state, config = self._folder, self._trainer.state, self._trainer.config
+        self._console.print("evaluating and drawing ...", style="dim")
+        self._write_heartbeat("evaluating")
+        self._trainer.loader.close()
+        try:
+            summary = write_summary(folder, config, state, self._evaluation, self._trainer.model.encoder.width)
+            pictures, hints = self._draw(), advice(config, summary)
+            write_report(folder, summary, hints, pictures)
+            page = write_page(folder, hints)
+        except OSError as error:
+            log.error(f"{folder}: the summary could not be written ({error}); the same command tries again")
+            return NOT_WRITTEN
+        self._console.print(summary_table(summary))
+        for line in (*hints, f"report: {page}, pictures: {folder / 'figures'}"):
+            log.info(line)
+        if checkpoint_path(self._checkpoints, state.step).exists():
+            return 0
+        log.error(
+            f"the weights of step {state.step} are NOT saved: free some space; the same command continues from the last "
+            "checkpoint"
+        )
+        return NOT_WRITTEN
+
+    def close(self, code: int) -> None:
+        self._opened.close()
+        self._write_heartbeat(STATUSES.get(code, "failed"))
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=code)
