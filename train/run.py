@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.shards.index import split_folder
-from train.command import BAD_INPUT, run_command, show_messages
+from train.command import BAD_INPUT, StopSignal, run_command, show_messages
 from train.config.load import SHORT_FLAGS, annotated, load_config_with_origins
 from train.config.schema import Config
 from train.config.yaml12 import ConfigError
@@ -103,7 +103,6 @@ def execute(config: Config, console: Console, is_dry_run: bool) -> int:
     from train.dry_run import dry_run, out_of_memory_explained
     from train.output.folder import run_folder
     from train.recorder import open_recorder
-    from train.signals import StopSignal
     from train.trainer import Trainer, train
 
     ranks, kind = ranks_from_environment(), resolve_device(config.device)

@@ -34,12 +34,12 @@ from train.checkpoint import (
     newest_checkpoint,
     take_snapshot,
 )
+from train.command import StopSignal
 from train.config.schema import Config
 from train.distributed import SINGLE_PROCESS, Ranks, Watchdog, no_sync_if, replicated
 from train.monitor import StepMonitor
 from train.optim import build_optimizer
 from train.output.folder import run_folder
-from train.signals import StopSignal
 from train.state import RunState
 
 if TYPE_CHECKING:
