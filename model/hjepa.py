@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from model import defaults
 from model.encoder import MultiCropEncoder
 from model.geometry import cell_centres, covered, log_cell_size
 from model.losses import BatchStandardize, LossWeights, SIGReg, prediction_losses, view_loss, weighted_sum
@@ -50,8 +51,8 @@ class HJEPA(TaughtEncoder):
         projector_dim: int,
         sigreg_knots: int,
         weights: LossWeights,
-        exclude_covered: bool = False,
-        grad_checkpointing: bool = False,
+        exclude_covered: bool = defaults.EXCLUDE_COVERED,
+        grad_checkpointing: bool = defaults.GRAD_CHECKPOINTING,
     ) -> None:
         super().__init__(encoder)
         self.levels = tuple(levels)

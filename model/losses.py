@@ -8,15 +8,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from model import defaults
+
 
 @dataclass(frozen=True)
 class LossWeights:
     """Of the terms of the loss. With 0 a term is left out, and what only serves it is not built."""
 
-    prediction: float = 1.0
-    summary: float = 0.0
-    view: float = 1.0
-    sigreg: float = 0.05
+    prediction: float = defaults.PREDICTION_WEIGHT
+    summary: float = defaults.SUMMARY_WEIGHT
+    view: float = defaults.VIEW_WEIGHT
+    sigreg: float = defaults.SIGREG_WEIGHT
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from model import defaults
+
 STRATEGIES = ("global_only", "global_with_local_context", "cross_crop_prediction")
 UNMASKED = "none"  # the strategy without prediction, which therefore masks nothing
 ALLOWED = (*STRATEGIES, UNMASKED)
@@ -63,11 +65,11 @@ class MultiCropMaskGenerator:
         grid: int = 14,
         local_grid: int = 6,
         strides: tuple[int, ...] = (1, 2, 4),
-        num_masks: int = 4,
-        mask_scale: tuple[float, float] = (0.15, 0.2),
-        aspect_ratio: tuple[float, float] = (0.75, 1.5),
-        context_ratio: float = 0.4,
-        query_ratio: float = 0.4,
+        num_masks: int = defaults.NUM_MASKS,
+        mask_scale: tuple[float, float] = defaults.MASK_SCALE,
+        aspect_ratio: tuple[float, float] = defaults.ASPECT_RATIO,
+        context_ratio: float = defaults.CONTEXT_RATIO,
+        query_ratio: float = defaults.QUERY_RATIO,
         device: torch.device | str = "cpu",
     ) -> None:
         if masking_strategy not in ALLOWED:
