@@ -144,15 +144,17 @@ class HJEPA(StudentTeacher):
 
     def _query_cells(self, boxes: Tensor, flips: Tensor, plan: MaskPlan) -> list[Cells]:
         """Return the queried cells of each level, `[B * G, M_l]`."""
-        frame = [value[:, : self.num_global].flatten(0, 1) for value in (boxes, flips)]
+        box, flip = boxes[:, : self.num_global].flatten(0, 1), flips[:, : self.num_global].flatten(0, 1)
         return [
-            crop_cells(*frame, self.grid, level.stride, chosen.flatten(0, 1))
+            crop_cells(box, flip, self.grid, level.stride, chosen.flatten(0, 1))
             for level, chosen in zip(self.levels, plan.queries, strict=True)
         ]
 
     def _context(self, student: list[Tensor], boxes: Tensor, flips: Tensor, plan: MaskPlan) -> tuple[Tensor, Cells]:
         """Join the student's tokens of each image, globals first, as `plan.sources` counts them: `[B, S, D]` and their cells."""
-        groups = [(student[0], slice(self.num_global), self.grid, plan.context.flatten(0, 1))]
+        groups: list[tuple[Tensor, slice, int, Tensor | None]] = [
+            (student[0], slice(self.num_global), self.grid, plan.context.flatten(0, 1))
+        ]
         if plan.partners is not None and len(student) > 1:  # otherwise no source names a local
             groups.append((student[1], slice(self.num_global, None), math.isqrt(student[1].shape[1]), None))
         rows = []
