@@ -1,6 +1,6 @@
-"""The encoder: a timm ViT with rotary positions, run on any subset of tokens and on several crop sizes at once."""
+"""The encoder: a timm ViT with rotary positions that runs on any subset of tokens and on several crop sizes at once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import timm
@@ -8,49 +8,44 @@ import torch
 from timm.layers import apply_rot_embed_cat
 from timm.models import is_model_in_modules
 from timm.models.eva import Eva, EvaAttention, EvaBlock
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+Channels = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class EncoderOutput:
-    """One group of crops, encoded. `tokens`: `[n, K, D]`, patch tokens after the final norm, without prefix tokens.
+    """The encoding of one group of n crops.
 
-    `layers`: one `[n, K, D]` per requested layer, patch tokens straight after that block.
+    `tokens`: `[n, K, D]`, patch tokens after the final norm, without prefix tokens. `layers`: one `[n, K, D]` per requested
+    block, the patch tokens that leave it.
     """
 
-    tokens: torch.Tensor
-    layers: tuple[torch.Tensor, ...]
+    tokens: Tensor
+    layers: tuple[Tensor, ...]
 
 
 class MultiCropEncoder(nn.Module):
-    """Encodes groups of crops in one pass; each group has one crop size and one number of tokens.
+    """Encode groups of crops in one pass; the crops of a group share one size and one number of tokens.
 
-    Crops of `uint8`, 0..255, are normalised here with `mean` and `std` of each channel, given for pixels in 0..1; crops of a
-    floating type are taken as normalised. Either may have its channels last in memory, which is the fast way. Pixels of tokens
-    that are not kept are neither normalised nor embedded.
+    Norms, projections and MLPs run once on the packed tokens of all groups, attention once per group. If all tokens are kept,
+    the result equals timm's `forward_features`.
 
-    Norms, projections and MLPs run once on the tokens of all groups together, attention once per group. With all tokens kept
-    the result equals timm's `forward_features`. `crop_sizes` are the sizes in pixels that `forward` will meet. With
-    the attribute `grad_checkpointing` the backward pass computes the inside of each block again instead of keeping it.
+    `crop_sizes` are the sizes in pixels that `forward` accepts. `uint8` crops, 0..255, are normalised here with the per-channel
+    `mean` and `std` of pixels in 0..1; floating-point crops must already be normalised. Channels-last memory is the faster
+    format for both. The pixels of dropped tokens are neither normalised nor embedded. With the attribute `grad_checkpointing`
+    the backward pass recomputes the inside of each block instead of storing it.
 
-    Raises ValueError for a timm model of another family than Eva with rotary positions, and for a size that the patch size
-    does not divide.
+    Raises ValueError if timm's `name` is not an Eva model with rotary positions, or if the patch size does not divide a size.
     """
 
-    offset: torch.Tensor
-    spread: torch.Tensor
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(
-        self,
-        name: str,
-        crop_sizes: Sequence[int],
-        /,
-        *,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
-        **timm_kwargs: object,
+        self, name: str, crop_sizes: Sequence[int], /, *, mean: Channels, std: Channels, **timm_kwargs: object
     ) -> None:
         super().__init__()
         self.grad_checkpointing = False
@@ -58,51 +53,51 @@ class MultiCropEncoder(nn.Module):
         self.width, self.depth = self.vit.embed_dim, len(self.vit.blocks)
         self.num_prefix = self.vit.num_prefix_tokens
         self.patch_size = self.vit.patch_embed.patch_size[0]
-        # One value for each number of a patch, not for each channel: adding rows of three is slow on CPUs. Not in the state,
-        # which stays that of the timm model.
-        for buffer, values in (("offset", mean), ("spread", std)):
+        # One value per number of a patch instead of one per channel: broadcasting over rows of three is slow on CPUs.
+        # Not persistent, so that the state dict stays that of the timm model.
+        for buffer, values in (("pixel_mean", mean), ("pixel_std", std)):
             self.register_buffer(buffer, 255 * torch.tensor(values).repeat(self.patch_size**2), persistent=False)
         for size in set(crop_sizes):
             if size % self.patch_size:
                 raise ValueError(f"crop size {size}: not a multiple of the patch size {self.patch_size} of {name}")
-            # timm builds this table on the CPU at every call; kept here, the step copies nothing to the device.
+            # timm builds this table on the CPU in every call; stored as a buffer, it costs no copy to the device per step.
             table = self.vit.rope.get_embed((size // self.patch_size,) * 2)
             self.register_buffer(f"rope_{size}", table, persistent=False)
 
     def forward(
-        self, groups: Sequence[tuple[torch.Tensor, torch.Tensor | None]], layers: Sequence[int] = ()
+        self, groups: Sequence[tuple[Tensor, Tensor | None]], layers: Sequence[int] = ()
     ) -> list[EncoderOutput]:
-        """Encode `(crops [n, 3, S, S] uint8 or float, keep [n, K] int64 or None for all tokens)` groups.
+        """Encode groups of `(crops [n, 3, S, S] uint8 or float, keep [n, K] int64, or None for all tokens)`.
 
-        `layers` numbers blocks from 0; their outputs are returned in the order asked for.
+        `layers` are block numbers, counted from 0; `EncoderOutput.layers` follows their order.
         """
+        # Embed each group separately, since crop sizes differ, then pack all tokens into one [sum of n * L, D] matrix: one large
+        # matrix product per layer is faster than one per group, and there is no padding to compute or to mask.
         embedded = [self._embed(crops, keep) for crops, keep in groups]
         shapes = [tokens.shape[:2] for tokens, _ in embedded]
         ropes = [rope for _, rope in embedded]
         packed = torch.cat([tokens.flatten(0, 1) for tokens, _ in embedded])
-        taken: dict[int, list[torch.Tensor]] = {}
+        outputs: dict[int, list[Tensor]] = {}
         for number, block in enumerate(self.vit.blocks):
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                packed = checkpoint(packed_block, block, packed, shapes, ropes, use_reentrant=False)
-            else:
-                packed = packed_block(block, packed, shapes, ropes)
+            packed = run_block(self.grad_checkpointing, packed_block, block, packed, shapes, ropes)
             if number in layers:
-                taken[number] = self._unpack(packed, shapes)
+                outputs[number] = self._unpack(packed, shapes)
         tokens = self._unpack(self.vit.norm(packed), shapes)
         return [
-            EncoderOutput(tokens[group], tuple(taken[number][group] for number in layers))
+            EncoderOutput(tokens[group], tuple(outputs[number][group] for number in layers))
             for group in range(len(groups))
         ]
 
-    def _embed(self, crops: torch.Tensor, keep: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Patch tokens of one group with the prefix tokens in front, and the rotary table of its patch tokens."""
+    def _embed(self, crops: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return a group's tokens, prefix tokens first, `[n, prefix + K, D]`, and the rotary table of its patch tokens."""
         patches, rope = patchify(crops, self.patch_size), getattr(self, f"rope_{crops.shape[-1]}")
+        # Drop masked patches while they are still bytes, before any arithmetic is spent on them.
         if keep is not None:
-            patches = patches.gather(1, keep[..., None].expand(-1, -1, patches.shape[-1]))
+            patches = torch.take_along_dim(patches, keep[..., None], dim=1)
             rope = rope[keep][:, None]  # one table per sample, shared by the heads
         if patches.dtype == torch.uint8:
-            patches = (patches - self.offset).div_(self.spread)
-        # timm's convolution, whose steps are as long as its kernel, as the matrix product that it is.
+            patches = (patches - self.pixel_mean).div_(self.pixel_std)
+        # timm's patch convolution has stride = kernel size, so it is a matrix product on the flattened patches.
         projection = self.vit.patch_embed.proj
         weight = projection.weight.permute(0, 2, 3, 1).flatten(1)
         tokens = self.vit.patch_embed.norm(F.linear(patches, weight, projection.bias))
@@ -110,26 +105,28 @@ class MultiCropEncoder(nn.Module):
         tokens = torch.cat([*(token.expand(len(crops), -1, -1) for token in prefix), tokens], dim=1)
         return self.vit.norm_pre(self.vit.pos_drop(tokens)), rope
 
-    def _unpack(self, packed: torch.Tensor, shapes: list[torch.Size]) -> list[torch.Tensor]:
+    def _unpack(self, packed: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
+        """Split packed tokens into one `[n, K, D]` per group, without prefix tokens."""
         parts = packed.split([n * length for n, length in shapes])
         return [part.unflatten(0, shape)[:, self.num_prefix :] for part, shape in zip(parts, shapes, strict=True)]
 
 
-def patchify(crops: torch.Tensor, size: int) -> torch.Tensor:
-    """`[n, 3, S, S] -> [n, (S / size)^2, size * size * 3]`, same dtype: patches row by row, pixels row by row, channels last."""
+def patchify(crops: Tensor, size: int) -> Tensor:
+    """Cut crops into row-major patches of row-major pixels: `[n, 3, S, S] -> [n, (S / size)^2, size * size * 3]`, same dtype."""
     grid = crops.permute(0, 2, 3, 1).unflatten(2, (-1, size)).unflatten(1, (-1, size))
     return grid.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
 def create_vit(name: str, /, **timm_kwargs: object) -> Eva:
-    """`timm.create_model(name, pretrained=False, num_classes=0, ...)`, checked to be one that token subsets can be run on."""
-    family = (
+    """Return the untrained timm model without a head; raise ValueError if it cannot run on subsets of its tokens."""
+    wrong_family = (
         f"encoder {name!r}: not a timm Eva model with rotary positions only. Use vit_{{small,base,large}}_patch16_dinov3, "
         "or another of timm.list_models('vit_*_dinov3*')"
     )
     base = name.partition(".")[0]
+    # Checked before timm can reject the arguments: with another model they are not the problem.
     if timm.is_model(base) and not is_model_in_modules(base, ("eva",)):
-        raise ValueError(family)  # before its arguments are complained of
+        raise ValueError(wrong_family)
     try:
         vit = timm.create_model(name, pretrained=False, num_classes=0, **timm_kwargs)
     except (RuntimeError, TypeError, AssertionError) as error:
@@ -137,24 +134,27 @@ def create_vit(name: str, /, **timm_kwargs: object) -> Eva:
     attention = vit.blocks[0].attn if isinstance(vit, Eva) else None
     usable = isinstance(attention, EvaAttention) and attention.qkv is not None and attention.gate is None
     if not usable or vit.rope is None or vit.rope_mixed or vit.pos_embed is not None or not vit.dynamic_img_size:
-        raise ValueError(family)
+        raise ValueError(wrong_family)
     return vit
 
 
-def packed_block(
-    block: EvaBlock, packed: torch.Tensor, shapes: list[torch.Size], ropes: list[torch.Tensor]
-) -> torch.Tensor:
-    """`EvaBlock.forward` on `[sum of n * L, D]`: everything but attention sees one long row of tokens."""
+def run_block(recompute: bool, function: Callable[..., Tensor], *arguments: object) -> Tensor:
+    """Return `function(*arguments)`; with `recompute`, store only the arguments for the backward pass."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(function, *arguments, use_reentrant=False)
+    return function(*arguments)
+
+
+def packed_block(block: EvaBlock, packed: Tensor, shapes: list[torch.Size], ropes: list[Tensor]) -> Tensor:
+    """Apply `EvaBlock.forward` to packed tokens `[sum of n * L, D]`; only attention needs to know the groups."""
     attended = packed_attention(block.attn, block.norm1(packed), shapes, ropes)
     packed = packed + block.drop_path1(attended if block.gamma_1 is None else block.gamma_1 * attended)
     mixed = block.mlp(block.norm2(packed))
     return packed + block.drop_path2(mixed if block.gamma_2 is None else block.gamma_2 * mixed)
 
 
-def packed_attention(
-    attention: EvaAttention, packed: torch.Tensor, shapes: list[torch.Size], ropes: list[torch.Tensor]
-) -> torch.Tensor:
-    """`EvaAttention.forward`, one attention call per group between one shared projection in and out."""
+def packed_attention(attention: EvaAttention, packed: Tensor, shapes: list[torch.Size], ropes: list[Tensor]) -> Tensor:
+    """Apply `EvaAttention.forward` to packed tokens: one joint projection in and out, one attention call per group."""
     bias = None
     if attention.q_bias is not None:
         bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
@@ -163,11 +163,13 @@ def packed_attention(
     for part, (n, length), rope in zip(qkv.split([n * length for n, length in shapes]), shapes, ropes, strict=True):
         q, k, v = part.view(n, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k = _rotate(attention, attention.q_norm(q), rope), _rotate(attention, attention.k_norm(k), rope)
+        # As timm does: the rotation can promote q and k to float32, and the fused kernels need one dtype.
         out = F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v)
         parts.append(out.transpose(1, 2).reshape(n * length, -1))
     return attention.proj_drop(attention.proj(attention.norm(torch.cat(parts))))
 
 
-def _rotate(attention: EvaAttention, heads: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+def _rotate(attention: EvaAttention, heads: Tensor, rope: Tensor) -> Tensor:
+    # Prefix tokens have no place in the image and are not rotated.
     prefix, patches = heads.tensor_split([attention.num_prefix_tokens], dim=2)
     return torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=attention.rotate_half)], dim=2)

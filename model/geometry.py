@@ -1,35 +1,58 @@
-"""Where the cells of a crop lie in its source image."""
+"""Where the cells of a crop lie in its source image: the one coordinate system that all crops of an image share."""
+
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
-def cell_centres(boxes: torch.Tensor, flips: torch.Tensor, grid: int, stride: int = 1) -> torch.Tensor:
-    """Centres of all cells of a crop, in the source image: `[n, cells, 2] float32`, y and x in 0..1, row by row.
+@dataclass(frozen=True)
+class Cells:
+    """Squares of a crop, in the coordinates of its source image.
 
-    `boxes`: `[n, 4] float32`, y0, x0, y1, x1 of the crop in its source, 0..1. `flips`: `[n] bool`, crop mirrored left to
-    right. `grid`: patch tokens per side; cells of `stride` tokens, the last one cut by the edge.
+    `centres`: `[n, M, 2] float32`, y and x, 0..1. `log_sizes`: `[n, M, 2] float32`, natural logarithms of height and width as
+    fractions of the image.
+    """
+
+    centres: Tensor
+    log_sizes: Tensor
+
+
+def crop_cells(boxes: Tensor, flips: Tensor, grid: int, stride: int = 1, chosen: Tensor | None = None) -> Cells:
+    """Return the `chosen` cells of each crop (`[n, M] int64`; None: all). Other arguments are those of `cell_centres`."""
+    centres = cell_centres(boxes, flips, grid, stride)
+    if chosen is not None:
+        centres = torch.take_along_dim(centres, chosen[..., None], dim=1)
+    return Cells(centres, log_cell_size(boxes, grid, stride)[:, None].expand(-1, centres.shape[1], -1))
+
+
+def cell_centres(boxes: Tensor, flips: Tensor, grid: int, stride: int = 1) -> Tensor:
+    """Return the centres of all cells of a crop in its source image: `[n, cells, 2] float32`, y and x, 0..1, row-major.
+
+    `boxes`: `[n, 4] float32`, 0..1, y0, x0, y1, x1 of the crop in its source. `flips`: `[n] bool`, true if the crop is mirrored
+    left to right. `grid`: patch tokens per side. A cell spans `stride` tokens per side; the last one is cut by the edge.
     """
     starts = torch.arange(0, grid, stride, device=boxes.device, dtype=torch.float32)
-    line = (starts + (starts + stride).clamp(max=grid)) / (2 * grid)
+    middles = (starts + (starts + stride).clamp(max=grid)) / (2 * grid)
     y0, x0, y1, x1 = boxes[:, None, :].unbind(-1)
-    y = y0 + (y1 - y0) * line
-    x = x0 + (x1 - x0) * torch.where(flips[:, None], 1 - line, line)
+    y = y0 + (y1 - y0) * middles
+    x = x0 + (x1 - x0) * torch.where(flips[:, None], 1 - middles, middles)
     count = len(starts)
     return torch.stack([y[:, :, None].expand(-1, -1, count), x[:, None, :].expand(-1, count, -1)], dim=-1).flatten(1, 2)
 
 
-def log_cell_size(boxes: torch.Tensor, grid: int, stride: int = 1) -> torch.Tensor:
-    """`[n, 2] float32`: natural logarithm of a cell's height and width as shares of the source image."""
+def log_cell_size(boxes: Tensor, grid: int, stride: int = 1) -> Tensor:
+    """Return the natural logarithm of a cell's height and width as fractions of the source image, `[n, 2] float32`."""
     sides = boxes[:, 2:] - boxes[:, :2]
     return torch.log(sides * (stride / grid))
 
 
-def covered(places: torch.Tensor, boxes: torch.Tensor, partners: torch.Tensor) -> torch.Tensor:
-    """`[B, G, M] bool`: whether a place lies in the box of one of its crop's partners.
+def covered(centres: Tensor, boxes: Tensor, partners: Tensor) -> Tensor:
+    """Return which cells have their centre in the box of one of their crop's partners, `[B * G, M] bool`.
 
-    `places`: `[B, G, M, 2]`, y and x in the source image. `boxes`: `[B, V, 4]`. `partners`: `[B, G, V] bool`.
+    `centres`: `[B * G, M, 2]`, y and x in the source image. `boxes`: `[B, V, 4]`. `partners`: `[B, G, V] bool`.
     """
-    y, x = places[..., None].unbind(-2)  # [B, G, M, 1]
+    y, x = centres.unflatten(0, partners.shape[:2])[..., None].unbind(-2)  # [B, G, M, 1]
     y0, x0, y1, x1 = boxes[:, None, None].unbind(-1)  # [B, 1, 1, V]
     inside = (y0 <= y) & (y < y1) & (x0 <= x) & (x < x1)
-    return (inside & partners[:, :, None]).any(dim=-1)
+    return (inside & partners[:, :, None]).any(dim=-1).flatten(0, 1)

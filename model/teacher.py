@@ -1,34 +1,38 @@
-"""An encoder and its moving average, which is what is evaluated and exported, whatever the loss."""
+"""A student encoder and its teacher: the exponential moving average (EMA) that is evaluated and exported, whatever the loss."""
 
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model.encoder import MultiCropEncoder
 
 
-class TaughtEncoder(nn.Module):
-    """Student `encoder` and EMA `target`, whose parameters need no gradient; `update_target` moves them."""
+class StudentTeacher(nn.Module):
+    """The student `encoder`, trained by gradient, and the `target`, its EMA, which needs none and moves by `update_target`."""
 
     def __init__(self, encoder: MultiCropEncoder) -> None:
         super().__init__()
         self.encoder = encoder
         self.target = copy.deepcopy(encoder).requires_grad_(False)
 
-    def update_target(self, momentum: float, skip: torch.Tensor | None = None) -> None:
-        """Move the target encoder towards the student: target = momentum * target + (1 - momentum) * student.
+    def update_target(self, momentum: float, skip: Tensor | None = None) -> None:
+        """Move the target towards the student: target = momentum * target + (1 - momentum) * student.
 
-        `skip`: `[] float32` on the device; where it is 1, the target stays as it is. The host never reads it.
+        `skip`: `[] float32` on the device; 1 leaves the target unchanged. It is never read on the host, which would wait for
+        the device.
         """
         move_average(self.target, self.encoder, momentum, skip)
 
 
+TaughtEncoder = StudentTeacher
+
+
 @torch.no_grad()
-def move_average(target: nn.Module, student: nn.Module, momentum: float, skip: torch.Tensor | None) -> None:
-    """The equation of `update_target`, for any two modules with the same parameters."""
-    targets: list[torch.Tensor] = list(target.parameters())
-    students: list[torch.Tensor] = list(student.parameters())
+def move_average(target: nn.Module, student: nn.Module, momentum: float, skip: Tensor | None) -> None:
+    """Apply the equation of `StudentTeacher.update_target` to any two modules with the same parameters."""
+    targets: list[Tensor] = list(target.parameters())
+    students: list[Tensor] = list(student.parameters())
     keep = torch.full((), momentum, device=targets[0].device)
     if skip is not None:
         keep = torch.where(skip > 0, 1.0, keep)

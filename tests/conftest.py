@@ -7,20 +7,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from skimage import data
 
 from pipeline.shards.index import ShardIndex, open_index
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU, torch sees none")
+    if item.get_closest_marker("gpu"):
+        import torch  # takes seconds, so neither collection nor other tests pay for it
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA GPU, torch sees none")
 
 
 def photographs(count: int, seed: int = 0) -> Iterator[Image.Image]:
-    """Pieces of two photographs, of many sizes and both orientations."""
+    """Yield pieces of two photographs, of many sizes and both orientations."""
+    from skimage import data
+
     rng = np.random.default_rng(seed)
     sources = [Image.fromarray(data.astronaut()), Image.fromarray(data.coffee())]
     for i in range(count):
@@ -31,7 +34,7 @@ def photographs(count: int, seed: int = 0) -> Iterator[Image.Image]:
 
 
 def write_shards(folder: Path, counts: list[int], extension: str = "jpg") -> Path:
-    """Tars with `counts` photographs each, labelled 0, 1, 0, 1, ..., as any WebDataset writer would leave them."""
+    """Write tars with `counts` photographs each, labelled 0, 1, 0, 1, ..., as any WebDataset writer would."""
     folder.mkdir(parents=True)
     pictures = photographs(sum(counts))
     for shard, count in enumerate(counts):
@@ -48,7 +51,7 @@ def write_shards(folder: Path, counts: list[int], extension: str = "jpg") -> Pat
 
 @pytest.fixture(scope="session")
 def data_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data_path with a train split of 3 uneven shards (103 photographs) and a val split of 1 (24)."""
+    """Return a data_path with a train split of 3 uneven shards (103 photographs) and a val split of 1 (24)."""
     folder = tmp_path_factory.mktemp("shards")
     write_shards(folder / "train", [41, 40, 22])
     write_shards(folder / "val", [24])

@@ -1,4 +1,4 @@
-"""A small model and batches for it, shared by the tests of the whole step."""
+"""A small model and batches for it, shared by the tests of the complete step."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ BATCH = 6
 
 
 def build(with_predictor: bool = True, **changes: object) -> HJEPA:
-    """Globals of 6x6 and locals of 2x2 tokens, three blocks, three levels; `..._weight`: of the loss."""
+    """Build a model for globals of 6x6 and locals of 2x2 tokens with three blocks and levels; `view_weight=2` sets a weight."""
     torch.manual_seed(0)
     encoder = MultiCropEncoder(
         "vit_small_patch16_dinov3",
@@ -56,7 +56,7 @@ def draw_inputs(strategy: str = "global_only", num_global: int = 2, num_local: i
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
-    """Tensors this small are slower on several threads, above all next to other processes."""
+    """Use one thread: tensors this small are slower on several, above all next to other processes."""
     torch.set_num_threads(1)
 
 

@@ -1,4 +1,4 @@
-"""N ranks equal one rank on the joined batch, over real gloo processes."""
+"""N ranks compute what one rank computes on the joined batch, in real gloo processes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, multiprocessing, nn
+from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.hjepa import HJEPA
@@ -35,13 +35,14 @@ def terms(project: nn.Module, features: torch.Tensor) -> torch.Tensor:
     return view_loss(projections, 2) + SIGReg(17)(projections, directions)
 
 
-def work(rank: int, folder: Path, models: dict[str, HJEPA], inputs: dict, project: nn.Module, features: Tensor) -> None:
-    """One rank: every model's losses and averaged gradients, then those of the view term and SIGReg alone."""
+def work(rank: int, folder: Path) -> None:
+    """Be one rank: save every model's losses and averaged gradients, then those of only the view term and SIGReg."""
     torch.set_num_threads(1)
+    models, inputs, project, features = torch.load(folder / "case.pt", weights_only=False).values()
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
     results: dict[str, tuple] = {}
     for name, model in models.items():
-        ddp = DistributedDataParallel(model)  # must live on: its hooks average the gradients
+        ddp = DistributedDataParallel(model)  # kept in a variable: its hooks average the gradients
         losses = ddp(**part_of(inputs, rank))
         losses["loss"].backward()
         gradients = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.requires_grad}
@@ -56,7 +57,7 @@ def work(rank: int, folder: Path, models: dict[str, HJEPA], inputs: dict, projec
 
 @pytest.fixture(scope="module")
 def case(make_model: Callable[..., HJEPA], make_inputs: Callable[..., dict]) -> dict:
-    """The strategy with all the reductions: view, SIGReg, standardisation and, excluded, the count of cells."""
+    """Return a case with every reduction: view, SIGReg, standardisation and, if cells are excluded, their count."""
     models = {name: make_model(exclude_covered=name == "excluding") for name in ("all cells", "excluding")}
     project, features = nn.Sequential(nn.Linear(12, 8), BatchStandardize(8)), torch.randn(16, 5, 12)
     inputs = make_inputs("global_with_local_context")
@@ -66,7 +67,11 @@ def case(make_model: Callable[..., HJEPA], make_inputs: Callable[..., dict]) -> 
 @pytest.fixture(scope="module")
 def ranks(case: dict, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(work, (folder, *case.values()), nprocs=RANKS)
+    # Both ranks are forked from one process that has imported the model, which takes seconds. A fork server passes few file
+    # descriptors, and every tensor would need one, so the case goes through a file.
+    torch.save(case, folder / "case.pt")
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["model.hjepa"])
+    multiprocessing.start_processes(work, (folder,), nprocs=RANKS, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 

@@ -78,7 +78,7 @@ def test_the_trained_encoder_loads_back_with_timm_alone() -> None:
     ("name", "kwargs", "message"),
     [
         ("resnet18", {}, "not a timm Eva model"),
-        ("resnet50", {"img_size": 96}, "not a timm Eva model"),  # whose arguments are wrong as well
+        ("resnet50", {"img_size": 96}, "not a timm Eva model"),  # with arguments that are wrong too
         ("vit_tiny_patch16_224", {}, "not a timm Eva model"),
         ("no_such_model", {}, "timm cannot build encoder 'no_such_model'"),
         ("vit_tiny_patch16_dinov3_qkvb", {"no_such_option": 1}, "timm cannot build encoder"),

@@ -4,7 +4,7 @@ from model.geometry import cell_centres, log_cell_size
 
 
 def test_a_box_and_a_flip_move_a_point_where_geometry_says() -> None:
-    """Against a plain loop, for 1,000 random crops and all strides."""
+    """Compare with a plain loop, for 1,000 random crops and all strides."""
     torch.manual_seed(0)
     corners = torch.rand(1000, 2, 2).sort(dim=1).values
     boxes = torch.cat([corners[:, 0], corners[:, 1]], dim=1)

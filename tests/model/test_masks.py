@@ -19,7 +19,7 @@ def test_there_are_exactly_k_context_and_m_query_tokens_and_none_is_both(
 ) -> None:
     masks = generator(grid=grid, context_ratio=context, query_ratio=query, strides=(1, 2, 4))
     tokens = grid * grid
-    for seed in range(20):
+    for seed in range(5):
         torch.manual_seed(seed)
         plan = masks(batch_size=16)
         assert plan.context.shape == (16, 2, round(context * tokens))
@@ -52,7 +52,7 @@ def test_the_last_row_and_column_are_masked_as_often_as_the_first() -> None:
 def test_every_placement_of_a_rectangle_that_fits_is_equally_likely() -> None:
     masks = generator(grid=6, num_masks=1, mask_scale=(1 / 9, 1 / 9), aspect_ratio=(1.0, 1.0))
     torch.manual_seed(0)
-    blocks = masks._blocks((5000, 2), None).flatten(0, 1)
+    blocks = masks._rectangles((5000, 2), None).flatten(0, 1)
     assert bool((blocks.sum(dim=(1, 2)) == 4).all())  # 2x2 cells of 36
     corner = blocks.flatten(1).argmax(dim=1)
     counts = torch.bincount(corner, minlength=36).view(6, 6)
@@ -66,7 +66,7 @@ def test_queries_lie_inside_the_rectangles_when_these_cover_enough() -> None:
     torch.manual_seed(3)
     plan = masks(64)
     torch.manual_seed(3)
-    covered = masks._blocks((64, 2), None).flatten(2)
+    covered = masks._rectangles((64, 2), None).flatten(2)
     assert bool((covered.gather(2, plan.queries[0]) == 1).all())
     assert bool((covered.gather(2, plan.context) == 0).all())
 
@@ -114,41 +114,49 @@ def test_an_impossible_combination_is_refused_with_numbers(options: dict, messag
         generator(**options)
 
 
-def frequency_of_context(
-    masks: MultiCropMaskGenerator, placements: list[torch.Tensor], shares: list[float]
-) -> torch.Tensor:
-    """`[cells]`: how often each cell is context, for unions of rectangles (`[cells] bool`) with their probabilities.
+def frequency_of_context(masks: MultiCropMaskGenerator, unions: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
+    """Return how often each cell is context, `[cells] float64`, for unions of rectangles `[N, cells] bool` with chances `[N]`.
 
     Context is filled from the free cells in random order, then from the covered ones.
     """
-    total = torch.zeros(masks.grid**2, dtype=torch.float64)
-    for union, share in zip(placements, shares, strict=True):
-        free = int((~union).sum())
-        total[~union] += share * min(1.0, masks.num_context / max(free, 1))
-        total[union] += share * max(0, masks.num_context - free) / max(int(union.sum()), 1)
-    return total
+    covered = unions.sum(dim=1, keepdim=True)
+    free = unions.shape[1] - covered
+    of_free = (masks.num_context / free).clamp(max=1)
+    of_covered = (masks.num_context - free).clamp(min=0) / covered
+    return chances.double() @ torch.where(unions, of_covered, of_free).double()
 
 
-def rectangles(grid: int, height: int, width: int) -> list[torch.Tensor]:
+def rectangles(grid: int, height: int, width: int) -> torch.Tensor:
+    """Return every placement of a rectangle that fits the grid, `[placements, cells] bool`."""
     unions = []
     for top, left in itertools.product(range(grid - height + 1), range(grid - width + 1)):
         union = torch.zeros(grid, grid, dtype=torch.bool)
         union[top : top + height, left : left + width] = True
         unions.append(union.flatten())
-    return unions
+    return torch.stack(unions)
+
+
+def rectangles_of_any_size(mask_scale: tuple[float, float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return all rectangles on 14x14 at aspect ratios 0.75..1.5, `[N, 196] bool`, and their chances, integrated over 500x500."""
+    middles = (torch.arange(500, dtype=torch.float64) + 0.5) / 500
+    area = (mask_scale[0] + (mask_scale[1] - mask_scale[0]) * middles)[:, None] * 196
+    aspect = 0.75 * 2.0 ** middles[None]
+    counts = torch.bincount(((area * aspect).sqrt().round() * 15 + (area / aspect).sqrt().round()).long().flatten())
+    sizes = counts.nonzero().flatten().tolist()
+    parts = [rectangles(14, *divmod(size, 15)) for size in sizes]
+    chances = [counts[size].double().expand(len(part)) / len(part) for size, part in zip(sizes, parts, strict=True)]
+    return torch.cat(parts), torch.cat(chances) / counts.sum()
 
 
 def drawn_frequency(masks: MultiCropMaskGenerator) -> torch.Tensor:
-    """`[cells]`: over 10,000 draws; every one has exactly K and M."""
+    """Return how often each cell is context in 5,000 draws of eight globals, each with exactly K and M tokens."""
     torch.manual_seed(0)
-    tokens, count = masks.grid**2, torch.zeros(masks.grid**2)
-    for _ in range(10):
-        plan = masks(1000)
-        both = torch.cat([plan.context, plan.queries[0]], dim=-1).sort(dim=-1).values
-        assert bool((both.diff(dim=-1) > 0).all())
-        assert both.shape[-1] == masks.num_context + masks.num_queries
-        count += torch.bincount(plan.context.flatten(), minlength=tokens)
-    return count / (10_000 * masks.num_global_crops)
+    plan = masks(5_000)
+    both = torch.cat([plan.context, plan.queries[0]], dim=-1).sort(dim=-1).values
+    assert bool((both.diff(dim=-1) > 0).all())
+    assert both.shape[-1] == masks.num_context + masks.num_queries
+    count = torch.bincount(plan.context.flatten(), minlength=masks.grid**2)
+    return count / (5_000 * masks.num_global_crops)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -157,58 +165,37 @@ def test_context_frequencies_of_four_rectangles_are_the_enumerated_ones(strategy
     masks = generator(
         strategy, 8, 2, grid=4, num_masks=4, mask_scale=(0.25, 0.25), aspect_ratio=(1.0, 1.0), local_grid=2
     )
-    unions = [torch.stack(four).any(dim=0) for four in itertools.product(rectangles(4, 2, 2), repeat=4)]
-    expected = frequency_of_context(masks, unions, [9**-4.0] * len(unions))
+    one = rectangles(4, 2, 2)
+    unions = torch.stack([one[list(four)].any(dim=0) for four in itertools.product(range(9), repeat=4)])
+    expected = frequency_of_context(masks, unions, torch.full((len(unions),), 9**-4.0))
     assert float((drawn_frequency(masks) - expected).abs().max()) < 0.01
 
 
 def test_context_frequencies_of_one_rectangle_of_any_size_are_the_integrated_ones() -> None:
     masks = generator(num_global_crops=8, num_masks=1, mask_scale=(0.15, 0.6), aspect_ratio=(0.75, 1.5))
-    middles = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    area = (0.15 + 0.45 * middles)[:, None] * 196
-    aspect = 0.75 * 2.0 ** middles[None]
-    sides = torch.stack([(area * aspect).sqrt().round(), (area / aspect).sqrt().round()], dim=-1).flatten(0, 1).long()
-    sizes, counts = sides.unique(dim=0, return_counts=True)
-    expected = torch.zeros(196, dtype=torch.float64)
-    for (height, width), count in zip(sizes.tolist(), counts.tolist(), strict=True):
-        unions = rectangles(14, height, width)
-        expected += count / 1e6 * frequency_of_context(masks, unions, [1 / len(unions)] * len(unions))
+    expected = frequency_of_context(masks, *rectangles_of_any_size((0.15, 0.6)))
     assert float((drawn_frequency(masks) - expected).abs().max()) < 0.01
 
 
 def test_context_frequencies_of_the_default_masks_on_the_default_grid_are_the_expected_ones() -> None:
-    """Four rectangles of any size on 14x14: the share of cells that a rectangle covers is enumerated, their union is not.
+    """Four rectangles of any size on 14x14: the chance that a rectangle covers a cell is enumerated, their union is not.
 
     A cell escapes four independent rectangles with the fourth power of its chance to escape one. How many cells are free
-    around it is averaged over 200,000 unions, drawn from the list of all rectangles.
+    around it is averaged over 100,000 unions, drawn from the list of all rectangles.
     """
-    masks = generator(num_global_crops=8)
-    middles = (torch.arange(500, dtype=torch.float64) + 0.5) / 500
-    area = (0.15 + 0.05 * middles)[:, None] * 196
-    aspect = 0.75 * 2.0 ** middles[None]
-    sides = torch.stack([(area * aspect).sqrt().round(), (area / aspect).sqrt().round()], dim=-1).flatten(0, 1).long()
-    sizes, counts = sides.unique(dim=0, return_counts=True)
-    unions = [rectangles(14, height, width) for height, width in sizes.tolist()]
-    every = torch.stack([union for part in unions for union in part])
-    chance = torch.cat(
-        [torch.full((len(part),), float(count) / len(part)) for part, count in zip(unions, counts, strict=True)]
-    )
-    chance = (chance / chance.sum()).double()
+    masks, (every, chances) = generator(num_global_crops=8), rectangles_of_any_size((0.15, 0.2))
     torch.manual_seed(1)
-    chosen = torch.multinomial(chance.float(), 4 * 200_000, replacement=True).view(-1, 4)
-    union = every[chosen[:, 0]] | every[chosen[:, 1]] | every[chosen[:, 2]] | every[chosen[:, 3]]
-    covered = 1 - (1 - (chance[:, None] * every).sum(dim=0)) ** 4
-    assert float((union.double().mean(dim=0) - covered).abs().max()) < 0.005
-    free = (~union).sum(dim=1, keepdim=True).float()
-    of_free = (masks.num_context / free).clamp(max=1)
-    of_covered = (masks.num_context - free).clamp(min=0) / (196 - free)
-    expected = torch.where(union, of_covered, of_free).double().mean(dim=0)
+    chosen = torch.multinomial(chances.float(), 4 * 100_000, replacement=True).view(4, -1)
+    union = every[chosen[0]] | every[chosen[1]] | every[chosen[2]] | every[chosen[3]]
+    covered = 1 - (1 - chances @ every.double()) ** 4
+    assert float((union.float().mean(dim=0) - covered).abs().max()) < 0.005
+    expected = frequency_of_context(masks, union, torch.full((len(union),), 1e-5))
     assert float((drawn_frequency(masks) - expected).abs().max()) < 0.01
 
 
 def test_each_other_crop_is_equally_often_the_one_to_predict_from() -> None:
     torch.manual_seed(0)
-    plan = generator("cross_crop_prediction")(10_000)
+    plan = generator("cross_crop_prediction", grid=4, local_grid=2)(10_000)
     assert bool((plan.partners.sum(dim=-1) == 1).all())
     share = plan.partners.float().mean(dim=0)
     expected = torch.full((2, 8), 1 / 7)

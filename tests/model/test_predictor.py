@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from model.geometry import Cells
 from model.predictor import Predictor, _last_block
 
 
@@ -10,29 +11,34 @@ def predictor(width: int = 32, depth: int = 2, encoder_width: int = 8) -> Predic
     return Predictor(encoder_width, width, depth, num_heads=2, num_levels=2)
 
 
+def cells(n: int, count: int) -> Cells:
+    return Cells(torch.rand(n, count, 2), torch.randn(n, count, 2))
+
+
+def moved(places: Cells, shift: torch.Tensor) -> Cells:
+    return Cells(places.centres + shift, places.log_sizes)
+
+
 def test_moving_everything_in_the_source_changes_no_prediction() -> None:
     model = predictor().eval()
-    tokens, places, queries = torch.randn(3, 20, 8), torch.rand(3, 20, 2), [torch.rand(6, 4, 2), torch.rand(6, 2, 2)]
-    sizes, query_sizes = torch.randn(3, 20, 2), [torch.randn(6, 4, 2), torch.randn(6, 2, 2)]
-    sources = torch.randint(20, (3, 2, 7))
-    here = model(tokens, places, sizes, sources, None, queries, query_sizes)
-    shift = torch.tensor([0.3, -0.2])
-    there = model(tokens, places + shift, sizes, sources, None, [place + shift for place in queries], query_sizes)
+    features, places, queries = torch.randn(3, 20, 8), cells(3, 20), [cells(6, 4), cells(6, 2)]
+    sources, shift = torch.randint(20, (3, 2, 7)), torch.tensor([0.3, -0.2])
+    here = model(features, places, queries, sources)
+    there = model(features, moved(places, shift), [moved(query, shift) for query in queries], sources)
     for before, after in zip(here, there, strict=True):
         torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
-    moved = model(tokens, places + shift, sizes, sources, None, queries, query_sizes)
-    assert (moved[0] - here[0]).abs().max().item() > 1e-4
+    elsewhere = model(features, moved(places, shift), queries, sources)
+    assert (elsewhere[0] - here[0]).abs().max().item() > 1e-4
 
 
-def test_sources_that_fill_up_are_ignored() -> None:
+def test_padding_is_ignored() -> None:
     model = predictor().eval()
-    tokens, places, sizes = torch.randn(2, 10, 8), torch.rand(2, 10, 2), torch.randn(2, 10, 2)
-    queries, query_sizes = [torch.rand(2, 3, 2), torch.rand(2, 1, 2)], [torch.randn(2, 3, 2), torch.randn(2, 1, 2)]
+    features, places, queries = torch.randn(2, 10, 8), cells(2, 10), [cells(2, 3), cells(2, 1)]
     sources = torch.tensor([[[1, 4, 7]], [[2, 3, 9]]])
     padded = torch.cat([sources, torch.tensor([[[5, 5]], [[0, 8]]])], dim=-1)
     real = torch.tensor([True, True, True, False, False]).expand(2, 1, -1)
-    expected = model(tokens, places, sizes, sources, None, queries, query_sizes)
-    for ours, theirs in zip(model(tokens, places, sizes, padded, real, queries, query_sizes), expected, strict=True):
+    expected = model(features, places, queries, sources)
+    for ours, theirs in zip(model(features, places, queries, padded, real), expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
@@ -54,21 +60,20 @@ def test_the_last_block_equals_timms_on_the_queries_in_value_and_gradient(masked
 
 
 def test_it_learns_an_answer_that_depends_on_relative_position_alone() -> None:
-    """Tokens anywhere in the source; the answer is the content of the one that lies a fixed step away from the query."""
+    """The answer is the content of the token that lies a fixed step away from the query, wherever both are."""
     model, step = predictor(), torch.tensor([0.0, 0.25])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3)
     sources, losses = torch.arange(16).expand(32, 1, -1), []
     generator = torch.Generator().manual_seed(0)
     line = torch.arange(4) / 4
-    grid = torch.cartesian_prod(line, line)
-    for _ in range(400):
+    grid, sizes = torch.cartesian_prod(line, line), torch.zeros(32, 16, 2)
+    for _ in range(200):
         corner = torch.rand(32, 1, 2, generator=generator) * 2
-        places, tokens = corner + grid, torch.randn(32, 16, 8, generator=generator).sign()
-        asked = torch.randint(16, (32, 8), generator=generator)[..., None].expand(-1, -1, 2)
-        queries = places.gather(1, asked) - step
-        sizes = torch.zeros(32, 16, 2)
-        answer, _ = model(tokens, places, sizes, sources, None, [queries, queries], [sizes[:, :8]] * 2)
-        loss = F.mse_loss(answer, tokens.gather(1, asked[..., :1].expand(-1, -1, 8)))
+        centres, features = corner + grid, torch.randn(32, 16, 8, generator=generator).sign()
+        asked = torch.randint(16, (32, 8, 1), generator=generator)
+        query = Cells(torch.take_along_dim(centres, asked, dim=1) - step, sizes[:, :8])
+        answer, _ = model(features, Cells(centres, sizes), [query, query], sources)
+        loss = F.mse_loss(answer, torch.take_along_dim(features, asked, dim=1))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,4 +1,4 @@
-"""What each strategy lets the predictor see, what it asks, and what it reports."""
+"""The strategies: what the predictor sees, what it predicts, and what is reported."""
 
 from collections.abc import Callable
 
@@ -6,19 +6,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model.geometry import cell_centres, log_cell_size
+from model.geometry import Cells, cell_centres, log_cell_size
 from model.hjepa import HJEPA
 from model.masks import STRATEGIES
 
 Maker = Callable[..., HJEPA]
 Inputs = Callable[..., dict]
-# strategy, globals, locals: `use_multicrop: false` is the last.
+# (strategy, globals, locals); the last is `use_multicrop: false`.
 CASES = [(name, 2, 4) for name in STRATEGIES] + [("cross_crop_prediction", 2, 0), ("cross_crop_prediction", 1, 3)]
 CASES += [("global_only", 1, 0)]
 
 
 def crops_seen(plan: object, strategy: str, sample: int, target: int) -> list[int]:
-    """The crops that the predictor sees for a target, as the strategy's definition says."""
+    """Return the crops that the predictor sees for a target, by the definition of the strategy."""
     if strategy == "cross_crop_prediction":
         return [int(plan.partners[sample, target].nonzero())]
     views = 0 if plan.partners is None else plan.partners.shape[2]
@@ -26,7 +26,7 @@ def crops_seen(plan: object, strategy: str, sample: int, target: int) -> list[in
 
 
 def seen_tokens(model: HJEPA, inputs: dict, sample: int, crop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One crop encoded alone, with its places and sizes: `[K, D]`, `[K, 2]`, `[K, 2]`."""
+    """Encode one crop by itself; return its tokens, centres and log sizes: `[K, D]`, `[K, 2]`, `[K, 2]`."""
     pixels = inputs["crops"][crop][sample : sample + 1]
     box, flip = inputs["boxes"][sample, crop : crop + 1], inputs["flips"][sample, crop : crop + 1]
     grid = pixels.shape[-1] // 8
@@ -37,27 +37,27 @@ def seen_tokens(model: HJEPA, inputs: dict, sample: int, crop: int) -> tuple[tor
 
 
 def errors_of_one(model: HJEPA, inputs: dict, strategy: str, sample: int, target: int) -> list[torch.Tensor]:
-    """Per level `[M_l]`: the errors of one global, predicted alone from exactly the crops it should see."""
+    """Return per level `[M_l]` the errors of one global, predicted by itself from exactly the crops it should see."""
     plan = inputs["plan"]
     parts = [seen_tokens(model, inputs, sample, crop) for crop in crops_seen(plan, strategy, sample, target)]
-    rows = [torch.cat(part)[None] for part in zip(*parts, strict=True)]
+    features, centres, sizes = (torch.cat(part)[None] for part in zip(*parts, strict=True))
     box, flip = inputs["boxes"][sample, target][None], inputs["flips"][sample, target][None]
-    places, sizes, wanted = [], [], []
+    asked, wanted = [], []
     maps, _ = model._targets(inputs["crops"][target][sample : sample + 1])
     for level, queries, target_map in zip(model.levels, plan.queries, maps, strict=True):
         cells = queries[sample, target]
-        places.append(cell_centres(box, flip, model.grid, level.stride)[:, cells])
-        sizes.append(log_cell_size(box, model.grid, level.stride).expand(1, len(cells), -1))
+        centres = cell_centres(box, flip, model.grid, level.stride)[:, cells]
+        asked.append(Cells(centres, log_cell_size(box, model.grid, level.stride).expand(1, len(cells), -1)))
         wanted.append(target_map[0, cells])
-    sources = torch.arange(rows[0].shape[1])[None, None]
-    predicted = model.predictor(*rows, sources, None, places, sizes)
+    sources = torch.arange(features.shape[1])[None, None]
+    predicted = model.predictor(features, Cells(centres, sizes), asked, sources)
     return [
         F.smooth_l1_loss(part[0], goal, reduction="none").mean(-1) for part, goal in zip(predicted, wanted, strict=True)
     ]
 
 
 def inside_of_one(model: HJEPA, inputs: dict, strategy: str, sample: int, target: int) -> list[torch.Tensor]:
-    """Per level `[M_l] bool`, by a loop over cells and crops."""
+    """Return per level `[M_l] bool` which cells are covered, by a loop over cells and crops."""
     others = [crop for crop in crops_seen(inputs["plan"], strategy, sample, target) if crop != target]
     box, flip = inputs["boxes"][sample, target][None], inputs["flips"][sample, target][None]
     levels = []
@@ -124,9 +124,10 @@ def test_a_prediction_depends_on_the_pixels_of_its_sources_and_on_no_others(
     groups = [(whole, plan.context.flatten(0, 1))]
     if num_local:
         groups.append((torch.stack(crops[num_global:], dim=1).flatten(0, 1), None))
-    places = model._query_places(inputs["boxes"], inputs["flips"], plan)
     student = [out.tokens for out in model.encoder(groups)]
-    predictions = model._predict(model.predictor, student, places, inputs["boxes"], inputs["flips"], plan)
+    queries = model._query_cells(inputs["boxes"], inputs["flips"], plan)
+    context = model._context(student, inputs["boxes"], inputs["flips"], plan)
+    predictions = model.predictor(*context, queries, plan.sources, plan.real)
     for sample, target in ((0, 0), (3, num_global - 1), (5, 0)):
         chosen = sum(part[sample * num_global + target].square().sum() for part in predictions)
         gradients = torch.autograd.grad(chosen, crops, retain_graph=True, allow_unused=True)
@@ -149,7 +150,7 @@ def test_without_covered_or_without_uncovered_cells_nothing_is_divided_by_zero(
 ) -> None:
     inputs = make_inputs("global_with_local_context")
     model = make_model(exclude_covered=True)
-    inputs["boxes"][:, 2:] = torch.tensor([0.0, 0.0, 1.01, 1.01])  # every local is the whole image
+    inputs["boxes"][:, 2:] = torch.tensor([0.0, 0.0, 1.01, 1.01])  # every local is the complete image
     losses = model(**inputs)
     assert float(losses["covered_share"]) == 1
     assert [losses[f"level_{rung}"].item() for rung in range(3)] == [0, 0, 0]

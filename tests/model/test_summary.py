@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from model.hjepa import HJEPA
-from model.summary import SummaryPredictor
+from model.predictor import SummaryPredictor
 
 
 def test_a_cell_is_guessed_from_the_summary_and_its_place_alone() -> None:

@@ -1,4 +1,4 @@
-"""Training by the view term and SIGReg alone, of masked globals or, as LeJEPA does, of whole ones."""
+"""Training with only the view term and SIGReg, on masked globals or, like LeJEPA, on complete ones."""
 
 import math
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def slow_lejepa(model: HJEPA, inputs: dict) -> float:
     """LeJEPA's loss, crop by crop and image by image in Python: equation 5 of arXiv 2511.08544, and the Epps-Pulley integral."""
     views = [model.encoder([(crop, None)])[0].tokens.mean(dim=1) for crop in inputs["crops"]]
     flat = torch.cat(views)
-    z = model.projector(flat).double().unflatten(0, (len(views), -1))  # [V, B, P]; its standardisation is over all rows
+    z = model.projector(flat).double().unflatten(0, (len(views), -1))  # [V, B, P]; standardised over all rows
     count, images, width = z.shape
     view = 0.0
     for image in range(images):
@@ -86,6 +86,7 @@ def test_the_prediction_weight_multiplies_the_levels_alone(make_model: Maker, in
     torch.testing.assert_close(once["loss"] - half["loss"], 0.5 * levels)
 
 
+@pytest.mark.slow
 def test_without_prediction_the_step_is_one_graph(make_model: Maker, inputs: dict) -> None:
     model, counter = make_model(with_predictor=False), CompileCounter()
     whole = {**inputs, "plan": plan_without_masks()}
