@@ -1,6 +1,8 @@
 """Modules import each other only along the arrows of the design, and never in a circle."""
 
 import ast
+import subprocess
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -33,6 +35,12 @@ MAY_IMPORT = {
     "tools": {"pipeline", "model", "train", "tools"},
     "tools.shards": {"pipeline", "tools.shards", "train.command", "train.output.display"},
 }
+
+
+# `--help` and errors in a config must not wait for what these import later.
+COMMANDS = ("train.run", "train.evaluate", "train.config.load", "tools.make_shards", "tools.doctor", "tools.bench")
+COMMANDS += ("tools.study", "tools.preview", "tools.export", "tools.compare_runs")
+SLOW_PACKAGES = ("torch", "nvidia.dali", "timm", "matplotlib", "numba", "scipy")
 
 
 def module_name(path: Path) -> str:
@@ -100,3 +108,10 @@ def test_nothing_is_ever_unpickled() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pickle.load", "pickle.loads"):
                 pytest.fail(f"{path}:{node.lineno} calls {ast.unparse(node.func)}")
+
+
+def test_commands_import_nothing_slow_before_their_arguments_and_config_are_checked() -> None:
+    code = f"import sys, {', '.join(COMMANDS)}; print(*sorted(sys.modules.keys() & set({SLOW_PACKAGES})))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from pipeline.shards.index import split_folder
 from train.command import BAD_INPUT, run_command, show_messages
-from train.config.load import SHORT_FLAGS, annotated, load_config_with_origins
+from train.config.load import SHORT_FLAGS, load_config_with_origins
 from train.config.schema import Config
 from train.config.yaml12 import ConfigError
 from train.output.display import LOADING
@@ -81,7 +81,7 @@ def run(given: argparse.Namespace, path: Path, overrides: list[str]) -> int:
             raise
         return BAD_INPUT
     if given.print_config or given.dry_run:
-        console.out(annotated(config, origins), highlight=False)
+        console.out(config.to_yaml(origins), end="", highlight=False)
     if given.print_config:
         return 0
     check_settings(config)

@@ -8,8 +8,8 @@ import torch
 from model.hjepa import HJEPA
 from tests.train.test_run import ROOT, command
 from train.build import build_masks, build_model
-from train.config.datasets import DATASETS
 from train.config.load import load_config, load_config_with_origins
+from train.config.rules import DATASETS
 from train.config.schema import Config
 from train.memory import StepMemory, measure_step, remedies, storages_kept
 from train.run import main

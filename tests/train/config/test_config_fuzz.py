@@ -9,33 +9,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from train.config.errors import meant_keys
-from train.config.load import all_keys, load_config_with_origins
+from train.config.load import all_keys, load_config_with_origins, meant_keys
 from train.config.schema import Config
-from train.config.yaml12 import ConfigError, shown
+from train.config.yaml12 import ConfigError
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 TEXTS = [path.read_text() for path in sorted(CONFIGS.glob("*.yaml"))]
-TOKENS = [
-    "on",
-    "010",
-    "1:30",
-    "1e-4",
-    "1e999",
-    ".nan",
-    "null",
-    "~",
-    "",
-    "[]",
-    "{}",
-    "[1",
-    "{a",
-    "&a",
-    "*a",
-    "!!int 3",
-    "<<: *a",
-]
+TOKENS = ["on", "010", "1:30", "1e-4", "1e999", ".nan", "null", "~", "", "[]", "{}", "[1", "{a", "&a", "*a", "!!int 3"]
 TOKENS += [
+    "<<: *a",
     "- 1",
     "? x",
     ": ",
@@ -51,7 +33,6 @@ TOKENS += [
     '"',
     "'",
     "\\",
-    '"\\ud800"',
     "9" * 40,
 ]
 TOKENS += [
@@ -69,10 +50,19 @@ TOKENS += [
     "0x1f",
     "-1",
     "3.5",
+]
+TOKENS += [
     "=",
     "<<",
+    '"\\ud800"',
+    '"\\UFFFFFFFF"',
+    '"\\x0"',
+    "!<%ff> 1",
+    "[[[[" * 9,
+    "{a: {a: 1}}",
+    "[{layer: 1}]",
+    "a: b: c",
 ]
-TOKENS += ['"\\UFFFFFFFF"', '"\\x0"', "!<%ff> 1", "[[[[" * 9, "{a: {a: {a: 1}}}", "[{layer: 1}]", "a: b: c"]
 
 
 def edit(text: str, rng: random.Random) -> str:
@@ -108,9 +98,7 @@ def keys_in(node: yaml.Node, prefix: str = "") -> list[str]:
         return [prefix]
     if not node.value:
         return [prefix] if prefix.endswith("encoder_kwargs") else []
-    return [
-        key for name, value in node.value for key in keys_in(value, f"{prefix}.{shown(name.value)}".removeprefix("."))
-    ]
+    return [key for name, value in node.value for key in keys_in(value, f"{prefix}.{name.value}".removeprefix("."))]
 
 
 def outcome(text: str, path: Path) -> str:
@@ -142,9 +130,9 @@ def damage(count: int, seed: int, path: Path) -> Counter[str]:
 
 
 def test_no_edit_of_a_shipped_file_raises_anything_but_a_config_error(tmp_path):
-    found = damage(300, 0, tmp_path / "run.yaml")
-    assert found["read"] > 30
-    assert found["refused"] > 100
+    found = damage(150, 0, tmp_path / "run.yaml")
+    assert found["read"] > 15
+    assert found["refused"] > 50
 
 
 @pytest.mark.slow
@@ -173,34 +161,17 @@ def typos() -> list[tuple[str, str]]:
     return found
 
 
-def right_suggestions(cases: list[tuple[str, str]], path: Path) -> float:
-    lines = (CONFIGS / "multicrop_training.yaml").read_text().splitlines()
-    _, origins = load_config_with_origins(CONFIGS / "multicrop_training.yaml")
-    rows: dict[str, int] = {}
-    for key, place in origins.items():
-        rows[key] = int(place.rpartition(":")[2])
-    right = 0
-    for key, typo in cases:
-        name, wrong = key.rpartition(".")[2], typo.rpartition(".")[2]
-        row = rows.get(key) or max(i for i, line in enumerate(lines, 1) if line.strip() == f"{name}:")
-        path.write_text("\n".join([*lines[: row - 1], lines[row - 1].replace(name, wrong, 1), *lines[row:]]))
-        with pytest.raises(ConfigError) as caught:
-            load_config_with_origins(path)
-        right += f"{path}:{row}: {typo}: unknown key; did you mean {key}?" in str(caught.value)
-    return right / len(cases)
+def share_answered_right(cases: list[tuple[str, str]]) -> float:
+    missed = [typo for key, typo in cases if meant_keys(typo) != [key]]
+    share = 1 - len(missed) / len(cases)
+    print(f"\n{len(cases)} typos: {share:.2%} answered with the right key; not {missed}")
+    return share
 
 
-def test_a_one_letter_typo_in_a_key_is_answered_with_the_right_key(tmp_path):
-    cases = random.Random(0).sample(typos(), 200)
-    assert right_suggestions(cases, tmp_path / "run.yaml") >= 0.95
+def test_a_one_letter_typo_in_a_key_is_answered_with_the_right_key() -> None:
+    assert share_answered_right(random.Random(0).sample(typos(), 500)) >= 0.95
 
 
 @pytest.mark.slow
-def test_of_all_one_letter_typos_at_least_95_percent_are_answered_with_the_right_key():
-    known = all_keys()
-    answers = [(typo, meant_keys(typo, known) == [key]) for key, typo in typos()]
-    missed = [typo for typo, right in answers if not right]
-    print(
-        f"\n{len(answers)} typos: {100 - 100 * len(missed) / len(answers):.2f}% answered with the right key; not {missed}"
-    )
-    assert len(missed) <= 0.05 * len(answers)
+def test_at_least_95_percent_of_all_one_letter_typos_are_answered_with_the_right_key() -> None:
+    assert share_answered_right(typos()) >= 0.95
