@@ -1,4 +1,4 @@
-"""What every command does with its messages and its errors."""
+"""How every command prints its messages and its errors."""
 
 import io
 import logging
@@ -7,9 +7,8 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-BAD_INPUT = 2
-INTERRUPTED = 130
-OURS = ("pipeline", "model", "train", "tools")
+BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
+LOGGED_PACKAGES = ("pipeline", "model", "train", "tools")
 
 
 class ConsoleHandler(logging.Handler):
@@ -24,32 +23,31 @@ class ConsoleHandler(logging.Handler):
 
 
 def show_messages(console: Console | None = None) -> None:
-    """Send what the project's modules log to `console`, by default stderr; a second call replaces the first."""
+    """Print what the project's modules log on `console`, by default stderr; a second call replaces the first."""
     handler = ConsoleHandler(console or Console(stderr=True))
-    for name in OURS:
+    for name in LOGGED_PACKAGES:
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
         logger.setLevel(logging.INFO)
 
 
 def run_command(name: str, work: Callable[[], int | None], interrupted: str = "interrupted") -> int:
-    """The exit code of `work()`: what it returns, None meaning 0.
+    """Return the exit code of `work()`, which is what it returns, or 0 for None.
 
     Bad input (ValueError, OSError, a missing package) becomes one line on stderr and exit code 2, Ctrl-C exit code 130. Any
     other exception is a bug and keeps its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names of files need not be text that a terminal can print
+        if isinstance(stream, io.TextIOWrapper):  # file names need not be text that a terminal can print
             stream.reconfigure(errors="backslashreplace")
     try:
         return work() or 0
     except (ValueError, OSError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return BAD_INPUT
+        message, code = str(error), BAD_INPUT
     except ModuleNotFoundError as error:
         install = "pip install --require-hashes -r requirements.lock; python tools/doctor.py says more"
-        print(f"{name}: {error}: {install}", file=sys.stderr)
-        return BAD_INPUT
+        message, code = f"{error}: {install}", BAD_INPUT
     except KeyboardInterrupt:
-        print(f"{name}: {interrupted}", file=sys.stderr)
-        return INTERRUPTED
+        message, code = interrupted, INTERRUPTED
+    print(f"{name}: {message}", file=sys.stderr)
+    return code

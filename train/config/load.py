@@ -43,22 +43,25 @@ def load_config_with_origins(path: Path, overrides: Sequence[str] = ()) -> tuple
     for n, override in enumerate(overrides):
         _apply(override, overrides[:n], values, written)
     config = _validate(values, written)
-    origins = dict.fromkeys(flatten(config.resolved), "default")
-    origins |= dict.fromkeys(flatten(DATASETS.get(config.data.dataset, {})), f"default of {config.data.dataset}")
-    return config, {key: written.get(key, default) for key, default in origins.items()}
+    dataset_defaults = flatten(DATASETS.get(config.data.dataset, {}))
+    origins = {}
+    for key in flatten(config.resolved):
+        default = f"default of {config.data.dataset}" if key in dataset_defaults else "default"
+        origins[key] = written.get(key, default)
+    return config, origins
 
 
 def _read(path: Path) -> str:
     try:
         with path.open("rb") as file:
-            text = file.read(MAX_BYTES + 1).decode("utf-8-sig")
+            raw = file.read(MAX_BYTES + 1)
+        text = raw.decode("utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; configs/ holds the shipped files") from error
     except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        byte = f"byte {error.object[error.start]:#04x}"
-        raise ConfigError(f"{path}:{line}: not a text file: {byte} is not UTF-8") from None
-    if len(text) >= MAX_BYTES:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}:{line}: not a text file: byte {raw[error.start]:#04x} is not UTF-8") from None
+    if len(raw) > MAX_BYTES:
         raise ConfigError(f"{path}:1: larger than {MAX_BYTES} bytes; not a config file")
     return text
 
@@ -95,20 +98,22 @@ def _validate(values: dict[str, Any], written: dict[str, str]) -> Config:
         problems: dict[KeyPath, str] = {}
         for problem in error.errors(include_url=False):
             path: KeyPath = problem["loc"]
-            if problem["type"] != "missing" or isinstance(
-                path[-1], int
-            ):  # cut off the types of a union that were tried
+            if not _is_missing(problem):  # pydantic appends each type of a union that it tried
                 path = _written_part(path, written)
             problems.setdefault(path, _explain(problem, ".".join(part for part in path if isinstance(part, str))))
     else:
         problems = {tuple(key.split(".")): message for key, message in broken_rules(config)}
         if not problems:
             return config
-    order = list(written)
+    order = list(written)  # as in the file, and then as on the command line
     found = sorted((order.index(dotted(_written_part(path, written))), path) for path in problems)
-    raise ConfigError(
-        "\n".join(printable(f"{written[order[n]]}: {dotted(path)}: {problems[path]}") for n, path in found)
-    )
+    lines = [f"{written[order[n]]}: {dotted(path)}: {problems[path]}" for n, path in found]
+    raise ConfigError("\n".join(map(printable, lines)))
+
+
+def _is_missing(problem: Any) -> bool:
+    """Return True if a key is missing; pydantic uses the same word for a missing entry of a list."""
+    return problem["type"] == "missing" and isinstance(problem["loc"][-1], str)
 
 
 def _written_part(path: KeyPath, written: dict[str, str]) -> KeyPath:
@@ -124,7 +129,7 @@ def _explain(problem: Any, key: str) -> str:
         return str(problem["ctx"]["error"])
     schema, value = all_keys().get(key, {}), problem["input"]
     expected = allowed(schema) if schema else "a plain value"
-    if problem["type"] == "missing" and isinstance(problem["loc"][-1], str):
+    if _is_missing(problem):
         return f"missing and has no default; allowed: {expected}"
     if value == "":
         return f"has no value; allowed: {expected}"

@@ -8,6 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.crops.augment import Augmentation
+from train.config.changes import flatten
 from train.config.load import SHORT_FLAGS, all_keys, allowed, load_config, load_config_with_origins, meant_keys
 from train.config.schema import Config
 from train.config.yaml12 import ConfigError
@@ -73,6 +74,8 @@ def test_origins_name_the_line_the_command_line_or_the_default():
     assert origins["training.lr"] == f"{path}:{written}"
     assert origins["data.batch_size"] == origins["model.encoder_kwargs.depth"] == "command line"
     assert origins["training.grad_clip"] == "default"
+    assert origins["data.augmentation.mean"] == "default of sample"
+    assert origins.keys() == flatten(load_config(path, ["model.encoder_kwargs.depth=2"]).resolved).keys()
 
 
 @pytest.mark.parametrize(
@@ -172,6 +175,7 @@ def test_a_typo_does_not_hide_an_error_of_the_key_it_means(write):
         (b"a: 1\nb: \xff\xfe", 2, "byte 0xff is not UTF-8"),
         (b"\x1f\x8b\x08\x00" * 9, 1, "byte 0x8b is not UTF-8"),
         ("a: 1\n" * 300_000, 1, "larger than 100000 bytes"),
+        ("#" + "ü" * 60_000, 1, "larger than 100000 bytes"),
     ],
 )
 def test_a_file_that_is_no_config_gives_one_clear_line(text, line, fact, write):
