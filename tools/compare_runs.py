@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from train.command import run_command
+from train.output.log import read_metrics
+from train.output.page import write_comparison
+from train.output.plots import COMPARED_PANELS, draw_curves
 
 
 def read_runs(folders: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
     """Logged lines by the run's name, or its path where two have the same. ValueError for a folder that logged nothing."""
-    from train.output.log import read_metrics
-
     runs = {}
     for folder in folders:
         lines = read_metrics(folder)
@@ -25,10 +26,6 @@ def read_runs(folders: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
 
 
 def compare(folders: Sequence[Path], out: Path, page: Path | None) -> None:
-    # Imported only now: matplotlib and torch take seconds to load, and --help needs neither.
-    from train.output.page import write_comparison
-    from train.output.plots import COMPARED_PANELS, draw_curves
-
     runs = read_runs(folders)
     if page is None:
         draw_curves(out, runs, COMPARED_PANELS)
