@@ -15,7 +15,7 @@ from train.config.yaml12 import ConfigError
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
-LEAST = "data: {data_path: shards}\nlogging: {run_name: a}\n"
+MINIMAL = "data: {data_path: shards}\nlogging: {run_name: a}\n"
 
 
 @pytest.fixture
@@ -62,8 +62,8 @@ def test_the_imagenet_config_writes_every_key_and_agrees_with_the_defaults(write
     path = CONFIGS / "multicrop_training.yaml"
     config, origins = load_config_with_origins(path)
     assert {place for place in origins.values() if not place.startswith(f"{path}:")} == set()
-    least = write("data: {data_path: shards/imagenet}\nlogging: {run_name: multicrop_training}")
-    assert config == load_config(least)
+    minimal = write("data: {data_path: shards/imagenet}\nlogging: {run_name: multicrop_training}")
+    assert config == load_config(minimal)
 
 
 def test_origins_name_the_line_the_command_line_or_the_default():
@@ -91,7 +91,7 @@ def test_origins_name_the_line_the_command_line_or_the_default():
     ],
 )
 def test_a_plain_scalar_is_what_it_looks_like_or_text(text, value, write):
-    read = load_config(write(LEAST), [f"model.encoder_kwargs.a={text}"]).model.encoder_kwargs["a"]
+    read = load_config(write(MINIMAL), [f"model.encoder_kwargs.a={text}"]).model.encoder_kwargs["a"]
     assert read == value
     assert type(read) is type(value)
 
@@ -129,17 +129,17 @@ def test_a_plain_scalar_is_what_it_looks_like_or_text(text, value, write):
         ("model: {levels: [{layer: -1, stride: 1}]}", "model.levels[0].weight", ["missing", "a number > 0"]),
     ],
 )
-def test_a_wrong_line_is_named_with_what_was_found_and_what_is_allowed(line, key, facts, write):
-    (found,) = errors_of(write(f"{LEAST}{line}"))
-    assert found.startswith(f"run.yaml:3: {key}: ")
-    assert [fact for fact in facts if fact not in found] == []
+def test_an_error_names_the_line_the_key_the_value_and_what_is_allowed(line, key, facts, write):
+    (error,) = errors_of(write(f"{MINIMAL}{line}"))
+    assert error.startswith(f"run.yaml:3: {key}: ")
+    assert [fact for fact in facts if fact not in error] == []
 
 
-def test_a_backslash_is_no_escape_in_plain_text(write):
-    assert load_config(write(f"{LEAST}model: {{encoder: vit\\0}}")).model.encoder == "vit\\0"
+def test_a_backslash_in_plain_text_is_no_escape(write):
+    assert load_config(write(f"{MINIMAL}model: {{encoder: vit\\0}}")).model.encoder == "vit\\0"
 
 
-def test_a_number_for_a_name_is_to_be_quoted(write):
+def test_a_number_in_place_of_a_name_has_to_be_quoted(write):
     folder = "data: {data_path: shards}\nlogging: {run_name: %s}"
     assert "found 2024" in errors_of(write(folder % "2024"))[0]
     assert "put it in quotes" in errors_of(write(folder % "2024"))[0]
@@ -153,8 +153,8 @@ def test_the_blocks_of_the_guide_are_accepted(value, write):
 
 
 def test_a_typo_does_not_hide_an_error_of_the_key_it_means(write):
-    found = errors_of(write(f"{LEAST}training: {{epoch: 3, epochs: x}}"))
-    assert {error.split(": ")[1] for error in found} == {"training.epoch", "training.epochs"}
+    errors = errors_of(write(f"{MINIMAL}training: {{epoch: 3, epochs: x}}"))
+    assert {error.split(": ")[1] for error in errors} == {"training.epoch", "training.epochs"}
 
 
 @pytest.mark.parametrize(
@@ -178,19 +178,19 @@ def test_a_typo_does_not_hide_an_error_of_the_key_it_means(write):
         ("#" + "ü" * 60_000, 1, "larger than 100000 bytes"),
     ],
 )
-def test_a_file_that_is_no_config_gives_one_clear_line(text, line, fact, write):
-    (found,) = errors_of(write(text))
-    assert found.startswith(f"run.yaml:{line}: ")
-    assert fact in found
+def test_a_file_that_is_not_a_config_gives_one_error_line(text, line, fact, write):
+    (error,) = errors_of(write(text))
+    assert error.startswith(f"run.yaml:{line}: ")
+    assert fact in error
 
 
-def test_a_missing_file_and_a_folder_give_one_clear_line(tmp_path):
-    (found,) = errors_of(tmp_path / "no.yaml")
-    assert "No such file" in found.replace(str(tmp_path / "no.yaml"), "")
+def test_a_missing_file_and_a_folder_give_one_error_line(tmp_path):
+    (error,) = errors_of(tmp_path / "no.yaml")
+    assert "No such file" in error.replace(str(tmp_path / "no.yaml"), "")
     assert "directory" in errors_of(tmp_path)[0]
 
 
-def test_all_errors_come_in_one_go_and_in_the_order_of_the_file(write):
+def test_all_errors_are_reported_at_once_in_the_order_of_the_file(write):
     text = """\
 seeed: 3
 data:
@@ -200,8 +200,8 @@ masking: {strategy: nothing, context_ratio: 0.9}
 training: {epochs: x, warmup_epochs: 300}
 logging: {run_name: 2024}
 """
-    found = errors_of(write(text), ("training.lrr=1", "masking.query_ratio=x"))
-    assert [" ".join(line.split(": ")[:2]) for line in found] == [
+    errors = errors_of(write(text), ("training.lrr=1", "masking.query_ratio=x"))
+    assert [" ".join(line.split(": ")[:2]) for line in errors] == [
         "run.yaml:1 seeed",
         "run.yaml:2 data.data_path",
         "run.yaml:3 data.batch_szie",
@@ -213,14 +213,14 @@ logging: {run_name: 2024}
     ]
 
 
-def test_all_broken_rules_come_in_one_go_once_each_value_is_valid(write):
-    text = f"""{LEAST}\
+def test_all_broken_rules_are_reported_at_once_when_each_value_is_valid(write):
+    text = f"""{MINIMAL}\
 model: {{levels: [], predictor_heads: 5}}
 masking: {{context_ratio: 0.9}}
 training: {{epochs: 9}}
 """
-    found = errors_of(write(text), ("data.multicrop.local_crop_size=97",))
-    assert [" ".join(line.split(": ")[:2]) for line in found] == [
+    errors = errors_of(write(text), ("data.multicrop.local_crop_size=97",))
+    assert [" ".join(line.split(": ")[:2]) for line in errors] == [
         "run.yaml:3 model.levels",
         "run.yaml:3 model.predictor_heads",
         "run.yaml:4 masking.query_ratio",
@@ -252,11 +252,11 @@ training: {{epochs: 9}}
         (["loss.prediction_weight=0", "loss.view_weight=0", "loss.sigreg_weight=0"], "loss.prediction_weight"),
     ],
 )
-def test_each_rule_between_keys_is_kept(overrides, key):
+def test_each_rule_between_keys_is_enforced(overrides, key):
     assert any(f" {key}" in error for error in errors_of(CONFIGS / "multicrop_training.yaml", tuple(overrides)))
 
 
-def test_one_number_serves_every_global_crop_and_one_crop_is_left_without_multicrop():
+def test_one_number_applies_to_every_global_crop_and_without_multicrop_there_is_one_crop():
     path = CONFIGS / "multicrop_training.yaml"
     data = load_config(path, ["data.augmentation.solarize_prob=0.3"]).data
     views = [Augmentation(**data.augmentation.model_dump()).view(32, (0.4, 1.0), 0.4, g) for g in (0, 1, None)]
@@ -286,21 +286,21 @@ def test_one_number_serves_every_global_crop_and_one_crop_is_left_without_multic
         ("model.encoder_kwargs={a: 1, a: 2}", ["duplicate"]),
     ],
 )
-def test_a_wrong_override_is_named(override, facts):
-    (found,) = errors_of(CONFIGS / "quickstart.yaml", (override,))
-    assert found.startswith("command line: ")
-    assert [fact for fact in facts if fact not in found] == []
+def test_a_wrong_override_is_reported(override, facts):
+    (error,) = errors_of(CONFIGS / "quickstart.yaml", (override,))
+    assert error.startswith("command line: ")
+    assert [fact for fact in facts if fact not in error] == []
 
 
 def test_an_override_given_twice_is_refused_so_that_neither_is_ignored():
     path = CONFIGS / "quickstart.yaml"
     assert "given twice" in errors_of(path, ("training.lr=1", "training.lr=2"))[0]
-    whole_after_entry = ("model.encoder_kwargs.depth=2", "model.encoder_kwargs={depth: 3}")
-    assert "given twice" in errors_of(path, whole_after_entry)[0]
+    all_after_one = ("model.encoder_kwargs.depth=2", "model.encoder_kwargs={depth: 3}")
+    assert "given twice" in errors_of(path, all_after_one)[0]
 
 
 def test_overrides_replace_what_the_file_says_even_if_that_was_wrong(write):
-    path = write(f"{LEAST}training: {{lr: fast, betas: [1, 2, 3]}}")
+    path = write(f"{MINIMAL}training: {{lr: fast, betas: [1, 2, 3]}}")
     config = load_config(path, ["training.lr=1e-3", "training.betas=[0.5, 0.6]", "evaluation.knn_k=5"])
     assert (config.training.lr, config.training.betas, config.evaluation.knn_k) == (1e-3, (0.5, 0.6), 5)
 
@@ -315,7 +315,7 @@ def test_a_config_is_frozen():
         load_config(CONFIGS / "quickstart.yaml").training.lr = 1.0
 
 
-def test_every_key_says_what_it_allows():
+def test_every_key_states_what_it_allows():
     for key, schema in all_keys().items():
         assert "None" not in allowed(schema), key
         assert allowed(schema) not in ("", "text"), key
@@ -331,7 +331,7 @@ def test_every_key_says_what_it_allows():
         ("scheduler", []),
     ],
 )
-def test_the_key_meant_by_an_unknown_one_is_found_in_any_section(key, meant):
+def test_suggestions_for_an_unknown_key_come_from_any_section(key, meant):
     assert meant_keys(key) == meant
 
 

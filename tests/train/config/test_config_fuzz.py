@@ -1,4 +1,4 @@
-"""Random damage to the shipped files. Full figures: `pytest -m slow -s tests/train/config/test_config_fuzz.py`."""
+"""Random damage to the shipped files; `pytest -m slow -s tests/train/config/test_config_fuzz.py` prints the full numbers."""
 
 import random
 import re
@@ -15,58 +15,14 @@ from train.config.yaml12 import ConfigError
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 TEXTS = [path.read_text() for path in sorted(CONFIGS.glob("*.yaml"))]
-TOKENS = ["on", "010", "1:30", "1e-4", "1e999", ".nan", "null", "~", "", "[]", "{}", "[1", "{a", "&a", "*a", "!!int 3"]
-TOKENS += [
-    "<<: *a",
-    "- 1",
-    "? x",
-    ": ",
-    "#",
-    "%YAML 9.9",
-    "---",
-    "...",
-    "\t",
-    "|",
-    ">",
-    "@",
-    "`",
-    '"',
-    "'",
-    "\\",
-    "9" * 40,
-]
-TOKENS += [
-    "\u2028",
-    "\ufeff",
-    "\x00",
-    "\x85",
-    "é",
-    "😀",
-    "\ud800",
-    "\r",
-    "\n",
-    "true",
-    "2024-01-01",
-    "0x1f",
-    "-1",
-    "3.5",
-]
-TOKENS += [
-    "=",
-    "<<",
-    '"\\ud800"',
-    '"\\UFFFFFFFF"',
-    '"\\x0"',
-    "!<%ff> 1",
-    "[[[[" * 9,
-    "{a: {a: 1}}",
-    "[{layer: 1}]",
-    "a: b: c",
-]
+WORDS = "on 010 1:30 1e-4 1e999 .nan null ~ [] {} [1 {a &a *a - ? : # --- ... | > @ ` \" ' \\ = << true 2024-01-01 0x1f -1 3.5"
+TOKENS = [*WORDS.split(), "", "!!int 3", "<<: *a", "%YAML 9.9", "a: b: c", "{a: {a: 1}}", "[{layer: 1}]", "!<%ff> 1"]
+TOKENS += ["\t", "\r", "\n", "\x00", "\x85", "\u2028", "\ufeff", "\ud800", '"\\ud800"', '"\\UFFFFFFFF"', '"\\x0"']
+TOKENS += ["é", "😀", "9" * 40, "[" * 36]
 
 
 def edit(text: str, rng: random.Random) -> str:
-    """One random edit: of a character, a word, a line or a value."""
+    """Return `text` with one random edit of a character, a word, a line or a value."""
     lines, at = text.splitlines(), rng.randrange(len(text))
     row = rng.randrange(len(lines))
     kind = rng.randrange(9)
@@ -93,7 +49,7 @@ def edit(text: str, rng: random.Random) -> str:
 
 
 def keys_in(node: yaml.Node, prefix: str = "") -> list[str]:
-    """Dotted keys of every mapping, read independently of the code under test."""
+    """Return the dotted keys of every mapping, read independently of the code under test."""
     if not isinstance(node, yaml.MappingNode):
         return [prefix]
     if not node.value:
@@ -102,7 +58,7 @@ def keys_in(node: yaml.Node, prefix: str = "") -> list[str]:
 
 
 def outcome(text: str, path: Path) -> str:
-    """`read` or `refused`, after checks of either; any other exception is left to fail the test."""
+    """Load `text` and check the result or the errors. Returns `read` or `refused`; any other exception fails the test."""
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     try:
         config, origins = load_config_with_origins(path)
@@ -120,19 +76,19 @@ def outcome(text: str, path: Path) -> str:
 
 def damage(count: int, seed: int, path: Path) -> Counter[str]:
     rng = random.Random(seed)
-    found: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
     for _ in range(count):
         text = rng.choice(TEXTS)
         for _ in range(rng.choice((1, 1, 1, 2, 5))):
             text = edit(text, rng) if text else text
-        found[outcome(text, path)] += 1
-    return found
+        outcomes[outcome(text, path)] += 1
+    return outcomes
 
 
 def test_no_edit_of_a_shipped_file_raises_anything_but_a_config_error(tmp_path):
-    found = damage(150, 0, tmp_path / "run.yaml")
-    assert found["read"] > 15
-    assert found["refused"] > 50
+    outcomes = damage(150, 0, tmp_path / "run.yaml")
+    assert outcomes["read"] > 15
+    assert outcomes["refused"] > 50
 
 
 @pytest.mark.slow
@@ -151,14 +107,14 @@ def one_letter_typos(name: str) -> set[str]:
 
 
 def typos() -> list[tuple[str, str]]:
-    """(right key, the same with one letter wrong in its last part), for every key that is in the ImageNet file."""
+    """Return (key, the key with one letter of its last part wrong) for every key of the ImageNet file."""
     known = all_keys()
-    found = []
+    pairs = []
     for key in sorted(key for key in known if not key.startswith("model.levels.")):
         section, dot, name = key.rpartition(".")
         wrong = sorted(f"{section}{dot}{typo}" for typo in one_letter_typos(name) - {name})
-        found += [(key, typo) for typo in wrong if typo not in known]
-    return found
+        pairs += [(key, typo) for typo in wrong if typo not in known]
+    return pairs
 
 
 def share_answered_right(cases: list[tuple[str, str]]) -> float:
