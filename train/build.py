@@ -12,8 +12,7 @@ from model.losses import LossWeights
 from model.masks import MultiCropMaskGenerator
 from model.predictor import Predictor
 from pipeline.crops.augment import Augmentation
-from pipeline.crops.decode import check_decoder
-from pipeline.crops.device import DeviceError
+from pipeline.crops.device import DeviceError, check_decoder
 from pipeline.dataset import (
     MultiCropDataset,
     build_multicrop_dataloader,

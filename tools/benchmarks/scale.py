@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.plan import Plan
+from pipeline.order import Plan
 from pipeline.shards.index import INDEX_NAME, SAMPLE_DTYPE, open_index, save_index
 from pipeline.shards.index_file import load_index
 from tools.benchmarks.tables import table

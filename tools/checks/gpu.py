@@ -142,8 +142,7 @@ def jpeg_engine(_: Case) -> Finding:
 @check("where crops are made")
 def crop_device(case: Case) -> Finding:
     """By the settings, and by whether DALI decodes on the GPU."""
-    from pipeline.crops.decode import check_decoder
-    from pipeline.crops.device import DeviceError
+    from pipeline.crops.device import DeviceError, check_decoder
 
     data, on_cpu = case.config.data if case.config is not None else None, "on the CPU, by the compiled operator"
     wanted = data.crop_device if data is not None else "auto"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.notices import Every
+from pipeline.text import Every
 from train.evaluation.features import Features, TokenStream
 from train.optim import cosine
 
