@@ -51,8 +51,7 @@ class Window:
     ) -> None:
         self.sequence, self.reader = sequence, reader
         starts, rows = plan_window(sequence, start, limit)
-        self.shards = sequence.index.samples["shard"][rows]
-        count = fitting_batches(self.shards)
+        self.shards, count = sequence.index.samples["shard"][rows], len(rows)
         if fetcher is not None:
             count = fetcher.ready_batches(self.shards[:count])
         rows, self.shards = rows[:count], self.shards[:count]
@@ -114,18 +113,22 @@ class Window:
 
 
 def plan_window(sequence: BatchSequence, start: BatchStart, limit: int | None) -> tuple[list[BatchStart], np.ndarray]:
-    """Return the starts of the global batches from `start` on, and `[n, B]` rows, one epoch after another while they can fit."""
-    max_batches = max(1, WINDOW_ROWS // sequence.batch_size)
+    """Return the starts of the next n global batches and their rows, `[n, B] int64`: as many as one graph can read."""
+    max_batches, shard_of = max(1, WINDOW_ROWS // sequence.batch_size), sequence.index.samples["shard"]
     ahead = islice(sequence.iter_batch_starts(start), max_batches if limit is None else min(max_batches, limit))
-    starts, rows, openings = list[BatchStart](), list[np.ndarray](), 0
-    for _, in_epoch in groupby(ahead, key=lambda each: each.epoch):
-        batch_starts = list(in_epoch)
-        starts += batch_starts
-        rows.append(sequence.rank_rows(batch_starts))
-        openings += 1 + int(np.count_nonzero(np.diff(sequence.index.samples["shard"][rows[-1].reshape(-1)])))
-        if openings > WINDOW_TARS:
+    starts, parts, num_opened = list[BatchStart](), list[np.ndarray](), 0
+    # Epoch by epoch: a small data set runs out of tars long before it runs out of rows.
+    for _, in_epoch in groupby(ahead, key=lambda batch: batch.epoch):
+        starts += (batch_starts := list(in_epoch))
+        parts.append(sequence.rank_rows(batch_starts))
+        num_opened += 1 + int(np.count_nonzero(np.diff(shard_of[parts[-1].reshape(-1)])))
+        if num_opened > WINDOW_TARS:
             break
-    return starts, np.concatenate(rows)
+    rows = np.concatenate(parts)
+    openings = np.flatnonzero(np.diff(shard_of[rows.reshape(-1)])) + 1
+    fitting = rows.size if len(openings) < WINDOW_TARS else int(openings[WINDOW_TARS - 1])
+    count = max(1, fitting // sequence.batch_size)
+    return starts[:count], rows[:count]
 
 
 def feed(
@@ -153,13 +156,6 @@ def as_torch(output: TensorListCPU | TensorListGPU) -> torch.Tensor:
     # On a GPU, `run` has made torch's stream wait for this batch, so that the capsule need not (-1). A capsule for a stream, or a
     # copy to torch's memory, would also wait for the prefetched batches, and DALI after the copy for the training step before it.
     return torch.from_dlpack(output.as_tensor().__dlpack__(stream=-1))  # type: ignore[union-attr]
-
-
-def fitting_batches(shards: np.ndarray) -> int:
-    """Return how many batches, at least one, open a tar at most WINDOW_TARS times. `shards`: `[n, B]`, of each sample."""
-    openings = np.flatnonzero(np.diff(shards.reshape(-1))) + 1
-    fitting = shards.size if len(openings) < WINDOW_TARS else int(openings[WINDOW_TARS - 1])
-    return max(1, fitting // shards.shape[1])
 
 
 class WindowBuilder(threading.Thread):

@@ -118,12 +118,8 @@ def draw_parameters(
 
 def _draw_views(recipe: ViewRecipe, u: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
     """Return `[n, P] float64` from the uniform numbers `u` `[n, WORDS]`. Their order decides what every seed draws."""
-    areas, aspects = u[:, :ATTEMPTS], u[:, ATTEMPTS : 2 * ATTEMPTS]
-    top, left, flip, jitter, gray, *factors, hue, blur, sigma, solarize = u[:, 2 * ATTEMPTS :].T
-    if recipe.scale is None:
-        box = centre_boxes(heights, widths, recipe.centre_ratio)
-    else:
-        box = _random_boxes(recipe.scale, recipe.ratio, areas, aspects, top, left, heights, widths)
+    _, _, flip, jitter, gray, *factors, hue, blur, sigma, solarize = u[:, 2 * ATTEMPTS :].T
+    box = (_central_boxes if recipe.scale is None else _random_boxes)(recipe, u, heights, widths)
     jittered, grayed = jitter < recipe.jitter_prob, gray < recipe.gray_prob
     strengths = (recipe.brightness, recipe.contrast, recipe.saturation)
     colours = [
@@ -140,35 +136,31 @@ def _between(low: float, high: float, u: np.ndarray) -> np.ndarray:
     return low + (high - low) * u
 
 
-def _random_boxes(
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    areas: np.ndarray,
-    aspects: np.ndarray,
-    top: np.ndarray,
-    left: np.ndarray,
-    heights: np.ndarray,
-    widths: np.ndarray,
+def _central_boxes(
+    recipe: ViewRecipe, _: np.ndarray, heights: np.ndarray, widths: np.ndarray
 ) -> tuple[np.ndarray, ...]:
+    """Return y0, x0, y1, x1 of the central square whose side is `centre_ratio` of the shorter side."""
+    side = np.maximum(np.rint(np.minimum(heights, widths) * recipe.centre_ratio), 1)
+    y, x = (heights - side) // 2, (widths - side) // 2
+    return y, x, y + side, x + side
+
+
+def _random_boxes(recipe: ViewRecipe, u: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, ...]:
     """Return y0, x0, y1, x1 as `torchvision.transforms.RandomResizedCrop.get_params` draws them, all attempts at once."""
-    area = _between(*scale, areas) * (heights * widths)[:, None]
-    aspect = np.exp(_between(math.log(ratio[0]), math.log(ratio[1]), aspects))
+    assert recipe.scale is not None
+    low, high = recipe.ratio
+    area = _between(*recipe.scale, u[:, :ATTEMPTS]) * (heights * widths)[:, None]
+    aspect = np.exp(_between(math.log(low), math.log(high), u[:, ATTEMPTS : 2 * ATTEMPTS]))
     w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
     fits = (w > 0) & (h > 0) & (w <= widths[:, None]) & (h <= heights[:, None])
-    first, rows = np.argmax(fits, axis=1), np.arange(len(areas))
+    first, rows = np.argmax(fits, axis=1), np.arange(len(u))
     w, h, any_fits = w[rows, first], h[rows, first], fits[rows, first]
-    y, x = np.floor(top * (heights - h + 1)), np.floor(left * (widths - w + 1))
+    y = np.floor(u[:, 2 * ATTEMPTS] * (heights - h + 1))
+    x = np.floor(u[:, 2 * ATTEMPTS + 1] * (widths - w + 1))
     # The fallback: the largest central box whose ratio is allowed.
     image_ratio = widths / heights
-    w = np.where(any_fits, w, np.where(image_ratio > ratio[1], np.rint(heights * ratio[1]), widths))
-    h = np.where(any_fits, h, np.where(image_ratio < ratio[0], np.rint(widths / ratio[0]), heights))
+    w = np.where(any_fits, w, np.where(image_ratio > high, np.rint(heights * high), widths))
+    h = np.where(any_fits, h, np.where(image_ratio < low, np.rint(widths / low), heights))
     y = np.where(any_fits, y, (heights - h) // 2)
     x = np.where(any_fits, x, (widths - w) // 2)
     return y, x, y + h, x + w
-
-
-def centre_boxes(heights: np.ndarray, widths: np.ndarray, centre_ratio: float) -> tuple[np.ndarray, ...]:
-    """Return y0, x0, y1, x1 of the central square whose side is `centre_ratio` of the shorter side."""
-    side = np.maximum(np.rint(np.minimum(heights, widths) * centre_ratio), 1)
-    y, x = (heights - side) // 2, (widths - side) // 2
-    return y, x, y + side, x + side
