@@ -180,10 +180,10 @@ class MultiCropLoader:
 
         Raises DeviceError or torch.OutOfMemoryError if the device failed, ValueError if every row can be decoded.
         """
-        if error := as_device_error(dali_error, self.reader.where):
+        if error := as_device_error(dali_error, self.reader.numbered(self.reader.device)):
             raise error
         unknown = [row for row in np.unique(rows).tolist() if row not in self.quarantine.reasons]
-        faults = find_faults(self.index, unknown, self.reader.decoder)
+        faults = find_faults(self.index, unknown, self.reader.numbered(self.reader.crop_device))
         if not faults:
             reason = dali_error.split("encountered:")[-1].strip().splitlines()[0]
             raise ValueError(f"{self.index.folder}: DALI failed on one of {len(unknown)} samples: {reason}") from None

@@ -66,7 +66,7 @@ class Quarantine:
         self.rows = np.array(sorted(self.reasons), np.int64)
         if self.path is not None and new:
             with self.path.open("a") as file:
-                file.write("".join(json.dumps(self._entry(row)) + "\n" for row in new))
+                file.writelines(json.dumps(self._entry(row)) + "\n" for row in new)
         allowed = allowed_bad(len(self.index), self.max_share)
         if len(self) > allowed:
             listed = [

@@ -53,15 +53,9 @@ class ReaderOptions:
     use_mmap: bool = True
     compiled: bool = True
 
-    @property
-    def where(self) -> str:
-        """The device, for messages."""
-        return f"GPU {self.device_id}" if self.device == "gpu" else "the CPU"
-
-    @property
-    def decoder(self) -> str:
-        """The device that decodes, as DALI names it."""
-        return f"gpu:{self.device_id}" if self.crop_device == "gpu" else "cpu"
+    def numbered(self, device: str) -> str:
+        """Return `cpu`, or `gpu:NUMBER`: `device` as DALI and messages name it."""
+        return f"gpu:{self.device_id}" if device == "gpu" else device
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES or self.crop_device not in DEVICES:
@@ -92,6 +86,7 @@ def define_graph(
     on_gpu = reader.crop_device == "gpu"
     upload = reader.device == "gpu" and not on_gpu
     compiled = reader.compiled and not on_gpu
+    decoder = {"device": "mixed", "hw_decoder_load": reader.hw_decoder_load} if on_gpu else {"device": "cpu"}
 
     @pipeline_def(enable_conditionals=True)
     def graph() -> tuple:
@@ -102,7 +97,11 @@ def define_graph(
             missing_component_behavior="error",
             dont_use_mmap=not reader.use_mmap,
         )
-        image = _decoded(encoded, reader)
+        # make_shards applies the EXIF orientation; boxes are drawn for the stored height and width.
+        # A CPU upsamples chroma smoothly by default, and a GPU does not.
+        image = fn.decoders.image(
+            parsed(encoded), output_type=types.RGB, adjust_orientation=False, jpeg_fancy_upsampling=True, **decoder
+        )
         values = fn.external_source(source=source, dtype=types.FLOAT, ndim=2)
         if compiled:
             crops = _compiled_crops(image, values, recipes, scaling)
@@ -123,18 +122,8 @@ def build_graph(graph: Pipeline, reader: ReaderOptions) -> Pipeline:
     try:
         graph.build()
     except RuntimeError as error:
-        raise as_device_error(str(error), reader.where) or error from None
+        raise as_device_error(str(error), reader.numbered(reader.device)) or error from None
     return graph
-
-
-def _decoded(encoded: "DataNode", reader: ReaderOptions) -> "DataNode":
-    on_gpu = reader.crop_device == "gpu"
-    decoder = {"device": "mixed", "hw_decoder_load": reader.hw_decoder_load} if on_gpu else {"device": "cpu"}
-    # make_shards applies the EXIF orientation; boxes are drawn for the stored height and width.
-    # A CPU upsamples chroma smoothly by default, and a GPU does not.
-    return fn.decoders.image(
-        parsed(encoded), output_type=types.RGB, adjust_orientation=False, jpeg_fancy_upsampling=True, **decoder
-    )
 
 
 def parsed(encoded: "DataNode") -> "DataNode":

@@ -98,8 +98,7 @@ def transpose(_: Any, out: Any, at: Any, out_step: Any, source: Any, first: Any,
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         out_at, source_at = (_pointer(context, builder, signature, args, i) for i in (0, 3))
         _, at, out_step, _, first, step = args
-        places = [builder.add(first, builder.mul(step, step.type(j))) for j in range(BLOCK)]
-        rows = [_load(builder, source_at, place, count) for place in places]
+        rows = [_load(builder, source_at, _offset(builder, first, step, j), count) for j in range(BLOCK)]
         if halves == 2:
             rows = [_shuffle(builder, rows[j], rows[j + count], range(BLOCK)) for j in range(count)]
         starts = [half * count + i for half in range(halves) for i in range(count // 2)]
@@ -109,7 +108,7 @@ def transpose(_: Any, out: Any, at: Any, out_step: Any, source: Any, first: Any,
             pairs = zip(rows[: count // 2], rows[count // 2 :], strict=True)
             rows = [_shuffle(builder, a, b, order) for a, b in pairs for order in (low, high)]
         for i, row in enumerate(rows):
-            _store(builder, row, out_at, builder.add(at, builder.mul(out_step, out_step.type(i))))
+            _store(builder, row, out_at, _offset(builder, at, out_step, i))
         return context.get_dummy_value()
 
     index = types.intp
@@ -130,10 +129,8 @@ def brighten(_: Any, line: Any, first: Any, blocks: Any, factor: Any, bits: Any)
         factor, bits = (_splat(builder, builder.trunc(value, SHORT)) for value in (factor, bits))
         half = builder.lshr(builder.shl(_constant(1, SHORT), bits), _constant(1, SHORT))
         with cgutils.for_range(builder, blocks) as loop:
-            place = builder.add(first, builder.mul(loop.index, first.type(BLOCK)))
-            value = builder.zext(_load(builder, pointer, place, BLOCK), factor.type)
-            value = _high_half(builder, builder.zext, builder.shl(value, _constant(8, SHORT)), factor)
-            value = builder.lshr(builder.add(value, half), bits)
+            place = _offset(builder, first, loop.index, BLOCK)
+            value = builder.lshr(builder.add(_scaled_bytes(builder, pointer, place, factor), half), bits)
             value = _min(builder, value, _constant(255, SHORT))
             _store(builder, value, pointer, place)
             builder.store(builder.add(builder.load(total), value), total)
@@ -169,13 +166,12 @@ def mix(_: Any, flat: Any, first: Any, plane: Any, blocks: Any, numbers: Any) ->
         matrix = [[number(MATRIX + 3 * i + j) for j in range(3)] for i in range(3)]
         zero = _constant(0, SHORT)
         with cgutils.for_range(builder, blocks) as loop:
-            place = builder.add(first, builder.mul(loop.index, first.type(BLOCK)))
-            places = [builder.add(place, builder.mul(plane, plane.type(c))) for c in range(3)]
+            place = _offset(builder, first, loop.index, BLOCK)
+            places = [_offset(builder, place, plane, c) for c in range(3)]
             channels = []
             for here in places:
-                value = builder.zext(_load(builder, pointer, here, BLOCK), factor.type)
-                value = _high_half(builder, builder.zext, builder.shl(value, _constant(8, SHORT)), factor)
-                value = _min(builder, _max(builder, builder.add(value, shift), zero), top)
+                value = builder.add(_scaled_bytes(builder, pointer, here, factor), shift)
+                value = _min(builder, _max(builder, value, zero), top)
                 channels.append(builder.shl(value, up))
             for here, row in zip(places, matrix, strict=True):
                 value = rounding
@@ -190,6 +186,16 @@ def mix(_: Any, flat: Any, first: Any, plane: Any, blocks: Any, numbers: Any) ->
 
 def _pointer(context: Any, builder: ir.IRBuilder, signature: Any, args: Any, i: int) -> ir.Value:
     return context.make_array(signature.args[i])(context, builder, args[i]).data
+
+
+def _offset(builder: ir.IRBuilder, first: ir.Value, step: ir.Value, count: int) -> ir.Value:
+    return builder.add(first, builder.mul(step, step.type(count)))
+
+
+def _scaled_bytes(builder: ir.IRBuilder, pointer: ir.Value, place: ir.Value, factor: ir.Value) -> ir.Value:
+    """`bytes * factor >> 8`, int16."""
+    values = builder.zext(_load(builder, pointer, place, BLOCK), factor.type)
+    return _high_half(builder, builder.zext, builder.shl(values, _constant(8, SHORT)), factor)
 
 
 def _constant(value: int, kind: ir.IntType) -> ir.Constant:
