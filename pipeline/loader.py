@@ -1,4 +1,4 @@
-"""The loader: an exact, resumable stream of `CropBatch` made by DALI."""
+"""The loader: an exact, resumable stream of `CropBatch`, made by DALI."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +32,8 @@ class MultiCropLoader:
     """
 
     batches_left: int | None = None
-    """How many more batches will be read, over all epochs, if that is known: no graph lists more samples than these need."""
+    """The number of batches that will still be read, over all epochs, if known: graphs then list no further samples. It counts
+    down; set it after `load_state_dict`."""
     store_wait_s = 0.0
     """Seconds that this loader has waited for an object store."""
 
@@ -112,8 +113,9 @@ class MultiCropLoader:
         here = BatchStart(self._epoch, self._position)
         while True:
             window = self._window = self._window_at(here)
+            # Build the next window once half of this one is used, unless this one is the last.
             beyond = None if (left := self._num_left()) is None else left - window.left
-            if self._builder is None and 2 * window.taken >= len(window.starts) and beyond != 0:
+            if self._builder is None and 2 * window.taken >= len(window.starts) and (beyond is None or beyond > 0):
                 self._builder = WindowBuilder(partial(self._make_window, window.following, beyond))
             try:
                 return window.next()

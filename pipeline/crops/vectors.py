@@ -23,9 +23,9 @@ compiled = njit(nogil=True, error_model="numpy")
 
 
 def weighing(exact: bool) -> Callable:
-    """Build `weigh(out, at, source, first, step, weights, place, taps)`, a weighted sum of vectors. For i in 0..LANES,
+    """Build `weigh(out, at, source, first, step, weights, offset, taps)`, a weighted sum of vectors. For i in 0..LANES,
 
-    `out[at + i]` = the sum over k in 0..taps of `source[first + k * step + i] * weights[place + k]`.
+    `out[at + i]` = the sum over k in 0..taps of `source[first + k * step + i] * weights[offset + k]`.
 
     One of `source` and `out` holds bytes, the other int16 with SHORT_BITS more. `weights` are non-negative int16 in units of
     2 ** -WEIGHT_BITS, with a sum of at most 1. `exact`: sums in 32 bits, rounded once. Otherwise in 16 bits, which is faster:
@@ -34,7 +34,7 @@ def weighing(exact: bool) -> Callable:
 
     @intrinsic
     def weigh(
-        _: Any, out: Any, at: Any, source: Any, first: Any, step: Any, weights: Any, place: Any, taps: Any
+        _: Any, out: Any, at: Any, source: Any, first: Any, step: Any, weights: Any, offset: Any, taps: Any
     ) -> tuple[Any, Callable]:
         of_bytes = source.dtype.bitwidth == 8
         shift = WEIGHT_BITS + (-SHORT_BITS if of_bytes else SHORT_BITS)
@@ -43,14 +43,14 @@ def weighing(exact: bool) -> Callable:
 
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
             out_at, source_at, weights_at = (_pointer(context, builder, signature, args, i) for i in (0, 2, 5))
-            _, at, _, first, step, _, place, taps = args
+            _, at, _, first, step, _, offset, taps = args
             kind = WORD if exact else SHORT
             half = kind(1 << shift - 1)
             if not exact:
                 half = builder.add(half, builder.trunc(builder.lshr(taps, taps.type(1)), SHORT))
             sums = [_variable(builder, _splat(builder, half)) for _ in range(0, LANES, BLOCK)]
             with cgutils.for_range(builder, taps) as loop:
-                weight = builder.load(builder.gep(weights_at, [builder.add(place, loop.index)]))
+                weight = builder.load(builder.gep(weights_at, [builder.add(offset, loop.index)]))
                 weight = _splat(builder, _scaled_weight(builder, weight, exact))
                 here = builder.add(first, builder.mul(loop.index, step))
                 for j, total in enumerate(sums):
@@ -102,8 +102,8 @@ def transpose(_: Any, out: Any, at: Any, out_step: Any, source: Any, first: Any,
         if halves == 2:
             rows = [_shuffle(builder, rows[j], rows[j + count], range(BLOCK)) for j in range(count)]
         starts = [half * count + i for half in range(halves) for i in range(count // 2)]
-        low = [place for i in starts for place in (i, i + BLOCK)]
-        high = [place + count // 2 for place in low]
+        low = [lane for i in starts for lane in (i, i + BLOCK)]
+        high = [lane + count // 2 for lane in low]
         for _ in range(count.bit_length() - 1):
             pairs = zip(rows[: count // 2], rows[count // 2 :], strict=True)
             rows = [_shuffle(builder, a, b, order) for a, b in pairs for order in (low, high)]
@@ -129,10 +129,10 @@ def brighten(_: Any, line: Any, first: Any, blocks: Any, factor: Any, bits: Any)
         factor, bits = (_splat(builder, builder.trunc(value, SHORT)) for value in (factor, bits))
         half = builder.lshr(builder.shl(_constant(1, SHORT), bits), _constant(1, SHORT))
         with cgutils.for_range(builder, blocks) as loop:
-            place = _offset(builder, first, loop.index, BLOCK)
-            value = builder.lshr(builder.add(_scaled_bytes(builder, pointer, place, factor), half), bits)
+            offset = _offset(builder, first, loop.index, BLOCK)
+            value = builder.lshr(builder.add(_scaled_bytes(builder, pointer, offset, factor), half), bits)
             value = _min(builder, value, _constant(255, SHORT))
-            _store(builder, value, pointer, place)
+            _store(builder, value, pointer, offset)
             builder.store(builder.add(builder.load(total), value), total)
         values = builder.zext(builder.load(total), ir.VectorType(WORD, BLOCK))
         result = WORD(0)
@@ -159,21 +159,21 @@ def mix(_: Any, flat: Any, first: Any, plane: Any, blocks: Any, numbers: Any) ->
         pointer, numbers_at = (_pointer(context, builder, signature, args, i) for i in (0, 4))
         _, first, plane, blocks, _ = args
 
-        def number(place: int) -> ir.Value:
-            return _splat(builder, builder.load(builder.gep(numbers_at, [ir.IntType(64)(place)])))
+        def number(i: int) -> ir.Value:
+            return _splat(builder, builder.load(builder.gep(numbers_at, [ir.IntType(64)(i)])))
 
-        factor, shift, top, up, rounding, down = (number(place) for place in range(MATRIX))
+        factor, shift, top, up, rounding, down = (number(i) for i in range(MATRIX))
         matrix = [[number(MATRIX + 3 * i + j) for j in range(3)] for i in range(3)]
         zero = _constant(0, SHORT)
         with cgutils.for_range(builder, blocks) as loop:
-            place = _offset(builder, first, loop.index, BLOCK)
-            places = [_offset(builder, place, plane, c) for c in range(3)]
+            offset = _offset(builder, first, loop.index, BLOCK)
+            offsets = [_offset(builder, offset, plane, c) for c in range(3)]
             channels = []
-            for here in places:
+            for here in offsets:
                 value = builder.add(_scaled_bytes(builder, pointer, here, factor), shift)
                 value = _min(builder, _max(builder, value, zero), top)
                 channels.append(builder.shl(value, up))
-            for here, row in zip(places, matrix, strict=True):
+            for here, row in zip(offsets, matrix, strict=True):
                 value = rounding
                 for channel, weight in zip(channels, row, strict=True):
                     value = builder.add(value, _high_half(builder, builder.sext, channel, weight))
@@ -192,9 +192,9 @@ def _offset(builder: ir.IRBuilder, first: ir.Value, step: ir.Value, count: int) 
     return builder.add(first, builder.mul(step, step.type(count)))
 
 
-def _scaled_bytes(builder: ir.IRBuilder, pointer: ir.Value, place: ir.Value, factor: ir.Value) -> ir.Value:
+def _scaled_bytes(builder: ir.IRBuilder, pointer: ir.Value, offset: ir.Value, factor: ir.Value) -> ir.Value:
     """`bytes * factor >> 8`, int16."""
-    values = builder.zext(_load(builder, pointer, place, BLOCK), factor.type)
+    values = builder.zext(_load(builder, pointer, offset, BLOCK), factor.type)
     return _high_half(builder, builder.zext, builder.shl(values, _constant(8, SHORT)), factor)
 
 
@@ -208,17 +208,17 @@ def _variable(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     return variable
 
 
-def _load(builder: ir.IRBuilder, pointer: ir.Value, place: ir.Value, count: int) -> ir.Value:
+def _load(builder: ir.IRBuilder, pointer: ir.Value, offset: ir.Value, count: int) -> ir.Value:
     vector = ir.VectorType(pointer.type.pointee, count)
-    return builder.load(builder.bitcast(builder.gep(pointer, [place]), vector.as_pointer()), align=1)
+    return builder.load(builder.bitcast(builder.gep(pointer, [offset]), vector.as_pointer()), align=1)
 
 
-def _store(builder: ir.IRBuilder, values: ir.Value, pointer: ir.Value, place: ir.Value) -> None:
+def _store(builder: ir.IRBuilder, values: ir.Value, pointer: ir.Value, offset: ir.Value) -> None:
     """Store a vector of BLOCK values, dropping the high bits that do not fit."""
     vector = ir.VectorType(pointer.type.pointee, BLOCK)
     if values.type != vector:
         values = builder.trunc(values, vector)
-    builder.store(values, builder.bitcast(builder.gep(pointer, [place]), vector.as_pointer()), align=1)
+    builder.store(values, builder.bitcast(builder.gep(pointer, [offset]), vector.as_pointer()), align=1)
 
 
 def _splat(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:

@@ -70,7 +70,7 @@ def test_all_ranks_together_see_every_row_once_for_any_number_of_ranks(index: Sh
         rows = np.stack([sequence.rank_rows(starts) for sequence in ranks], 1)  # [steps, ranks, B]
         assert starts[len(starts) // 2] == (1, 0)
         for epoch, part in enumerate(np.split(rows.reshape(len(starts), -1), 2)):
-            # In order, too: rank 0 first, as one rank with the whole global batch would see them.
+            # In order, too: rank 0 first, as a single rank with the global batch would see them.
             np.testing.assert_array_equal(part.reshape(-1), Plan(index.counts, 2).rows(epoch, 0, part.size))
             assert len(np.unique(part)) == part.size > len(index) - world_size * batch_size
 

@@ -125,7 +125,7 @@ def test_machine_code_is_kept_for_the_sources_that_it_was_made_from_and_for_no_o
     assert [crop_op.shape_entry(sources).cache_hits for sources in ("old", "old", "new", "old")] == [0, 1, 0, 1]
     folder = Path(crop_op.__file__).parent
     compiled = {path for path in folder.glob("*.py") if "@compiled" in path.read_text()}
-    # What these import may be compiled into them, be it code or a constant.
+    # Code and constants that these import can be compiled into them.
     imported = re.findall(
         r"^from pipeline\.crops(?:\.(\w+))? import (.*)$", "".join(p.read_text() for p in compiled), re.MULTILINE
     )
