@@ -118,7 +118,7 @@ class BatchSequence:
             epoch, position = epoch + 1, 0
 
     def shards_from(self, epoch: int, position: int) -> Iterator[int]:
-        """Yield the shards of the batches from there on, in order, to the end of the next epoch, without replacements'."""
+        """Yield the shards of the batches from there on, in order, to the end of the next epoch; replacements are not counted."""
         yield from self.plan.shards(epoch, position).tolist()
         yield from self.plan.shards(epoch + 1, 0).tolist()
 

@@ -3,7 +3,7 @@
 Parameters are drawn by position in the epoch, so they never depend on the batch size, the rank or the number of threads.
 
 To add an operation: its settings in `Augmentation` (with their keys in `train/config/schema.py`) and in `ViewRecipe`, its
-parameters in PARAMETERS and `_draw_views`, and one step each in `cpu_operator.make_crop` and in `graph._dali_crops`, which must
+parameters in PARAMETERS and `_draw_views`, and one step each in `cpu_operator.make_crop` and in `graph._dali_crop`, which must
 agree to within rounding.
 """
 
@@ -16,16 +16,14 @@ from pipeline import defaults
 from pipeline.order import DRAW_STREAM, random_words
 
 GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # the luma of ITU-R BT.601, as torchvision, Pillow and DALI use it
-SOLARIZE_THRESHOLD = 128  # as in BYOL
+SOLARIZE_THRESHOLD = 128  # as in DINO
 PerGlobal = float | tuple[float, ...]
 
-# One crop's parameters, in this order everywhere: its box in the source image in pixels, 1 to mirror it, 1 if any of the four
-# colour parameters that follow is not the identity (three factors, and the hue in degrees; saturation 0 is grayscale), the blur's
-# sigma in pixels of the crop (0: no blur), and 1 to solarise.
-PARAMETERS = (
-    "y0", "x0", "y1", "x1", "flip", "twist", "brightness", "contrast", "saturation", "hue", "sigma", "solarize",
-)  # fmt: skip
-Y0, X0, Y1, X1, FLIP, TWIST, BRIGHTNESS, CONTRAST, SATURATION, HUE, SIGMA, SOLARIZE = range(len(PARAMETERS))
+# The parameters of one crop, in this order everywhere: its box in the source image (pixels); 1 to mirror it; 1 if any of the next
+# four, three colour factors and the hue in degrees, is not the identity (saturation 0 is grayscale); the blur's sigma in pixels of
+# the crop (0: no blur); 1 to solarise.
+PARAMETERS = range(12)
+Y0, X0, Y1, X1, FLIP, TWIST, BRIGHTNESS, CONTRAST, SATURATION, HUE, SIGMA, SOLARIZE = PARAMETERS
 
 ATTEMPTS = 10  # of torchvision's RandomResizedCrop before it falls back to a central crop
 # Random numbers per crop: an area and an aspect ratio for each attempt, and twelve others. Philox makes blocks of four words.

@@ -276,6 +276,14 @@ def test_training_goes_on_with_the_few_bad_samples_that_a_conversion_lets_pass(i
         quarantine.add({5: "empty file"})
 
 
+def test_the_folder_of_the_file_can_be_made_after_the_quarantine(index: ShardIndex, tmp_path: Path) -> None:
+    path = tmp_path / "run" / "q.jsonl"
+    quarantine = Quarantine(index, path)
+    path.parent.mkdir()
+    quarantine.add({5: "empty file"})
+    assert Quarantine(index, path).reasons == {5: "empty file"}
+
+
 def test_lines_about_a_data_set_whose_tars_have_the_same_names_are_passed_over(
     index: ShardIndex, tmp_path: Path
 ) -> None:
