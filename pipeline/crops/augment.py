@@ -20,8 +20,8 @@ SOLARIZE_THRESHOLD = 128  # as in DINO
 PerGlobal = float | tuple[float, ...]
 
 # The parameters of one crop, in this order everywhere: its box in the source image (pixels); 1 to mirror it; 1 if any of the next
-# four, three colour factors and the hue in degrees, is not the identity (saturation 0 is grayscale); the blur's sigma in pixels of
-# the crop (0: no blur); 1 to solarise.
+# four, three colour factors and the hue in degrees, is not the identity (saturation 0 is grayscale); the blur's sigma in pixels
+# of the crop (0: no blur); 1 to solarise.
 PARAMETERS = range(12)
 Y0, X0, Y1, X1, FLIP, TWIST, BRIGHTNESS, CONTRAST, SATURATION, HUE, SIGMA, SOLARIZE = PARAMETERS
 
