@@ -9,7 +9,6 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.dataset import resolve_device
-from pipeline.quarantine import Quarantine
 from train.build import (
     ALONE,
     build_dataset,
@@ -65,7 +64,8 @@ class Trainer:
         self.dataset = build_dataset(config)
         self.model = build_model(config, self.device)
         self.masks = build_masks(config, self.model, self.device)
-        self.loader = build_training_loader(config, self.dataset, ranks)
+        quarantine = run_folder(config) / "quarantine.jsonl"
+        self.loader = build_training_loader(config, self.dataset, ranks, quarantine=quarantine)
         self.schedule = build_schedule(config, len(self.loader))
         self.steps_per_epoch = len(self.loader) // training.accumulation_steps
         if training.compile:
@@ -87,6 +87,7 @@ class Trainer:
     def _continue_from(self, state: RunState) -> None:
         """Take the next step from `state`, with the batches from where the loader stands."""
         self.state = state
+        self.loader.batches_left = (self.schedule.total_steps - state.step) * self.config.training.accumulation_steps
         self._guard, self._means, self._speed = StepGuard(self.device, state), RunningMeans(), Speed(state)
         self._stream = batches(self.loader, self.config.training.accumulation_steps)
 
@@ -103,9 +104,6 @@ class Trainer:
                 self._wandb = open_wandb(logging_.wandb.project, self.folder, config.resolved)
             self._heartbeat = Heartbeat(self.folder, self.schedule.total_steps)
         self.ranks.any(False)  # wait until rank 0 has made the folder
-        self.loader.quarantine = Quarantine(
-            self.dataset.index, self.folder / "quarantine.jsonl", config.data.max_bad_share
-        )
         resume = config.checkpoint.resume
         checkpoint = self._newest_checkpoint() if resume == "auto" else None if resume == "none" else Path(resume)
         if checkpoint is not None:

@@ -129,10 +129,13 @@ CROP_IMAGE, SET_SHAPES = crop_entry(SOURCES_DIGEST), shape_entry(SOURCES_DIGEST)
 class MakeCrops(NumbaFunction):
     """DALI's Numba operator with our own entry points: `op(image, values, layout, scaling)` makes up to six crops.
 
-        image   [H, W, 3] uint8 ──┐
-        values  [V, P] float32  ──┤  crop_image, per image:                              ┌─> crop `first`      [3, S, S]
-        layout  [0, first, S...]──┼─ values[first + v] = y0 x0 y1 x1 | flip | twist      ├─> crop `first` + 1  [3, S, S]
-        scaling [3 or 0, 2]     ──┘  brightness contrast saturation hue | sigma | solarize └─> ...
+        image   [H, W, 3] uint8 ────┐
+        values  [V, P] float32 ─────┼──> make_crop(crop, image, values[first + v]) ──> crop v [3, S, S] uint8, or, if scaled,
+        layout  [0, first, S, ...] ─┘                                                    │
+        scaling [3, 2] float32 ────────────> (crop - offset) / spread <──────────────────┘ ──> crop v [3, S, S] float32
+
+        values[v] = y0 x0 y1 x1 flip | twist brightness contrast saturation hue | sigma | solarize
+                    resize             twist_colours, if twist                    blur    invert_above
 
     DALI's plugin compiles its generic glue again in every process, for five seconds and more. Here its two entry points are
     written out, so that their machine code is cached on disk, and only the operator class is used. DALI tells `set_shapes` just
