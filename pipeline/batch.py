@@ -1,4 +1,4 @@
-"""What the pipeline hands to the model."""
+"""The batch that the pipeline yields, and its normalisation."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ import torch
 class CropBatch:
     """All crops of B samples. Unpacks as `crops, labels`.
 
-    `crops`: V tensors `[B, 3, S, S]`, globals first: `float32`, normalised, or `uint8`, 0..255, as the loader was asked for.
-    `labels`: `[B] int64`, -1 where unlabelled. `boxes`: `[B, V, 4] float32`, y0, x0, y1, x1 of each crop in its source image,
-    0..1. `flips`: `[B, V] bool`, crop mirrored left to right. `positions`: `[B] int64`, places in the epoch's order. All are on
-    the loader's device.
+    `crops`: V tensors `[B, 3, S, S]`, globals first: `float32`, normalised, or `uint8`, 0..255, depending on the loader.
+    `labels`: `[B] int64`, -1 if unlabelled. `boxes`: `[B, V, 4] float32`, y0, x0, y1, x1 of each crop in its source image,
+    0..1. `flips`: `[B, V] bool`, crop mirrored left to right. `positions`: `[B] int64`, positions in the epoch's order. All are
+    on the loader's device.
     """
 
     crops: list[torch.Tensor]
@@ -41,11 +41,11 @@ class Normalization:
 
     @property
     def scaling(self) -> np.ndarray:
-        """`[3, 2] float32`: what is subtracted from a channel's grey levels, and what they are then divided by."""
+        """`[3, 2] float32`: each channel's offset, which is subtracted from its grey levels, and its spread, the divisor."""
         return 255 * np.array([self.mean, self.std], np.float32).T
 
 
-@cache  # to make it on a GPU is a copy that waits
+@cache  # a copy to a GPU would wait for it on every call
 def _levels(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
-    """`[3, 1, 1]`: from 0..1 to grey levels."""
+    """Return `[3, 1, 1]`, from 0..1 to grey levels."""
     return 255 * torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)

@@ -1,4 +1,4 @@
-"""The loader: an exact, resumable stream of `CropBatch` made by DALI."""
+"""The loader: an exact, resumable stream of `CropBatch`, made by DALI."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -12,26 +12,30 @@ import torch
 
 from pipeline.batch import CropBatch, Normalization
 from pipeline.crops.augment import ViewRecipe
-from pipeline.crops.decode import find_faults
-from pipeline.crops.device import DeviceError, device_fault
+from pipeline.crops.device import DeviceError, as_device_error, find_faults
 from pipeline.crops.graph import ReaderOptions
-from pipeline.quarantine import Quarantine
-from pipeline.sequence import BatchSequence, Place
+from pipeline.order import BatchSequence, BatchStart
 from pipeline.shards.cache import Lease
 from pipeline.shards.storage import allow_open_files
-from pipeline.window import WINDOW_TARS, Builder, GraphFailed, Window
+from pipeline.window import WINDOW_TARS, GraphFailed, Window, WindowBuilder
 
-OPEN_WINDOWS = 6  # of a run: one in use and one built ahead, for training and the two splits of the evaluation
+OPEN_WINDOWS = 6  # of a run: one in use and one prefetched, for training and the two splits of the evaluation
 
 
 class MultiCropLoader:
-    """Iterates the rest of the current epoch: `for crops, labels in loader`. The next iteration is the next epoch.
+    """Iterates over the rest of the current epoch: `for crops, labels in loader`. The next iteration is the next epoch.
 
     `normalization`: crops as float32, normalised by it; None: as uint8, for a model that normalises them itself, a quarter of
-    the memory to move. A sample that cannot be decoded goes into `quarantine`; at its position alone another one replaces it.
+    the memory to move. A sample that cannot be decoded goes into `quarantine`, and another one replaces it at its position only.
 
     Raises ValueError when the quarantine is full.
     """
+
+    batches_left: int | None = None
+    """The number of batches that will still be read, over all epochs, if known: graphs then list no further samples. It counts
+    down; set it after `load_state_dict`."""
+    store_wait_s = 0.0
+    """Seconds that this loader has waited for an object store."""
 
     def __init__(
         self,
@@ -42,37 +46,27 @@ class MultiCropLoader:
     ) -> None:
         if reader.device == "gpu" and not torch.cuda.is_available():
             raise DeviceError("device gpu: torch sees no CUDA GPU. Use device cpu, or check the driver with nvidia-smi")
-        # Without a mapping every tar of a window stays open, and a shard of a store is held by an open file.
+        # Without memory mappings every tar of a window stays open, and a shard of a store is held by an open file.
         if opened := (not reader.use_mmap) + (sequence.index.remote is not None):
             allow_open_files(opened * OPEN_WINDOWS * WINDOW_TARS)
         self.sequence, self.reader, self.normalization = sequence, reader, normalization
-        self.index, self.global_batch = sequence.index, sequence.global_batch
-        # The compiled operator normalises a crop while it is in the cache; uploaded, it would be four times the bytes.
+        self.index, self.quarantine, self.global_batch = sequence.index, sequence.quarantine, sequence.global_batch
+        # The compiled operator normalises a crop while it is in the cache; for an upload that would be four times the bytes.
         self._scaled = normalization is not None and reader.compiled and reader.device == "cpu"
         scaling = normalization.scaling if normalization is not None and self._scaled else None
         self._fetcher = sequence.index.fetcher()
         self._make_window = partial(Window, sequence, recipes, reader, scaling, self._fetcher)
         self._epoch = self._position = 0
         self._window: Window | None = None
-        self._builder: Builder | None = None
+        self._builder: WindowBuilder | None = None
         self._leases: list[Lease] = []
-        self.store_wait_s = 0.0
-        """Seconds that this loader has waited for an object store."""
 
     def __len__(self) -> int:
-        """Steps of a whole epoch."""
+        """Return the number of batches of an epoch."""
         return self.sequence.steps(0)
 
-    @property
-    def quarantine(self) -> Quarantine:
-        return self.sequence.quarantine
-
-    @quarantine.setter
-    def quarantine(self, quarantine: Quarantine) -> None:
-        self.sequence.quarantine = quarantine
-
     def rows_at(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """`[stop - start] int64`: the index rows of the samples at these positions, stand-ins included."""
+        """Return `[stop - start] int64`, the index rows of the samples at these positions, with replacements for bad ones."""
         return self.sequence.rows_at(epoch, start, stop)
 
     def set_epoch(self, epoch: int) -> None:
@@ -81,17 +75,17 @@ class MultiCropLoader:
             self._epoch, self._position = epoch, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch begins: `epoch` and the `position` inside it, over all ranks; `data`: the index's digest."""
+        """Return where the next batch begins, `epoch` and the `position` inside it over all ranks, and the index's digest."""
         return {"epoch": self._epoch, "position": self._position, "data": self.index.digest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()` of a loader of any batch size and world size, over the same shards in any folder.
 
-        Raises ValueError for a state of other shards. A state without `data` is taken for one of these.
+        Raises ValueError for a state of other shards. A state without `data`, from an old checkpoint, is not checked for that.
         """
         if state.get("data", self.index.digest) != self.index.digest:
             raise ValueError(
-                f"{self.index.folder}: holds other samples than those that the state was saved with: the state belongs to "
+                f"{self.index.folder}: its samples differ from those that the state was saved with: the state belongs to "
                 "another data set, or the shards were converted again. Continue with the old ones, or start over"
             )
         if not 0 <= state["position"] <= len(self.index):
@@ -109,16 +103,20 @@ class MultiCropLoader:
                 batch = replace(batch, crops=[self.normalization(crop) for crop in batch.crops])
             # Moved on before the yield: a state saved while the batch is in use names the batch after it.
             self._position += self.global_batch
+            if self.batches_left is not None:
+                self.batches_left -= 1
             yield batch
         if self._epoch == epoch:
             self._epoch, self._position = epoch + 1, 0
 
     def _next_batch(self) -> CropBatch:
-        here = (self._epoch, self._position)
+        here = BatchStart(self._epoch, self._position)
         while True:
             window = self._window = self._window_at(here)
-            if self._builder is None and 2 * window.taken >= len(window.places):
-                self._builder = Builder(self._make_window, window.following)
+            # Build the next window once half of this one is used, unless this one is the last.
+            beyond = None if (left := self._num_left()) is None else left - window.left
+            if self._builder is None and 2 * window.taken >= len(window.starts) and (beyond is None or beyond > 0):
+                self._builder = WindowBuilder(partial(self._make_window, window.following, beyond))
             try:
                 return window.next()
             except GraphFailed as error:
@@ -128,34 +126,41 @@ class MultiCropLoader:
             del window
             self._set_aside(rows, message)
 
-    def prepare(self, count: int, cancelled: Callable[[], bool]) -> None:
-        """Wait for the shards of the next `count` batches to come from the store, so that making these cannot fail for it.
+    def _num_left(self) -> int | None:
+        """Return how many batches will be read from here on; None if that is unknown."""
+        # An evaluation, in stored order, reads one epoch at a time. Beyond `batches_left`, expect the end of the epoch.
+        if not self.sequence.plan.shuffle or (self.batches_left is not None and self.batches_left <= 0):
+            return self.sequence.steps(self._position)
+        return self.batches_left
 
-        `cancelled`: asked while it waits; true ends that with a Cancelled. Raises StoreError. Neither costs a batch.
+    def prepare(self, count: int, cancelled: Callable[[], bool]) -> None:
+        """Wait until the shards of the next `count` batches are here, so that the store cannot make these batches fail.
+
+        `cancelled` is polled meanwhile; True raises Cancelled. Raises StoreError. Neither loses a batch.
         """
         if self._fetcher is None:
             return
-        here, window = next(self.sequence.places_from(self._epoch, self._position)), self._window
-        if window is not None and window.here == here and len(window.places) - window.taken >= count:
+        here, window = next(self.sequence.iter_batch_starts(BatchStart(self._epoch, self._position))), self._window
+        if window is not None and window.here == here and window.left >= count:
             return
         if window is not None and window.here != here:
             self._window = window = None  # it is over: its shards make room for the next ones
         began, self._leases = time.perf_counter(), []
-        shards = self.sequence.own_shards(list(islice(self.sequence.places_from(*here), count)))
+        shards = self.sequence.rank_shards(list(islice(self.sequence.iter_batch_starts(here), count)))
         self._leases = self._fetcher.need(np.unique(shards).tolist(), cancelled)
         self.store_wait_s += time.perf_counter() - began
 
     def close(self) -> None:
-        """Free the graphs, with their threads and their memory on the device. The next batch builds a new one."""
+        """Free the graphs with their threads and device memory. The next batch builds a new one."""
         self._window, self._leases = None, []
         if self._fetcher is not None:
             self._fetcher.release()
         self._take_ahead()
         if self._fetcher is not None:
-            self._fetcher.release()  # what the window built ahead had fetched for later
+            self._fetcher.release()  # what the prefetched window had fetched for later
 
-    def _window_at(self, here: Place) -> Window:
-        """The window whose next batch begins at `here`: the one in use, the one built ahead, or a new one."""
+    def _window_at(self, here: BatchStart) -> Window:
+        """Return the window whose next batch begins at `here`: the one in use, the prefetched one, or a new one."""
         if self._window is not None and self._window.here == here:
             return self._window
         self._window = None  # free the old graph before the new one is filled
@@ -163,8 +168,8 @@ class MultiCropLoader:
         window = self._take_ahead()
         if window is None or window.here != here:
             window = None
-            window = self._make_window(here)
-        # What it waited for the store in the background, before it was asked for, cost nothing.
+            window = self._make_window(here, self._num_left())
+        # Its waiting for the store in the background, before this moment, cost nothing.
         self.store_wait_s += max(0.0, window.waited[1] - max(window.waited[0], began))
         return window
 
@@ -173,14 +178,14 @@ class MultiCropLoader:
         return builder.result() if builder is not None else None
 
     def _set_aside(self, rows: np.ndarray, dali_error: str) -> None:
-        """Quarantine those of the rows that do not decode.
+        """Quarantine the rows that cannot be decoded.
 
-        Raises DeviceError or torch.OutOfMemoryError when the device is at fault, ValueError when DALI failed on no row.
+        Raises DeviceError or torch.OutOfMemoryError if the device failed, ValueError if every row can be decoded.
         """
-        if fault := device_fault(dali_error, self.reader.where):
-            raise fault
+        if error := as_device_error(dali_error, self.reader.numbered(self.reader.device)):
+            raise error
         unknown = [row for row in np.unique(rows).tolist() if row not in self.quarantine.reasons]
-        faults = find_faults(self.index, unknown, self.reader.decoder)
+        faults = find_faults(self.index, unknown, self.reader.numbered(self.reader.crop_device))
         if not faults:
             reason = dali_error.split("encountered:")[-1].strip().splitlines()[0]
             raise ValueError(f"{self.index.folder}: DALI failed on one of {len(unknown)} samples: {reason}") from None

@@ -1,6 +1,10 @@
-"""Counts and lists in messages."""
+"""Messages: counts, lists, and notices about long waits."""
 
-from collections.abc import Sequence
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 MAX_NAMED = 5
 
@@ -13,3 +17,29 @@ def plural(count: int, noun: str) -> str:
 def truncate_list(names: Sequence[str], limit: int = MAX_NAMED) -> str:
     """`a, b, c`, or the first `limit` names and how many there are: `a, b, ... (7)`."""
     return ", ".join(names[:limit]) + (f", ... ({len(names)})" if len(names) > limit else "")
+
+
+@contextmanager
+def notify_after(seconds: float, text: str) -> Iterator[None]:
+    """Print the text to stderr if the body takes longer than that."""
+    timer = threading.Timer(seconds, print, (text,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+class Every:
+    """A rate limiter: `due()` is True once in every `seconds`, counted from its construction and each True."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._last = seconds, time.monotonic()
+
+    def due(self) -> bool:
+        now = time.monotonic()
+        if now - self._last < self._seconds:
+            return False
+        self._last = now
+        return True

@@ -4,8 +4,9 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -13,60 +14,27 @@ import torch
 from nvidia.dali.tensors import TensorListCPU, TensorListGPU
 
 from pipeline.batch import CropBatch
-from pipeline.crops.augment import ViewRecipe
-from pipeline.crops.draws import Draws, draw
+from pipeline.crops.augment import FLIP, Y0, ViewRecipe, draw_parameters
 from pipeline.crops.graph import ReaderOptions, build_graph, define_graph
-from pipeline.sequence import BatchSequence, Place
+from pipeline.order import BatchSequence, BatchStart
 from pipeline.shards.dali_index import write_dali_indices
 from pipeline.shards.fetcher import ShardFetcher
 
-# A graph lists its rows in files and opens each of its tars. A data set larger than this is read by one graph after the
-# other; of a small one, one graph reads many epochs.
+# A graph lists its rows in files and opens each of its tars. A larger data set is read by one graph after another; of a small
+# one, a single graph reads many epochs.
 WINDOW_ROWS, WINDOW_TARS = 50_000, 256
+
+Fed = tuple[np.ndarray, int, np.ndarray]  # the rows of a batch, its first position, and its parameters
 
 
 class GraphFailed(RuntimeError):
     """DALI's graph raised and cannot run any more."""
 
 
-class Feeder:
-    """DALI's source of drawn parameters, called once per batch.
-
-    It does not refer to its graph: without a reference cycle an unused graph is freed at once, with its threads and memory.
-    `places`: of the global batches; `rows`: `[len(places), B]`, this rank's index rows of each. Of shards in a store they go as
-    far as these are here already.
-    """
-
-    def __init__(
-        self, sequence: BatchSequence, recipes: tuple[ViewRecipe, ...], place: Place, fetcher: ShardFetcher | None
-    ) -> None:
-        self.sequence, self.recipes = sequence, recipes
-        places = list(islice(sequence.places_from(*place), max(1, WINDOW_ROWS // sequence.batch_size)))
-        rows = sequence.own_rows(places)
-        self.shards = sequence.index.samples["shard"][rows]
-        count = fitting_batches(self.shards)
-        if fetcher is not None:
-            count = fetcher.ready_batches(self.shards[:count])
-        self.rows, self.shards = rows[:count], self.shards[:count]
-        self.places = places[: len(self.rows)]
-        self.fed = 0
-        self.pending: deque[tuple[np.ndarray, int, Draws]] = deque()
-
-    def __call__(self) -> list[np.ndarray]:
-        if self.fed == len(self.places):
-            raise StopIteration
-        rows, place = self.rows[self.fed], self.places[self.fed]
-        self.fed += 1
-        start, samples = self.sequence.own_start(place), self.sequence.index.samples[rows]
-        draws = draw(self.recipes, self.sequence.plan.seed, place[0], start, samples["height"], samples["width"])
-        self.pending.append((rows, start, draws))
-        return list(draws.values)
-
-
 class Window:
-    """One DALI graph, and the global batches at `places` of which it makes this rank's part. `place` is the first.
+    """One DALI graph, which makes this rank's part of the global batches at `starts`, from `start` on and at most `limit`.
 
-    `scaling`: as in `define_graph`. `waited`: from when to when it waited for the store, of `time.perf_counter`.
+    `scaling`: as in `define_graph`. `waited`: from when to when it waited for the store, in `time.perf_counter` seconds.
 
     Raises StoreError.
     """
@@ -78,88 +46,133 @@ class Window:
         reader: ReaderOptions,
         scaling: np.ndarray | None,
         fetcher: ShardFetcher | None,
-        place: Place,
+        start: BatchStart,
+        limit: int | None = None,
     ) -> None:
         self.sequence, self.reader = sequence, reader
-        feeder = self.feeder = Feeder(sequence, recipes, place, fetcher)
-        self.places, self.taken = feeder.places, 0
+        starts, rows = plan_window(sequence, start, limit)
+        self.shards, count = sequence.index.samples["shard"][rows], len(rows)
+        if fetcher is not None:
+            count = fetcher.ready_batches(self.shards[:count])
+        rows, self.shards = rows[:count], self.shards[:count]
+        self.starts, self.taken = starts[:count], 0
         self.waited = (0.0, 0.0)
         if fetcher is not None:
             began = time.perf_counter()
-            self.leases = fetcher.need(np.unique(feeder.shards).tolist())
+            self.leases = fetcher.need(np.unique(self.shards).tolist())
             self.waited = (began, time.perf_counter())
             fetcher.ahead(sequence.shards_from(*self.following))
+        self.fed: deque[Fed] = deque()
+        batches = feed(sequence, recipes, self.starts, rows, self.fed)
         with tempfile.TemporaryDirectory(prefix="multicrop-hjepa-", ignore_cleanup_errors=True) as folder:
-            tars, indices = write_dali_indices(sequence.index, feeder.rows.reshape(-1), Path(folder))
-            graph = define_graph(tars, indices, feeder, recipes, sequence.batch_size, reader, scaling)
+            tars, indices = write_dali_indices(sequence.index, rows.reshape(-1), Path(folder))
+            graph = define_graph(tars, indices, lambda: next(batches), recipes, sequence.batch_size, reader, scaling)
             self.graph = build_graph(graph, reader)
 
     @property
-    def here(self) -> Place | None:
-        """The place of the next batch; None at the end."""
-        return self.places[self.taken] if self.taken < len(self.places) else None
+    def left(self) -> int:
+        """The number of batches that it can still make."""
+        return len(self.starts) - self.taken
 
     @property
-    def following(self) -> Place:
-        """The place after the last."""
-        return next(islice(self.sequence.places_from(*self.places[-1]), 1, None))
+    def here(self) -> BatchStart | None:
+        """Where the next batch begins; None at the end."""
+        return self.starts[self.taken] if self.left else None
+
+    @property
+    def following(self) -> BatchStart:
+        """Where the first batch after this window begins."""
+        return next(islice(self.sequence.iter_batch_starts(self.starts[-1]), 1, None))
 
     def rows_in_flight(self) -> np.ndarray:
-        """`[n] int64`: the index rows that were fed and not yet handed out."""
-        return np.concatenate([rows for rows, _, _ in self.feeder.pending])
+        """Return `[n] int64`, the index rows that were fed to the graph and have not come out."""
+        return np.concatenate([rows for rows, _, _ in self.fed])
 
     def next(self) -> CropBatch:
-        """The next batch, its crops as uint8 unless the graph scales them. Raises GraphFailed."""
+        """Make the next batch, with uint8 crops unless the graph scales them. Raises GraphFailed."""
         # On a GPU the outputs are ready for the work that torch queues on its current stream.
         stream = torch.cuda.current_stream(self.reader.device_id) if self.reader.device == "gpu" else None
         try:
             outputs = self.graph.run(stream)
         except RuntimeError as error:
             raise GraphFailed(str(error)) from None
-        rows, start, draws = self.feeder.pending.popleft()
+        rows, first, parameters = self.fed.popleft()
         self.taken += 1
-        valid = max(0, min(len(rows), len(self.sequence.index) - start))
+        # DALI's batches are all of one size; the last one of an epoch without `drop_last` is cut.
+        valid = max(0, min(len(rows), len(self.sequence.index) - first))
         crops = [as_torch(output)[:valid] for output in outputs]
-        samples = self.sequence.index.samples[rows[:valid]]
+        samples, parameters = self.sequence.index.samples[rows[:valid]], parameters[:valid]
         sides = np.stack([samples["height"], samples["width"]] * 2, axis=1).astype(np.float32)
         parts = (
             samples["label"].astype(np.int64),
-            draws.boxes[:valid] / sides[:, None],
-            draws.flips[:valid],
-            np.arange(start, start + valid),
+            parameters[..., Y0:FLIP] / sides[:, None],
+            parameters[..., FLIP] != 0,
+            np.arange(first, first + valid),
         )
         return CropBatch(crops, *(torch.from_numpy(part).to(crops[0].device, non_blocking=True) for part in parts))
 
 
+def plan_window(sequence: BatchSequence, start: BatchStart, limit: int | None) -> tuple[list[BatchStart], np.ndarray]:
+    """Return the starts of the next n global batches and their rows, `[n, B] int64`: as many as one graph can read."""
+    max_batches, shard_of = max(1, WINDOW_ROWS // sequence.batch_size), sequence.index.samples["shard"]
+    ahead = islice(sequence.iter_batch_starts(start), max_batches if limit is None else min(max_batches, limit))
+    starts, parts, num_opened = list[BatchStart](), list[np.ndarray](), 0
+    # Epoch by epoch: a small data set runs out of tars long before it runs out of rows.
+    for _, in_epoch in groupby(ahead, key=lambda batch: batch.epoch):
+        starts += (batch_starts := list(in_epoch))
+        parts.append(sequence.rank_rows(batch_starts))
+        num_opened += 1 + int(np.count_nonzero(np.diff(shard_of[parts[-1].reshape(-1)])))
+        if num_opened > WINDOW_TARS:
+            break
+    rows = np.concatenate(parts)
+    openings = np.flatnonzero(np.diff(shard_of[rows.reshape(-1)])) + 1
+    fitting = rows.size if len(openings) < WINDOW_TARS else int(openings[WINDOW_TARS - 1])
+    count = max(1, fitting // sequence.batch_size)
+    return starts[:count], rows[:count]
+
+
+def feed(
+    sequence: BatchSequence,
+    recipes: tuple[ViewRecipe, ...],
+    starts: list[BatchStart],
+    rows: np.ndarray,
+    fed: deque[Fed],
+) -> Iterator[np.ndarray]:
+    """Yield the parameters `[B, V, P]` of each batch, noting the batch in `fed`. DALI takes them as it prefetches.
+
+    A function that knows nothing of the window: without a reference cycle an unused graph is freed at once, with its threads.
+    """
+    for start, batch_rows in zip(starts, rows, strict=True):
+        first, samples = sequence.rank_start(start), sequence.index.samples[batch_rows]
+        drawn = draw_parameters(
+            recipes, sequence.plan.seed, start.epoch, first, samples["height"], samples["width"]
+        ).swapaxes(0, 1)
+        fed.append((batch_rows, first, drawn))
+        yield np.ascontiguousarray(drawn)
+
+
 def as_torch(output: TensorListCPU | TensorListGPU) -> torch.Tensor:
-    """DALI's memory as a tensor, which keeps it alive."""
+    """Return DALI's memory as a tensor, which keeps it alive."""
     # On a GPU, `run` has made torch's stream wait for this batch, so that the capsule need not (-1). A capsule for a stream, or a
-    # copy to torch's memory, would wait for the batches made ahead too, and DALI after the copy for the training step before it.
+    # copy to torch's memory, would also wait for the prefetched batches, and DALI after the copy for the training step before it.
     return torch.from_dlpack(output.as_tensor().__dlpack__(stream=-1))  # type: ignore[union-attr]
 
 
-def fitting_batches(shards: np.ndarray) -> int:
-    """How many of the batches, at least one, need at most WINDOW_TARS openings of a tar. `shards`: `[n, B]`, of each sample."""
-    openings = np.flatnonzero(np.diff(shards.reshape(-1))) + 1
-    fitting = shards.size if len(openings) < WINDOW_TARS else int(openings[WINDOW_TARS - 1])
-    return max(1, fitting // shards.shape[1])
+class WindowBuilder(threading.Thread):
+    """Builds a window in the background while another one is in use."""
 
-
-class Builder:
-    """Builds a window in the background, while another one is in use."""
-
-    def __init__(self, make: Callable[[Place], Window], place: Place) -> None:
-        self._window: Window | None = None
+    def __init__(self, make: Callable[[], Window]) -> None:
         # A daemon: a process that ends does not wait for a window that nobody will read.
-        self._thread = threading.Thread(target=self._build, args=(make, place), daemon=True)
-        self._thread.start()
+        super().__init__(daemon=True)
+        self._make = make
+        self._window: Window | None = None
+        self.start()
 
-    def _build(self, make: Callable[[Place], Window], place: Place) -> None:
-        try:
-            self._window = make(place)
-        except (RuntimeError, ValueError, OSError):
-            self._window = None  # built again in the foreground, where the error can be reported
+    def run(self) -> None:
+        # After an error the window is built again in the foreground, where the error can be reported.
+        with suppress(RuntimeError, ValueError, OSError):
+            self._window = self._make()
 
     def result(self) -> Window | None:
-        self._thread.join()
+        self.join()
         return self._window

@@ -18,9 +18,9 @@ MAY_IMPORT = {
     "pipeline.crops": {
         "pipeline.crops",
         "pipeline.shards",
-        "pipeline.plan",
+        "pipeline.order",
         "pipeline.defaults",
-        "pipeline.notices",
+        "pipeline.text",
     },
     "model": {"model"},
     "train": {"pipeline", "model", "train"},

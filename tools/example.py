@@ -28,7 +28,7 @@ from model.masks import STRATEGIES
 from model.predictor import Predictor
 from pipeline import build_multicrop_dataloader, build_multicrop_dataset
 from pipeline.dataset import MultiCropDataset, resolve_device
-from pipeline.notices import Every
+from pipeline.text import Every
 from tools.shards.photographs import PHOTOGRAPHS, photograph_path
 from train.optim import build_optimizer
 from train.output.drawing import Views

@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.notices import notify_after
 from pipeline.shards.object_store import is_remote
 from pipeline.shards.storage import join
+from pipeline.text import notify_after
 from tools.shards.archives import check_official
 from tools.shards.catalogue import LooseFiles, Source, hold_out
 from tools.shards.classes import with_classes_beside

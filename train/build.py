@@ -13,8 +13,7 @@ from model.masks import MultiCropMaskGenerator
 from model.predictor import Predictor
 from model.teacher import TaughtEncoder
 from pipeline.crops.augment import Augmentation
-from pipeline.crops.decode import check_decoder
-from pipeline.crops.device import DeviceError
+from pipeline.crops.device import DeviceError, check_decoder
 from pipeline.dataset import (
     MultiCropDataset,
     build_multicrop_dataloader,

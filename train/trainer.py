@@ -99,6 +99,7 @@ class Trainer:
     def _start_from(self, state: RunState) -> None:
         """Take the next step from `state`, with the next batch of the loader."""
         self.state, self._monitor = state, StepMonitor(self.device, state)
+        self.loader.batches_left = (self.schedule.total_steps - state.step) * self.config.training.accumulation_steps
         self._batches = batches(self.loader, self.config.training.accumulation_steps)
         self._store_wait_before_s = state.store_wait_s - self.loader.store_wait_s
 

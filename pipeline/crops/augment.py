@@ -1,48 +1,55 @@
-"""What is done to a crop's pixels once it is cut: the settings, their random numbers, and the operations on CPU and GPU.
+"""The settings of every crop, and the random parameters drawn for it.
 
-To add an operation: its settings in `Augmentation` (with their keys in `train/config/schema.py`) and in `ViewRecipe`, its columns
-in COLUMNS and `draw_columns`, and one step each in `apply` and `apply_dali`, which must do the same to within a rounding.
+Parameters are drawn by position in the epoch, so they never depend on the batch size, the rank or the number of threads.
+
+To add an operation: its settings in `Augmentation` (with their keys in `train/config/schema.py`) and in `ViewRecipe`, its
+parameters in PARAMETERS and `_draw_views`, and one step each in `cpu_operator.make_crop` and in `graph._dali_crop`, which must
+agree to within rounding.
 """
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
-from nvidia.dali import fn, types
 
-from pipeline.crops.colours import invert_above, twist_colours
-from pipeline.crops.kernels import blur
-from pipeline.crops.vectors import compiled
-from pipeline.defaults import IMAGENET_MEAN, IMAGENET_STD
+from pipeline import defaults
+from pipeline.order import DRAW_STREAM, random_words
 
-if TYPE_CHECKING:
-    from nvidia.dali.types import DataNode
-
-THRESHOLD = 128  # of solarisation, as torchvision's users write it
-GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # of ITU-R BT.601, as torchvision and DALI use
-SOLARIZE_TABLE = [value if value < THRESHOLD else 255 - value for value in range(256)]
+GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # the luma of ITU-R BT.601, as torchvision, Pillow and DALI use it
+SOLARIZE_THRESHOLD = 128  # as in DINO
 PerGlobal = float | tuple[float, ...]
+
+# The parameters of one crop, in this order everywhere: its box in the source image (pixels); 1 to mirror it; 1 if any of the next
+# four, three colour factors and the hue in degrees, is not the identity (saturation 0 is grayscale); the blur's sigma in pixels
+# of the crop (0: no blur); 1 to solarise.
+PARAMETERS = range(12)
+Y0, X0, Y1, X1, FLIP, TWIST, BRIGHTNESS, CONTRAST, SATURATION, HUE, SIGMA, SOLARIZE = PARAMETERS
+
+ATTEMPTS = 10  # of torchvision's RandomResizedCrop before it falls back to a central crop
+# Random numbers per crop: an area and an aspect ratio for each attempt, and twelve others. Philox makes blocks of four words.
+WORDS = 2 * ATTEMPTS + 12
+BLOCKS = WORDS // 4
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Settings of all crops. `mean` and `std` normalise the result, in 0..1; sigmas are in pixels of the crop.
+    """The settings shared by all crops. `mean` and `std` normalise the result, in 0..1; sigmas are in pixels of the crop.
 
     `global_blur_prob` and `solarize_prob`: one number for each global crop, the last one for any further, or one for all.
     """
 
-    flip_prob: float = 0.5
-    color_jitter_prob: float = 0.8
-    gray_prob: float = 0.2
-    global_blur_prob: PerGlobal = (1.0, 0.1)
-    local_blur_prob: float = 0.5
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    solarize_prob: PerGlobal = (0.0, 0.2)
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    flip_prob: float = defaults.FLIP_PROB
+    color_jitter_prob: float = defaults.COLOR_JITTER_PROB
+    gray_prob: float = defaults.GRAY_PROB
+    global_blur_prob: PerGlobal = defaults.GLOBAL_BLUR_PROB
+    local_blur_prob: float = defaults.LOCAL_BLUR_PROB
+    blur_sigma: tuple[float, float] = defaults.BLUR_SIGMA
+    solarize_prob: PerGlobal = defaults.SOLARIZE_PROB
+    mean: tuple[float, float, float] = defaults.IMAGENET_MEAN
+    std: tuple[float, float, float] = defaults.IMAGENET_STD
 
     def view(self, size: int, scale: tuple[float, float], jitter: float, number: int | None) -> "ViewRecipe":
-        """The recipe of global crop `number`, or of a local one (None).
+        """Build the recipe of global crop `number`, or of a local crop (None).
 
         A jitter strength s means brightness and contrast s, saturation s / 2 and hue s / 4.
         """
@@ -68,10 +75,10 @@ def _of_global(values: PerGlobal, number: int) -> float:
 
 @dataclass(frozen=True)
 class ViewRecipe:
-    """How one crop of an image is made. Scales are shares of the image's area, ratios are width / height.
+    """How one crop of an image is made. Scales are fractions of the image's area, ratios are width / height.
 
-    `scale=None` is the central square of `centre_ratio` of the shorter side, with no randomness at all. Jitter strengths are
-    those of `torchvision.transforms.ColorJitter`; `hue` is in turns of the colour circle, blur sigmas in pixels of the crop.
+    `scale=None` is the central square of `centre_ratio` of the shorter side, without randomness. Jitter strengths are those of
+    `torchvision.transforms.ColorJitter`; `hue` is a fraction of the colour circle, blur sigmas are in pixels of the crop.
     """
 
     size: int
@@ -86,69 +93,72 @@ class ViewRecipe:
     hue: float = 0.0
     gray_prob: float = 0.0
     blur_prob: float = 0.0
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_sigma: tuple[float, float] = defaults.BLUR_SIGMA
     solarize_prob: float = 0.0
 
 
-# What is drawn for a crop, in this order. `twist`: 1 where the four after it, factors and degrees, are not the identity;
-# `saturation` 0 is grayscale; `sigma` 0: no blur; `solarize`: 0 or 1.
-COLUMNS = ("twist", "brightness", "contrast", "saturation", "hue", "sigma", "solarize")
-TWIST, BRIGHTNESS, CONTRAST, SATURATION, HUE, SIGMA, SOLARIZE = range(len(COLUMNS))
-WORDS = 9  # random numbers that `draw_columns` uses; more of them make another stream of all draws
+def draw_parameters(
+    recipes: tuple[ViewRecipe, ...], seed: int, epoch: int, start: int, heights: np.ndarray, widths: np.ndarray
+) -> np.ndarray:
+    """Return `[V, B, P] float32`, P in the order of PARAMETERS, for the positions `start..start + B`.
 
-
-def draw_columns(recipe: ViewRecipe, u: np.ndarray) -> np.ndarray:
-    """`[B, 7] float64`, in the order of COLUMNS, from `[B, WORDS] float64` in 0..1."""
-    jittered, gray = u[:, 0] < recipe.jitter_prob, u[:, 1] < recipe.gray_prob
-    strengths = np.array([recipe.brightness, recipe.contrast, recipe.saturation])
-    low, high = np.maximum(1 - strengths, 0), 1 + strengths
-    factors = low + (high - low) * u[:, 2:5]
-    hue = 360 * recipe.hue * (2 * u[:, 5:6] - 1)
-    colours = np.where(jittered[:, None], np.concatenate([factors, hue], 1), [1.0, 1.0, 1.0, 0.0])
-    colours[gray, 2] = 0.0
-    sigma_low, sigma_high = recipe.blur_sigma
-    sigmas = np.where(u[:, 6] < recipe.blur_prob, sigma_low + (sigma_high - sigma_low) * u[:, 7], 0.0)
-    return np.column_stack([jittered | gray, colours, sigmas, u[:, 8] < recipe.solarize_prob])
-
-
-@compiled
-def apply(crop: np.ndarray, values: np.ndarray) -> None:
-    """On the CPU: change `crop` `[3, S, S] uint8` in place by `values` `[7] float32`, in the order of COLUMNS."""
-    if values[TWIST] != 0:
-        twist_colours(crop, values[BRIGHTNESS], values[CONTRAST], values[SATURATION], values[HUE])
-    if values[SIGMA] > 0:
-        blur(crop, values[SIGMA])
-    if values[SOLARIZE] != 0:
-        invert_above(crop, THRESHOLD)
-
-
-def apply_dali(crop: "DataNode", values: "DataNode", recipe: ViewRecipe) -> "DataNode":
-    """The same in DALI's operators, for the GPU: `crop` is `[S, S, 3] uint8`, `values` as above.
-
-    A conditional costs less than an identity pass over the pixels, and none is built for what a recipe never does.
+    `heights`, `widths`: `[B]` int, the pixels of their images.
     """
-    if recipe.jitter_prob > 0 or recipe.gray_prob > 0:
-        if values[TWIST] > 0:
-            crop = _twist_dali(crop, values)
-    if recipe.blur_prob > 0:
-        if values[SIGMA] > 0:
-            crop = fn.gaussian_blur(crop, sigma=values[SIGMA])
-    if recipe.solarize_prob > 0:
-        if values[SOLARIZE] > 0:
-            crop = fn.lookup_table(crop, keys=list(range(256)), values=SOLARIZE_TABLE, dtype=types.UINT8)
-    return crop
+    values = np.empty((len(recipes), len(heights), len(PARAMETERS)), np.float32)
+    for recipe in dict.fromkeys(recipes):  # views that share a recipe are drawn at once
+        views = [v for v, other in enumerate(recipes) if other == recipe]
+        words = [random_words(seed, epoch, (start * BLOCKS, v), DRAW_STREAM, len(heights) * WORDS) for v in views]
+        u = (np.concatenate(words) >> np.uint64(11)).reshape(-1, WORDS) * 2.0**-53  # float64 in [0, 1)
+        drawn = _draw_views(recipe, u, np.tile(heights, len(views)), np.tile(widths, len(views)))
+        values[views] = drawn.reshape(len(views), len(heights), -1)
+    return values
 
 
-def _twist_dali(crop: "DataNode", values: "DataNode") -> "DataNode":
-    """ColorJitter in the fixed order brightness, contrast, saturation, hue.
+def _draw_views(recipe: ViewRecipe, u: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """Return `[n, P] float64` from the uniform numbers `u` `[n, WORDS]`. Their order decides what every seed draws."""
+    _, _, flip, jitter, gray, *factors, hue, blur, sigma, solarize = u[:, 2 * ATTEMPTS :].T
+    box = (_central_boxes if recipe.scale is None else _random_boxes)(recipe, u, heights, widths)
+    jittered, grayed = jitter < recipe.jitter_prob, gray < recipe.gray_prob
+    strengths = (recipe.brightness, recipe.contrast, recipe.saturation)
+    colours = [
+        np.where(jittered, _between(max(1 - s, 0), 1 + s, f), 1.0) for s, f in zip(strengths, factors, strict=True)
+    ]
+    colours[2][grayed] = 0.0
+    hues = np.where(jittered, 360 * recipe.hue * (2 * hue - 1), 0.0)
+    sigmas = np.where(blur < recipe.blur_prob, _between(*recipe.blur_sigma, sigma), 0.0)
+    flips, solarized = flip < recipe.flip_prob, solarize < recipe.solarize_prob
+    return np.column_stack([*box, flips, jittered | grayed, *colours, hues, sigmas, solarized])
 
-    As in torchvision, contrast pivots on the mean gray of the brightened (and clipped) crop.
-    """
-    crop = fn.brightness_contrast(crop, brightness=values[BRIGHTNESS])
-    # Named arguments must be on the CPU, so the pivot, which is computed on the device, is added. GPU color_space_conversion
-    # would launch one kernel for each sample.
-    weights = types.Constant(np.array(GRAY_WEIGHTS, np.float32)) * (1 - values[CONTRAST])
-    pivot = fn.reductions.sum(fn.reductions.mean(crop, axes=(0, 1)) * weights)
-    crop = fn.brightness_contrast(crop, contrast=values[CONTRAST], contrast_center=0.0, dtype=types.FLOAT) + pivot
-    crop = fn.cast(crop, dtype=types.UINT8)  # saturates
-    return fn.color_twist(crop, saturation=values[SATURATION], hue=values[HUE])
+
+def _between(low: float, high: float, u: np.ndarray) -> np.ndarray:
+    return low + (high - low) * u
+
+
+def _central_boxes(
+    recipe: ViewRecipe, _: np.ndarray, heights: np.ndarray, widths: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """Return y0, x0, y1, x1 of the central square whose side is `centre_ratio` of the shorter side."""
+    side = np.maximum(np.rint(np.minimum(heights, widths) * recipe.centre_ratio), 1)
+    y, x = (heights - side) // 2, (widths - side) // 2
+    return y, x, y + side, x + side
+
+
+def _random_boxes(recipe: ViewRecipe, u: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return y0, x0, y1, x1 as `torchvision.transforms.RandomResizedCrop.get_params` draws them, all attempts at once."""
+    assert recipe.scale is not None
+    low, high = recipe.ratio
+    area = _between(*recipe.scale, u[:, :ATTEMPTS]) * (heights * widths)[:, None]
+    aspect = np.exp(_between(math.log(low), math.log(high), u[:, ATTEMPTS : 2 * ATTEMPTS]))
+    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (w > 0) & (h > 0) & (w <= widths[:, None]) & (h <= heights[:, None])
+    first, rows = np.argmax(fits, axis=1), np.arange(len(u))
+    w, h, any_fits = w[rows, first], h[rows, first], fits[rows, first]
+    y = np.floor(u[:, 2 * ATTEMPTS] * (heights - h + 1))
+    x = np.floor(u[:, 2 * ATTEMPTS + 1] * (widths - w + 1))
+    # The fallback: the largest central box whose ratio is allowed.
+    image_ratio = widths / heights
+    w = np.where(any_fits, w, np.where(image_ratio > high, np.rint(heights * high), widths))
+    h = np.where(any_fits, h, np.where(image_ratio < low, np.rint(widths / low), heights))
+    y = np.where(any_fits, y, (heights - h) // 2)
+    x = np.where(any_fits, x, (widths - w) // 2)
+    return y, x, y + h, x + w

@@ -1,10 +1,16 @@
-"""Telling a failing device from a damaged image: DALI raises RuntimeError for both."""
+"""Bad samples and bad devices: DALI raises RuntimeError for both, and only bad samples are replaced."""
 
+import io
 import re
+from collections.abc import Iterable
 
+import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
 
-# What torch, DALI, CUDA, cuBLAS and nvJPEG say. DALI's std::bad_alloc reaches Python as a MemoryError.
+from pipeline.shards.index import ShardIndex
+
+# The words of torch, DALI, CUDA, cuBLAS and nvJPEG. DALI's std::bad_alloc reaches Python as a MemoryError.
 NO_MEMORY = re.compile(
     r"out.of.memory|can't allocate|CUDA allocation failed|cudaErrorMemoryAllocation|ALLOC_FAILED|allocator_failure|bad_alloc",
     re.IGNORECASE,
@@ -12,29 +18,89 @@ NO_MEMORY = re.compile(
 NO_DEVICE = re.compile(
     r"CUDA (runtime|driver) API error|cudaError\w|CUDA_ERROR_|libcuda|CUDA is not available|nvml|CUBLAS_", re.IGNORECASE
 )
-
-USELESS = "Current pipeline object is no longer valid."
+BOILERPLATE = "Current pipeline object is no longer valid."
 
 
 class DeviceError(ValueError):
-    """The GPU, its driver or its decoder does not work: no image is at fault."""
+    """The GPU, its driver or its decoder does not work; the images are not the cause."""
 
 
-def device_fault(dali_error: str, device: str) -> Exception | None:
-    """What DALI's message says of the device, as an exception of one line: `torch.OutOfMemoryError` or DeviceError."""
-    reason = dali_error.split("encountered:")[-1].replace(USELESS, "")
-    line = " ".join(reason.split())[:300].rstrip(".")
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True for any way in which torch, DALI or CUDA reports that the device or the host ran out of memory."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(NO_MEMORY.search(str(error)))
+
+
+def as_device_error(dali_error: str, device: str) -> Exception | None:
+    """Return DALI's message about the device as an `OutOfMemoryError` or DeviceError of one line; None if it is not about it."""
+    reason = " ".join(dali_error.split("encountered:")[-1].replace(BOILERPLATE, "").split())[:300].rstrip(".")
     if NO_MEMORY.search(dali_error):
         return torch.OutOfMemoryError(
-            f"DALI is out of memory on {device}: {line}. Lower data.batch_size or data.prefetch"
+            f"DALI is out of memory on {device}: {reason}. Lower data.batch_size or data.prefetch"
         )
     if NO_DEVICE.search(dali_error):
         return DeviceError(
-            f"DALI cannot use {device}: {line}. Check the driver with nvidia-smi and python tools/doctor.py, or set device=cpu"
+            f"DALI cannot use {device}: {reason}. Check the driver with nvidia-smi and python tools/doctor.py, or set device=cpu"
         )
     return None
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for any way in which torch, DALI or CUDA reports that the device or the host ran out of memory."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(NO_MEMORY.search(str(error)))
+def check_decoder(device: str) -> None:
+    """Raise DeviceError or torch.OutOfMemoryError unless DALI decodes a sound JPEG on `device` (`cpu`, `gpu`, `gpu:NUMBER`)."""
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), (60, 120, 180)).save(file, "JPEG")
+    if message := decode_error(file.getvalue(), device):
+        raise as_device_error(message, device) or DeviceError(
+            f"DALI's decoder does not work on {device}: {message.splitlines()[0]}. See python tools/doctor.py"
+        )
+
+
+def find_faults(index: ShardIndex, rows: Iterable[int], device: str) -> dict[int, str]:
+    """Decode the rows one by one on `device`; return those that fail, each with a reason in words.
+
+    Raises DeviceError or torch.OutOfMemoryError when the device fails, and not the image.
+    """
+    check_decoder(device)
+    faults = {}
+    for row in rows:
+        try:
+            encoded = index.encoded(row)
+        except OSError as error:
+            faults[row] = f"cannot be read: {error}"
+            continue
+        if message := decode_error(encoded, device):
+            sample = index.samples[row]
+            reason = _damage(encoded, int(sample["width"]), int(sample["height"]))
+            # An image that Pillow opens can fail for the device's sake.
+            if reason is None and (failure := as_device_error(message, device)):
+                raise failure
+            faults[row] = reason or f"DALI refuses it: {message.splitlines()[0]}"
+    return faults
+
+
+def decode_error(encoded: bytes, device: str) -> str:
+    """Return DALI's message about one image; "" when it decodes it."""
+    # Only needed when something is broken, and slow to import.
+    import nvidia.dali.experimental.dynamic as dali
+    from nvidia.dali import types
+
+    try:
+        dali.decoders.image(np.frombuffer(encoded, np.uint8), device=device, output_type=types.RGB).evaluate()
+    except (RuntimeError, ValueError) as error:
+        return str(error).strip() or type(error).__name__
+    return ""
+
+
+def _damage(encoded: bytes, width: int, height: int) -> str | None:
+    """Return why Pillow cannot read the image as one of `width` x `height` pixels; None when it can."""
+    if not any(encoded):
+        return "filled with zeros" if encoded else "empty file"
+    try:
+        image = Image.open(io.BytesIO(encoded))
+        image.load()
+    except UnidentifiedImageError:
+        return "not an image"
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return str(error)
+    if image.size != (width, height):
+        return f"{image.width}x{image.height} pixels, the index has {width}x{height}"
+    return None

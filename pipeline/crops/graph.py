@@ -1,43 +1,45 @@
 """The DALI graph: encoded images and drawn parameters in, crops out. One function serves all devices.
 
-On the CPU every crop is one compiled operator over the decoded image (`pipeline/crops/cpu_operator.py`), and where a GPU trains
-on the crops DALI uploads them; on the GPU it is a chain of DALI's own operators. Both do the same to within a rounding, and both
-can run on the CPU, so that a test compares them.
+On the CPU one compiled operator makes all crops of the decoded image (`pipeline/crops/cpu_operator.py`), and DALI uploads them if
+the model trains on a GPU. On the GPU each crop is a chain of DALI's own operators. Both agree to within rounding; the chain also
+runs on the CPU, so that a test compares them.
 """
 
 import gc
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 
-from pipeline.crops.augment import ViewRecipe, apply_dali
-from pipeline.crops.device import device_fault
-from pipeline.crops.draws import FLIP, PIXEL_PARAMETERS
-from pipeline.notices import notify_after
+from pipeline.crops import augment
+from pipeline.crops.augment import ViewRecipe
+from pipeline.crops.device import as_device_error
+from pipeline.defaults import HW_DECODER_LOAD, PREFETCH
 from pipeline.shards.dali_index import IMAGE
+from pipeline.text import notify_after
 
 if TYPE_CHECKING:
     from nvidia.dali.types import DataNode
 
 DEVICES = ("cpu", "gpu")
+SOLARIZE_TABLE = [value if value < augment.SOLARIZE_THRESHOLD else 255 - value for value in range(256)]
 
-# A pipeline shuts down by joining its threads, and a fork copies none: a child that collects an inherited one waits for ever.
+# A pipeline shuts down by joining its threads, and a fork copies none: a child that collects an inherited one would wait forever.
 os.register_at_fork(after_in_child=gc.freeze)
 
 
 @dataclass(frozen=True)
 class ReaderOptions:
-    """How a graph reads and where it runs. None of this changes a crop by more than a rounding.
+    """How a graph reads and where it runs. None of this changes a crop by more than rounding.
 
     `device`: where the crops end up, `cpu`, or `gpu` number `device_id`. `crop_device`: where images are decoded and crops are
-    made; `cpu` with device gpu uploads them. `num_threads`: DALI's threads on the CPU. `prefetch`: batches made ahead.
-    `hw_decoder_load`: share of the JPEGs that the GPU's own engine decodes, where it has one. `use_mmap`: read shards through
-    memory mappings. `compiled`: crops on the CPU by the compiled operator, or else by DALI's operators, as on the GPU.
+    made; `cpu` with device gpu uploads them. `num_threads`: DALI's CPU threads. `prefetch`: batches prefetched.
+    `hw_decoder_load`: fraction of the JPEGs that the GPU's JPEG engine decodes, where it has one. `use_mmap`: read shards through
+    memory mappings. `compiled`: make CPU crops with the compiled operator; False: with DALI's operators, as on the GPU.
 
     Raises ValueError for crops made on the GPU and used on the CPU.
     """
@@ -46,20 +48,14 @@ class ReaderOptions:
     device_id: int = 0
     crop_device: str = "cpu"
     num_threads: int = 2
-    prefetch: int = 2
-    hw_decoder_load: float = 0.65
+    prefetch: int = PREFETCH
+    hw_decoder_load: float = HW_DECODER_LOAD
     use_mmap: bool = True
     compiled: bool = True
 
-    @property
-    def where(self) -> str:
-        """The device, for messages."""
-        return f"GPU {self.device_id}" if self.device == "gpu" else "the CPU"
-
-    @property
-    def decoder(self) -> str:
-        """The device that decodes, as DALI names it."""
-        return f"gpu:{self.device_id}" if self.crop_device == "gpu" else "cpu"
+    def numbered(self, device: str) -> str:
+        """Return `cpu`, or `gpu:NUMBER`: `device` as DALI and messages name it."""
+        return f"gpu:{self.device_id}" if device == "gpu" else device
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES or self.crop_device not in DEVICES:
@@ -68,38 +64,49 @@ class ReaderOptions:
             )
         if (self.device, self.crop_device) == ("cpu", "gpu"):
             raise ValueError(
-                "crop_device gpu needs device gpu: crops are not brought back from a GPU. Use crop_device cpu"
+                "crop_device gpu needs device gpu: crops are not copied back from a GPU. Use crop_device cpu"
             )
 
 
 def define_graph(
     tars: list[str],
     dali_indices: list[str],
-    source: Callable[[], list[np.ndarray]],
+    source: Callable[[], np.ndarray],
     recipes: tuple[ViewRecipe, ...],
     batch_size: int,
     reader: ReaderOptions,
     scaling: np.ndarray | None = None,
 ) -> Pipeline:
-    """A graph that is defined, and not yet built: without a driver too. Its outputs are V tensors `[B, 3, size, size] uint8`.
+    """Define a graph without building it, which needs no driver. It outputs V tensors `[B, 3, size, size] uint8`.
 
-    `source` is called once per batch for the values of `Draws`, V arrays `[B, P] float32`, and raises StopIteration at the end.
-    `scaling` `[3, 2] float32`, for the compiled operator alone: crops as float32, less the offset and divided by the spread of
-    each channel.
+    `source` is called once per batch for the parameters `[B, V, P] float32` (`augment.PARAMETERS`), and raises StopIteration at
+    the end. `scaling` `[3, 2] float32`, for the compiled operator only: crops as float32, minus the offset and divided by the
+    spread of each channel.
     """
-    on_gpu, views = reader.crop_device == "gpu", len(recipes)
-    compiled = reader.compiled and not on_gpu
+    on_gpu = reader.crop_device == "gpu"
     upload = reader.device == "gpu" and not on_gpu
-    feed = _stacked(source)  # outside of `graph`, whose functions DALI rewrites with all they call
+    compiled = reader.compiled and not on_gpu
+    decoder = {"device": "mixed", "hw_decoder_load": reader.hw_decoder_load} if on_gpu else {"device": "cpu"}
 
     @pipeline_def(enable_conditionals=True)
     def graph() -> tuple:
-        image = _decoded(tars, dali_indices, reader)
+        encoded = fn.readers.webdataset(
+            paths=tars,
+            index_paths=dali_indices,
+            ext=[IMAGE],
+            missing_component_behavior="error",
+            dont_use_mmap=not reader.use_mmap,
+        )
+        # make_shards applies the EXIF orientation; boxes are drawn for the stored height and width.
+        # A CPU upsamples chroma smoothly by default, and a GPU does not.
+        image = fn.decoders.image(
+            parsed(encoded), output_type=types.RGB, adjust_orientation=False, jpeg_fancy_upsampling=True, **decoder
+        )
+        values = fn.external_source(source=source, dtype=types.FLOAT, ndim=2)
         if compiled:
-            crops = _compiled_crops(image, feed, recipes, scaling)
+            crops = _compiled_crops(image, values, recipes, scaling)
         else:
-            values = fn.external_source(source=source, num_outputs=views, dtype=[types.FLOAT] * views, ndim=[1] * views)
-            crops = _dali_crops(image, values, recipes)
+            crops = [_dali_crop(image, values[v], recipe) for v, recipe in enumerate(recipes)]
         return tuple(crop.gpu() for crop in crops) if upload else tuple(crops)
 
     return graph(
@@ -110,73 +117,74 @@ def define_graph(
     )
 
 
-def _stacked(source: Callable[[], list[np.ndarray]]) -> Callable[[], np.ndarray]:
-    """All views in one array `[B, V, P]`."""
-    return lambda: np.stack(source(), axis=1)
-
-
-def _decoded(tars: list[str], dali_indices: list[str], reader: ReaderOptions) -> "DataNode":
-    on_gpu = reader.crop_device == "gpu"
-    decoder = {"device": "mixed", "hw_decoder_load": reader.hw_decoder_load} if on_gpu else {"device": "cpu"}
-    encoded = fn.readers.webdataset(
-        paths=tars,
-        index_paths=dali_indices,
-        ext=[IMAGE],
-        missing_component_behavior="error",
-        dont_use_mmap=not reader.use_mmap,
-    )
-    # make_shards applies the EXIF orientation; boxes are drawn for the stored height and width.
-    # Fancy upsampling of chroma is what a CPU does by default, and a GPU does not.
-    return fn.decoders.image(
-        parsed(encoded), output_type=types.RGB, adjust_orientation=False, jpeg_fancy_upsampling=True, **decoder
-    )
+def build_graph(graph: Pipeline, reader: ReaderOptions) -> Pipeline:
+    """Build the graph and return it. Raises DeviceError or torch.OutOfMemoryError if the device fails."""
+    try:
+        graph.build()
+    except RuntimeError as error:
+        raise as_device_error(str(error), reader.numbered(reader.device)) or error from None
+    return graph
 
 
 def parsed(encoded: "DataNode") -> "DataNode":
-    """The same bytes, `[n] uint8` each, once every header of the batch has been read.
+    """Return the same bytes, `[n] uint8` each, after reading every header of the batch.
 
-    Without it a header that DALI's decoder cannot parse ends the process: of a batch larger than four times the threads it
-    parses a part in the calling thread, and an exception there frees what the other threads still work on (DALI 2.4.0,
+    Otherwise a header that DALI's decoder cannot parse kills the process: in a batch larger than four times the threads, it
+    parses some headers in the calling thread, and an exception there frees memory that other threads still use (DALI 2.4.0,
     `dali/operators/imgcodec/image_decoder.h`). Here the exception is raised safely; no byte is copied.
     """
     height = fn.peek_image_shape(encoded)[:1]
     return fn.reshape(encoded, shape=fn.cast(height * 0 - 1, dtype=types.INT32))
 
 
-def build_graph(graph: Pipeline, reader: ReaderOptions) -> Pipeline:
-    """The same graph, built. Raises DeviceError or torch.OutOfMemoryError where the device is at fault."""
-    try:
-        graph.build()
-    except RuntimeError as error:
-        raise device_fault(str(error), reader.where) or error from None
-    return graph
-
-
 def _compiled_crops(
-    image: "DataNode", feed: Callable[[], np.ndarray], recipes: tuple[ViewRecipe, ...], scaling: np.ndarray | None
+    image: "DataNode", values: "DataNode", recipes: tuple[ViewRecipe, ...], scaling: np.ndarray | None
 ) -> list["DataNode"]:
     is_loaded = "pipeline.crops.cpu_operator" in sys.modules
     with notify_after(3, "compiling the crops for this processor: some seconds"):
-        from pipeline.crops.cpu_operator import make_crops  # here, since a GPU needs no compiler
+        from pipeline.crops.cpu_operator import make_crops  # here, because a GPU needs no compiler
     if not is_loaded:
         gc.collect()  # the compiler leaves cycles that refer to this call's frames, and would keep the graph alive
-
-    values = fn.external_source(source=feed, dtype=types.FLOAT, ndim=2)
     return make_crops(image, values, [recipe.size for recipe in recipes], scaling)
 
 
-def _dali_crops(image: "DataNode", values: Sequence["DataNode"], recipes: tuple[ViewRecipe, ...]) -> list["DataNode"]:
-    crops = []
-    for v, recipe in enumerate(recipes):
-        crop = fn.resize(
-            image,
-            size=(recipe.size, recipe.size),
-            roi_start=values[v][:2],
-            roi_end=values[v][2:4],
-            interp_type=types.INTERP_LINEAR,
-            antialias=True,
-        )
-        crop = apply_dali(crop, values[v][PIXEL_PARAMETERS:], recipe)
-        flip = fn.cast(values[v][FLIP], dtype=types.INT32)
-        crops.append(fn.crop_mirror_normalize(crop, dtype=types.UINT8, output_layout="CHW", mirror=flip))
-    return crops
+def _dali_crop(image: "DataNode", drawn: "DataNode", recipe: ViewRecipe) -> "DataNode":
+    """Make one crop of the decoded image with DALI's operators, by its parameters `[P]`.
+
+    A conditional costs less than an identity pass over the pixels, and the graph holds none for what a recipe never does.
+    """
+    crop = fn.resize(
+        image,
+        size=(recipe.size, recipe.size),
+        roi_start=drawn[augment.Y0 : augment.Y1],
+        roi_end=drawn[augment.Y1 : augment.FLIP],
+        interp_type=types.INTERP_LINEAR,
+        antialias=True,
+    )
+    if recipe.jitter_prob > 0 or recipe.gray_prob > 0:
+        if drawn[augment.TWIST] > 0:
+            crop = _dali_twist(crop, drawn)
+    if recipe.blur_prob > 0:
+        if drawn[augment.SIGMA] > 0:
+            crop = fn.gaussian_blur(crop, sigma=drawn[augment.SIGMA])
+    if recipe.solarize_prob > 0:
+        if drawn[augment.SOLARIZE] > 0:
+            crop = fn.lookup_table(crop, keys=list(range(256)), values=SOLARIZE_TABLE, dtype=types.UINT8)
+    flip = fn.cast(drawn[augment.FLIP], dtype=types.INT32)
+    return fn.crop_mirror_normalize(crop, dtype=types.UINT8, output_layout="CHW", mirror=flip)
+
+
+def _dali_twist(crop: "DataNode", drawn: "DataNode") -> "DataNode":
+    """ColorJitter in the fixed order brightness, contrast, saturation, hue.
+
+    As in torchvision, contrast pivots on the mean gray of the brightened (and clipped) crop.
+    """
+    crop = fn.brightness_contrast(crop, brightness=drawn[augment.BRIGHTNESS])
+    # Named arguments must be on the CPU, so the pivot, which is computed on the device, is added. GPU color_space_conversion
+    # would launch one kernel for each sample.
+    contrast = drawn[augment.CONTRAST]
+    weights = types.Constant(np.array(augment.GRAY_WEIGHTS, np.float32)) * (1 - contrast)
+    pivot = fn.reductions.sum(fn.reductions.mean(crop, axes=(0, 1)) * weights)
+    crop = fn.brightness_contrast(crop, contrast=contrast, contrast_center=0.0, dtype=types.FLOAT) + pivot
+    crop = fn.cast(crop, dtype=types.UINT8)  # saturates
+    return fn.color_twist(crop, saturation=drawn[augment.SATURATION], hue=drawn[augment.HUE])

@@ -1,7 +1,7 @@
-"""The passes over one crop on the CPU, compiled: cut, resize and flip, and blur. Colours are in `pipeline/crops/colours.py`.
+"""Resize and blur of one crop on the CPU, compiled. Colours are in `pipeline/crops/colours.py`.
 
-The result is kept in 8 bits and planar. A pass is a weighted sum of whole vectors (`pipeline/crops/vectors.py`) in fixed point:
-the same input gives the same bytes on every machine.
+Crops are planar, in 8 bits. A pass is a weighted sum of vectors in fixed point (`pipeline/crops/vectors.py`): the same input
+gives the same bytes on every machine.
 """
 
 import math
@@ -11,26 +11,26 @@ import numpy as np
 from pipeline.crops.vectors import BLOCK, LANES, WEIGHT_BITS, compiled, transpose, weigh, weigh_fast
 
 ONE = 1 << WEIGHT_BITS
-FEW = 13  # taps of a blur that are summed in 16 bits: within 0.02 of a grey level of the exact sum
+SMALL_KERNEL_TAPS = 13  # of a blur; up to here sums in 16 bits are within 0.02 grey levels of exact ones
 
 
 @compiled
 def filter_table(length: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The triangle filter of a resize from `length` to `size`, antialiased as in Pillow and torchvision.
+    """Return the triangle filter of a resize from `length` to `size`, antialiased as in Pillow and torchvision.
 
-    `starts` `[size] int64` and `weights` `[size, taps] int16`, rows padded with zeros: a fixed number of taps lets the
-    processor foresee the loop.
+    `starts` `[size] int64` and `weights` `[size, taps] int16`, with rows padded with zeros: a fixed number of taps makes the loop
+    predictable.
     """
     scale = length / size
     support = max(scale, 1.0)
     taps = min(math.ceil(2 * support), length)
-    starts, weights, line = np.empty(size, np.int64), np.empty((size, taps), np.int16), np.empty(taps)
+    starts, weights, exact = np.empty(size, np.int64), np.empty((size, taps), np.int16), np.empty(taps)
     for i in range((size + 1) // 2):
         centre, mirror = (i + 0.5) * scale, size - 1 - i
         start = min(max(int(centre - support + 0.5), 0), length - taps)
         for k in range(taps):
-            line[k] = max(support - abs(start + k + 0.5 - centre), 0.0)
-        round_weights(weights[i], line)
+            exact[k] = max(support - abs(start + k + 0.5 - centre), 0.0)
+        round_weights(weights[i], exact)
         starts[i] = start
         if mirror > i:
             starts[mirror] = length - taps - start
@@ -41,9 +41,9 @@ def filter_table(length: int, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 @compiled
 def round_weights(weights: np.ndarray, exact: np.ndarray) -> None:
-    """`weights` `int16` = `exact` `float64`, not negative, in fixed point: their sum is 1 but for a lone weight of 1 itself."""
+    """Set `weights` `int16` to `exact` `float64` >= 0 in fixed point, with a sum of 1 (a single weight of 1 does not fit)."""
     unit = ONE / exact.sum()
-    rest, largest = ONE, 0
+    rest, largest = ONE, 0  # what rounding leaves goes to the largest weight
     for k in range(len(exact)):
         weight = int(exact[k] * unit + 0.5)
         weights[k] = min(weight, ONE - 1)
@@ -60,7 +60,7 @@ def resize(out: np.ndarray, image: np.ndarray, y0: int, x0: int, y1: int, x1: in
     Nothing outside the box is read.
     """
     size, height, width = out.shape[1], y1 - y0, x1 - x0
-    if width < BLOCK:  # less than a vector
+    if width < BLOCK:  # pad a box that is narrower than a vector
         box = np.zeros((height, BLOCK, 3), np.uint8)
         box[:, :width] = image[y0:y1, x0:x1]
         image, y0, x0 = box, 0, 0
@@ -84,10 +84,10 @@ def resize_vectors(
     x_table: tuple[np.ndarray, np.ndarray],
     flip: bool,
 ) -> None:
-    """Resize lines of `length` bytes, `step` apart in `source`, to the first `size` rows and columns of `out`.
+    """Resize rows of `length` bytes, `step` apart in `source`, to the first `size` rows and columns of `out`.
 
-    BLOCK rows are made at a time. Each is a sum of lines; then they are transposed, so that one vector holds a column of all of
-    them, and a column of the result is a sum of vectors again.
+    It makes BLOCK rows at a time. Each is a weighted sum of source rows; then they are transposed, so that one vector holds one
+    column of them all, and a column of the result is a weighted sum of vectors again.
     """
     (y_starts, y_weights), (x_starts, x_weights) = y_table, x_table
     y_taps, x_taps = y_weights.shape[1], x_weights.shape[1]
@@ -95,7 +95,7 @@ def resize_vectors(
     rows, columns = np.empty(BLOCK * length, np.int16), np.empty(BLOCK * length, np.int16)
     made, stride, result = np.empty(out.shape[1] * LANES, np.uint8), out.shape[1], out.reshape(out.size)
     for block in range(0, size, BLOCK):
-        top = max(min(block, size - BLOCK), 0)
+        top = max(min(block, size - BLOCK), 0)  # the last block can overlap the one before it
         for r in range(BLOCK):
             y = min(top + r, size - 1)
             for x in range(0, length, LANES):
@@ -114,14 +114,14 @@ def resize_vectors(
 
 
 @compiled
-def weigh_line(
+def weigh_values(
     out: np.ndarray, at: int, source: np.ndarray, first: int, step: int, length: int, weights: np.ndarray
 ) -> None:
-    """What `weighing` describes, of `length` values, at least LANES. The last vector may overlap the one before it."""
+    """Apply `weigh` to `length` values, at least LANES. The last vector can overlap the one before it."""
     taps = len(weights)
     for block in range(0, length, LANES):
         x = min(block, length - LANES)
-        if taps <= FEW:
+        if taps <= SMALL_KERNEL_TAPS:
             weigh_fast(out, at + x, source, first + x, step, weights, 0, taps)
         else:
             weigh(out, at + x, source, first + x, step, weights, 0, taps)
@@ -129,7 +129,7 @@ def weigh_line(
 
 @compiled
 def blur(crop: np.ndarray, sigma: float) -> None:
-    """Gaussian blur of `crop` `[3, S, S] uint8` in place, cut off at three sigma, borders mirrored at the edge pixel."""
+    """Blur `crop` `[3, S, S] uint8` in place by a Gaussian cut off at three sigma, borders mirrored at the edge pixel."""
     size = crop.shape[1]
     reach = min(math.ceil(3 * sigma), size - 1)
     taps, width = 2 * reach + 1, max(size, LANES)
@@ -137,40 +137,38 @@ def blur(crop: np.ndarray, sigma: float) -> None:
     for k in range(taps):
         exact[k] = math.exp(-((k - reach) ** 2) / (2 * sigma * sigma))
     round_weights(weights, exact)
-    while reach > 0 and weights[0] == 0:  # nor what is too far away to count
+    while reach > 0 and weights[0] == 0:  # drop taps that rounding has made zero
         reach, weights = reach - 1, weights[1:-1].copy()
     if reach == 0:
         return
-    # A channel with its mirrored rows, the same with rows blurred, and with its mirrored columns.
-    lines, step = np.zeros((size + 2 * reach) * width, np.uint8), width + 2 * reach
+    # Buffers: a channel with mirrored rows above and below; its vertically blurred rows, with mirrored columns; one result.
+    padded, step = np.zeros((size + 2 * reach) * width, np.uint8), width + 2 * reach
     rows, result = np.zeros(size * step, np.int16), np.empty(width, np.uint8)
     flat = crop.reshape(crop.size)
     for c in range(3):
         for y in range(size + 2 * reach):
             start = (c * size + mirrored(y - reach, size)) * size
-            copy(lines[y * width : y * width + size], flat[start : start + size])
-        for y in range(size):
+            copy(padded[y * width : y * width + size], flat[start : start + size])
+        for y in range(size):  # vertically, then mirror the columns
             row = rows[y * step : (y + 1) * step]
-            weigh_line(row, reach, lines, y * width, width, width, weights)
+            weigh_values(row, reach, padded, y * width, width, width, weights)
             for k in range(1, reach + 1):
                 row[reach - k] = row[reach + k]
                 row[reach + size - 1 + k] = row[reach + size - 1 - k]
-        for y in range(size):
-            weigh_line(result, 0, rows, y * step, 1, width, weights)
+        for y in range(size):  # horizontally
+            weigh_values(result, 0, rows, y * step, 1, width, weights)
             start = (c * size + y) * size
             copy(flat[start : start + size], result)
 
 
 @compiled
 def copy(out: np.ndarray, source: np.ndarray) -> None:
-    """As many values of `source` as `out` has: a loop over flat arrays, which the compiler makes a copy of memory."""
+    """Copy `len(out)` values. The compiler turns a loop over flat arrays into a copy of memory."""
     for i in range(len(out)):
         out[i] = source[i]
 
 
 @compiled
-def mirrored(place: int, size: int) -> int:
-    """The place inside `0..size` that a place at most `size - 1` outside stands for."""
-    if place < 0:
-        return -place
-    return place if place < size else 2 * size - 2 - place
+def mirrored(i: int, size: int) -> int:
+    """Return the index inside `0..size` that mirrors `i`, which is at most `size - 1` outside."""
+    return -i if i < 0 else i if i < size else 2 * size - 2 - i

@@ -1,7 +1,7 @@
-"""Loops over whole vectors of integers, which the compiler does not find by itself: weighted sums, transposing, colours.
+"""Vectorised integer loops that the compiler does not find by itself: weighted sums, transposes, colours.
 
-They are written in LLVM's own vectors, whose length is no processor's; LLVM makes of them what the processor has. Integers
-alone: every processor gives the same bytes.
+They are written as LLVM vector instructions of a fixed length, which LLVM lowers to what the processor has. Only integers are
+used, so every processor gives the same bytes.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,28 +12,29 @@ from numba import njit
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-BLOCK = 16  # rows and columns of what `transpose` turns, and the length of a vector
-LANES = 3 * BLOCK  # what `weigh` makes at a time: a column of BLOCK pixels of three channels, or a piece of a row
-WEIGHT_BITS, SHORT_BITS = 15, 7  # of fraction: of a weight, and of a grey level between two passes
+BLOCK = 16  # the length of a vector; rows and columns of a transposed block
+LANES = 3 * BLOCK  # outputs of one `weigh`: a column of BLOCK pixels with three channels, or a piece of a row
+# Fraction bits. A weight below 1 fills an int16; a grey level of 8 bits with 7 of fraction does too, between two passes.
+WEIGHT_BITS, SHORT_BITS = 15, 7
 SHORT, WORD = ir.IntType(16), ir.IntType(32)
 
-# No check for a division by zero, which would keep loops from being vectorised. What is kept on disk is `cpu_operator`.
+# A check for division by zero would keep loops from being vectorised. Only `cpu_operator` caches machine code on disk.
 compiled = njit(nogil=True, error_model="numpy")
 
 
 def weighing(exact: bool) -> Callable:
-    """`weigh(out, at, source, first, step, weights, place, taps)`: for i in 0..LANES,
+    """Build `weigh(out, at, source, first, step, weights, offset, taps)`, a weighted sum of vectors. For i in 0..LANES,
 
-    `out[at + i]` = the sum over k in 0..taps of `source[first + k * step + i] * weights[place + k]`.
+    `out[at + i]` = the sum over k in 0..taps of `source[first + k * step + i] * weights[offset + k]`.
 
-    One of `source` and `out` holds bytes, the other int16 with SHORT_BITS more. `weights` are int16, not negative, in units of
-    2 ** -WEIGHT_BITS, and their sum is 1 at most. `exact`: sums in 32 bits, rounded once. Otherwise in 16 bits, which is faster:
-    each product is rounded down to 1 / 256, for which half of that is added; the sum is right to taps / 512 of a grey level.
+    One of `source` and `out` holds bytes, the other int16 with SHORT_BITS more. `weights` are non-negative int16 in units of
+    2 ** -WEIGHT_BITS, with a sum of at most 1. `exact`: sums in 32 bits, rounded once. Otherwise in 16 bits, which is faster:
+    each product is rounded down to 1 / 256, half of which is added back, so the sum is right to taps / 512 of a grey level.
     """
 
     @intrinsic
     def weigh(
-        _: Any, out: Any, at: Any, source: Any, first: Any, step: Any, weights: Any, place: Any, taps: Any
+        _: Any, out: Any, at: Any, source: Any, first: Any, step: Any, weights: Any, offset: Any, taps: Any
     ) -> tuple[Any, Callable]:
         of_bytes = source.dtype.bitwidth == 8
         shift = WEIGHT_BITS + (-SHORT_BITS if of_bytes else SHORT_BITS)
@@ -42,15 +43,15 @@ def weighing(exact: bool) -> Callable:
 
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
             out_at, source_at, weights_at = (_pointer(context, builder, signature, args, i) for i in (0, 2, 5))
-            _, at, _, first, step, _, place, taps = args
+            _, at, _, first, step, _, offset, taps = args
             kind = WORD if exact else SHORT
             half = kind(1 << shift - 1)
             if not exact:
                 half = builder.add(half, builder.trunc(builder.lshr(taps, taps.type(1)), SHORT))
-            sums = [_variable(builder, _spread(builder, half)) for _ in range(0, LANES, BLOCK)]
+            sums = [_variable(builder, _splat(builder, half)) for _ in range(0, LANES, BLOCK)]
             with cgutils.for_range(builder, taps) as loop:
-                weight = builder.load(builder.gep(weights_at, [builder.add(place, loop.index)]))
-                weight = _spread(builder, _scaled_weight(builder, weight, exact))
+                weight = builder.load(builder.gep(weights_at, [builder.add(offset, loop.index)]))
+                weight = _splat(builder, _scaled_weight(builder, weight, exact))
                 here = builder.add(first, builder.mul(loop.index, step))
                 for j, total in enumerate(sums):
                     values = _load(builder, source_at, builder.add(here, here.type(BLOCK * j)), BLOCK)
@@ -68,7 +69,7 @@ def weighing(exact: bool) -> Callable:
 
 
 def _scaled_weight(builder: ir.IRBuilder, weight: ir.Value, exact: bool) -> ir.Value:
-    if exact:  # that it is not negative lets LLVM take the instruction that multiplies int16 and adds pairs
+    if exact:  # clearing the sign bit lets LLVM use the instruction that multiplies int16 and adds pairs
         return builder.and_(builder.zext(weight, WORD), WORD((1 << WEIGHT_BITS) - 1))
     return builder.shl(weight, SHORT(1))
 
@@ -87,9 +88,9 @@ weigh, weigh_fast = weighing(exact=True), weighing(exact=False)
 
 @intrinsic
 def transpose(_: Any, out: Any, at: Any, out_step: Any, source: Any, first: Any, step: Any) -> tuple[Any, Callable]:
-    """`out[at + i * out_step + j] = source[first + j * step + i]` for j in 0..BLOCK: of bytes for i in 0..16, of uint16 in 0..8.
+    """Set `out[at + i * out_step + j] = source[first + j * step + i]` for j in 0..BLOCK, and i in 0..16 (bytes) or 0..8 (uint16).
 
-    Registers of 16 bytes are interleaved in pairs, until each holds what was at one place in all of them.
+    Pairs of 16-byte registers are interleaved until each holds the values of one column.
     """
     count = 128 // source.dtype.bitwidth  # values in 16 bytes
     halves = BLOCK // count
@@ -97,18 +98,17 @@ def transpose(_: Any, out: Any, at: Any, out_step: Any, source: Any, first: Any,
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         out_at, source_at = (_pointer(context, builder, signature, args, i) for i in (0, 3))
         _, at, out_step, _, first, step = args
-        places = [builder.add(first, builder.mul(step, step.type(j))) for j in range(BLOCK)]
-        rows = [_load(builder, source_at, place, count) for place in places]
+        rows = [_load(builder, source_at, _offset(builder, first, step, j), count) for j in range(BLOCK)]
         if halves == 2:
             rows = [_shuffle(builder, rows[j], rows[j + count], range(BLOCK)) for j in range(count)]
         starts = [half * count + i for half in range(halves) for i in range(count // 2)]
-        low = [place for i in starts for place in (i, i + BLOCK)]
-        high = [place + count // 2 for place in low]
+        low = [lane for i in starts for lane in (i, i + BLOCK)]
+        high = [lane + count // 2 for lane in low]
         for _ in range(count.bit_length() - 1):
             pairs = zip(rows[: count // 2], rows[count // 2 :], strict=True)
             rows = [_shuffle(builder, a, b, order) for a, b in pairs for order in (low, high)]
         for i, row in enumerate(rows):
-            _store(builder, row, out_at, builder.add(at, builder.mul(out_step, out_step.type(i))))
+            _store(builder, row, out_at, _offset(builder, at, out_step, i))
         return context.get_dummy_value()
 
     index = types.intp
@@ -117,24 +117,22 @@ def transpose(_: Any, out: Any, at: Any, out_step: Any, source: Any, first: Any,
 
 @intrinsic
 def brighten(_: Any, line: Any, first: Any, blocks: Any, factor: Any, bits: Any) -> tuple[Any, Callable]:
-    """Multiply `blocks * BLOCK` bytes of `line` by `factor / 2 ** (8 + bits)` in place; returns the sum of the results.
+    """Multiply `blocks * BLOCK` bytes of `line` by `factor / 2 ** (8 + bits)` in place, clamp to 255, and return their sum.
 
-    `factor` fits 16 bits; results above 255 become 255. At most 256 blocks.
+    `factor` fits 16 bits. At most 256 blocks, or the sums, of 16 bits for each lane, would overflow.
     """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         pointer = _pointer(context, builder, signature, args, 0)
         _, first, blocks, factor, bits = args
         total = _variable(builder, _constant(0, SHORT))
-        factor, bits = (_spread(builder, builder.trunc(value, SHORT)) for value in (factor, bits))
+        factor, bits = (_splat(builder, builder.trunc(value, SHORT)) for value in (factor, bits))
         half = builder.lshr(builder.shl(_constant(1, SHORT), bits), _constant(1, SHORT))
         with cgutils.for_range(builder, blocks) as loop:
-            place = builder.add(first, builder.mul(loop.index, first.type(BLOCK)))
-            value = builder.zext(_load(builder, pointer, place, BLOCK), factor.type)
-            value = _high_half(builder, builder.zext, builder.shl(value, _constant(8, SHORT)), factor)
-            value = builder.lshr(builder.add(value, half), bits)
-            value = _least(builder, value, _constant(255, SHORT))
-            _store(builder, value, pointer, place)
+            offset = _offset(builder, first, loop.index, BLOCK)
+            value = builder.lshr(builder.add(_scaled_bytes(builder, pointer, offset, factor), half), bits)
+            value = _min(builder, value, _constant(255, SHORT))
+            _store(builder, value, pointer, offset)
             builder.store(builder.add(builder.load(total), value), total)
         values = builder.zext(builder.load(total), ir.VectorType(WORD, BLOCK))
         result = WORD(0)
@@ -145,43 +143,42 @@ def brighten(_: Any, line: Any, first: Any, blocks: Any, factor: Any, bits: Any)
     return types.int64(line, *[types.intp] * 4), generate
 
 
-# The places in `numbers` of `mix`.
+# Indices into the `numbers` of `mix`.
 FACTOR, SHIFT, TOP, RAISE, ROUNDING, LOWER, MATRIX = range(7)
 
 
 @intrinsic
 def mix(_: Any, flat: Any, first: Any, plane: Any, blocks: Any, numbers: Any) -> tuple[Any, Callable]:
-    """Contrast, then a matrix over the channels, of `blocks * BLOCK` pixels of `flat` in place, planes `plane` bytes apart.
+    """Apply contrast, then a matrix over the channels, to `blocks * BLOCK` pixels of `flat` in place, planes `plane` bytes apart.
 
-    `numbers` are int16. A byte p becomes x = p * FACTOR >> 8, plus SHIFT, cut to 0..TOP and shifted left by RAISE. A channel
-    becomes the sum over its row of MATRIX of x * weight >> 16, plus ROUNDING, shifted right by LOWER and cut to 0..255.
+    `numbers` are int16. A byte p becomes x = p * FACTOR >> 8, plus SHIFT, clamped to 0..TOP and shifted left by RAISE. A channel
+    becomes the sum over its row of MATRIX of x * weight >> 16, plus ROUNDING, shifted right by LOWER and clamped to 0..255.
     """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         pointer, numbers_at = (_pointer(context, builder, signature, args, i) for i in (0, 4))
         _, first, plane, blocks, _ = args
 
-        def number(place: int) -> ir.Value:
-            return _spread(builder, builder.load(builder.gep(numbers_at, [ir.IntType(64)(place)])))
+        def number(i: int) -> ir.Value:
+            return _splat(builder, builder.load(builder.gep(numbers_at, [ir.IntType(64)(i)])))
 
-        factor, shift, top, up, rounding, down = (number(place) for place in range(MATRIX))
+        factor, shift, top, up, rounding, down = (number(i) for i in range(MATRIX))
         matrix = [[number(MATRIX + 3 * i + j) for j in range(3)] for i in range(3)]
         zero = _constant(0, SHORT)
         with cgutils.for_range(builder, blocks) as loop:
-            place = builder.add(first, builder.mul(loop.index, first.type(BLOCK)))
-            places = [builder.add(place, builder.mul(plane, plane.type(c))) for c in range(3)]
+            offset = _offset(builder, first, loop.index, BLOCK)
+            offsets = [_offset(builder, offset, plane, c) for c in range(3)]
             channels = []
-            for here in places:
-                value = builder.zext(_load(builder, pointer, here, BLOCK), factor.type)
-                value = _high_half(builder, builder.zext, builder.shl(value, _constant(8, SHORT)), factor)
-                value = _least(builder, _most(builder, builder.add(value, shift), zero), top)
+            for here in offsets:
+                value = builder.add(_scaled_bytes(builder, pointer, here, factor), shift)
+                value = _min(builder, _max(builder, value, zero), top)
                 channels.append(builder.shl(value, up))
-            for here, row in zip(places, matrix, strict=True):
+            for here, row in zip(offsets, matrix, strict=True):
                 value = rounding
                 for channel, weight in zip(channels, row, strict=True):
                     value = builder.add(value, _high_half(builder, builder.sext, channel, weight))
-                value = _most(builder, builder.ashr(value, down), zero)
-                _store(builder, _least(builder, value, _constant(255, SHORT)), pointer, here)
+                value = _max(builder, builder.ashr(value, down), zero)
+                _store(builder, _min(builder, value, _constant(255, SHORT)), pointer, here)
         return context.get_dummy_value()
 
     return types.void(flat, types.intp, types.intp, types.intp, numbers), generate
@@ -189,6 +186,16 @@ def mix(_: Any, flat: Any, first: Any, plane: Any, blocks: Any, numbers: Any) ->
 
 def _pointer(context: Any, builder: ir.IRBuilder, signature: Any, args: Any, i: int) -> ir.Value:
     return context.make_array(signature.args[i])(context, builder, args[i]).data
+
+
+def _offset(builder: ir.IRBuilder, first: ir.Value, step: ir.Value, count: int) -> ir.Value:
+    return builder.add(first, builder.mul(step, step.type(count)))
+
+
+def _scaled_bytes(builder: ir.IRBuilder, pointer: ir.Value, offset: ir.Value, factor: ir.Value) -> ir.Value:
+    """`bytes * factor >> 8`, int16."""
+    values = builder.zext(_load(builder, pointer, offset, BLOCK), factor.type)
+    return _high_half(builder, builder.zext, builder.shl(values, _constant(8, SHORT)), factor)
 
 
 def _constant(value: int, kind: ir.IntType) -> ir.Constant:
@@ -201,20 +208,20 @@ def _variable(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     return variable
 
 
-def _load(builder: ir.IRBuilder, pointer: ir.Value, place: ir.Value, count: int) -> ir.Value:
+def _load(builder: ir.IRBuilder, pointer: ir.Value, offset: ir.Value, count: int) -> ir.Value:
     vector = ir.VectorType(pointer.type.pointee, count)
-    return builder.load(builder.bitcast(builder.gep(pointer, [place]), vector.as_pointer()), align=1)
+    return builder.load(builder.bitcast(builder.gep(pointer, [offset]), vector.as_pointer()), align=1)
 
 
-def _store(builder: ir.IRBuilder, values: ir.Value, pointer: ir.Value, place: ir.Value) -> None:
-    """Store a vector of BLOCK, without the high bits that do not fit."""
+def _store(builder: ir.IRBuilder, values: ir.Value, pointer: ir.Value, offset: ir.Value) -> None:
+    """Store a vector of BLOCK values, dropping the high bits that do not fit."""
     vector = ir.VectorType(pointer.type.pointee, BLOCK)
     if values.type != vector:
         values = builder.trunc(values, vector)
-    builder.store(values, builder.bitcast(builder.gep(pointer, [place]), vector.as_pointer()), align=1)
+    builder.store(values, builder.bitcast(builder.gep(pointer, [offset]), vector.as_pointer()), align=1)
 
 
-def _spread(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+def _splat(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     one = builder.insert_element(ir.Constant(ir.VectorType(value.type, BLOCK), ir.Undefined), value, WORD(0))
     return _shuffle(builder, one, one, [0] * BLOCK)
 
@@ -224,15 +231,15 @@ def _shuffle(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, order: Iterable[in
 
 
 def _high_half(builder: ir.IRBuilder, extend: Callable, a: ir.Value, b: ir.Value) -> ir.Value:
-    """`a * b >> 16` of int16: one instruction of most processors."""
+    """`a * b >> 16` of int16, one instruction on most processors."""
     wide = ir.VectorType(WORD, BLOCK)
     product = builder.mul(extend(a, wide), extend(b, wide))
     return builder.trunc(builder.lshr(product, _constant(16, WORD)), a.type)
 
 
-def _least(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
+def _min(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
     return builder.select(builder.icmp_signed("<", a, b), a, b)
 
 
-def _most(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
+def _max(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
     return builder.select(builder.icmp_signed(">", a, b), a, b)

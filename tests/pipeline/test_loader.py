@@ -49,7 +49,7 @@ def test_crops_are_identical_for_any_batch_size_and_thread_count(
         assert torch.equal(ours[:common], reference[:common])
 
 
-@pytest.mark.parametrize("world_size", range(1, 8))
+@pytest.mark.parametrize("world_size", [2, 3])  # 1 to 64 ranks: test_order.py
 def test_all_ranks_together_see_every_position_once(dataset: MultiCropDataset, world_size: int) -> None:
     steps, seen = [], []
     for rank in range(world_size):

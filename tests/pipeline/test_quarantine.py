@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 
 from pipeline import build_multicrop_dataloader, build_multicrop_dataset
-from pipeline.crops.decode import decode_error, find_faults
-from pipeline.crops.device import DeviceError, device_fault
+from pipeline.crops.device import DeviceError, as_device_error, decode_error, find_faults
 from pipeline.loader import MultiCropLoader
 from pipeline.quarantine import Quarantine, allowed_bad
 from pipeline.shards.index import SAMPLE_DTYPE, ShardIndex, open_index, save_index
@@ -147,7 +146,7 @@ def test_an_epoch_names_every_damaged_sample_and_sees_every_good_one(
         whole = torch.cat([batch.crops[v] for batch in loader_of(tmp_path / "whole")])
         assert torch.equal(crops[good], whole[good])
         assert not torch.equal(crops[~good], whole[~good])
-    # Every position is there, and no stand-in is a damaged sample.
+    # Every position is there, and no replacement is a damaged sample.
     assert torch.cat([batch.positions for batch in batches]).tolist() == list(range(COUNT))
     labels = torch.cat([batch.labels for batch in batches])
     np.testing.assert_array_equal(labels[good], index.samples["label"][planned][good])
@@ -277,6 +276,14 @@ def test_training_goes_on_with_the_few_bad_samples_that_a_conversion_lets_pass(i
         quarantine.add({5: "empty file"})
 
 
+def test_the_folder_of_the_file_can_be_made_after_the_quarantine(index: ShardIndex, tmp_path: Path) -> None:
+    path = tmp_path / "run" / "q.jsonl"
+    quarantine = Quarantine(index, path)
+    path.parent.mkdir()
+    quarantine.add({5: "empty file"})
+    assert Quarantine(index, path).reasons == {5: "empty file"}
+
+
 def test_lines_about_a_data_set_whose_tars_have_the_same_names_are_passed_over(
     index: ShardIndex, tmp_path: Path
 ) -> None:
@@ -325,7 +332,7 @@ def test_what_dali_says_of_damaged_images_is_no_error_of_a_device(
     for defect in DEFECTS.values():
         message = decode_error(defect(pictures[0][1]), "cpu")
         assert message
-        assert device_fault(message, "cpu") is None
+        assert as_device_error(message, "cpu") is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")

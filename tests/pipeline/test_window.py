@@ -4,6 +4,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from nvidia.dali import Pipeline
 
 from pipeline import build_multicrop_dataloader, build_multicrop_dataset, window
 from pipeline.loader import MultiCropLoader
-from pipeline.sequence import Place
+from pipeline.order import BatchStart
 
 WINDOW_BATCHES, BATCH = 3, 8
 
@@ -51,10 +52,10 @@ def test_a_graph_that_failed_is_freed_before_the_next_is_built(data_path: Path) 
     loader, graphs, alive = loader_of(data_path, max_bad_share=0.1), [], []
     make = loader._make_window
 
-    def make_and_note(place: Place) -> window.Window:
-        if threading.current_thread() is threading.main_thread():  # and not built ahead
+    def make_and_note(start: BatchStart, limit: int | None) -> window.Window:
+        if threading.current_thread() is threading.main_thread():  # and not prefetched
             alive.append(sum(graph() is not None for graph in graphs))
-        made = make(place)
+        made = make(start, limit)
         graphs.append(weakref.ref(made.graph))
         return made
 
@@ -64,3 +65,25 @@ def test_a_graph_that_failed_is_freed_before_the_next_is_built(data_path: Path) 
     assert len(loader.quarantine) == 4
     assert alive == [0] * len(alive)
     assert len(alive) >= 2
+
+
+@pytest.mark.parametrize(
+    ("left", "count", "options", "sizes"),
+    [
+        (1, 1, {}, [1]),
+        (7, 7, {}, [3, 3, 1]),
+        (2, 5, {}, [2, 3]),  # more than announced
+        (None, 12, {}, [3, 3, 3, 3]),
+        (None, 13, {"shuffle": False, "drop_last": False}, [3, 3, 3, 3, 1]),  # an evaluation ends with its epoch
+    ],
+)
+def test_no_window_is_planned_beyond_the_batches_that_are_left(
+    data_path: Path, left: int | None, count: int, options: dict[str, bool], sizes: list[int]
+) -> None:
+    loader, planned = loader_of(data_path, **options), list[window.Window]()
+    loader.batches_left = left
+    for _batch in islice(loader, count):
+        if not planned or planned[-1] is not loader._window:
+            planned.append(loader._window)
+    assert [len(made.starts) for made in planned] == sizes
+    assert (loader._builder is None) == (left == count or bool(options))

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline import build_multicrop_dataloader, build_multicrop_dataset
-from pipeline.plan import Plan
+from pipeline.order import Plan
 from pipeline.shards.dali_index import write_dali_indices
 from pipeline.shards.index import INDEX_NAME, SAMPLE_DTYPE, open_index, save_index
 from pipeline.window import WINDOW_ROWS

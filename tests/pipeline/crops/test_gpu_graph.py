@@ -17,7 +17,7 @@ OPERATIONS = ("jitter_prob", "gray_prob", "blur_prob", "solarize_prob")
 CROPPED_ON = {"gpu": {"mixed"}, "cpu": {"cpu"}}  # DALI's name for the decoder
 
 
-def nothing() -> list[np.ndarray]:
+def nothing() -> np.ndarray:
     raise StopIteration
 
 

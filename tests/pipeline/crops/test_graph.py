@@ -10,8 +10,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional as F
 
-from pipeline.crops.augment import ViewRecipe
-from pipeline.crops.draws import draw
+from pipeline.crops.augment import BRIGHTNESS, FLIP, HUE, SIGMA, Y0, ViewRecipe, draw_parameters
 from pipeline.dataset import MultiCropDataset, build_multicrop_dataloader
 from pipeline.defaults import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.loader import MultiCropLoader
@@ -33,16 +32,16 @@ def ours(index: ShardIndex, recipe: ViewRecipe) -> torch.Tensor:
 
 def theirs(index: ShardIndex, recipe: ViewRecipe, change: Callable[[torch.Tensor, dict], torch.Tensor]) -> torch.Tensor:
     samples = index.samples[:COUNT]
-    draws = draw((recipe,), 0, 0, 0, samples["height"], samples["width"])
+    parameters = draw_parameters((recipe,), 0, 0, 0, samples["height"], samples["width"])[0]
     crops = []
     for i in range(COUNT):
         image = F.pil_to_tensor(_decode(index, i))
-        y0, x0, y1, x1 = (int(side) for side in draws.boxes[i, 0])
+        y0, x0, y1, x1 = (int(side) for side in parameters[i, Y0:FLIP])
         crop = F.resized_crop(image, y0, x0, y1 - y0, x1 - x0, [SIZE, SIZE], InterpolationMode.BILINEAR, antialias=True)
         drawn = {
-            "colour": [float(draws[name][i, 0]) for name in ("brightness", "contrast", "saturation", "hue")],
-            "sigma": float(draws["sigma"][i, 0]),
-            "flip": bool(draws.flips[i, 0]),
+            "colour": parameters[i, BRIGHTNESS : HUE + 1].tolist(),
+            "sigma": float(parameters[i, SIGMA]),
+            "flip": bool(parameters[i, FLIP]),
         }
         crops.append(change(crop, drawn))
     return torch.stack(crops).float()

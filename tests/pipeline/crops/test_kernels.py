@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as F
 from pipeline.batch import Normalization
 from pipeline.crops import colours, kernels
 from pipeline.crops import cpu_operator as crop_op
-from pipeline.crops.augment import ViewRecipe
+from pipeline.crops.augment import GRAY_WEIGHTS, PARAMETERS, ViewRecipe
 from pipeline.dataset import MultiCropDataset, build_multicrop_dataloader
 from pipeline.defaults import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.shards.index import ShardIndex
@@ -74,7 +74,7 @@ def test_colours_are_those_of_floating_point_to_one_grey_level(
     crop = cut(image, (0, 0, 90, 120), size)
     brightness, contrast, saturation, hue = factors
     bright = np.minimum(np.floor(crop * brightness + 0.5), 255)
-    mean = float((bright.mean(axis=(1, 2)) * colours.GRAY).sum())
+    mean = float((bright.mean(axis=(1, 2)) * GRAY_WEIGHTS).sum())
     values = np.clip(mean + contrast * (bright - mean), 0, 255)
     expected = np.clip(np.tensordot(colours.colour_matrix(saturation, hue), values, 1), 0, 255)
     colours.twist_colours(crop, *factors)
@@ -100,7 +100,7 @@ def test_white_stays_white_however_far_it_is_reduced() -> None:
 
 def test_a_box_that_leaves_the_image_is_cut_off(image: np.ndarray) -> None:
     """An index that is wrong about an image's size must not make the kernel read other memory."""
-    values = np.zeros(len(crop_op.PARAMETERS), np.float32)
+    values = np.zeros(len(PARAMETERS), np.float32)
     out, inside = np.empty((3, 16, 16), np.uint8), np.empty((3, 16, 16), np.uint8)
     values[:4] = (50, 60, 4000, 5000)
     crop_op.make_crop(out, image, values)
@@ -125,7 +125,7 @@ def test_machine_code_is_kept_for_the_sources_that_it_was_made_from_and_for_no_o
     assert [crop_op.shape_entry(sources).cache_hits for sources in ("old", "old", "new", "old")] == [0, 1, 0, 1]
     folder = Path(crop_op.__file__).parent
     compiled = {path for path in folder.glob("*.py") if "@compiled" in path.read_text()}
-    # What these import may be compiled into them, be it code or a constant.
+    # Code and constants that these import can be compiled into them.
     imported = re.findall(
         r"^from pipeline\.crops(?:\.(\w+))? import (.*)$", "".join(p.read_text() for p in compiled), re.MULTILINE
     )

@@ -109,7 +109,7 @@ def test_it_starts_with_the_first_shard_and_fetches_the_next_ones_in_the_order_o
     ours = loader(store.url, tmp_path, batch=8)
     before = len(store.line.requests)
     next(iter(ours))
-    assert len(set(np.unique(ours._window.feeder.shards))) == 1
+    assert len(set(np.unique(ours._window.shards))) == 1
     order = ours.sequence.plan.shards(0, 0).tolist()
     for _ in ours:
         pass

@@ -9,7 +9,7 @@ import sources
 from PIL import Image
 from reading import run_convert, stored_samples
 
-from pipeline.notices import notify_after
+from pipeline.text import notify_after
 from tools.make_shards import main
 from tools.shards.file_kinds import AVIF_IS_READ, HEIC_IS_READ
 
