@@ -23,7 +23,7 @@ from tools.benchmarks.gpu_parts.part import PARTS, Case, Line, Measurement, atte
 from tools.benchmarks.photographs import benchmark_shards
 from tools.benchmarks.tables import table
 from tools.checks.gpu import driver_version
-from tools.shards.convert import die_with_parent
+from tools.own_process import die_with_parent
 
 # In the order of the table; what is needed first comes first.
 MODULES = [f"tools.benchmarks.gpu_parts.{name}" for name in ("data", "model", "suite")]

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from tarfile import BLOCKSIZE as BLOCK
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from pipeline.shards.index import INDEX_NAME, SAMPLE_DTYPE, open_index, save_ind
 from pipeline.shards.index_file import load_index
 from tools.benchmarks.tables import table
 from tools.own_process import own_process
-from tools.shards.writer import BLOCK, tar_header
+from tools.shards.writer import tar_header
 
 IMAGENET = 1_281_167
 LARGER = (10_000_000, 100_000_000, 1_000_000_000)

@@ -162,7 +162,7 @@ def test_a_few_bad_files_do_not_stop_a_small_set(
     assert main(["convert", str(source), "--out", str(tmp_path / "out"), "--workers", "1"]) == code
     if code == 0:
         said = capsys.readouterr().out
-        assert f"{num_images - num_bad} images, 1 shards written" in said
+        assert f"{num_images - num_bad} images, 1 shard written" in said
         assert f"{num_bad} bad images left out ({tmp_path}/out/train/rejected.jsonl)" in said
 
 

@@ -1,4 +1,4 @@
-"""The files that a conversion leaves for the next one: damaged, they are one line or written anew, never a traceback."""
+"""The files that a conversion leaves for the next one: damaged, they are one line or written again, never a traceback."""
 
 import io
 import json
@@ -28,7 +28,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 @pytest.mark.parametrize("text", ["", "null", "5", "{"])
 @pytest.mark.parametrize("name", ["manifest.json", "stats.json"])
-def test_a_damaged_file_beside_the_shards_is_named_and_a_second_conversion_repairs_it(
+def test_a_damaged_file_next_to_the_shards_is_named_and_a_second_conversion_repairs_it(
     name: str, text: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = folder_bytes(folder)
@@ -65,7 +65,7 @@ def test_a_damaged_plan_is_one_line(
 
 
 @pytest.mark.parametrize("part", ["rows", "fingerprints", "meta", "all"])
-def test_a_damaged_record_is_written_anew_and_that_of_another_task_is_named(
+def test_a_damaged_record_is_written_again_and_that_of_another_task_is_named(
     part: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before, record, kept = folder_bytes(folder), folder / ".records/000001.npz", io.BytesIO()

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tools.benchmarks.gpu_parts.part import Case, Line, part
-from tools.shards.convert import die_with_parent
+from tools.own_process import die_with_parent
 
 ROOT = Path(__file__).parents[3]
 OPTIONS = ("-v", "-rfE", "--tb=no", "-p", "no:cacheprovider", "-m", "gpu and not slow")

@@ -1,7 +1,8 @@
 """The labels of images in tars, by one rule for all tars.
 
-Labels come from `cls` or `json` members (WebDataset) where samples have them. Else, where images lie in tars inside the tar,
-the inner tar's stem is the class. Else the folder directly below the images' common folder is. Else there are no labels.
+Labels come from `cls` or `json` members (WebDataset), where samples have them; else from the stem of the inner tar, where
+images lie in tars inside the tar; else from the folder directly below the deepest folder that holds all images; else there
+are none.
 """
 
 import os
@@ -16,21 +17,24 @@ from pipeline.shards.index import UNLABELLED
 from pipeline.shards.manifest import read_manifest
 from pipeline.shards.samples import LabelMembers, match_labels, orphan_note
 from pipeline.shards.tar import TarMember
+from pipeline.text import plural, truncate_list
 from tools.shards.catalogue import Catalogue, check_class_names
 from tools.shards.classes import class_order
-from tools.shards.layouts.imagenet import is_wnid, label_order
-from tools.shards.layouts.splits import check_no_splits, one_of_split, split_of
-from tools.shards.layouts.walk import IMAGE_FOLDERS, SIDE_FOLDERS, some
+from tools.shards.layouts.imagenet import are_wnids, label_order
+from tools.shards.layouts.splits import check_no_splits, choose_split, mixed_splits
+from tools.shards.layouts.walk import are_no_classes
 
 FIRST_TEXT = UNLABELLED - 1
+Labelling = tuple[tuple[str, ...], str]  # the classes, and a note on how the images are labelled
 
 
 @dataclass
 class Listing:
-    """The images of some tars whose names start with `below`, and what else was seen.
+    """The images of some tars whose names start with `below`.
 
-    `inner`: the stem of each tar in them, and the rows `[start, stop)` of its images. `elsewhere`: images not `below`.
-    `orphans`: labels of no image. `parts`: further images of samples, left out. `texts`: labels that are names of classes.
+    `inner`: the stem of each tar inside the tars, and the rows `[start, stop)` of its images. `elsewhere`: the number of
+    images not `below`. `orphans`: the number of labels without an image. `parts`: further images of the samples, which are
+    left out. `texts`: labels that are names of classes.
     """
 
     catalogue: Catalogue
@@ -43,51 +47,50 @@ class Listing:
     texts: dict[str, int] = field(default_factory=dict)
 
     def notes(self) -> list[str]:
-        """What is left out of the samples."""
+        """Describe what is left out of the samples."""
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.parts.most_common())
-        return [
-            *([f"further images of the samples are left out: {kinds}"] if kinds else []),
-            *([orphan_note(self.orphans)] if self.orphans else []),
-        ]
+        notes = [f"further images of the samples are left out: {kinds}"] if kinds else []
+        return [*notes, orphan_note(self.orphans)] if self.orphans else notes
 
 
-def add_sample_images(
-    found: Listing, container: int, tar: Path, prefix: str, images: list[TarMember], labels: LabelMembers
+def add_labelled_images(
+    listing: Listing, container: int, tar: Path, prefix: str, images: list[TarMember], labels: LabelMembers
 ) -> None:
-    """Add the images of one tar with their labels. A label that is text is stored as -2, -3, ... until all are known."""
+    """Add the images of one tar with their labels. Labels that are texts are stored as -2, -3, ... until all are known."""
     matches = match_labels([member.name for member in images], labels.by_key(), tar)
-    found.orphans += len(matches.orphans)
+    listing.orphans += len(matches.orphans)
     for number, (member, label) in enumerate(zip(images, matches.labels, strict=True)):
         if number in matches.parts:
-            found.parts[member.name.rpartition("/")[2].partition(".")[2]] += 1
+            listing.parts[member.name.rpartition("/")[2].partition(".")[2]] += 1
             continue
         if isinstance(label, str):
-            label = FIRST_TEXT - found.texts.setdefault(label, len(found.texts))
+            label = FIRST_TEXT - listing.texts.setdefault(label, len(listing.texts))
         stored = UNLABELLED if label is None else label
-        found.catalogue.add(container, member.offset, member.size, stored, prefix + plain(member.name))
+        listing.catalogue.add(container, member.offset, member.size, stored, prefix + plain_member(member.name))
 
 
-def plain(name: str) -> str:
-    """A member's name without `./`: a tar may hold both forms, and the folder "." is no class."""
+def plain_member(name: str) -> str:
+    """Return a member's name without `./`: a tar can hold both forms, and the folder "." is no class."""
     return name.removeprefix("./")
 
 
-def label_images(found: Listing, tars: list[Path], name: str) -> tuple[str, tuple[str, ...], str]:
-    """Label the images by the rule above; returns the name of the set, its classes, and a note that says how."""
-    catalogue, total = found.catalogue, len(found.catalogue)
-    num_labelled = total - catalogue.label.count(UNLABELLED)
-    if num_labelled:
-        named = _number_texts(found, str(tars[0])) if found.texts else ()
-        missing = f"; {total - num_labelled:,} of {total:,} images have none" if num_labelled < total else ""
+def label_images(listing: Listing, tars: list[Path], name: str) -> tuple[str, tuple[str, ...], str]:
+    """Label the images by the rule above; returns the name of the set, its classes, and a note on how that was done."""
+    catalogue, where = listing.catalogue, str(tars[0])
+    num_unlabelled = catalogue.label.count(UNLABELLED)
+    unlabelled = f"{plural(len(catalogue), 'image')} without labels"
+    if num_unlabelled < len(catalogue):
+        missing = f"; {num_unlabelled:,} of {len(catalogue):,} images have none" if num_unlabelled else ""
         note = f"labels from cls or json members{missing}"
-        return (name, named, note) if named else (*_manifest(tars[0].parent, name), note)
-    if found.orphans:
-        return name, (), f"{total:,} images without labels"
-    stems = [inside.rpartition("/")[2] for inside, _, _ in found.inner]
-    wnids = bool(stems) and all(map(is_wnid, stems))
-    if len(stems) > 1 or wnids:
-        return "imagenet" if wnids else name, *_label_by_inner_tar(found, stems, str(tars[0]), wnids)
-    classes, note = _label_by_folder(catalogue, str(tars[0]))
+        if listing.texts:
+            return name, _number_texts(listing, where), note
+        return *_manifest(tars[0].parent, name), note
+    if listing.orphans:
+        return name, (), unlabelled
+    stems = [stem.rpartition("/")[2] for stem, _, _ in listing.inner]
+    if len(stems) > 1 or are_wnids(stems):
+        return "imagenet" if are_wnids(stems) else name, *_label_by_inner_tar(listing, stems, where)
+    classes, note = _label_by_folder(catalogue, where, unlabelled)
     if classes:
         return name, classes, note
     if len(tars) > 1 and not all(tar.stem[-1:].isdigit() for tar in tars):
@@ -95,85 +98,70 @@ def label_images(found: Listing, tars: list[Path], name: str) -> tuple[str, tupl
     return _manifest(tars[0].parent, name)[0], (), note
 
 
-def _number_texts(found: Listing, where: str) -> tuple[str, ...]:
-    """Labels that are names become numbers in the order of the names."""
-    labels = np.asarray(found.catalogue.label)
+def _number_texts(listing: Listing, where: str) -> tuple[str, ...]:
+    """Replace labels that are names by numbers in the order of the names."""
+    labels = np.asarray(listing.catalogue.label)
     if (numbers := labels[labels >= 0]).size:
-        text = next(iter(found.texts))
+        text = next(iter(listing.texts))
         raise ValueError(
             f"{where}: labels are numbers ({numbers[0]}) as well as names ({text!r}): use one of them for all"
         )
-    classes = class_order(found.texts)
+    classes = class_order(listing.texts)
     check_class_names(classes, where)
-    new = np.empty(len(classes), np.int32)
-    new[[found.texts[name] for name in classes]] = np.arange(len(classes))
-    is_text = labels <= FIRST_TEXT
-    found.catalogue.label = array(
-        "i", np.where(is_text, new[np.where(is_text, FIRST_TEXT - labels, 0)], labels).tolist()
-    )
+    numbered = {FIRST_TEXT - listing.texts[name]: label for label, name in enumerate(classes)}
+    listing.catalogue.label = array("i", (numbered.get(label, label) for label in listing.catalogue.label))
     return tuple(classes)
 
 
-def _label_by_inner_tar(found: Listing, stems: list[str], where: str, wnids: bool) -> tuple[tuple[str, ...], str]:
+def _label_by_inner_tar(listing: Listing, stems: list[str], where: str) -> Labelling:
     check_class_names(stems, where)
-    classes = label_order(stems) if wnids else class_order(stems)
+    classes = label_order(stems) if are_wnids(stems) else class_order(stems)
     labels = {stem: label for label, stem in enumerate(classes)}
-    for stem, (_, start, stop) in zip(stems, found.inner, strict=True):
-        found.catalogue.label[start:stop] = array("i", [labels[stem]]) * (stop - start)
-    beside = found.catalogue.label.count(UNLABELLED)
-    note = f"{len(stems):,} classes named by the tars in it: {some(sorted(stems))}"
-    return tuple(classes), note + (f"; {beside:,} images beside those have no label" if beside else "")
+    for stem, (_, start, stop) in zip(stems, listing.inner, strict=True):
+        listing.catalogue.label[start:stop] = array("i", [labels[stem]]) * (stop - start)
+    num_loose = listing.catalogue.label.count(UNLABELLED)
+    note = f"{len(stems):,} classes named by the tars in it: {truncate_list(sorted(stems))}"
+    return tuple(classes), note + (f"; {num_loose:,} images next to those have no label" if num_loose else "")
 
 
-def _label_by_folder(catalogue: Catalogue, where: str) -> tuple[tuple[str, ...], str]:
-    common, total = len(common_folder(catalogue)), len(catalogue)
-    folders = Counter(catalogue.name(row)[common:].rpartition("/")[0].partition("/")[0] for row in range(total))
-    if beside := folders[""]:
-        why = f": {beside:,} lie beside the folders, so the folders are not classes" if beside < total else ""
-        return (), f"{total:,} images without labels{why}"
-    classes = class_order(folders.keys() - {""})
-    if all(name.lower() in IMAGE_FOLDERS | SIDE_FOLDERS for name in classes):
-        return (), f"{total:,} images without labels: the folders {some(classes)} are not classes"
+def _label_by_folder(catalogue: Catalogue, where: str, unlabelled: str) -> Labelling:
+    names = catalogue.names()
+    common = _common_folder(names)
+    folders = [_first_folder(name[common:]) for name in names]
+    if num_loose := folders.count(""):
+        why = f": {num_loose:,} lie next to the folders, so the folders are not classes"
+        return (), unlabelled + (why if num_loose < len(names) else "")
+    classes = class_order(set(folders))
+    if are_no_classes(classes):
+        return (), f"{unlabelled}: the folders {truncate_list(classes)} are not classes"
     check_class_names(classes, where)
-    check_no_splits(map(catalogue.name, range(total)), common, where)
+    check_no_splits(names, common, where)
     labels = {name: label for label, name in enumerate(classes)}
-    for row in range(total):
-        catalogue.label[row] = labels[catalogue.name(row)[common:].partition("/")[0]]
-    return tuple(classes), f"{len(classes):,} classes named by the folders in it: {some(classes)}"
+    catalogue.label = array("i", map(labels.__getitem__, folders))
+    return tuple(classes), f"{len(classes):,} classes named by the folders in it: {truncate_list(classes)}"
 
 
-def common_folder(catalogue: Catalogue) -> str:
-    """The deepest folder that every image lies in, as `a/b/` or ""."""
-    rows = range(len(catalogue))
-    first, last = (extreme(map(catalogue.name, rows), default="") for extreme in (min, max))
-    common = os.path.commonprefix([first, last])  # noqa: RUF071  (of the first and last in order, thus of all)
-    return common[: common.rfind("/") + 1]
+def _common_folder(names: list[str]) -> int:
+    """Return the length of the deepest folder that every image lies in, with its slash; 0 where there is none."""
+    common = os.path.commonprefix([min(names, default=""), max(names, default="")])  # noqa: RUF071  (thus of all names)
+    return common.rfind("/") + 1
 
 
-def split_folder(catalogue: Catalogue, split: str, where: str) -> str:
-    """`a/b/train/` where the images lie in folders named after splits, "" where none is. Raises ValueError for a mixture."""
-    common, folders = common_folder(catalogue), set()
-    for row in range(len(catalogue)):
-        folder, slash, _ = catalogue.name(row)[len(common) :].partition("/")
-        folders.add(folder if slash else "")
-    splits, others = (
-        sorted(name for name in folders if bool(split_of(name)) == is_split) for is_split in (True, False)
-    )
-    if not splits:
-        return ""
-    ours = one_of_split(splits, split, where)
-    if not ours and not others:
-        names = ", ".join(splits)
-        raise ValueError(f"{where}: no {split} images: the folders in it are {names}. Choose another --split")
-    if others:
-        raise ValueError(
-            f"{where}: the folder {ours or splits[0]} in it is named after a split and lies beside "
-            f"{some([name or 'images' for name in others])}: unpack the folder of one split, or rename it if it is a class"
-        )
-    return f"{common}{ours}/"
+def _first_folder(name: str) -> str:
+    return name.partition("/")[0] if "/" in name else ""
+
+
+def find_split_folder(catalogue: Catalogue, split: str, where: str) -> str:
+    """Return `a/b/train/` where the images lie in folders named after splits, else "". Raises ValueError for a mixture."""
+    names = catalogue.names()
+    common = _common_folder(names)
+    ours, others = choose_split({_first_folder(name[common:]) for name in names}, split, where)
+    if ours and others:
+        raise mixed_splits(ours, others, where)
+    return f"{names[0][:common]}{ours}/" if ours else ""
 
 
 def _manifest(folder: Path, name: str) -> tuple[str, tuple[str, ...]]:
-    """Name and classes as one of our own manifests gives them. ValueError for a damaged one."""
+    """Return name and classes from one of our own manifests, if there is one. Raises ValueError for a damaged one."""
     manifest = read_manifest(folder)
-    return (manifest.name or name, manifest.classes) if manifest else (name, ())
+    return (manifest.name or name, tuple(manifest.classes)) if manifest else (name, ())

@@ -1,4 +1,4 @@
-"""Images that are files of their own: find and count them."""
+"""Images in files of their own: which folder holds those of a split, and what else lies there."""
 
 import os
 from collections import Counter
@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.shards.tar import is_hidden
+from pipeline.text import plural, truncate_list
 from tools.shards.catalogue import Catalogue
-from tools.shards.file_kinds import is_image, kind
-from tools.shards.layouts.splits import one_of_split, split_of, visible_folders
+from tools.shards.images import is_image
+from tools.shards.layouts.splits import choose_split, mixed_splits, split_of, visible_folders
+from tools.shards.skipped_files import file_kind
 
-MOST_NAMES = 5
-# Folders of images and of what belongs to them, as in detection and segmentation data: no classes.
+# Folders of images and of what belongs to them, as in detection and segmentation data; they are no classes.
 IMAGE_FOLDERS = frozenset({"images", "image", "imgs", "img", "jpegimages", "jpegs", "photos", "pictures", "rgb"})
 SIDE_FOLDERS = frozenset(
     ("labels", "label", "annotations", "annotation", "masks", "mask", "groundtruth", "ground_truth", "gt", "segmentation",
@@ -19,10 +20,14 @@ SIDE_FOLDERS = frozenset(
 )  # fmt: skip
 
 
-def walk_images(root: Path, below: str, skipped: Counter[str], deep: bool = True) -> Iterator[tuple[str, int]]:
-    """`(path relative to root, bytes)` of every image file, in an order that does not depend on the file system.
+def are_no_classes(folders: list[str]) -> bool:
+    return {name.lower() for name in folders} <= IMAGE_FOLDERS | SIDE_FOLDERS
 
-    Other files are counted in `skipped` by kind. Links to folders are not followed: they may form loops. Without `deep`,
+
+def walk_images(root: Path, below: str, skipped: Counter[str], deep: bool = True) -> Iterator[tuple[str, int]]:
+    """Yield `(path relative to root, bytes)` of every image file, in an order that does not depend on the file system.
+
+    Counts other files in `skipped` by kind. Links to folders are not followed, because they can form loops. Without `deep`,
     folders are ignored.
     """
     with os.scandir(root / below) as scan:
@@ -39,21 +44,22 @@ def walk_images(root: Path, below: str, skipped: Counter[str], deep: bool = True
         elif is_image(entry.name) and not entry.name.startswith("."):
             yield name, entry.stat().st_size
         else:
-            skipped[kind(entry.name)] += 1
+            skipped[file_kind(entry.name)] += 1
 
 
 def add_images(catalogue: Catalogue, root: Path, below: str, label: int, skipped: Counter[str]) -> None:
-    """Add the images below `root/below` to the catalogue's first container."""
+    """Add the images below `root/below` to the first container of the catalogue."""
     for name, size in walk_images(root, below, skipped):
         catalogue.add(0, 0, size, label, name)
 
 
-def count_images(root: Path, skipped: Counter[str]) -> int:
-    """How many images lie directly in a folder."""
-    return sum(1 for _ in walk_images(root, "", skipped, deep=False))
+def count_images(folder: Path, skipped: Counter[str]) -> int:
+    """Return the number of images directly in a folder."""
+    return sum(1 for _ in walk_images(folder, "", skipped, deep=False))
 
 
 def has_images(folder: Path, deep: bool = True) -> bool:
+    """Return True at the first image, without listing the folder to its end, which takes long on a network disk."""
     folders = []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -65,70 +71,53 @@ def has_images(folder: Path, deep: bool = True) -> bool:
 
 
 def image_folders(root: Path) -> list[str]:
-    """The folders in `root` with images at any depth."""
+    """Return the folders in `root` with images at any depth."""
     return [name for name in visible_folders(root) if has_images(root / name)]
 
 
 def image_root(path: Path, split: str) -> Path | None:
-    """The folder whose folders are the classes of a split: `path` itself, or one below it named after the split or `images`.
+    """Return the folder whose folders are the classes of a split: `path`, or one below it named after the split or `images`.
 
-    None for a file. Raises ValueError where splits would be mixed, or where it is not clear whether a folder is a class.
+    None for a file. Raises ValueError where splits would be mixed, and where a folder can be a class as well as a split.
     """
     if not path.is_dir():
         return None
     root, chosen = path, False
-    while deeper := _step(root, split, chosen):
-        root, chosen = root / deeper, chosen or split_of(deeper) == split
+    while inner := _inner_root(root, split, chosen):
+        root, chosen = root / inner, chosen or split_of(inner) == split
     return root
 
 
-def _step(root: Path, split: str, chosen: bool) -> str:
-    """The folder in `root` to go on with, or ""."""
+def _inner_root(root: Path, split: str, chosen: bool) -> str:
+    """Return the folder in `root` to descend into, or "". `chosen`: the folder of the split is reached."""
     folders = image_folders(root)
-    splits = [name for name in folders if split_of(name)]
-    if not chosen and splits:
-        return _split_folder(root, folders, splits, split)
+    if not chosen:
+        ours, others = choose_split(folders, split, str(root))
+        if ours:
+            if others and not image_folders(root / ours):
+                raise mixed_splits(ours, others, str(root))
+            return ours
     if not folders or has_images(root, deep=False):
         return ""
     images = [name for name in folders if name.lower() in IMAGE_FOLDERS]
-    if len(images) == 1 and all(name in images or name.lower() in SIDE_FOLDERS for name in folders):
+    if len(images) == 1 and are_no_classes(folders):
         return images[0]
     if len(folders) > 1:
         return ""
-    # One folder: of the same split once more, or one around folders of splits, as many archives unpack.
-    inside = [] if chosen else [name for name in image_folders(root / folders[0]) if split_of(name)]
-    return folders[0] if inside or (chosen and split_of(folders[0]) == split) else ""
+    # A single folder: the same split again, or the parent of the splits, as many archives unpack.
+    holds_splits = not chosen and any(split_of(name) for name in image_folders(root / folders[0]))
+    return folders[0] if holds_splits or (chosen and split_of(folders[0]) == split) else ""
 
 
-def _split_folder(root: Path, folders: list[str], splits: list[str], split: str) -> str:
-    ours, others = one_of_split(splits, split, str(root)), [name for name in folders if name not in splits]
-    if not ours and not others:
-        raise ValueError(
-            f"{root}: no {split} images: the folders in it are {some(splits)}. Choose another --split, or give the folder "
-            f"that is to be the {split} split, such as {root / splits[0]}"
-        )
-    if not ours or (others and not image_folders(root / ours)):
-        raise ValueError(
-            f"{root}: the folder {ours or splits[0]} is named after a split and lies beside {some(others)}: give the folder "
-            "of one split, or rename it if it is a class"
-        )
-    return ours
-
-
-def notes_beside_split(path: Path, root: Path) -> list[str]:
-    """What lies in `path` beside the way to `root` and belongs to no split."""
+def notes_on_siblings(path: Path, root: Path) -> list[str]:
+    """Describe the images that lie between `path` and `root`, next to the folders that lead there, and belong to no split."""
     notes = []
     while root != path:
-        beside = [name for name in image_folders(root.parent) if name != root.name and not split_of(name)]
-        images = count_images(root.parent, Counter())
-        parts = [f"the folders {some(beside)}"] if beside else []
-        parts += [f"{images:,} images"] if images else []
+        siblings = [name for name in image_folders(root.parent) if name != root.name and not split_of(name)]
+        num_images = count_images(root.parent, Counter())
+        parts = [f"the folders {truncate_list(siblings)}"] if siblings else []
+        parts += [plural(num_images, "image")] if num_images else []
         if parts:
-            notes.append(f"left out beside {root.name}/: {' and '.join(parts)}")
+            notes.append(f"left out next to {root.name}/: {' and '.join(parts)}")
         root = root.parent
     return notes
-
-
-def some(names: list[str]) -> str:
-    """The first few, for a note."""
-    return ", ".join(names[:MOST_NAMES]) + (", ..." if len(names) > MOST_NAMES else "")
