@@ -47,9 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="make_shards", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     sample = commands.add_parser("sample", help="Cut the quickstart's tiles from photographs in installed packages.")
-    sample.add_argument(
-        "--out", type=Path, default=Path("shards/sample"), help="The output folder (default: %(default)s)."
-    )
+    sample.add_argument("--out", type=Path, default=Path("shards/sample"), help="Output folder (default: %(default)s).")
     sample.set_defaults(run=run_sample)
     add_convert(commands.add_parser("convert", help="Convert a data set to verified, indexed shards."))
     for name, run, text in (
@@ -72,9 +70,7 @@ def add_convert(command: argparse.ArgumentParser) -> None:
         help="A folder of images, of class folders or of tars; a tar; parquet files; or a data set as downloaded.",
     )  # fmt: skip
     add = command.add_argument_group("output").add_argument
-    add(
-        "--out", type=local_or_url, required=True, help="A folder or a prefix such as s3://B/P; shards go to OUT/SPLIT."
-    )
+    add("--out", type=local_or_url, required=True, help="A folder or a prefix like s3://B/P; shards go to OUT/SPLIT.")
     add("--staging", type=Path, metavar="DIR",
         help="Where shards for a store wait for their upload (default: a folder in $TMPDIR, deleted afterwards).")  # fmt: skip
     add("--num-shards", type=positive, default=0, help="Number of shards (default: of 256 MiB or 10,000 images each).")
@@ -122,9 +118,9 @@ def run_convert(parsed: argparse.Namespace) -> None:
     if parsed.official:
         with notify_after(2, f"computing the md5 of {parsed.source} ..."):
             print(f"official md5: {', '.join(check_official(parsed.source))}")
-    spool = parsed.out / parsed.split / RECORD_FOLDER / "spool" / "images.spool"
+    spools = parsed.out / parsed.split / RECORD_FOLDER / "spool"
     with notify_after(2, f"listing the images of {parsed.source} ..."):
-        source = open_source(parsed.source, parsed.split, parsed.layout, None if parsed.dry_run else spool)
+        source = open_source(parsed.source, parsed.split, parsed.layout, None if parsed.dry_run else spools)
         check_out_is_outside(source, parsed.out)
         parts = {parsed.split: source}
         if parsed.val_ratio:
@@ -137,7 +133,7 @@ def run_convert(parsed: argparse.Namespace) -> None:
         return
     results = [convert_and_report(part, parsed.out / split, split, options) for split, part in parts.items()]
     if all(result.complete for result in results):
-        delete_spool(spool)
+        delete_spool(spools)
         if store:
             upload_and_report(parsed, store, list(parts))
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from pipeline.shards.index import UNLABELLED, open_index
 from pipeline.shards.manifest import read_manifest, read_object
+from pipeline.shards.samples import Label
 from pipeline.text import truncate_list
-from tools.shards.catalogue import Source, normalized_name
+from tools.shards.catalogue import Source, check_class_names, normalized_name
 from tools.shards.writer import IDENTITY_NAME, RECORD_FOLDER
 
 INTEGER = re.compile(r"-?[0-9]{1,18}")
@@ -28,6 +29,22 @@ def class_order(names: Iterable[str]) -> list[str]:
     """Sort class names: as numbers when all are integers, so that 2 precedes 10; otherwise as text."""
     names = list(names)
     return sorted(names, key=lambda name: (int(name), name)) if are_integers(names) else sorted(names)
+
+
+def number_labels(labels: list[Label], where: str) -> tuple[list[int], tuple[str, ...]]:
+    """Replace labels that are names by numbers in the order of the names; returns the names too, () where there are none.
+
+    Raises ValueError where some labels are names and others numbers.
+    """
+    names = class_order({label for label in labels if isinstance(label, str)})
+    numbers = (label for label in labels if isinstance(label, int) and label != UNLABELLED)
+    if names and (number := next(numbers, None)) is not None:
+        raise ValueError(
+            f"{where}: labels are numbers ({number}) as well as names ({names[0]!r}): use one of them for all"
+        )
+    check_class_names(names, where)
+    number_of: dict[Label, int] = {name: number for number, name in enumerate(names)}
+    return [int(number_of.get(label, label)) for label in labels], tuple(names)
 
 
 def adopt_classes(source: Source, out: Path, split: str) -> Source:

@@ -149,7 +149,7 @@ def _run_workers(conversion: Conversion, shards: range, options: ConvertOptions)
             while pending:
                 finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
                 written += sum(future.result() for future in finished)
-                images, num_bytes, rejects = counts.totals()
+                images, num_bytes, rejects = counts.totals[:]
                 passed = max(time.monotonic() - start, 1e-6)
                 speed = f"{images / passed:,.0f} images/s · {num_bytes / MB / passed:,.0f} MB/s"
                 progress.show(images, f"{speed} · {rejects} rejected")
@@ -163,7 +163,7 @@ def _run_workers(conversion: Conversion, shards: range, options: ConvertOptions)
     except BrokenProcessPool:
         raise ValueError("a worker was killed (out of memory?): run the same command with fewer --workers") from None
     finally:
-        counts.stop()
+        counts.stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
 
 

@@ -48,15 +48,9 @@ ORIENTATION_TAG = 0x0112
 # Not ImageOps.exif_transpose: it rewrites the EXIF block too, and fails on a damaged one although the pixels are sound.
 TURNS = "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"
 TRANSPOSE = {orientation: Image.Transpose[name] for orientation, name in enumerate(TURNS, 2)}
-MODE_CHANGES = {
-    "F": "float",
-    "I": "32-bit",
-    "P": "palette",
-    "1": "1-bit",
-    "RGBA": "alpha",
-    "LA": "alpha",
-    "PA": "alpha",
-}
+MODE_CHANGES = {"F": "float", "I": "32-bit", "P": "palette", "1": "1-bit"} | dict.fromkeys(
+    ("RGBA", "LA", "PA"), "alpha"
+)
 
 PNG_SIGNATURE, PNG_DEPTH_BYTE = b"\x89PNG\r\n\x1a\n", 24
 CRITICAL_CHUNKS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
@@ -128,23 +122,24 @@ def _check(content: bytes, name: str, policy: ImagePolicy, with_sums: bool) -> C
 
 
 def _check_with_pillow(content: bytes, name: str, policy: ImagePolicy) -> CheckedImage:
+    with _rejecting_damage(), _open(content) as image:
+        width, height = image.size
+        if width * height > policy.max_pixels:
+            raise RejectedImageError(f"{width}x{height} pixels, allowed {policy.max_pixels:,} (--max-pixels)")
+        changes = _needed_changes(image, content, name, policy)
+        if set(changes) <= {"misnamed"}:
+            return CheckedImage(content, "png" if image.format == "PNG" else "jpg", height, width, tuple(changes))
+        return _rewrite(image, changes, policy)
+
+
+def _open(content: bytes) -> Image.Image:
     is_iso_media = content[4:8] == b"ftyp"  # HEIC and AVIF use the box format of MP4 (ISO/IEC 14496-12)
     formats = (*FORMATS, _heic_format()) if HEIC_IS_READ and is_iso_media else FORMATS
-    with _rejecting_damage():
-        try:
-            opened = Image.open(io.BytesIO(content), formats=formats)
-        except Image.UnidentifiedImageError:
-            is_heic = is_iso_media and not HEIC_IS_READ
-            hint = "; it may be HEIC: pip install pillow-heif adds support" if is_heic else ""
-            raise RejectedImageError(f"not an image (allowed: {', '.join(formats)}){hint}") from None
-        with opened as image:
-            width, height = image.size
-            if width * height > policy.max_pixels:
-                raise RejectedImageError(f"{width}x{height} pixels, allowed {policy.max_pixels:,} (--max-pixels)")
-            changes = _needed_changes(image, content, name, policy)
-            if set(changes) <= {"misnamed"}:
-                return CheckedImage(content, "png" if image.format == "PNG" else "jpg", height, width, tuple(changes))
-            return _rewrite(image, changes, policy)
+    try:
+        return Image.open(io.BytesIO(content), formats=formats)
+    except Image.UnidentifiedImageError:
+        hint = "; it may be HEIC: pip install pillow-heif adds support" if is_iso_media and not HEIC_IS_READ else ""
+        raise RejectedImageError(f"not an image (allowed: {', '.join(formats)}){hint}") from None
 
 
 @contextmanager
@@ -239,9 +234,7 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
     low, high = values.min(), values.max()
     if values.dtype.kind == "f":
         if not (low >= 0 and high <= 255):  # rejects NaN too
-            raise RejectedImageError(
-                f"float values of {low:g}..{high:g}, allowed are 0..1 and 0..255: scale them first"
-            )
+            raise RejectedImageError(f"float values of {low:g}..{high:g}, allowed are 0..1 and 0..255: scale them")
         return np.rint(values * (255 if high <= 1 else 1)).astype(np.uint8)
     if not 0 <= low <= high <= 0xFFFF:
         raise RejectedImageError(f"integers of {low}..{high}, allowed are 0..65535: scale them to 8 or 16 bits first")

@@ -200,21 +200,14 @@ class SharedCounts:
     """Images, bytes and rejects so far, shared by all processes; the parent also uses it to stop them."""
 
     def __init__(self, context: BaseContext) -> None:
-        self._numbers = context.Array("q", 4)
+        self.totals, self.stop = context.Array("q", 3), context.Event()
 
-    def add(self, images: int, num_bytes: int, rejects: int) -> None:
-        with self._numbers.get_lock():
-            if self._numbers[3]:
-                raise InterruptedError("stopped")
-            for place, more in enumerate((images, num_bytes, rejects)):
-                self._numbers[place] += more
-
-    def totals(self) -> tuple[int, int, int]:
-        images, num_bytes, rejects = self._numbers[:3]
-        return images, num_bytes, rejects
-
-    def stop(self) -> None:
-        self._numbers[3] = 1
+    def add(self, *more: int) -> None:
+        if self.stop.is_set():
+            raise InterruptedError("stopped")
+        with self.totals.get_lock():
+            for place, number in enumerate(more):
+                self.totals[place] += number
 
 
 def write_shard(conversion: Conversion, shard: int, counts: SharedCounts) -> None:

@@ -24,7 +24,7 @@ UNPICKLING_ERRORS = (
 )  # fmt: skip
 
 
-def open_cifar(path: Path, split: str, spool: Path | None) -> Source | None:
+def open_cifar(path: Path, split: str, spools: Path | None) -> Source | None:
     """Open an archive; of two in one folder the binary one, which needs no unpickling."""
     candidates = [path] if path.is_file() else sorted(path.glob("cifar-*.tar.gz"))
     archive = next((file for file in candidates if ARCHIVE.fullmatch(file.name)), None)

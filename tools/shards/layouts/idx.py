@@ -15,7 +15,7 @@ PREFIX = {"train": "train", "val": "t10k"}
 CLOTHES = "t-shirt/top, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle-boot"
 
 
-def open_idx(path: Path, split: str, spool: Path | None) -> Source | None:
+def open_idx(path: Path, split: str, spools: Path | None) -> Source | None:
     files = _images_and_labels(path, split)
     if "images" not in files:
         return None

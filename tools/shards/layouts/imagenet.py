@@ -16,8 +16,8 @@ import numpy as np
 from pipeline.shards.tar import tar_members
 from tools.shards.catalogue import Catalogue, FileRanges, LooseFiles, Source, check_class_names
 from tools.shards.layouts.archives import read_tgz
+from tools.shards.layouts.folders import add_images, walk_images
 from tools.shards.layouts.splits import visible_folders
-from tools.shards.layouts.walk import add_images, walk_images
 
 ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 DEVKIT, META, GROUND_TRUTH = "ILSVRC2012_devkit_t12", "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
@@ -45,7 +45,7 @@ def label_order(wnids: list[str]) -> list[str]:
     return usual if set(wnids) <= set(usual) else sorted(wnids)
 
 
-def open_imagenet_val(path: Path, split: str, spool: Path | None) -> Source | None:
+def open_imagenet_val(path: Path, split: str, spools: Path | None) -> Source | None:
     archive = path if path.name == ARCHIVES["val"] else path / ARCHIVES["val"]
     if split != "val" or not archive.is_file():
         return None
@@ -96,7 +96,7 @@ def _read_synsets(content: bytes, where: str) -> dict[int, str]:
         raise ValueError(f"{where}: {META} is not the devkit's MATLAB file ({error}): download it again") from None
 
 
-def open_kaggle(path: Path, split: str, spool: Path | None) -> Source | None:
+def open_kaggle(path: Path, split: str, spools: Path | None) -> Source | None:
     """Take train labels from the folders, val labels from LOC_val_solution.csv, the order from LOC_synset_mapping.txt."""
     candidates = (path, path.parent, *path.parents[1:3])
     root = next((folder for folder in candidates if (folder / KAGGLE_IMAGES).is_dir()), None)

@@ -4,6 +4,7 @@ Shards hold images in random order, but parquet is decoded one row group, hundre
 copied unchanged into one spool file next to the shards, once; it is deleted when the split is complete.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pipeline.shards.samples import Label, label_of
 from pipeline.shards.tar import is_hidden
 from pipeline.text import plural, truncate_list
 from tools.shards.catalogue import Catalogue, FileRanges, Source, check_class_names
+from tools.shards.classes import number_labels
 from tools.shards.layouts.splits import files_of_split, plain_name
 from tools.shards.writer import folder_lock, partial_file
 
@@ -39,53 +41,36 @@ class Columns:
     names: tuple[str, ...]
 
 
-@dataclass
 class SpooledImages:
-    """The images of all files in one spool file. `spool` None, for a dry run: no image is copied, and sizes are estimates."""
+    """The images of all files, copied to one spool file in `folder` on first use."""
 
-    files: list[Path]
-    column: str
-    spool: Path | None
-    _ranges: FileRanges | None = None
+    def __init__(self, files: list[Path], column: str, folder: Path) -> None:
+        self.files, self.column = files, column
+        key = hashlib.sha256(str([(path.name, path.stat().st_size) for path in files]).encode()).hexdigest()[:16]
+        self.spool = folder / f"{key}.spool"
+        self._ranges: FileRanges | None = None
 
     def read(self, offset: int, size: int, name: str) -> bytes:
-        assert self.spool is not None
         if self._ranges is None:
-            self._fill(self.spool)
+            self._fill()
             self._ranges = FileRanges(self.spool)
         return self._ranges.read(offset, size, name)
 
-    def sizes(self) -> list[np.ndarray]:
-        """Return the size of each image, one array per file; copies the images unless that was done before."""
-        if self.spool is None:
-            rows = [open_file(path).metadata.num_rows for path in self.files]
-            return [np.full(n, path.stat().st_size // max(n, 1)) for path, n in zip(self.files, rows, strict=True)]
-        stored = self._stored_sizes(self.spool)
-        if not stored:
-            self.spool.unlink(missing_ok=True)  # that of other files
-            self._fill(self.spool)
-            stored = self._stored_sizes(self.spool)
-        return stored
-
-    def _stored_sizes(self, spool: Path) -> list[np.ndarray]:
-        path, keys = spool.with_suffix(".npz"), self._keys()
+    def sizes(self) -> list[list[int]]:
+        """Return the size of each image, one list per file; copies the images unless that was done before."""
+        path = self.spool.with_suffix(".npz")
         if not path.exists():
-            return []
+            self._fill()
         with np.load(path, allow_pickle=False) as arrays:
-            return [arrays[key] for key in keys] if arrays.files == keys else []
+            return [arrays[name].tolist() for name in arrays.files]
 
-    def _keys(self) -> list[str]:
-        return [f"{number} {path.name} {path.stat().st_size}" for number, path in enumerate(self.files)]
-
-    def _fill(self, spool: Path) -> None:
-        with folder_lock(spool.parent):  # one process copies, the others wait for it
-            if spool.exists():
-                return
-            with partial_file(spool) as file:
-                sizes = [np.array(list(map(file.write, self._contents(path))), np.int64) for path in self.files]
-                stored: Any = dict(zip(self._keys(), sizes, strict=True))
-                with partial_file(spool.with_suffix(".npz")) as sizes_file:
-                    np.savez(sizes_file, **stored)
+    def _fill(self) -> None:
+        with folder_lock(self.spool.parent):  # one process copies, the others wait for it
+            if not self.spool.exists():
+                with partial_file(self.spool) as file:
+                    sizes = [np.array(list(map(file.write, self._contents(path))), np.int64) for path in self.files]
+                    with partial_file(self.spool.with_suffix(".npz")) as sizes_file:
+                        np.savez(sizes_file, *sizes)
 
     def _contents(self, path: Path) -> Iterator[bytes]:
         """Yield the image of each row, b"" for a row without one. Raises ValueError for a file without any image."""
@@ -100,13 +85,14 @@ class SpooledImages:
             )
 
 
-def delete_spool(spool: Path) -> None:
+def delete_spool(folder: Path) -> None:
     """Free the disk space. The small file of sizes stays, so that a later run does not copy the images to learn them."""
-    spool.unlink(missing_ok=True)
+    for spool in folder.glob("*.spool"):
+        spool.unlink()
 
 
-def open_parquet(path: Path, split: str, spool: Path | None) -> Source | None:
-    """Open one file, or those of a folder at any depth. Without `spool`, for a dry run, no image is copied."""
+def open_parquet(path: Path, split: str, spools: Path | None) -> Source | None:
+    """Open one file, or those of a folder at any depth. Without `spools`, for a dry run, no image is copied."""
     if path.is_file():
         files = [path] if path.suffix == ".parquet" else []
     else:
@@ -124,24 +110,30 @@ def open_parquet(path: Path, split: str, spool: Path | None) -> Source | None:
     if len(tops) > 1:
         raise ValueError(f"{path}: parquet files of several sets, {truncate_list(sorted(tops))}: convert one of them")
     labels, classes = read_labels(files, columns) if columns.label else ([], ())
-    images = SpooledImages(files, columns.image, spool)
-    catalogue, offset = Catalogue([images]), 0
-    for number, (file, sizes) in enumerate(zip(files, images.sizes(), strict=True)):
+    images = SpooledImages(files, columns.image, spools) if spools else None
+    catalogue, offset = Catalogue([images] if images else []), 0
+    for file, sizes in zip(files, images.sizes() if images else map(_estimated_sizes, files), strict=True):
         name = file.name if file == path else str(file.relative_to(path))  # two folders can have files of one name
-        for row, size in enumerate(sizes.tolist()):
-            catalogue.add(0, offset, size, int(labels[number][row]) if labels else UNLABELLED, f"{name}/{row:06d}")
+        for row, size in enumerate(sizes):
+            label = labels[len(catalogue)] if labels else UNLABELLED
+            catalogue.add(0, offset, size, label, f"{name}/{row:06d}")
             offset += size
-    labels_from = (
-        f"labels from {columns.label}" if columns.label else f"no labels: no column is called {', '.join(LABEL_NAMES)}"
-    )
+    unlabelled = f"no labels: no column is called {', '.join(LABEL_NAMES)}"
+    labels_from = f"labels from {columns.label}" if columns.label else unlabelled
     notes = [plural(len(files), "parquet file"), f"images from the column {columns.image}, {labels_from}"]
     if num_others:
         notes.append(f"{num_others} without images are left out")
     return Source("parquet", plain_name(path), catalogue, classes, notes=tuple(notes))
 
 
+def _estimated_sizes(path: Path) -> list[int]:
+    """Return the mean size of a row, once per row."""
+    num_rows = open_file(path).metadata.num_rows
+    return [path.stat().st_size // max(num_rows, 1)] * num_rows
+
+
 def open_file(path: Path) -> Any:
-    """Raises ValueError for a file that is not parquet, and where pyarrow is not installed."""
+    """Open with pyarrow. Raises ValueError for a file that is not parquet, and where pyarrow is not installed."""
     try:
         parquet = import_module("pyarrow.parquet")
     except ModuleNotFoundError:
@@ -206,24 +198,18 @@ def read_column(path: Path, column: str, batch_rows: int) -> Iterator[Any]:
         raise ValueError(f"{where}: cannot be read ({_first_line(error)}). Copy or download it again") from None
 
 
-def read_labels(files: list[Path], columns: Columns) -> tuple[list[np.ndarray], tuple[str, ...]]:
-    """Return the labels of each file, `[rows] int32`, and the classes. Labels that are names are numbered in their order.
+def read_labels(files: list[Path], columns: Columns) -> tuple[list[int], tuple[str, ...]]:
+    """Return the label of each row of all files, and the classes.
 
     Raises ValueError with file, column and row for a value that is no label.
     """
-    labels_of = [_labels_of_file(path, columns.label) for path in files]
-    texts = sorted({label for labels in labels_of for label in labels if isinstance(label, str)})
     where = f"{files[0].parent}: column {columns.label}"
-    highest = max((label for labels in labels_of for label in labels if isinstance(label, int)), default=UNLABELLED)
-    if texts and highest != UNLABELLED:
-        raise ValueError(f"{where}: holds numbers ({highest}) as well as names ({texts[0]!r}): use one of them for all")
-    if columns.names and highest >= len(columns.names):
-        names = f"the metadata name {len(columns.names)} classes"
-        raise ValueError(f"{where}: label {highest}, but {names}: damaged or changed")
-    classes = tuple(texts) or columns.names
-    check_class_names(classes, where)
-    numbers: dict[Label, int] = {name: number for number, name in enumerate(texts)}
-    return [np.array([numbers.get(label, label) for label in labels], np.int32) for labels in labels_of], classes
+    labels, names = number_labels([label for path in files for label in _labels_of_file(path, columns.label)], where)
+    check_class_names(columns.names, where)
+    if columns.names and not names and max(labels, default=UNLABELLED) >= len(columns.names):
+        count = f"the metadata name {len(columns.names)} classes"
+        raise ValueError(f"{where}: label {max(labels)}, but {count}: damaged or changed")
+    return labels, names or columns.names
 
 
 def _labels_of_file(path: Path, column: str) -> list[Label]:

@@ -13,16 +13,22 @@ from pipeline.text import plural, truncate_list
 from tools.shards.catalogue import Source
 from tools.shards.images import is_image
 from tools.shards.layouts.cifar import open_cifar
-from tools.shards.layouts.folders import folders_are_classes, open_flat, open_folders
+from tools.shards.layouts.folders import (
+    folders_are_classes,
+    image_folders,
+    image_root,
+    open_flat,
+    open_folders,
+    walk_images,
+)
 from tools.shards.layouts.idx import open_idx
 from tools.shards.layouts.imagenet import open_imagenet_val, open_kaggle
 from tools.shards.layouts.parquet import open_parquet
 from tools.shards.layouts.tars import open_tars
-from tools.shards.layouts.walk import image_folders, image_root, walk_images
 from tools.shards.skipped_files import describe_compression, describe_no_images
 
 # In the order in which they are tried. Each lists the images of one split of a path, and returns None when the path has
-# another layout. The third argument is the file in which `parquet` keeps images, None for a dry run.
+# another layout. The third argument is the folder in which `parquet` spools images, None for a dry run.
 LAYOUTS: dict[str, Callable[[Path, str, Path | None], Source | None]] = {
     "imagenet-val": open_imagenet_val,
     "kaggle": open_kaggle,
@@ -36,7 +42,7 @@ LAYOUTS: dict[str, Callable[[Path, str, Path | None], Source | None]] = {
 FILES_OF = {"parquet": "parquet files", "tars": "tars"}  # layouts whose files can lie next to folders of images
 
 
-def open_source(path: Path, split: str, layout: str = "auto", spool: Path | None = None) -> Source:
+def open_source(path: Path, split: str, layout: str = "auto", spools: Path | None = None) -> Source:
     """List every image of one split.
 
     Raises FileNotFoundError when nothing is there, ValueError when the path has no known layout, or not the requested one.
@@ -47,7 +53,7 @@ def open_source(path: Path, split: str, layout: str = "auto", spool: Path | None
     if layout == "auto" and not folders_are_classes(path, split):
         tried.remove("folders")
     for name in tried:
-        if source := LAYOUTS[name](path, split, spool):
+        if source := LAYOUTS[name](path, split, spools):
             if not len(source.catalogue):
                 raise ValueError(f"{path}: no {split} images: {describe_no_images(source.skipped)}")
             if layout == "auto" and name in FILES_OF and path.is_dir() and (folders := image_folders(path)):
