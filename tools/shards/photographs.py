@@ -68,7 +68,8 @@ def tile_corners(height: int, width: int, split: str, seed: int) -> list[tuple[i
     first, last = (0, val_start - GAP - TILE) if split == "train" else (val_start, width - TILE)
     rows, columns = height - TILE + 1, last - first + 1
     draws = np.random.Philox(key=[seed, split == "val"]).random_raw(rows * columns)
-    corners = np.argsort(draws, kind="stable")[: NUM_TILES[split]].tolist()
+    smallest = np.argpartition(draws, NUM_TILES[split])[: NUM_TILES[split]]  # sorting all takes seconds
+    corners = smallest[np.argsort(draws[smallest])].tolist()
     return [(corner // columns, first + corner % columns) for corner in corners]
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -12,9 +13,18 @@ from reading import folder_bytes, run_convert
 from tools.make_shards import main
 
 
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a source, `in`, and of its shards, `out`."""
+    root = tmp_path_factory.mktemp("side_files")
+    run_convert(sources.class_folders(root / "in"), root / "out", "--num-shards", "2")
+    return root
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return run_convert(sources.class_folders(tmp_path / "in"), tmp_path / "out", "--num-shards", "2")
+def folder(converted: Path, tmp_path: Path) -> Path:
+    shutil.copytree(converted, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "out" / "train"
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
