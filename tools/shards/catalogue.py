@@ -171,9 +171,3 @@ def check_class_names(names: Iterable[str], where: str) -> None:
             both = f"{seen[key]!r} and {name!r}"
             raise ValueError(f"{where}: two classes with one name, {both}: rename or merge one of them")
         seen[key] = name
-
-
-def check_labels(labels: np.ndarray, classes: Sequence[str], where: str) -> None:
-    """Raise ValueError for a label without a class."""
-    if classes and len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
-        raise ValueError(f"{where}: labels {labels.min()}..{labels.max()} for {len(classes)} classes: wrong archive")

@@ -13,7 +13,7 @@ from pipeline.shards.index import UNLABELLED, open_index
 from pipeline.shards.manifest import read_manifest, read_object
 from pipeline.shards.samples import Label
 from pipeline.text import truncate_list
-from tools.shards.catalogue import Source, check_class_names, normalized_name
+from tools.shards.catalogue import Source, normalized_name
 from tools.shards.writer import IDENTITY_NAME, RECORD_FOLDER
 
 INTEGER = re.compile(r"-?[0-9]{1,18}")
@@ -42,7 +42,6 @@ def number_labels(labels: list[Label], where: str) -> tuple[list[int], tuple[str
         raise ValueError(
             f"{where}: labels are numbers ({number}) as well as names ({names[0]!r}): use one of them for all"
         )
-    check_class_names(names, where)
     number_of: dict[Label, int] = {name: number for number, name in enumerate(names)}
     return [int(number_of.get(label, label)) for label in labels], tuple(names)
 

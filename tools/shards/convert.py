@@ -47,7 +47,7 @@ IN_WORDS = {"source": "the images, or --val-ratio,", "prefix": "the name of the 
 
 @dataclass(frozen=True)
 class ConvertResult:
-    """What one call of `convert` did.
+    """The result of one call of `convert`.
 
     `complete`: all shards of the split exist, including those of other tasks. `left_out`: bad images, in the entire split
     when it is complete, else in this task's shards.

@@ -1,4 +1,4 @@
-"""What is written is read back by others: DALI, webdataset, timm, Pillow; and checked by `verify`."""
+"""Other readers (DALI, webdataset, timm, Pillow) and `verify` read back what is written."""
 
 import io
 import json

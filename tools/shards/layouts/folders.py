@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.shards.index import UNLABELLED
 from pipeline.shards.tar import is_hidden
 from pipeline.text import plural, truncate_list
-from tools.shards.catalogue import Catalogue, LooseFiles, Source, check_class_names
+from tools.shards.catalogue import Catalogue, LooseFiles, Source
 from tools.shards.classes import class_order
 from tools.shards.images import is_image
 from tools.shards.layouts.splits import (
@@ -147,7 +147,6 @@ def open_folders(path: Path, split: str, spools: Path | None) -> Source | None:
     if root is None or not image_folders(root):
         return None
     classes = class_order(visible_folders(root))
-    check_class_names(classes, str(root))
     catalogue, skipped = Catalogue([LooseFiles(root)]), Counter[str]()
     num_loose = count_images(root, skipped)
     for label, name in enumerate(classes):

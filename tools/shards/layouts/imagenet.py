@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.shards.tar import tar_members
-from tools.shards.catalogue import Catalogue, FileRanges, LooseFiles, Source, check_class_names
+from tools.shards.catalogue import Catalogue, FileRanges, LooseFiles, Source
 from tools.shards.layouts.archives import read_tgz
 from tools.shards.layouts.folders import add_images, walk_images
 from tools.shards.layouts.splits import visible_folders
@@ -79,7 +79,6 @@ def _read_devkit(folder: Path) -> tuple[dict[int, str], list[int]]:
     wnids = _read_synsets(files[META], str(archive))
     if unknown := sorted(set(truth) - wnids.keys()):
         raise ValueError(f"{archive}: {GROUND_TRUTH} uses ILSVRC2012_ID {unknown[0]}, not in {META}: wrong devkit")
-    check_class_names(wnids.values(), str(archive))
     return wnids, truth
 
 
@@ -128,7 +127,6 @@ def _synset_mapping(mapping: Path, folders: list[str]) -> tuple[list[str], list[
         return label_order(folders), []
     lines = [line.partition(" ") for line in mapping.read_text(encoding="utf-8").splitlines() if line.strip()]
     wnids = [wnid for wnid, _, _ in lines]
-    check_class_names(wnids, str(mapping))
     return wnids, [words for _, _, words in lines]
 
 

@@ -18,7 +18,7 @@ from pipeline.shards.index import UNLABELLED
 from pipeline.shards.samples import Label, label_of
 from pipeline.shards.tar import is_hidden
 from pipeline.text import plural, truncate_list
-from tools.shards.catalogue import Catalogue, FileRanges, Source, check_class_names
+from tools.shards.catalogue import Catalogue, FileRanges, Source
 from tools.shards.classes import number_labels
 from tools.shards.layouts.splits import files_of_split, plain_name
 from tools.shards.writer import folder_lock, partial_file
@@ -205,7 +205,6 @@ def read_labels(files: list[Path], columns: Columns) -> tuple[list[int], tuple[s
     """
     where = f"{files[0].parent}: column {columns.label}"
     labels, names = number_labels([label for path in files for label in _labels_of_file(path, columns.label)], where)
-    check_class_names(columns.names, where)
     if columns.names and not names and max(labels, default=UNLABELLED) >= len(columns.names):
         count = f"the metadata name {len(columns.names)} classes"
         raise ValueError(f"{where}: label {max(labels)}, but {count}: damaged or changed")

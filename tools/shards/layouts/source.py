@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.shards.index import UNLABELLED
 from pipeline.shards.tar import tar_kind
 from pipeline.text import plural, truncate_list
-from tools.shards.catalogue import Source
+from tools.shards.catalogue import Source, check_class_names
 from tools.shards.images import is_image
 from tools.shards.layouts.cifar import open_cifar
 from tools.shards.layouts.folders import (
@@ -61,6 +61,7 @@ def open_source(path: Path, split: str, layout: str = "auto", spools: Path | Non
                     f"{path}: images lie in {FILES_OF[name]} and in the folders {truncate_list(folders)} next to them: "
                     f"choose --layout {name}, folders or flat"
                 )
+            check_class_names(source.classes, str(path))
             return _with_checked_labels(source, path)
     if path.is_file() and (packed := describe_compression(path)):
         raise ValueError(f"{path}: {packed}")
@@ -72,10 +73,10 @@ def open_source(path: Path, split: str, layout: str = "auto", spools: Path | Non
 def _with_checked_labels(source: Source, path: Path) -> Source:
     """Add a note where all images have one label. Raises ValueError for a label without a class."""
     labels = np.asarray(source.catalogue.label)
-    highest = int(labels.max())
-    if source.classes and highest >= len(source.classes):
-        classes = f"{len(source.classes)} classes"
-        raise ValueError(f"{path}: label {highest} for {classes}: the class list is of another data set")
+    lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < UNLABELLED or (source.classes and highest >= len(source.classes)):
+        wrong, classes = lowest if lowest < UNLABELLED else highest, f"{len(source.classes)} classes"
+        raise ValueError(f"{path}: label {wrong} for {classes}: damaged, or the class list is of another data set")
     if source.layout != "folders" and highest != UNLABELLED and (labels == highest).all():
         note = f"all images have one label, {highest}: accuracies will mean nothing"
         return replace(source, notes=(*source.notes, note))

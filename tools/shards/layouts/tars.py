@@ -194,7 +194,6 @@ def _label_by_folder(catalogue: Catalogue, where: str, unlabelled: str) -> Label
     classes = class_order(set(folders))
     if are_no_classes(classes):
         return (), f"{unlabelled}: the folders {truncate_list(classes)} are not classes"
-    check_class_names(classes, where)
     check_no_splits(names, common, where)
     labels = {name: label for label, name in enumerate(classes)}
     catalogue.label = array("i", map(labels.__getitem__, folders))
