@@ -33,7 +33,7 @@ MAY_IMPORT = {
         "model.defaults",
     },
     "tools": {"pipeline", "model", "train", "tools"},
-    "tools.shards": {"pipeline", "tools.shards", "train.command", "train.output.display"},
+    "tools.shards": {"pipeline", "tools.shards", "tools.own_process", "train.command", "train.output.display"},
 }
 
 

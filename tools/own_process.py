@@ -1,13 +1,18 @@
 """Subprocesses for work whose threads, allocator and peak memory must not mix with the caller's."""
 
+import ctypes
 import multiprocessing
+import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
 
-from tools.shards.convert import die_with_parent
-
 T = TypeVar("T")
+
+
+def die_with_parent() -> None:
+    """Have Linux kill this process when its parent dies, so that no orphan keeps writing (prctl PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def isolated_executor(preload: str) -> ProcessPoolExecutor:

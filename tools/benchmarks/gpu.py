@@ -39,7 +39,7 @@ from tools.benchmarks.photographs import benchmark_shards
 from tools.benchmarks.step import ENCODERS, MASKED_IMAGES, make_steps, mask_steps
 from tools.checks.check import Case, examine
 from tools.checks.gpu import GPU_CHECKS, driver_version
-from tools.shards.convert import die_with_parent
+from tools.own_process import die_with_parent
 from train.checkpoint import CheckpointWriter
 from train.config.load import load_config
 from train.config.schema import Config

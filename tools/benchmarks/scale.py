@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from tarfile import BLOCKSIZE as BLOCK
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from pipeline.shards.index import INDEX_NAME, SAMPLE_DTYPE, open_index, save_ind
 from pipeline.window import WINDOW_ROWS
 from tools.benchmarks.measure import resident_bytes, table
 from tools.own_process import run_in_subprocess
-from tools.shards.writer import BLOCK, tar_header
+from tools.shards.writer import tar_header
 
 LARGER = (10_000_000, 100_000_000, 1_000_000_000)
 SAMPLE_STRIDE = 110_592  # bytes from one sample to the next, as with ImageNet's photographs

@@ -1,4 +1,4 @@
-"""What a source holds: one row per image, and how to read that image's bytes."""
+"""The content of a source: one row per image, and how to read the bytes of that image."""
 
 import hashlib
 import math
@@ -6,12 +6,13 @@ import os
 import unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from PIL import Image
 
 from tools.shards.images import encode_png
 
@@ -19,14 +20,14 @@ MAX_SAMPLES = 1 << 31  # labels, shards and rows are int32 in the index
 
 
 class Container(Protocol):
-    """A place that images are read from."""
+    """Something that images are read from."""
 
     def read(self, offset: int, size: int, name: str) -> bytes: ...
 
 
 @dataclass
 class LooseFiles:
-    """Images that are files of their own below `root`."""
+    """Images in files of their own below `root`."""
 
     root: Path
 
@@ -37,7 +38,7 @@ class LooseFiles:
 
 @dataclass
 class FileRanges:
-    """Images that are byte ranges of one file (a tar, a nested tar, a spool): read in place, never extracted."""
+    """Images that are byte ranges of one file, such as a tar or a tar inside it; read in place, never extracted."""
 
     path: Path
     _descriptor: int = field(default=-1, repr=False)
@@ -54,33 +55,29 @@ class FileRanges:
 
 @dataclass
 class ImageArray:
-    """Raw pixels in memory, `[N, H, W]` or `[N, H, W, 3]` uint8, returned as PNG. `offset` is the row."""
+    """Pixels in memory, `[N, H, W]` or `[N, H, W, 3]` uint8, returned as PNG. `offset` is the row."""
 
     pixels: np.ndarray
 
     def read(self, offset: int, size: int, name: str) -> bytes:
-        return encode_png(self.pixels[offset])
+        return encode_png(Image.fromarray(self.pixels[offset]))
 
 
 class Catalogue:
-    """All images of one split, in the source's own fixed order. About 40 bytes each, so 1.3 M images take 50 MB."""
+    """All images of one split, in the fixed order of the source. Takes about 40 bytes per image."""
 
-    def __init__(self, containers: list[Container] | None = None) -> None:
-        self.containers: list[Container] = containers or []
-        self.container = array("i")
-        self.offset = array("q")
-        self.size = array("q")
-        self.label = array("i")
-        self._names = bytearray()
-        self._name_ends = array("q")
+    def __init__(self, containers: Sequence[Container]) -> None:
+        self.containers = containers
+        self.container, self.label = array("i"), array("i")
+        self.offset, self.size = array("q"), array("q")
+        self._names, self._name_ends = bytearray(), array("q")
 
     @staticmethod
-    def of_pixels(pixels: np.ndarray, labels: list[int], names: Iterable[str] = ()) -> "Catalogue":
-        """Images of `[N, H, W]` or `[N, H, W, 3]` uint8; named by their row unless names are given."""
+    def of_pixels(pixels: np.ndarray, labels: Sequence[int], names: Iterable[str] = ()) -> "Catalogue":
+        """Build a catalogue of `[N, H, W]` or `[N, H, W, 3]` uint8; images without names are named by their row."""
         catalogue, size = Catalogue([ImageArray(pixels)]), math.prod(pixels.shape[1:])
-        for row, (label, name) in enumerate(
-            zip(labels, names or (f"{row:06d}" for row in range(len(labels))), strict=True)
-        ):
+        names = names or (f"{row:06d}" for row in range(len(labels)))
+        for row, (label, name) in enumerate(zip(labels, names, strict=True)):
             catalogue.add(0, row, size, label, name)
         return catalogue
 
@@ -98,7 +95,7 @@ class Catalogue:
         self._name_ends.append(len(self._names))
 
     def subset(self, rows: Iterable[int]) -> "Catalogue":
-        """Some of the images, in the order of `rows`; the containers are shared."""
+        """Return some of the images, in the order of `rows`; the containers are shared."""
         part = Catalogue(self.containers)
         for row in rows:
             part.add(self.container[row], self.offset[row], self.size[row], self.label[row], self.name(row))
@@ -108,15 +105,14 @@ class Catalogue:
         start = self._name_ends[row - 1] if row else 0
         return self._names[start : self._name_ends[row]].decode("utf-8", "surrogateescape")
 
+    def names(self) -> list[str]:
+        return [self.name(row) for row in range(len(self))]
+
     def read(self, row: int) -> bytes:
         return self.containers[self.container[row]].read(self.offset[row], self.size[row], self.name(row))
 
-    def num_bytes(self, max_bytes: int) -> int:
-        """The size of all images that are not above the limit."""
-        return sum(size for size in self.size if size <= max_bytes)
-
     def digest(self) -> str:
-        """What the shards depend on: order, sizes, labels and names, but not where the source lies."""
+        """Return what the shards depend on: order, sizes, labels and names, but not where the source is stored."""
         digest = hashlib.sha256(self.size.tobytes())
         digest.update(self.label.tobytes())
         digest.update(self._names)
@@ -125,11 +121,11 @@ class Catalogue:
 
 @dataclass(frozen=True)
 class Source:
-    """One split of a data set as found on disk.
+    """One split of a data set as it is on disk.
 
-    `classes[label]` is the class's identifier (a wnid, a folder name); empty for unlabelled data. `attributions` lists the
-    origin and licence of the images where known. `notes` says what was found and how it was read, `skipped` counts the files
-    that are not images by kind.
+    `classes[label]` identifies a class (a wnid, a folder name); it is empty for unlabelled data. `class_names` are the same
+    in words. `attributions`: origin and licence of the images, where known. `notes` say how the source is read; `skipped`
+    counts the files that are not images, by kind.
     """
 
     layout: str
@@ -143,7 +139,10 @@ class Source:
 
 
 def hold_out(source: Source, ratio: float, seed: int) -> tuple[Source, Source]:
-    """Train and val: `ratio` of every class's images, chosen by `seed`, are val. Raises ValueError when one would be empty."""
+    """Split a source into train and val: val gets `ratio` of each class, chosen by `seed`.
+
+    Raises ValueError when one of them would be empty.
+    """
     total = len(source.catalogue)
     draws = np.random.Philox(key=[seed, 1]).random_raw(total)
     by_class = np.lexsort((draws, np.asarray(source.catalogue.label)))
@@ -158,18 +157,17 @@ def hold_out(source: Source, ratio: float, seed: int) -> tuple[Source, Source]:
     return train, val
 
 
-def check_class_names(names: list[str], where: str) -> None:
-    """Raise ValueError when two classes have one name (compared without case, spaces at the ends or Unicode form)."""
+def normalized_name(name: str) -> str:
+    """Return a class name without case, outer spaces or Unicode form: macOS and Linux write one accented name in two forms."""
+    return unicodedata.normalize("NFC", name).strip().casefold()
+
+
+def check_class_names(names: Iterable[str], where: str) -> None:
+    """Raise ValueError when two classes have the same normalized name."""
     seen: dict[str, str] = {}
     for name in names:
-        plain = unicodedata.normalize("NFC", name).strip().casefold()
-        if plain in seen:
-            both = f"{seen[plain]!r} and {name!r}"
+        key = normalized_name(name)
+        if key in seen:
+            both = f"{seen[key]!r} and {name!r}"
             raise ValueError(f"{where}: two classes with one name, {both}: rename or merge one of them")
-        seen[plain] = name
-
-
-def check_labels(labels: np.ndarray, classes: list[str], where: str) -> None:
-    """Raise ValueError for a label without a class."""
-    if classes and len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
-        raise ValueError(f"{where}: labels {labels.min()}..{labels.max()} for {len(classes)} classes: wrong archive")
+        seen[key] = name

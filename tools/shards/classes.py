@@ -1,8 +1,7 @@
-"""One order of classes for the splits of a data set: a split that is converted beside another takes over that one's."""
+"""One class order for all splits of a data set: a split that is converted after another adopts the labels of the first."""
 
 import copy
 import re
-import unicodedata
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -10,15 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.shards.index import INDEX_NAME, UNLABELLED
-from pipeline.shards.index_file import load_index
-from pipeline.shards.manifest import Manifest, read_manifest, read_object
-from tools.shards.catalogue import Source
+from pipeline.shards.index import UNLABELLED, open_index
+from pipeline.shards.manifest import read_manifest, read_object
+from pipeline.shards.samples import Label
+from pipeline.text import truncate_list
+from tools.shards.catalogue import Source, normalized_name
 from tools.shards.writer import IDENTITY_NAME, RECORD_FOLDER
 
 INTEGER = re.compile(r"-?[0-9]{1,18}")
 OTHER_SPLIT = {"train": "val", "val": "train"}
-MOST_LISTED = 5
+Classes = tuple[tuple[str, ...], tuple[str, ...]]  # identifiers, and the same in words
 
 
 def are_integers(names: Iterable[str]) -> bool:
@@ -26,99 +26,97 @@ def are_integers(names: Iterable[str]) -> bool:
 
 
 def class_order(names: Iterable[str]) -> list[str]:
-    """Sorted: as numbers where all names are integers, so that 2 comes before 10; otherwise as text."""
+    """Sort class names: as numbers when all are integers, so that 2 precedes 10; otherwise as text."""
     names = list(names)
     return sorted(names, key=lambda name: (int(name), name)) if are_integers(names) else sorted(names)
 
 
-def with_classes_beside(source: Source, out: Path, split: str) -> Source:
-    """The source with the labels and classes of the other split in `out`, if there is one that has labels.
+def number_labels(labels: list[Label], where: str) -> tuple[list[int], tuple[str, ...]]:
+    """Replace labels that are names by numbers in the order of the names; returns the names too, () where there are none.
+
+    Raises ValueError where some labels are names and others numbers.
+    """
+    names = class_order({label for label in labels if isinstance(label, str)})
+    numbers = (label for label in labels if isinstance(label, int) and label != UNLABELLED)
+    if names and (number := next(numbers, None)) is not None:
+        raise ValueError(
+            f"{where}: labels are numbers ({number}) as well as names ({names[0]!r}): use one of them for all"
+        )
+    number_of: dict[Label, int] = {name: number for number, name in enumerate(names)}
+    return [int(number_of.get(label, label)) for label in labels], tuple(names)
+
+
+def adopt_classes(source: Source, out: Path, split: str) -> Source:
+    """Return the source with the labels and classes of the other split in `out`, if that one has labels.
 
     Raises ValueError for a class or label that the other split lacks.
     """
     other = out / OTHER_SPLIT[split]
-    beside, labels = _classes_of(other), np.asarray(source.catalogue.label)
+    known, labels = _classes_of(other), np.asarray(source.catalogue.label)
     used = np.unique(labels[labels != UNLABELLED]).tolist()
-    if beside is None or not used:
+    if known is None or not used:
         return source
-    if beside.classes and source.classes:
-        targets = _places(source.classes, beside.classes)
+    names, _ = known
+    if names and source.classes:
+        targets = _labels_of(source.classes, names)
         _refuse_unknown([source.classes[label] for label in used if targets[label] < 0], other, split)
-        note = "" if source.classes == beside.classes else f"class order of {other}"
-        return _relabelled(source, dict(enumerate(targets)), beside, note)
-    if beside.classes:
-        return _named(source, used, beside, other, split)
-    if source.classes and _has_labels(other):
+        note = "" if source.classes == names else f"class order of {other}"
+        return _relabel(source, dict(enumerate(targets)), known, note)
+    if names:
+        # Numbers without names are the names of the other split's classes where those are integers, else its labels.
+        by_name = are_integers(names)
+        targets = _labels_of([str(label) for label in used], names) if by_name else used
+        mapping = dict(zip(used, targets, strict=True))
+        unknown = [str(label) for label, target in mapping.items() if not 0 <= target < len(names)]
+        _refuse_unknown(unknown, other, split)
+        meaning = "names" if by_name else "places in the class list"
+        return _relabel(source, mapping, known, f"labels taken for the {meaning} of {other}")
+    if source.classes and (open_index(other).samples["label"] != UNLABELLED).any():
         if not are_integers(source.classes):
-            return _noted(source, f"cannot be compared with the classes of {other}, which have numbers and no names")
+            note = f"cannot be compared with the classes of {other}, which have numbers and no names"
+            return replace(source, notes=(*source.notes, note))
         numbers = {label: int(name) for label, name in enumerate(source.classes)}
-        return _relabelled(source, numbers, beside, f"labels are the numbers that name the classes, as in {other}")
+        return _relabel(source, numbers, known, f"labels are the numbers that name the classes, as in {other}")
     return source
 
 
-def _named(source: Source, used: list[int], beside: Manifest, other: Path, split: str) -> Source:
-    """Numbers without names, beside a split with names: the names themselves where those are integers, else places."""
-    by_name = are_integers(beside.classes)
-    places = _places([str(label) for label in used], beside.classes) if by_name else used
-    known = range(len(beside.classes))
-    unknown = [str(label) for label, place in zip(used, places, strict=True) if place not in known]
-    _refuse_unknown(unknown, other, split)
-    read_as = "names" if by_name else "places in the class list"
-    return _relabelled(
-        source, dict(zip(used, places, strict=True)), beside, f"labels taken for the {read_as} of {other}"
-    )
-
-
-def _classes_of(folder: Path) -> Manifest | None:
-    """Of a finished split, or of a conversion that is under way. Raises ValueError for a damaged manifest."""
+def _classes_of(folder: Path) -> Classes | None:
+    """Return the classes of a finished split or of an unfinished conversion. Raises ValueError for a damaged manifest."""
     if (manifest := read_manifest(folder)) is not None:
-        return manifest
-    plan = folder / RECORD_FOLDER / IDENTITY_NAME
-    if not plan.exists():
+        return tuple(manifest.classes), tuple(manifest.class_names)
+    identity = folder / RECORD_FOLDER / IDENTITY_NAME
+    if not identity.exists():
         return None
-    classes = read_object(plan, f"Remove {folder} and convert again").get("classes")
-    if not classes or not isinstance(classes, list):
-        return None
-    return Manifest("", tuple(map(str, classes)), (), {}, {}, None)
+    classes = read_object(identity, f"Remove {folder} and convert again").get("classes")
+    return (tuple(map(str, classes)), ()) if classes and isinstance(classes, list) else None
 
 
-def _has_labels(folder: Path) -> bool:
-    path = folder / INDEX_NAME
-    if not path.exists():
-        return False
-    _, samples, _ = load_index(path, str(path), f"Remove {folder} and convert again")
-    return bool((samples["label"] != UNLABELLED).any())
-
-
-def _places(names: Sequence[str], known: Sequence[str]) -> list[int]:
-    """The place of each name among the known ones, -1 where there is none; integers are compared as numbers."""
+def _labels_of(names: Sequence[str], known: Sequence[str]) -> list[int]:
+    """Return each name's place among the known ones, -1 for an unknown name; integers are compared as numbers."""
     as_numbers = are_integers(names) and are_integers(known)
-    places = {_plain(name, as_numbers): place for place, name in reversed(list(enumerate(known)))}
-    return [places.get(_plain(name, as_numbers), -1) for name in names]
 
+    def key(name: str) -> str:
+        return str(int(name)) if as_numbers else normalized_name(name)
 
-def _plain(name: str, as_number: bool) -> str:
-    """What `check_class_names` compares; macOS and Linux write one accented name in two forms."""
-    return str(int(name)) if as_number else unicodedata.normalize("NFC", name).strip().casefold()
+    places = {key(name): place for place, name in reversed(list(enumerate(known)))}
+    return [places.get(key(name), -1) for name in names]
 
 
 def _refuse_unknown(unknown: list[str], other: Path, split: str) -> None:
     if not unknown:
         return
-    listed = ", ".join(unknown[:MOST_LISTED]) + (", ..." if len(unknown) > MOST_LISTED else "")
-    what = f"{other}: lacks {len(unknown)} class{'es' if len(unknown) > 1 else ''} of the {split} images: {listed}"
-    if split == "train":
-        raise ValueError(f"{what}. Remove that folder, convert train first, and val after it; or choose another --out")
-    raise ValueError(f"{what}. Rename those or leave them out; if {other} is of another data set, choose another --out")
+    lacks = f"{other}: lacks {len(unknown)} class{'es' if len(unknown) > 1 else ''} of the {split} images"
+    remedy = (
+        "Remove that folder, convert train first, and val after it; or choose another --out"
+        if split == "train"
+        else f"Rename those or leave them out; if {other} is of another data set, choose another --out"
+    )
+    raise ValueError(f"{lacks}: {truncate_list(unknown)}. {remedy}")
 
 
-def _relabelled(source: Source, places: dict[int, int], beside: Manifest, note: str) -> Source:
-    """`places`: the new label of each old one."""
+def _relabel(source: Source, targets: dict[int, int], known: Classes, note: str) -> Source:
+    """Replace each label by its target; a label without one stays."""
     catalogue = copy.copy(source.catalogue)
-    catalogue.label = array("i", (places.get(label, label) for label in source.catalogue.label))
-    changed = replace(source, catalogue=catalogue, classes=beside.classes, class_names=beside.class_names)
-    return _noted(changed, note) if note else changed
-
-
-def _noted(source: Source, note: str) -> Source:
-    return replace(source, notes=(*source.notes, note))
+    catalogue.label = array("i", (targets.get(label, label) for label in source.catalogue.label))
+    notes = (*source.notes, note) if note else source.notes
+    return replace(source, catalogue=catalogue, classes=known[0], class_names=known[1], notes=notes)

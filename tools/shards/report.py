@@ -1,37 +1,32 @@
-"""The files beside the tars of a finished split: index, manifest, statistics, rejects, timm's info file."""
+"""The files next to the tars of a finished split: index, manifest, statistics, rejected images, timm's info file."""
 
-import fcntl
 import hashlib
 import json
-import zipfile
-import zlib
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.shards.index import INDEX_NAME, save_index
+from pipeline.files import write_atomic
+from pipeline.shards.index import INDEX_NAME, open_index, save_index
 from pipeline.shards.manifest import MANIFEST_NAME
-from tools.shards.writer import RECORD_FOLDER, Conversion, ShardRecord, write_file
+from tools.shards.writer import RECORD_FOLDER, Conversion, ShardRecord, folder_lock
 
-STATS_NAME = "stats.json"
-INFO_NAME = "_info.json"
-REJECTED_NAME = "rejected.jsonl"
+STATS_NAME, INFO_NAME, REJECTED_NAME = "stats.json", "_info.json", "rejected.jsonl"
 FORMAT_VERSION = 1
 SIZE_EDGES = (0, 32, 64, 128, 256, 384, 512, 768, 1024, 2048, 4096, 1 << 31)
+MAX_GROUPS = 100  # groups of duplicates that stats.json lists
 
 
 def finish_split(conversion: Conversion, split: str, seed: int) -> tuple[bool, int]:
-    """Write every file beside the tars from the shards' records.
+    """Write the files next to the tars from the shards' records.
 
-    Returns whether one of them had to be written, and the number of rejected images.
+    Returns True if one of them had to be written, and the number of rejected images.
     """
     folder = conversion.folder
-    with _lock(folder):
+    with folder_lock(folder / RECORD_FOLDER):  # several tasks of a job array can find the last shard done at once
         records = [ShardRecord.load(conversion.record_path(shard)) for shard in range(conversion.num_shards)]
         names = [conversion.shard_name(shard) for shard in range(conversion.num_shards)]
         rows = np.concatenate([record.rows for record in records])
@@ -39,7 +34,9 @@ def finish_split(conversion: Conversion, split: str, seed: int) -> tuple[bool, i
             raise ValueError(f"{folder}: every image was rejected, see {RECORD_FOLDER}")
         for partial in (*folder.glob(".*.partial"), *(folder / RECORD_FOLDER).glob(".*.partial")):
             partial.unlink(missing_ok=True)
-        changed = _save_index_if_new(folder, names, rows)
+        changed = not _index_holds(folder, names, rows)
+        if changed:
+            save_index(folder, names, rows)
         rejected = [bad for record in records for bad in record.rejected]
         fingerprints = np.concatenate([record.fingerprints for record in records])
         stats = describe_rows(rows, conversion.source.classes)
@@ -57,37 +54,26 @@ def finish_split(conversion: Conversion, split: str, seed: int) -> tuple[bool, i
         for name, content in files.items():
             path = folder / name
             if not path.exists() or path.read_bytes() != content:
-                write_file(path, content)
+                write_atomic(path, content)
                 changed = True
         return changed, len(rejected)
+
+
+def _index_holds(folder: Path, names: list[str], rows: np.ndarray) -> bool:
+    """Return True if the index has this content; an index that is missing or damaged has not."""
+    try:
+        index = open_index(folder) if (folder / INDEX_NAME).exists() else None
+    except ValueError:
+        return False
+    return index is not None and index.shards == tuple(names) and np.array_equal(index.samples, rows)
 
 
 def dump(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Several tasks of a job array may find the last shard done at once: one of them writes at a time."""
-    with (folder / RECORD_FOLDER / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _save_index_if_new(folder: Path, names: list[str], rows: np.ndarray) -> bool:
-    """Compared by content, so that a damaged index is replaced."""
-    try:
-        with np.load(folder / INDEX_NAME, allow_pickle=False) as file:
-            if file["shards"].tolist() == names and np.array_equal(file["samples"], rows):
-                return False
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-        pass  # absent or damaged
-    save_index(folder, names, rows)
-    return True
-
-
 def timm_info(name: str, split: str, names: list[str], lengths: list[int]) -> bytes:
-    """The content of INFO_NAME, by which timm finds the shards of a split."""
+    """Build the content of INFO_NAME, from which timm knows the shards of a split."""
     entry = {"name": split, "num_samples": sum(lengths), "filenames": names, "shard_lengths": lengths}
     return dump({"name": name, "splits": {split: entry}})
 
@@ -125,28 +111,26 @@ def _manifest(
 
 
 def describe_rows(rows: np.ndarray, classes: tuple[str, ...]) -> dict[str, Any]:
-    """Statistics from the index alone: counts, sizes in pixels and bytes, images per class."""
+    """Return the statistics that the index gives: counts, sizes in pixels and bytes, images per class."""
     shorter = np.minimum(rows["height"], rows["width"])
     counts = np.histogram(shorter, SIZE_EDGES)[0].tolist()
     histogram = {f"{low}-{high - 1}": n for low, high, n in zip(SIZE_EDGES, SIZE_EDGES[1:], counts, strict=False) if n}
     labels = np.bincount(rows["label"][rows["label"] >= 0], minlength=len(classes))
+    spreads = {
+        name: {"min": int(values.min()), "median": float(np.median(values)), "max": int(values.max())}
+        for name, values in (("height", rows["height"]), ("width", rows["width"]), ("bytes", rows["size"]))
+    }
     return {
         "num_samples": len(rows),
         "num_unlabelled": int((rows["label"] < 0).sum()),
         "shorter_side": histogram,
-        "height": _spread(rows["height"]),
-        "width": _spread(rows["width"]),
-        "bytes": _spread(rows["size"]),
+        **spreads,
         "per_class": {classes[label] if classes else str(label): int(n) for label, n in enumerate(labels)},
     }
 
 
-def _spread(values: np.ndarray) -> dict[str, float]:
-    return {"min": int(values.min()), "median": float(np.median(values)), "max": int(values.max())}
-
-
 def mean_and_std(sums: list[np.ndarray]) -> dict[str, Any]:
-    """Per channel over the sampled images, in 0..1, from their `pixel_sums`: exact, whatever the order of shards."""
+    """Return mean and std per channel, in 0..1, from `pixel_sums`: exact, so the order of the shards does not matter."""
     count, *totals = np.sum(sums, axis=0).tolist()
     mean = [total / max(count, 1) / 255 for total in totals[:3]]
     variance = [squares / max(count, 1) / 255**2 - m * m for squares, m in zip(totals[3:], mean, strict=True)]
@@ -155,18 +139,14 @@ def mean_and_std(sums: list[np.ndarray]) -> dict[str, Any]:
 
 
 def find_duplicates(folder: Path, names: list[str], rows: np.ndarray, fingerprints: np.ndarray) -> dict[str, Any]:
-    """Images with the same bytes: found by fingerprint, confirmed by their bytes. Lists the first hundred groups."""
+    """Count images with the same bytes: found by fingerprint, confirmed by their bytes."""
     _, inverse, counts = np.unique(fingerprints, return_inverse=True, return_counts=True)
-    suspects = np.flatnonzero(counts[inverse] > 1)
     groups: dict[bytes, list[int]] = {}
-    for row in suspects.tolist():
-        groups.setdefault(hashlib.sha256(stored_bytes(folder, names, rows[row])).digest(), []).append(row)
+    for row in np.flatnonzero(counts[inverse] > 1).tolist():
+        with (folder / names[rows[row]["shard"]]).open("rb") as file:
+            file.seek(int(rows[row]["offset"]))
+            content = file.read(int(rows[row]["size"]))
+        groups.setdefault(hashlib.sha256(content).digest(), []).append(row)
     same = [group for group in groups.values() if len(group) > 1]
-    listed = [[[int(rows["shard"][row]), int(rows["offset"][row])] for row in group] for group in same[:100]]
+    listed = [[[int(rows["shard"][row]), int(rows["offset"][row])] for row in group] for group in same[:MAX_GROUPS]]
     return {"groups": len(same), "extra_images": sum(len(group) - 1 for group in same), "first_groups": listed}
-
-
-def stored_bytes(folder: Path, names: list[str], row: np.void) -> bytes:
-    with (folder / names[row["shard"]]).open("rb") as file:
-        file.seek(int(row["offset"]))
-        return file.read(int(row["size"]))

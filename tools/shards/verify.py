@@ -1,4 +1,4 @@
-"""Check, index and describe existing shards, our own or somebody else's."""
+"""Checks, indexes and describes existing shards, ours or from another writer."""
 
 import hashlib
 import logging
@@ -12,30 +12,23 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.files import write_atomic
 from pipeline.shards.index import INDEX_NAME, ShardIndex, open_index, save_index, scan_shard
 from pipeline.shards.manifest import MANIFEST_NAME, check_class_count, read_manifest, read_object
 from pipeline.shards.tar import is_hidden, sample_key, tar_members
-from tools.shards.pixels import RejectedImageError, pixel_sums
-from tools.shards.report import (
-    INFO_NAME,
-    STATS_NAME,
-    describe_rows,
-    find_duplicates,
-    mean_and_std,
-    timm_info,
-)
-from tools.shards.writer import fingerprint, idx_content, pixel_stride, write_file
+from tools.shards.images import RejectedImageError, pixel_sums
+from tools.shards.report import INFO_NAME, STATS_NAME, describe_rows, find_duplicates, mean_and_std, timm_info
+from tools.shards.writer import BATCH_IMAGES, IdxMember, fingerprint, idx_content, pixel_stride
 
 log = logging.getLogger(__name__)
 
-DECODE_BATCH = 32
 BLANKS = re.compile(r"\s")
 INDEX_AGAIN = "run `make_shards.py index` on its folder"
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard to read. `rows`: its rows in the index; `sha256`: as in the manifest, "" without one."""
+    """One shard to read. `rows`: its rows in the index. `sha256`: from the manifest, "" without one."""
 
     path: Path
     shard: int
@@ -50,26 +43,23 @@ class ShardTask:
 
 
 def split_folders(folder: Path) -> list[Path]:
-    """The folder itself, or its subfolders that hold shards. Raises FileNotFoundError when there are none."""
+    """Return the folders with shards: the folder itself and its subfolders. Raises FileNotFoundError when there are none."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     candidates = [folder, *sorted(item for item in folder.iterdir() if item.is_dir())]
-    found = [item for item in candidates if next(item.glob("*.tar"), None) or (item / MANIFEST_NAME).exists()]
-    if not found:
+    folders = [item for item in candidates if next(item.glob("*.tar"), None) or (item / MANIFEST_NAME).exists()]
+    if not folders:
         raise FileNotFoundError(f"{folder}: no shards (*.tar) here or one folder below")
-    return found
+    return folders
 
 
 def verify_split(folder: Path, workers: int) -> list[str]:
-    """Checksums, index against tar, .idx against tar, full decode: the problems found, one line each."""
+    """Check sums, index and .idx against the tars, and decode every image; returns the problems, one line each."""
     try:
         manifest = read_manifest(folder)
-    except ValueError as error:
-        return [str(error)]
-    checksums = manifest.checksums if manifest else {}
-    if missing := [name for name in checksums if not (folder / name).exists()]:
-        return [f"{folder / name}: listed in {MANIFEST_NAME} but missing" for name in missing]
-    try:
+        checksums = manifest.checksums if manifest else {}
+        if missing := [name for name in checksums if not (folder / name).exists()]:
+            return [f"{folder / name}: listed in {MANIFEST_NAME} but missing" for name in missing]
         index = open_index(folder)
         if manifest:
             check_class_count(folder, index.samples["label"], manifest)
@@ -80,8 +70,9 @@ def verify_split(folder: Path, workers: int) -> list[str]:
     expected = manifest.num_samples if manifest else None
     if expected not in (None, len(index)):
         problems.append(f"{folder / INDEX_NAME}: {len(index)} samples, but {MANIFEST_NAME} says {expected}")
-    found = _in_parallel(_verify_shard, _tasks(index, checksums), workers)
-    return problems + [line for lines in found for line in lines]
+    return problems + [
+        line for lines in _in_parallel(_verify_shard, _tasks(index, checksums), workers) for line in lines
+    ]
 
 
 def _tasks(index: ShardIndex, checksums: dict[str, str]) -> list[ShardTask]:
@@ -93,15 +84,14 @@ def _tasks(index: ShardIndex, checksums: dict[str, str]) -> list[ShardTask]:
 
 
 def _verify_shard(task: ShardTask) -> list[str]:
-    from tools.shards.decode_check import decode_errors
+    from tools.shards.decode_check import decode_errors  # DALI takes a second to import
 
     problems = []
     with task.path.open("rb") as file:
         if task.sha256 and hashlib.file_digest(file, "sha256").hexdigest() != task.sha256:
             problems.append(f"{task.path}: sha256 differs from {MANIFEST_NAME}: damaged, or another conversion")
     try:
-        rows = scan_shard(task.path, task.shard)
-        idx = scan_idx(task.path)
+        rows, idx = scan_shard(task.path, task.shard), scan_idx(task.path)
     except ValueError as error:
         return [*problems, str(error)]
     if not np.array_equal(rows, task.rows):
@@ -110,40 +100,39 @@ def _verify_shard(task: ShardTask) -> list[str]:
     if idx_path.exists() and idx_path.read_bytes() != idx:
         problems.append(f"{idx_path}: does not describe its tar: {INDEX_AGAIN}")
     names = {member.offset: member.name for member in tar_members(task.path)}
-    for start in range(0, len(rows), DECODE_BATCH):
-        batch = rows[start : start + DECODE_BATCH]
-        sizes = zip(batch["height"].tolist(), batch["width"].tolist(), strict=True)
+    for start in range(0, len(rows), BATCH_IMAGES):  # bounds the memory
+        batch = rows[start : start + BATCH_IMAGES]
         contents = ShardTask(task.path, task.shard, batch).images()
-        errors = decode_errors([(content, *size) for content, size in zip(contents, sizes, strict=True)])
-        found = zip(batch["offset"].tolist(), errors, strict=True)
-        problems += [f"{task.path}: {names[offset]}: {error}" for offset, error in found if error]
+        errors = decode_errors(list(zip(contents, batch["height"].tolist(), batch["width"].tolist(), strict=True)))
+        faulty = zip(batch["offset"].tolist(), errors, strict=True)
+        problems += [f"{task.path}: {names[offset]}: {reason}" for offset, reason in faulty if reason]
     return problems
 
 
 def index_split(folder: Path, workers: int) -> int:
-    """Write index.npz, each tar's .idx and timm's info file by scanning headers; returns the number of samples."""
+    """Write the index, each tar's .idx and timm's info file by scanning headers; returns the number of samples."""
     tars = sorted(folder.glob("*.tar"))
     tasks = [ShardTask(tar, shard, np.empty(0)) for shard, tar in enumerate(tars)]
     scans = list(_in_parallel(_index_shard, tasks, workers))
     names, lengths = [tar.name for tar in tars], [len(rows) for rows in scans]
     save_index(folder, names, np.concatenate(scans))
     if not (folder / INFO_NAME).exists():
-        write_file(folder / INFO_NAME, timm_info(folder.name, folder.name, names, lengths))
+        write_atomic(folder / INFO_NAME, timm_info(folder.name, folder.name, names, lengths))
     return sum(lengths)
 
 
 def _index_shard(task: ShardTask) -> np.ndarray:
     rows = scan_shard(task.path, task.shard)
-    write_file(task.path.with_suffix(".idx"), scan_idx(task.path))
+    write_atomic(task.path.with_suffix(".idx"), scan_idx(task.path))
     return rows
 
 
 def scan_idx(path: Path) -> bytes:
-    """DALI's index of any WebDataset tar; extensions in lower case, members of a sample brought together.
+    """Build DALI's index of any WebDataset tar: lower-case extensions, the members of one sample together.
 
-    Its format has no blanks in names: they are replaced.
+    The format cannot hold blanks in names; underscores replace them.
     """
-    samples: dict[str, list[tuple[str, int, int, str]]] = {}
+    samples: dict[str, list[IdxMember]] = {}
     for member in tar_members(path):
         key, extension = sample_key(member.name)
         if extension and key.rpartition("/")[2] and not is_hidden(member.name):
@@ -153,7 +142,7 @@ def scan_idx(path: Path) -> bytes:
 
 
 def stats_split(folder: Path, workers: int) -> dict[str, Any]:
-    """The content of `stats.json`; computed from the tars where there is none."""
+    """Return the content of `stats.json`, computed from the tars where the file is missing."""
     if (folder / STATS_NAME).exists():
         return read_object(folder / STATS_NAME, "Remove it, and it is computed from the tars")
     index = open_index(folder)

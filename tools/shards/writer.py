@@ -1,34 +1,38 @@
-"""One shard: tar, DALI index and record. The same conversion writes the same bytes on any machine."""
+"""Writes one shard: tar, DALI index and record. The same conversion writes the same bytes on every machine."""
 
+import fcntl
 import hashlib
 import io
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from tarfile import BLOCKSIZE
+from typing import BinaryIO
 
 import numpy as np
 
+from pipeline.files import write_atomic
 from pipeline.shards.index import SAMPLE_DTYPE, UNLABELLED
 from pipeline.shards.index_file import DAMAGES
 from tools.shards.catalogue import Source
 from tools.shards.images import CheckedImage, ImagePolicy, check_image
 
-BLOCK = 512
 RECORD_FOLDER, IDENTITY_NAME = ".records", "plan.json"
-# Mean and std are those of every 128th image, as decoding all would cost more than the conversion; in small sets of 256 or more.
-PIXEL_STRIDE, PIXEL_IMAGES = 128, 256
-FULL_BATCH = 32
+# Mean and std come from every 128th image, because decoding all would cost more than the conversion; small sets use at least 256.
+PIXEL_STRIDE, MIN_PIXEL_IMAGES = 128, 256
+BATCH_IMAGES = 32  # as many as DALI decodes at once with --verify full
+WRITE_BUFFER = 1 << 20
+IdxMember = tuple[str, int, int, str]  # extension, offset, size, name
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """Which image goes to which shard of a split.
-
-    `order`: catalogue rows in stored order; shard k holds `order[starts[k]:starts[k + 1]]`.
-    """
+    """Which image goes to which shard: shard k holds the catalogue rows `order[starts[k]:starts[k + 1]]`."""
 
     source: Source
     folder: Path
@@ -44,13 +48,17 @@ class Conversion:
     def shard_name(self, shard: int) -> str:
         return f"{self.prefix}-{shard:06d}.tar"
 
+    def shard_size(self, shard: int) -> int:
+        """Return the number of images that are assigned to the shard."""
+        return int(self.starts[shard + 1] - self.starts[shard])
+
     def record_path(self, shard: int) -> Path:
         return self.folder / RECORD_FOLDER / f"{shard:06d}.npz"
 
 
 @dataclass
 class ShardRecord:
-    """What is known of a written shard without reading it. `rows`: `[n]` of SAMPLE_DTYPE."""
+    """All that is known of a finished shard without reading it. `rows`: `[n]` of SAMPLE_DTYPE."""
 
     rows: np.ndarray
     fingerprints: np.ndarray
@@ -65,7 +73,7 @@ class ShardRecord:
         meta = {name: value for name, value in vars(self).items() if name not in ("rows", "fingerprints")}
         buffer = io.BytesIO()
         np.savez(buffer, rows=self.rows, fingerprints=self.fingerprints, meta=np.array(json.dumps(meta)))
-        write_file(path, buffer.getvalue())
+        write_atomic(path, buffer.getvalue())
 
     @staticmethod
     def load(path: Path) -> "ShardRecord":
@@ -74,177 +82,154 @@ class ShardRecord:
             with np.load(path, allow_pickle=False) as file:
                 return ShardRecord(file["rows"], file["fingerprints"], **json.loads(str(file["meta"])))
         except DAMAGES as error:
-            again = "Remove it and run the same command again: its shard is then written anew"
-            raise ValueError(f"{path}: damaged ({error or type(error).__name__}). {again}") from None
+            remedy = "Remove it and run the same command again, which writes its shard again"
+            raise ValueError(f"{path}: damaged ({error or type(error).__name__}). {remedy}") from None
 
 
-class PartialFile:
-    """A file that appears under its name only when it is complete and on disk."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        self.descriptor = os.open(self.partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        self.num_bytes = 0
-
-    def write(self, chunks: list[bytes]) -> None:
-        total = sum(map(len, chunks))
-        written = os.writev(self.descriptor, chunks)
-        if written < total:
-            rest = memoryview(b"".join(chunks))[written:]
-            while rest:
-                rest = rest[os.write(self.descriptor, rest) :]
-        self.num_bytes += total
-
-    def __enter__(self) -> "PartialFile":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                os.fsync(self.descriptor)
-                self.partial.rename(self.path)
-        finally:
-            os.close(self.descriptor)
-            self.partial.unlink(missing_ok=True)
+@contextmanager
+def partial_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that gets its name only when it is complete and on disk."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb", WRITE_BUFFER) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a small file atomically."""
-    with PartialFile(path) as file:
-        file.write([content])
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Let one task of a job array at a time do the work inside."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def tar_header(name: str, size: int) -> bytes:
-    """A USTAR header (POSIX.1-1988) of a regular file, with nothing that changes from run to run."""
+    """Build the USTAR header (POSIX.1-1988) of a regular file, without owner or time.
+
+    Not TarInfo.tobuf: it takes nine times as long, and its device numbers depend on the Python version.
+    """
     fields = b"%-100b0000644\x000000000\x000000000\x00%011o\x0000000000000\x00        0" % (b"", size)
     fields = name.encode("ascii").ljust(100, b"\0") + fields[100:]
     block = fields.ljust(257, b"\0") + b"ustar\x0000"
     block = block.ljust(329, b"\0") + b"0000000\x000000000\x00"
     checksum = b"%06o\0 " % sum(block)
-    return (block[:148] + checksum + block[156:]).ljust(BLOCK, b"\0")
+    return (block[:148] + checksum + block[156:]).ljust(BLOCKSIZE, b"\0")
 
 
-def idx_content(samples: list[list[tuple[str, int, int, str]]]) -> bytes:
-    """DALI's `v1.2` index: per sample `extension offset size name` of each member."""
+def idx_content(samples: list[list[IdxMember]]) -> bytes:
+    """Build DALI's `v1.2` index: one line per sample with `extension offset size name` of each member."""
     lines = (" ".join(" ".join(map(str, member)) for member in members) for members in samples)
     return "\n".join([f"v1.2 {len(samples)}", *lines, ""]).encode("utf-8", "surrogateescape")
 
 
 def pixel_stride(num_images: int) -> int:
-    return max(1, min(PIXEL_STRIDE, num_images // PIXEL_IMAGES))
+    return max(1, min(PIXEL_STRIDE, num_images // MIN_PIXEL_IMAGES))
 
 
 def fingerprint(content: bytes) -> bytes:
-    """16 bytes from the length and three pieces of an image; where two are equal, the images are compared in full."""
+    """Hash the length and three pieces of an image to 16 bytes; images with equal fingerprints are then compared in full."""
     middle = len(content) // 2
     pieces = content[:1024] + content[middle : middle + 1024] + content[-1024:]
     return hashlib.blake2b(pieces, digest_size=16, key=len(content).to_bytes(8, "little")).digest()
 
 
 class ShardBuilder:
-    """Writes samples one after another and collects what the record and the index need."""
+    """Appends samples to a tar and collects the content of its record and of its DALI index."""
 
-    def __init__(self, conversion: Conversion, shard: int, file: PartialFile) -> None:
+    def __init__(self, conversion: Conversion, shard: int, file: BinaryIO) -> None:
         self.conversion, self.shard, self.file = conversion, shard, file
-        self.digest = hashlib.sha256()
+        self.digest, self.num_bytes = hashlib.sha256(), 0
         self.rows: list[tuple[int, int, int, int, int, int]] = []
         self.fingerprints: list[bytes] = []
-        self.idx: list[list[tuple[str, int, int, str]]] = []
+        self.idx: list[list[IdxMember]] = []
+        self.rejected: list[dict[str, str | int]] = []
         self.changes: Counter[str] = Counter()
         self.pixels = np.zeros(7, np.int64)
 
-    def add(self, position: int, image: CheckedImage) -> None:
+    def add(self, position: int, checked: CheckedImage | str) -> None:
+        """Append the image at `position` of the order, or record the reason why it is rejected."""
         catalogue, row = self.conversion.source.catalogue, int(self.conversion.order[position])
-        key, label = f"{position:09d}", catalogue.label[row]
-        parts = {image.extension: image.content}
+        name, label = catalogue.name(row), catalogue.label[row]
+        if isinstance(checked, str):
+            self.rejected.append({"name": name, "label": label, "reason": checked})
+            return
+        parts = {checked.extension: checked.content}
         if label != UNLABELLED:
             parts["cls"] = b"%d" % label
-        origin = {"name": catalogue.name(row)} | ({"changes": image.changes} if image.changes else {})
+        origin = {"name": name} | ({"changes": checked.changes} if checked.changes else {})
         parts["json"] = json.dumps(origin, ensure_ascii=True).encode()
-        offset, chunks, idx = self.file.num_bytes + BLOCK, [], []
-        self.rows.append((self.shard, offset, len(image.content), label, image.height, image.width))
+        offset = self.num_bytes + BLOCKSIZE
+        self.rows.append((self.shard, offset, len(checked.content), label, checked.height, checked.width))
+        self.idx.append([])
         for extension, content in parts.items():
-            name, padding = f"{key}.{extension}", -len(content) % BLOCK
-            chunks += [tar_header(name, len(content)), content, bytes(padding)]
-            idx.append((extension, offset, len(content), name))
-            offset += len(content) + padding + BLOCK
-        self._write(chunks)
-        self.idx.append(idx)
-        self.fingerprints.append(fingerprint(image.content))
-        self.changes.update(image.changes)
-        if image.sums is not None:
-            self.pixels += image.sums
+            member = f"{position:09d}.{extension}"
+            self.idx[-1].append((extension, self.num_bytes + BLOCKSIZE, len(content), member))
+            self._write(tar_header(member, len(content)), content, bytes(-len(content) % BLOCKSIZE))
+        self.fingerprints.append(fingerprint(checked.content))
+        self.changes.update(checked.changes)
+        if checked.sums is not None:
+            self.pixels += checked.sums
 
-    def finish(self, rejected: list[dict[str, str | int]]) -> ShardRecord:
-        self._write([bytes(2 * BLOCK)])
+    def finish(self) -> ShardRecord:
+        self._write(bytes(2 * BLOCKSIZE))
         return ShardRecord(
             rows=np.array(self.rows, SAMPLE_DTYPE),
             fingerprints=np.frombuffer(b"".join(self.fingerprints), "S16"),
             sha256=self.digest.hexdigest(),
             idx_sha256=hashlib.sha256(idx_content(self.idx)).hexdigest(),
-            num_bytes=self.file.num_bytes,
-            rejected=rejected,
+            num_bytes=self.num_bytes,
+            rejected=self.rejected,
             changes=dict(sorted(self.changes.items())),
             pixels=[part.tolist() for part in np.split(self.pixels, (1, 4))],
         )
 
-    def _write(self, chunks: list[bytes]) -> None:
-        self.file.write(chunks)
+    def _write(self, *chunks: bytes) -> None:
         for chunk in chunks:
+            self.file.write(chunk)
             self.digest.update(chunk)
+            self.num_bytes += len(chunk)
 
 
 class SharedCounts:
-    """Images, bytes and rejects so far, shared by all processes; also how the parent asks them to stop."""
+    """Images, bytes and rejects so far, shared by all processes; the parent also uses it to stop them."""
 
     def __init__(self, context: BaseContext) -> None:
-        self._numbers = context.Array("q", 4)
+        self.totals, self.stop = context.Array("q", 3), context.Event()
 
-    def add(self, images: int, num_bytes: int, rejects: int) -> None:
-        with self._numbers.get_lock():
-            if self._numbers[3]:
-                raise InterruptedError("stopped")
-            for place, more in enumerate((images, num_bytes, rejects)):
-                self._numbers[place] += more
-
-    def totals(self) -> tuple[int, int, int]:
-        images, num_bytes, rejects = self._numbers[:3]
-        return images, num_bytes, rejects
-
-    def stop(self) -> None:
-        self._numbers[3] = 1
+    def add(self, *more: int) -> None:
+        if self.stop.is_set():
+            raise InterruptedError("stopped")
+        with self.totals.get_lock():
+            for place, number in enumerate(more):
+                self.totals[place] += number
 
 
-def write_shard(conversion: Conversion, shard: int, counts: SharedCounts) -> ShardRecord:
-    """Write one shard, replacing what is there."""
-    path, catalogue = conversion.folder / conversion.shard_name(shard), conversion.source.catalogue
-    rejected: list[dict[str, str | int]] = []
-    with PartialFile(path) as file:
+def write_shard(conversion: Conversion, shard: int, counts: SharedCounts) -> None:
+    """Write one shard, its .idx and its record, replacing existing ones."""
+    path = conversion.folder / conversion.shard_name(shard)
+    with partial_file(path) as file:
         builder = ShardBuilder(conversion, shard, file)
         start, stop = int(conversion.starts[shard]), int(conversion.starts[shard + 1])
-        for first in range(start, stop, FULL_BATCH):
-            before = file.num_bytes, len(rejected)
-            batch = range(first, min(first + FULL_BATCH, stop))
+        for first in range(start, stop, BATCH_IMAGES):
+            num_bytes, num_rejected = builder.num_bytes, len(builder.rejected)
+            batch = range(first, min(first + BATCH_IMAGES, stop))
             for position, checked in zip(batch, _check_batch(conversion, batch), strict=True):
-                if isinstance(checked, CheckedImage):
-                    builder.add(position, checked)
-                else:
-                    row = int(conversion.order[position])
-                    rejected.append({"name": catalogue.name(row), "label": catalogue.label[row], "reason": checked})
-            counts.add(len(batch), file.num_bytes - before[0], len(rejected) - before[1])
-        record = builder.finish(rejected)
-    write_file(path.with_suffix(".idx"), idx_content(builder.idx))
+                builder.add(position, checked)
+            counts.add(len(batch), builder.num_bytes - num_bytes, len(builder.rejected) - num_rejected)
+        record = builder.finish()
+    write_atomic(path.with_suffix(".idx"), idx_content(builder.idx))
     record.save(conversion.record_path(shard))
-    return record
 
 
 def _check_batch(conversion: Conversion, positions: range) -> list[CheckedImage | str]:
-    stride = pixel_stride(len(conversion.order))
-    results = [
-        check_one(conversion, int(conversion.order[position]), with_sums=position % stride == 0)
-        for position in positions
-    ]
+    order, stride = conversion.order, pixel_stride(len(conversion.order))
+    results = [check_row(conversion, int(order[position]), position % stride == 0) for position in positions]
     if conversion.policy.verify == "full":
         from tools.shards.decode_check import decode_errors  # DALI takes a second to import
 
@@ -255,8 +240,8 @@ def _check_batch(conversion: Conversion, positions: range) -> list[CheckedImage 
     return results
 
 
-def check_one(conversion: Conversion, row: int, with_sums: bool = False) -> CheckedImage | str:
-    """The image as it is to be stored, or the reason to leave it out. Nothing above the limit is ever read."""
+def check_row(conversion: Conversion, row: int, with_sums: bool = False) -> CheckedImage | str:
+    """Return one image as it is to be stored, or the reason to leave it out. Files above the limit are never read."""
     catalogue, policy = conversion.source.catalogue, conversion.policy
     if catalogue.size[row] > policy.max_bytes:
         return f"{catalogue.size[row]:,} bytes, allowed {policy.max_bytes:,} (--max-bytes)"
@@ -268,7 +253,7 @@ def check_one(conversion: Conversion, row: int, with_sums: bool = False) -> Chec
 
 
 def shard_is_complete(conversion: Conversion, shard: int) -> bool:
-    """Whether the shard, its .idx and its record are on disk with the bytes that were written."""
+    """Return True if the shard, its .idx and its record are on disk with the bytes that were written."""
     path = conversion.folder / conversion.shard_name(shard)
     try:
         record = ShardRecord.load(conversion.record_path(shard))

@@ -72,7 +72,7 @@ def test_other_shards_in_the_store_are_not_mixed(
 @pytest.mark.parametrize(
     ("out", "options", "words"),
     [
-        ("https://host/set", (), "can be read alone"),
+        ("https://host/set", (), "is read-only"),
         ("s3://", (), "write s3://BUCKET/PREFIX"),
         ("s3://b/p", ("--num-tasks", "2"), "needs --staging"),
     ],

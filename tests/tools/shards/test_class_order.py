@@ -87,7 +87,7 @@ def test_a_number_names_the_folder_of_that_number_and_not_the_place_of_it(
     assert "lacks 1 class of the val images: 0." in refused(capsys, zero, tmp_path / "out", "val")
 
 
-def test_folders_beside_a_split_that_has_numbers_and_no_names(tmp_path: Path) -> None:
+def test_folders_next_to_a_split_that_has_numbers_and_no_names(tmp_path: Path) -> None:
     run_convert(labelled_tar(tmp_path / "train.tar", range(1, 13)), tmp_path / "out")
     val = folders(tmp_path / "in", [str(number) for number in range(1, 13)], range(1, 13))
     assert_colours_tell_labels(run_convert(val, tmp_path / "out", "--split", "val"), 36)
@@ -122,7 +122,7 @@ def test_unknown_classes_are_refused_whichever_split_comes_first(
     assert "convert train first" in refused(capsys, large, tmp_path / "other", "train")
 
 
-def test_numbers_beside_names_are_places_in_the_list_and_it_says_so(
+def test_numbers_next_to_names_are_places_in_the_list_and_it_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train = run_convert(folders(tmp_path / "in", ["ant", "bee", "cat"]), tmp_path / "out")

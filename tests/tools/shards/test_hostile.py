@@ -160,7 +160,7 @@ def test_a_val_archive_without_its_devkit_says_what_is_missing(
 ) -> None:
     (sources.imagenet_archives(tmp_path / "in") / "ILSVRC2012_devkit_t12.tar.gz").unlink()
     assert main(["convert", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--split", "val"]) == 2
-    assert "put it beside the tar" in capsys.readouterr().err
+    assert "put it next to the tar" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "cut", "another variable"])

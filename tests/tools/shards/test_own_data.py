@@ -11,12 +11,12 @@ from reading import run_convert, stored_samples
 
 from pipeline.text import notify_after
 from tools.make_shards import main
-from tools.shards.file_kinds import AVIF_IS_READ, HEIC_IS_READ
+from tools.shards.images import AVIF_IS_READ, HEIC_IS_READ
 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Three folders of eight images, and five beside them."""
+    """Three folders of eight images, and five next to them."""
     root = sources.class_folders(tmp_path / "photos")
     for number in range(5):
         (root / f"IMG_{number}.JPG").write_bytes(sources.picture(4, number))
@@ -37,11 +37,11 @@ def refused(capsys: pytest.CaptureFixture[str], source: Path, out: Path, *option
     return error
 
 
-def test_folders_with_images_beside_them_are_no_classes(
+def test_folders_with_images_next_to_them_are_no_classes(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = said(capsys, photos, tmp_path / "out").splitlines()[0]
-    assert line.startswith("layout   flat (29 images without labels: 5 lie beside the folders")
+    assert line.startswith("layout   flat (29 images without labels: 5 lie next to the folders")
     assert "--layout folders" in line
     assert [sample.label for sample in stored_samples(tmp_path / "out/train")] == [-1] * 29
 
@@ -49,17 +49,17 @@ def test_folders_with_images_beside_them_are_no_classes(
 def test_folders_that_are_asked_for_are_classes_and_the_rest_is_counted(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "5 images beside the folders are left out" in said(capsys, photos, tmp_path / "a", "--layout", "folders")
+    assert "left out next to the folders: 5 images" in said(capsys, photos, tmp_path / "a", "--layout", "folders")
     assert len(stored_samples(tmp_path / "a/train")) == 24
     assert "29 images without labels: 5 lie" in said(capsys, photos, tmp_path / "b", "--layout", "flat")
 
 
-def test_what_lies_beside_the_folder_of_a_split_is_named(
+def test_what_lies_next_to_the_folder_of_a_split_is_named(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (photos / "train").mkdir()
     (photos / "ant").rename(photos / "train/ant")
-    assert "left out beside train/: the folders bee, cat and 5 images" in said(capsys, photos, tmp_path / "out")
+    assert "left out next to train/: the folders bee, cat and 5 images" in said(capsys, photos, tmp_path / "out")
 
 
 FOREIGN = ("a.HEIF", "b.heif", "c.CR2", "d.mp4", "e", "f.tar.gz")
@@ -193,7 +193,7 @@ def test_a_source_without_images_says_what_was_seen(tmp_path: Path, capsys: pyte
     (tmp_path / "x.tar").write_bytes(sources.tar_bytes([(name, b"0") for name in ("a.psd", "b.psd", "c.mp4")]))
     assert seen in refused(capsys, tmp_path / "x.tar", tmp_path / "out", "--val-ratio", "0.1")
     image = sources.class_folders(tmp_path / "c") / "ant/ant.0.JPEG"
-    assert "one image, give the folder" in refused(capsys, image, tmp_path / "out")
+    assert "one image, convert the folder" in refused(capsys, image, tmp_path / "out")
 
 
 def test_shards_among_the_images_are_refused(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

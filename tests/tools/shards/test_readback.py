@@ -1,4 +1,4 @@
-"""What is written is read back by others: DALI, webdataset, timm, Pillow; and checked by `verify`."""
+"""Other readers (DALI, webdataset, timm, Pillow) and `verify` read back what is written."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from pipeline.shards.index import INDEX_NAME, open_index
 from tools.make_shards import main
 from tools.shards.decode_check import decode_errors
 from tools.shards.images import ImagePolicy, check_image
-from tools.shards.photographs import PHOTOGRAPHS, TILE, tile_places
+from tools.shards.photographs import PHOTOGRAPHS, TILE, tile_corners
 
 
 @pytest.fixture(scope="module")
@@ -182,8 +182,8 @@ def test_the_sample_is_the_same_each_time_and_its_splits_share_no_pixels(
 
 @pytest.mark.parametrize(("height", "width"), [(102, 102), (172, 448), (1411, 1411), (512, 512)])
 def test_tiles_of_the_two_splits_are_apart(height: int, width: int) -> None:
-    train = tile_places(height, width, "train", seed=1)
-    val = tile_places(height, width, "val", seed=1)
+    train = tile_corners(height, width, "train", seed=1)
+    val = tile_corners(height, width, "val", seed=1)
     assert (len(set(train)), len(set(val))) == (150, 40)
     assert max(x for _, x in train) + TILE < min(x for _, x in val)
     assert max(y for y, _ in train + val) + TILE <= height

@@ -93,7 +93,7 @@ def test_labels_that_are_names_become_classes_in_their_order(tmp_path: Path, cap
     assert "convert" in caplog.text
 
 
-def test_masks_beside_an_image_are_parts_of_its_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_masks_next_to_an_image_are_parts_of_its_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     members = []
     for k in range(6):
         mask = sources.picture(9, k, image_format="PNG")

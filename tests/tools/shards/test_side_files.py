@@ -1,7 +1,8 @@
-"""The files that a conversion leaves for the next one: damaged, they are one line or written anew, never a traceback."""
+"""The files that a conversion leaves for the next one: damaged, they are one line or written again, never a traceback."""
 
 import io
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -12,9 +13,18 @@ from reading import folder_bytes, run_convert
 from tools.make_shards import main
 
 
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a source, `in`, and of its shards, `out`."""
+    root = tmp_path_factory.mktemp("side_files")
+    run_convert(sources.class_folders(root / "in"), root / "out", "--num-shards", "2")
+    return root
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return run_convert(sources.class_folders(tmp_path / "in"), tmp_path / "out", "--num-shards", "2")
+def folder(converted: Path, tmp_path: Path) -> Path:
+    shutil.copytree(converted, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "out" / "train"
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -28,7 +38,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 @pytest.mark.parametrize("text", ["", "null", "5", "{"])
 @pytest.mark.parametrize("name", ["manifest.json", "stats.json"])
-def test_a_damaged_file_beside_the_shards_is_named_and_a_second_conversion_repairs_it(
+def test_a_damaged_file_next_to_the_shards_is_named_and_a_second_conversion_repairs_it(
     name: str, text: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = folder_bytes(folder)
@@ -65,7 +75,7 @@ def test_a_damaged_plan_is_one_line(
 
 
 @pytest.mark.parametrize("part", ["rows", "fingerprints", "meta", "all"])
-def test_a_damaged_record_is_written_anew_and_that_of_another_task_is_named(
+def test_a_damaged_record_is_written_again_and_that_of_another_task_is_named(
     part: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before, record, kept = folder_bytes(folder), folder / ".records/000001.npz", io.BytesIO()

@@ -93,7 +93,7 @@ def test_splits_inside_a_class_are_refused(
 
 def test_a_folder_that_may_be_a_class_or_a_split_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = sources.class_folders(tmp_path / "in", 2, ("bus", "car", "train"))
-    assert "train is named after a split and lies beside bus, car" in refused(capsys, source, tmp_path / "out")
+    assert "train is named after a split and lies next to bus, car" in refused(capsys, source, tmp_path / "out")
     (source / "train").rename(source / "test")
     assert "test is named after a split" in refused(capsys, source, tmp_path / "out")
     cifar = sources.class_folders(tmp_path / "c/train", 2, ("bus", "car", "train")).parent
@@ -124,7 +124,7 @@ def test_masks_are_left_out_and_classes_below_images_are_found(
     (root / "Masks").mkdir()
     (root / "Masks/0.png").write_bytes(sources.picture(0, 0, image_format="PNG"))
     folder = run_convert(root, tmp_path / "out")
-    assert "left out beside images/: the folders Masks" in capsys.readouterr().out
+    assert "left out next to images/: the folders Masks" in capsys.readouterr().out
     assert assert_colours_tell_labels(folder, 24) == [0, 1, 2]
     assert classes_of(folder) == list(CLASSES)
 
@@ -139,7 +139,7 @@ def test_folders_of_file_servers_are_no_classes(tmp_path: Path) -> None:
     assert assert_colours_tell_labels(folder, 24) == [0, 1, 2]
 
 
-def test_a_tar_beside_class_folders_does_not_hide_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tar_next_to_class_folders_does_not_hide_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = sources.class_folders(tmp_path / "in")
     (root / "backup.tar").write_bytes(sources.tar_bytes([("notes.txt", b"x")]))
     assert assert_colours_tell_labels(run_convert(root, tmp_path / "a"), 24) == [0, 1, 2]

@@ -89,7 +89,7 @@ def test_folders_of_splits_in_a_tar_are_no_classes(tmp_path: Path, capsys: pytes
     [
         (["a.jpg", "b.jpg"], "2 images without labels)"),
         (["x/a.jpg", "x/b.jpg"], "2 images without labels)"),
-        (["x/a.jpg", "x/c/b.jpg", "x/d/b.jpg"], "3 images without labels: 1 lie beside the folders"),
+        (["x/a.jpg", "x/c/b.jpg", "x/d/b.jpg"], "3 images without labels: 1 lie next to the folders"),
         (["IMG_1.jpg", "IMG_1.png"], "2 images without labels)"),
     ],
 )
@@ -111,7 +111,7 @@ def test_a_folder_of_class_tars_has_no_labels_and_says_how_it_gets_some(
     assert "12 images without labels; if each tar is a class, run `tar -cf all.tar" in capsys.readouterr().out
 
 
-def test_images_and_other_tars_beside_the_tars_of_a_split_are_counted(
+def test_images_and_other_tars_next_to_the_tars_of_a_split_are_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = sources.class_folders(tmp_path / "in")
@@ -119,8 +119,8 @@ def test_images_and_other_tars_beside_the_tars_of_a_split_are_counted(
         (root / f"{name}.tar").write_bytes(class_tar(0))
     run_convert(root, tmp_path / "out", "--layout", "tars")
     said = capsys.readouterr().out
-    assert "2 tars beside them are not of the train split" in said
-    assert "24 images beside the tars are left out" in said
+    assert "not of the train split and left out: 2 tars" in said
+    assert "left out next to the tars: 24 images" in said
     assert len(stored_samples(tmp_path / "out/train")) == 8
 
 

@@ -1,4 +1,4 @@
-"""MNIST-style IDX files, as downloaded or as torchvision unpacks them. Stored losslessly as PNG."""
+"""MNIST-style IDX files, as downloaded or as torchvision unpacks them, stored losslessly as PNG."""
 
 import math
 import re
@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.shards.archives import read_maybe_gzip
-from tools.shards.catalogue import Catalogue, Source, check_labels
+from tools.shards.catalogue import Catalogue, Source
+from tools.shards.layouts.archives import read_maybe_gzip
 from tools.shards.layouts.splits import plain_name
 
 IDX_FILE = re.compile(r"(train|t10k)-(images|labels)[-.]idx[13]-ubyte(\.gz)?")
+PREFIX = {"train": "train", "val": "t10k"}
 CLOTHES = "t-shirt/top, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle-boot"
 
 
@@ -26,32 +27,29 @@ def open_idx(path: Path, split: str, spools: Path | None) -> Source | None:
     fashion = "fashion" in str(files["images"].resolve()).lower()
     classes = CLOTHES.split(", ") if fashion else [str(label) for label in range(int(labels.max(initial=0)) + 1)]
     name = "fashion-mnist" if fashion else plain_name(path)
-    check_labels(labels, classes, name)
     notes = (f"IDX files in {files['images'].parent}",)
     return Source("idx", name, Catalogue.of_pixels(images, labels.tolist()), tuple(classes), notes=notes)
 
 
 def _images_and_labels(path: Path, split: str) -> dict[str, Path]:
-    """The files of a split, in the folder itself or where torchvision puts them (`raw`, `NAME/raw`)."""
-    prefix = "train" if split == "train" else "t10k"
+    """Return the files of a split, from the folder itself or from where torchvision puts them (`raw`, `NAME/raw`)."""
     for folder in (path, path / "raw", *sorted(path.glob("*/raw"))):
-        if not folder.is_dir():
-            continue
-        matches = [(file, IDX_FILE.fullmatch(file.name)) for file in sorted(folder.iterdir(), reverse=True)]
-        files = {match[2]: file for file, match in matches if match and match[1] == prefix}
-        if "images" in files:
-            return files
+        if folder.is_dir():
+            matches = [(file, IDX_FILE.fullmatch(file.name)) for file in sorted(folder.iterdir(), reverse=True)]
+            files = {match[2]: file for file, match in matches if match and match[1] == PREFIX[split]}
+            if "images" in files:
+                return files
     return {}
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """The IDX format of yann.lecun.com/exdb/mnist: magic 0, 0, 8 (uint8), dimensions; big-endian sizes; bytes."""
+    """Read a file of uint8: magic 0, 0, 8, dimensions; big-endian sizes; bytes. Source: yann.lecun.com/exdb/mnist."""
     content = read_maybe_gzip(path)
     start = 4 + 4 * dimensions
     if content[:4] != bytes((0, 0, 8, dimensions)) or len(content) < start:
         raise ValueError(f"{path}: not an IDX file of {dimensions} dimensions of uint8: download it again")
     shape = np.frombuffer(content, ">u4", dimensions, 4).tolist()
-    num_bytes = len(content) - start
-    if num_bytes != math.prod(shape):
-        raise ValueError(f"{path}: {num_bytes} bytes of data for shape {shape}: truncated, download it again")
+    if len(content) - start != math.prod(shape):
+        size = f"{len(content) - start} bytes of data for shape {shape}"
+        raise ValueError(f"{path}: {size}: truncated, download it again")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)

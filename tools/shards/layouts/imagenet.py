@@ -1,36 +1,44 @@
-"""The original validation archive of ImageNet-1k with its devkit; and how the classes of ImageNet are numbered.
+"""ImageNet-1k: the original validation archive with its devkit, the tree that Kaggle distributes, and the label order.
 
-The train archive is a tar of class tars, which `tars` reads.
+The original train archive is a tar of class tars, which `tars` reads.
 """
 
+import csv
 import io
 import re
 import zlib
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.shards.tar import tar_members
-from tools.shards.archives import read_tgz
-from tools.shards.catalogue import Catalogue, FileRanges, Source, check_class_names
+from tools.shards.catalogue import Catalogue, FileRanges, LooseFiles, Source
+from tools.shards.layouts.archives import read_tgz
+from tools.shards.layouts.folders import add_images, walk_images
+from tools.shards.layouts.splits import visible_folders
 
 ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
-DEVKIT = "ILSVRC2012_devkit_t12"
-WNID = re.compile(r"n\d{8}")
-GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+DEVKIT, META, GROUND_TRUTH = "ILSVRC2012_devkit_t12", "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
+WNID, VAL_IMAGE = re.compile(r"n\d{8}"), re.compile(r"ILSVRC2012_val_(\d{8})\.")
+KAGGLE_IMAGES, MAPPING, SOLUTION = "ILSVRC/Data/CLS-LOC", "LOC_synset_mapping.txt", "LOC_val_solution.csv"
+# SciPy raises these on damaged bytes; NameError includes an UnboundLocalError.
+SCIPY_ERRORS = (
+    ArithmeticError, LookupError, MemoryError, NameError, NotImplementedError, OSError, TypeError, ValueError, zlib.error,
+)  # fmt: skip
 
 
-def is_wnid(name: str) -> bool:
-    return WNID.fullmatch(name) is not None
+def are_wnids(names: list[str]) -> bool:
+    return bool(names) and all(map(WNID.fullmatch, names))
 
 
 def label_order(wnids: list[str]) -> list[str]:
-    """The usual 1000 wnids when all classes are among them, so that a subset keeps its labels; else sorted names.
+    """Return the 1000 wnids in the order of Caffe and timm if they include all of `wnids`, else `wnids` sorted.
 
-    The usual order is that of Caffe, timm and most others.
+    A subset of ImageNet thus keeps the usual labels.
     """
-    spec = find_spec("timm")  # importing it would load torch: seconds
+    spec = find_spec("timm")  # importing it would load torch, which takes seconds
     assert spec is not None
     assert spec.origin is not None
     usual = (Path(spec.origin).parent / "data/_info/imagenet_synsets.txt").read_text().split()
@@ -46,46 +54,87 @@ def open_imagenet_val(path: Path, split: str, spools: Path | None) -> Source | N
     labels = {wnid: label for label, wnid in enumerate(classes)}
     catalogue = Catalogue([FileRanges(archive)])
     for image in tar_members(archive):
-        number = re.search(r"ILSVRC2012_val_(\d{8})\.", image.name)
-        if number is None:
-            continue
-        if not 1 <= int(number[1]) <= len(truth):
-            lines = f"{GROUND_TRUTH} ({len(truth)} lines)"
-            raise ValueError(f"{archive}: {image.name} has no line in {lines}: wrong devkit")
-        catalogue.add(0, image.offset, image.size, labels[wnid_of_id[truth[int(number[1]) - 1]]], image.name)
+        if match := VAL_IMAGE.search(image.name):
+            number = int(match[1])
+            if not 1 <= number <= len(truth):
+                lines = f"{GROUND_TRUTH} ({len(truth)} lines)"
+                raise ValueError(f"{archive}: {image.name} has no line in {lines}: wrong devkit")
+            catalogue.add(0, image.offset, image.size, labels[wnid_of_id[truth[number - 1]]], image.name)
     notes = (f"{archive.name}, labels from the devkit's ILSVRC2012_IDs",)
     return Source("imagenet-val", "imagenet", catalogue, tuple(classes), notes=notes)
 
 
 def _read_devkit(folder: Path) -> tuple[dict[int, str], list[int]]:
-    """ILSVRC2012_ID -> wnid of the leaf classes, and the ID of every validation image in order."""
-    archive, unpacked, wanted = folder / f"{DEVKIT}.tar.gz", folder / DEVKIT / "data", ("meta.mat", GROUND_TRUTH)
+    """Return the wnid of each leaf class by its ILSVRC2012_ID, and the ID of every validation image in order."""
+    archive, unpacked, names = folder / f"{DEVKIT}.tar.gz", folder / DEVKIT / "data", (META, GROUND_TRUTH)
     if archive.is_file():
-        found = read_tgz(archive, lambda name: name in wanted)
+        files = read_tgz(archive, names)
     elif unpacked.is_dir():
-        found = {name: (unpacked / name).read_bytes() for name in wanted if (unpacked / name).is_file()}
+        files = {name: (unpacked / name).read_bytes() for name in names if (unpacked / name).is_file()}
     else:
-        raise FileNotFoundError(f"{archive}: missing; it holds the labels of {ARCHIVES['val']}: put it beside the tar")
-    if len(found) < 2:
-        raise ValueError(f"{archive}: holds no meta.mat or no {GROUND_TRUTH}: download it again")
-    truth = [int(line) for line in found[GROUND_TRUTH].split()]
-    wnids = _read_synsets(found["meta.mat"], str(archive))
+        raise FileNotFoundError(f"{archive}: missing; it holds the labels of {ARCHIVES['val']}: put it next to the tar")
+    if len(files) < len(names):
+        raise ValueError(f"{archive}: holds no {META} or no {GROUND_TRUTH}: download it again")
+    truth = [int(line) for line in files[GROUND_TRUTH].split()]
+    wnids = _read_synsets(files[META], str(archive))
     if unknown := sorted(set(truth) - wnids.keys()):
-        raise ValueError(f"{archive}: {GROUND_TRUTH} uses ILSVRC2012_ID {unknown[0]}, not in meta.mat: wrong devkit")
-    check_class_names(list(wnids.values()), str(archive))
+        raise ValueError(f"{archive}: {GROUND_TRUTH} uses ILSVRC2012_ID {unknown[0]}, not in {META}: wrong devkit")
     return wnids, truth
 
 
 def _read_synsets(content: bytes, where: str) -> dict[int, str]:
-    """ILSVRC2012_ID -> wnid of the synsets without children."""
-    from scipy.io import loadmat  # half a second, and nothing else needs it
+    """Return the wnid of each synset without children by its ILSVRC2012_ID."""
+    from scipy.io import loadmat  # takes half a second, and nothing else needs it
     from scipy.io.matlab import MatReadError
 
-    # What SciPy raises on damaged bytes, an UnboundLocalError among it.
-    known = (ValueError, TypeError, LookupError, NameError, ArithmeticError, OSError, MemoryError, NotImplementedError)
     try:
         synsets = loadmat(io.BytesIO(content), variable_names=["synsets"], squeeze_me=True)["synsets"]
         leaves = [synset for synset in np.atleast_1d(synsets) if not int(synset["num_children"])]
         return {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in leaves}
-    except (*known, MatReadError, zlib.error) as error:
-        raise ValueError(f"{where}: meta.mat is not the devkit's MATLAB file ({error}): download it again") from None
+    except (*SCIPY_ERRORS, MatReadError) as error:
+        raise ValueError(f"{where}: {META} is not the devkit's MATLAB file ({error}): download it again") from None
+
+
+def open_kaggle(path: Path, split: str, spools: Path | None) -> Source | None:
+    """Take train labels from the folders, val labels from LOC_val_solution.csv, the order from LOC_synset_mapping.txt."""
+    candidates = (path, path.parent, *path.parents[1:3])
+    root = next((folder for folder in candidates if (folder / KAGGLE_IMAGES).is_dir()), None)
+    if root is None or not (root / KAGGLE_IMAGES / split).is_dir():
+        return None
+    images = root / KAGGLE_IMAGES / split
+    folders = visible_folders(images) if split == "train" else []
+    classes, class_names = _synset_mapping(root / MAPPING, folders)
+    labels = {wnid: label for label, wnid in enumerate(classes)}
+    catalogue, skipped = Catalogue([LooseFiles(images)]), Counter[str]()
+    for wnid in folders:
+        if wnid not in labels:
+            raise ValueError(f"{images / wnid}: this class is not in {MAPPING}")
+        add_images(catalogue, images, wnid, labels[wnid], skipped)
+    if split == "val":
+        solution = _val_solution(root / SOLUTION)
+        for name, size in walk_images(images, "", skipped):
+            wnid = solution.get(Path(name).stem, "")
+            if wnid not in labels:
+                raise ValueError(f"{images / name}: no line, or an unknown class {wnid!r}, in {SOLUTION}")
+            catalogue.add(0, 0, size, labels[wnid], name)
+    notes = (f"Kaggle tree {root}",)
+    return Source("kaggle", "imagenet", catalogue, tuple(classes), tuple(class_names), notes=notes, skipped=skipped)
+
+
+def _synset_mapping(mapping: Path, folders: list[str]) -> tuple[list[str], list[str]]:
+    """Return the wnids in label order and their names in words."""
+    if not mapping.is_file():
+        return label_order(folders), []
+    lines = [line.partition(" ") for line in mapping.read_text(encoding="utf-8").splitlines() if line.strip()]
+    wnids = [wnid for wnid, _, _ in lines]
+    return wnids, [words for _, _, words in lines]
+
+
+def _val_solution(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing; it holds the labels of the val images: copy it from the download")
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"ImageId", "PredictionString"} <= rows[0].keys():
+        raise ValueError(f"{path}: needs the columns ImageId and PredictionString")
+    return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows if row["PredictionString"].split()}

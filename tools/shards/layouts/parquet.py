@@ -1,140 +1,230 @@
-"""Parquet files with a column of images, as of Hugging Face: `image.bytes`, or encoded images themselves.
+"""Parquet files with a column of images, such as those on the Hugging Face hub: structs with `bytes`, or encoded images.
 
-A global shuffle reads images in random order, and parquet can only be read a row group (hundreds of images) at a time. So each
-file's images are first copied, unchanged, into a spool file beside the shards; spools are deleted when the split is complete.
+Shards hold images in random order, but parquet is decoded one row group, hundreds of images, at a time. The images are thus
+copied unchanged into one spool file next to the shards, once; it is deleted when the split is complete.
 """
 
-import fcntl
-import os
+import hashlib
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pipeline.shards.index import UNLABELLED
+from pipeline.shards.samples import Label, label_of
 from pipeline.shards.tar import is_hidden
+from pipeline.text import plural, truncate_list
 from tools.shards.catalogue import Catalogue, FileRanges, Source
-from tools.shards.layouts.parquet_columns import (
-    BATCH_ROWS,
-    Columns,
-    batches,
-    find_columns,
-    image_bytes,
-    open_file,
-    read_labels,
-)
+from tools.shards.classes import number_labels
 from tools.shards.layouts.splits import files_of_split, plain_name
-from tools.shards.layouts.walk import some
-from tools.shards.writer import PartialFile
+from tools.shards.writer import folder_lock, partial_file
 
-ROW = np.dtype([("offset", "<i8"), ("size", "<i8")])
-
-
-def open_parquet(path: Path, split: str, spools: Path | None) -> Source | None:
-    """One file, or those of a folder at any depth. Without `spools`, for a dry run, no image is copied."""
-    if path.is_file():
-        files = [path] if path.suffix == ".parquet" else []
-    else:
-        found = [file for file in sorted(path.rglob("*.parquet")) if not is_hidden(str(file.relative_to(path)))]
-        files = files_of_split(found, split, path)
-    columns_of = {file: find_columns(file) for file in files}
-    files = [file for file in files if columns_of[file]]
-    if not files:
-        return None
-    columns = _common(columns_of, files)
-    _check_one_set(path, files)
-    containers = [
-        SpooledParquet(file, columns.image, (spools or path) / f"{i:05d}.spool") for i, file in enumerate(files)
-    ]
-    catalogue = Catalogue(list(containers))
-    labels, classes = read_labels(files, columns) if columns.label else ([], ())
-    for container, spooled in enumerate(containers):
-        rows = spooled.rows()[["offset", "size"]] if spools else _estimated_rows(spooled.path)
-        mine = labels[container] if labels else np.full(len(rows), UNLABELLED)
-        for number, ((offset, size), label) in enumerate(zip(rows.tolist(), mine.tolist(), strict=True)):
-            catalogue.add(container, offset, size, label, f"{spooled.name(path)}/{number:06d}")
-    notes = [f"{len(files)} parquet files", columns.note()]
-    if others := len(columns_of) - len(files):
-        notes.append(f"{others} without images are left out")
-    return Source("parquet", plain_name(path), catalogue, classes, notes=tuple(notes))
+IMAGE_ROWS, LABEL_ROWS = 64, 1 << 16  # rows that are decoded at once; bounds the memory
+IMAGE_NAMES = (
+    "image", "img", "images", "picture", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "img_bytes", "bytes",
+)  # fmt: skip
+LABEL_NAMES = ("label", "labels", "fine_label", "class", "class_id", "cls", "target", "category", "y")
+# pyarrow raises these on damaged files; its own errors derive from them.
+PARQUET_ERRORS = (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 
 
-def _common(columns_of: dict[Path, Columns | None], files: list[Path]) -> Columns:
-    """The columns of all files. Raises ValueError where one differs, for its labels would mean something else."""
-    first = columns_of[files[0]]
-    assert first is not None
-    if other := next((file for file in files if columns_of[file] != first), None):
-        raise ValueError(f"{other}: other columns or classes than {files[0]}: convert them one by one")
-    return first
+@dataclass(frozen=True)
+class Columns:
+    """The columns to read. `label` is "" without labels; `names` are the classes in the metadata of `datasets`, if any."""
+
+    image: str
+    label: str
+    names: tuple[str, ...]
 
 
-def _check_one_set(path: Path, files: list[Path]) -> None:
-    """Raise ValueError where the files belong to several configurations, as the hub keeps them: `default/train/0000.parquet`."""
-    tops = {file.relative_to(path).parts[0] for file in files if len(file.relative_to(path).parts) > 2}
-    if len(tops) > 1:
-        raise ValueError(f"{path}: parquet files of several sets, {some(sorted(tops))}: give one of these folders")
+class SpooledImages:
+    """The images of all files, copied to one spool file in `folder` on first use."""
 
-
-@dataclass
-class SpooledParquet:
-    """The images of one parquet file, copied to `spool` on the first read and read from there."""
-
-    path: Path
-    column: str
-    spool: Path
-
-    def name(self, root: Path) -> str:
-        """The file below `root`: two folders may have files of one name."""
-        return self.path.name if root == self.path else str(self.path.relative_to(root))
+    def __init__(self, files: list[Path], column: str, folder: Path) -> None:
+        self.files, self.column = files, column
+        key = hashlib.sha256(str([(path.name, path.stat().st_size) for path in files]).encode()).hexdigest()[:16]
+        self.spool = folder / f"{key}.spool"
+        self._ranges: FileRanges | None = None
 
     def read(self, offset: int, size: int, name: str) -> bytes:
-        if not hasattr(self, "_ranges"):
-            self.fill()
+        if self._ranges is None:
+            self._fill()
             self._ranges = FileRanges(self.spool)
         return self._ranges.read(offset, size, name)
 
-    def fill(self) -> np.ndarray:
-        """Copy the images once, whichever process asks first; returns where each one lies, `[N]` of ROW."""
-        self.spool.parent.mkdir(parents=True, exist_ok=True)
-        with self.spool.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            rows_path = self.spool.with_suffix(".npy")
-            if self.spool.exists() and rows_path.exists():
-                return np.load(rows_path)
-            with PartialFile(self.spool) as file:
-                rows = _copy_images(self.path, self.column, file)
-            with PartialFile(rows_path) as file, os.fdopen(os.dup(file.descriptor), "wb") as stream:
-                np.save(stream, rows)
-            return rows
+    def sizes(self) -> list[list[int]]:
+        """Return the size of each image, one list per file; copies the images unless that was done before."""
+        path = self.spool.with_suffix(".npz")
+        if not path.exists():
+            self._fill()
+        with np.load(path, allow_pickle=False) as arrays:
+            return [arrays[name].tolist() for name in arrays.files]
 
-    def rows(self) -> np.ndarray:
-        """As `fill`, but does not fill again a spool that was deleted after use."""
-        rows_path = self.spool.with_suffix(".npy")
-        return np.load(rows_path) if rows_path.exists() else self.fill()
+    def _fill(self) -> None:
+        with folder_lock(self.spool.parent):  # one process copies, the others wait for it
+            if not self.spool.exists():
+                with partial_file(self.spool) as file:
+                    sizes = [np.array(list(map(file.write, self._contents(path))), np.int64) for path in self.files]
+                    with partial_file(self.spool.with_suffix(".npz")) as sizes_file:
+                        np.savez(sizes_file, *sizes)
 
-
-def _copy_images(path: Path, column: str, file: PartialFile) -> np.ndarray:
-    rows = []
-    for values in batches(path, column, BATCH_ROWS):
-        for value in values:
-            content = image_bytes(value)
-            rows.append((file.num_bytes, len(content)))
-            file.write([content])
-    if rows and not file.num_bytes:
-        raise ValueError(
-            f"{path}: column {column} holds no image at all, perhaps paths: embed the images, or convert their files"
-        )
-    return np.array(rows, ROW)
+    def _contents(self, path: Path) -> Iterator[bytes]:
+        """Yield the image of each row, b"" for a row without one. Raises ValueError for a file without any image."""
+        rows = num_bytes = 0
+        for value in read_column(path, self.column, IMAGE_ROWS):
+            content = (value.get("bytes") if isinstance(value, dict) else value) or b""
+            rows, num_bytes = rows + 1, num_bytes + len(content)
+            yield content
+        if rows and not num_bytes:
+            raise ValueError(
+                f"{path}: column {self.column} holds no image at all, perhaps paths: embed the images, or convert their files"
+            )
 
 
-def _estimated_rows(path: Path) -> np.ndarray:
-    """As many rows as the file has, each of the mean size; their images cannot be read."""
-    rows = np.zeros(open_file(path).metadata.num_rows, ROW)
-    rows["size"] = path.stat().st_size // max(len(rows), 1)
-    return rows
-
-
-def delete_spools(folder: Path) -> None:
-    """Free the disk space; the small lists of rows stay, so that a later run need not read the parquet again."""
+def delete_spool(folder: Path) -> None:
+    """Free the disk space. The small file of sizes stays, so that a later run does not copy the images to learn them."""
     for spool in folder.glob("*.spool"):
         spool.unlink()
+
+
+def open_parquet(path: Path, split: str, spools: Path | None) -> Source | None:
+    """Open one file, or those of a folder at any depth. Without `spools`, for a dry run, no image is copied."""
+    if path.is_file():
+        files = [path] if path.suffix == ".parquet" else []
+    else:
+        visible = [file for file in sorted(path.rglob("*.parquet")) if not is_hidden(str(file.relative_to(path)))]
+        files = files_of_split(visible, split, path)
+    columns_of = {file: columns for file in files if (columns := find_columns(file))}
+    num_others, files = len(files) - len(columns_of), list(columns_of)
+    if not files:
+        return None
+    columns = columns_of[files[0]]
+    if other := next((file for file in files if columns_of[file] != columns), None):
+        raise ValueError(f"{other}: other columns or classes than {files[0]}: convert them one by one")
+    # The hub keeps the configurations of a data set apart: `default/train/0000.parquet`.
+    tops = {file.relative_to(path).parts[0] for file in files if len(file.relative_to(path).parts) > 2}
+    if len(tops) > 1:
+        raise ValueError(f"{path}: parquet files of several sets, {truncate_list(sorted(tops))}: convert one of them")
+    labels, classes = read_labels(files, columns) if columns.label else ([], ())
+    images = SpooledImages(files, columns.image, spools) if spools else None
+    catalogue, offset = Catalogue([images] if images else []), 0
+    for file, sizes in zip(files, images.sizes() if images else map(_estimated_sizes, files), strict=True):
+        name = file.name if file == path else str(file.relative_to(path))  # two folders can have files of one name
+        for row, size in enumerate(sizes):
+            label = labels[len(catalogue)] if labels else UNLABELLED
+            catalogue.add(0, offset, size, label, f"{name}/{row:06d}")
+            offset += size
+    unlabelled = f"no labels: no column is called {', '.join(LABEL_NAMES)}"
+    labels_from = f"labels from {columns.label}" if columns.label else unlabelled
+    notes = [plural(len(files), "parquet file"), f"images from the column {columns.image}, {labels_from}"]
+    if num_others:
+        notes.append(f"{num_others} without images are left out")
+    return Source("parquet", plain_name(path), catalogue, classes, notes=tuple(notes))
+
+
+def _estimated_sizes(path: Path) -> list[int]:
+    """Return the mean size of a row, once per row."""
+    num_rows = open_file(path).metadata.num_rows
+    return [path.stat().st_size // max(num_rows, 1)] * num_rows
+
+
+def open_file(path: Path) -> Any:
+    """Open with pyarrow. Raises ValueError for a file that is not parquet, and where pyarrow is not installed."""
+    try:
+        parquet = import_module("pyarrow.parquet")
+    except ModuleNotFoundError:
+        raise ValueError(
+            f"{path}: parquet files need pyarrow, which is not installed: pip install -e .[parquet]. If the images are in "
+            "other files next to it, choose their --layout: tars, folders or flat"
+        ) from None
+    try:
+        return parquet.ParquetFile(path)
+    except PARQUET_ERRORS as error:
+        reason = _first_line(error)
+        raise ValueError(f"{path}: not a readable parquet file ({reason}). Copy or download it again") from None
+
+
+def find_columns(path: Path) -> Columns | None:
+    """Choose the columns by type and usual name. None where no column holds images, as in tables that describe other files."""
+    schema = open_file(path).schema_arrow
+    features = _features(schema.metadata or {})
+    images = [field.name for field in schema if _holds_images(field)]
+    if not images:
+        return None
+    usual = (name for known in IMAGE_NAMES for name in images if name.lower() == known)
+    if not (image := next(usual, images[0] if len(images) == 1 else "")):
+        raise ValueError(
+            f"{path}: the columns {', '.join(images)} all hold images: keep one, or call one of them image"
+        )
+    classes = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
+    label = next((name for name in LABEL_NAMES if name in schema.names), classes[0] if len(classes) == 1 else "")
+    names = features.get(label, {}).get("names", [])
+    return Columns(image, label, tuple(str(name) for name in names) if isinstance(names, list) else ())
+
+
+def _features(metadata: dict[bytes, bytes]) -> dict[str, Any]:
+    """Return what `datasets` stores about each column."""
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        return {name: value for name, value in features.items() if isinstance(value, dict)}
+    except (ValueError, AttributeError):
+        return {}
+
+
+def _holds_images(field: Any) -> bool:
+    if field.type.num_fields:  # a struct of `bytes` and `path`
+        inner = [field.type.field(number) for number in range(field.type.num_fields)]
+        return str(field.type).startswith("struct") and any(f.name == "bytes" and _is_binary(f) for f in inner)
+    return _is_binary(field) and field.name.lower() in IMAGE_NAMES
+
+
+def _is_binary(field: Any) -> bool:
+    return str(field.type) in ("binary", "large_binary")
+
+
+def read_column(path: Path, column: str, batch_rows: int) -> Iterator[Any]:
+    """Yield the values of one column. Raises ValueError with file, column and row for damage."""
+    file, done = open_file(path), 0
+    try:
+        for batch in file.iter_batches(batch_rows, columns=[column]):
+            yield from (values := batch.column(0).to_pylist())
+            done += len(values)
+    except PARQUET_ERRORS as error:
+        where = f"{path}: column {column}, from row {done:,} on"
+        raise ValueError(f"{where}: cannot be read ({_first_line(error)}). Copy or download it again") from None
+
+
+def read_labels(files: list[Path], columns: Columns) -> tuple[list[int], tuple[str, ...]]:
+    """Return the label of each row of all files, and the classes.
+
+    Raises ValueError with file, column and row for a value that is no label.
+    """
+    where = f"{files[0].parent}: column {columns.label}"
+    labels, names = number_labels([label for path in files for label in _labels_of_file(path, columns.label)], where)
+    if columns.names and not names and max(labels, default=UNLABELLED) >= len(columns.names):
+        count = f"the metadata name {len(columns.names)} classes"
+        raise ValueError(f"{where}: label {max(labels)}, but {count}: damaged or changed")
+    return labels, names or columns.names
+
+
+def _labels_of_file(path: Path, column: str) -> list[Label]:
+    labels: list[Label] = []
+    for value in read_column(path, column, LABEL_ROWS):
+        try:
+            if not isinstance(value, int | float | str | None):
+                raise ValueError(type(value).__name__)
+            labels.append(UNLABELLED if value is None else label_of(value))
+        except ValueError:
+            raise ValueError(
+                f"{path}: column {column}, row {len(labels):,} holds {str(value)[:40]!r}, which is no label: one number or "
+                "one name for each image is needed. Fix it, or remove the column to convert without labels"
+            ) from None
+    return labels
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -1,97 +1,219 @@
-"""Tars of images, whoever wrote them: one tar or a folder of them, WebDatasets, tars of class folders, tars of tars."""
+"""Tars of images from any writer: one tar or a folder of tars, WebDatasets, tars of class folders, tars of tars.
+
+One rule gives the labels. They come from `cls` or `json` members (WebDataset), where samples have them; else from the stem of
+the inner tar, where images lie in tars inside the tar; else from the folder directly below the deepest folder that holds all
+images; else there are none.
+"""
 
 import os
+from array import array
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.shards.samples import LabelMembers
+from pipeline.shards.index import UNLABELLED
+from pipeline.shards.manifest import read_manifest
+from pipeline.shards.samples import Label, LabelMembers, match_labels, orphan_note
 from pipeline.shards.tar import TarMember, is_hidden, sample_key, tar_kind, tar_members
-from tools.shards.catalogue import Catalogue, FileRanges, Source
-from tools.shards.file_kinds import QUIET, is_image, kind, packed_with
-from tools.shards.layouts.imagenet import ARCHIVES
-from tools.shards.layouts.splits import files_of_split, plain_name, split_root
-from tools.shards.layouts.tar_labels import Listing, add_sample_images, label_images, plain, split_folder
-from tools.shards.layouts.walk import has_images, walk_images
+from pipeline.text import plural, truncate_list
+from tools.shards.catalogue import Catalogue, FileRanges, Source, check_class_names
+from tools.shards.classes import class_order, number_labels
+from tools.shards.images import is_image
+from tools.shards.layouts.folders import are_no_classes, has_images, walk_images
+from tools.shards.layouts.imagenet import ARCHIVES, are_wnids, label_order
+from tools.shards.layouts.splits import (
+    check_no_splits,
+    choose_split,
+    files_of_split,
+    folder_of_split,
+    mixed_splits,
+    plain_name,
+    visible_folders,
+)
+from tools.shards.skipped_files import QUIET, describe_compression, file_kind
+
+Labelling = tuple[tuple[str, ...], str]  # the classes, and a note on how the images are labelled
+
+
+@dataclass
+class Listing:
+    """The images of some tars whose names start with `below`.
+
+    `labels`: one per image. `inner`: the stem of each tar inside the tars, and the rows `[start, stop)` of its images.
+    `elsewhere`: the number of images not `below`. `orphans`: the number of labels without an image. `parts`: further images of
+    the samples, which are left out.
+    """
+
+    catalogue: Catalogue
+    below: str
+    labels: list[Label] = field(default_factory=list)
+    inner: list[tuple[str, int, int]] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    elsewhere: int = 0
+    orphans: int = 0
+    parts: Counter[str] = field(default_factory=Counter)
 
 
 def open_tars(path: Path, split: str, spools: Path | None) -> Source | None:
-    tars, num_others = _find_tars(path, split)
+    tars, num_others = _tars_of_split(path, split)
     if not tars:
         return None
-    found = _list_tars(tars, "")
-    if path.is_dir() and not len(found.catalogue) and has_images(path):
-        return None  # a tar of something else beside the images
-    if below := split_folder(found.catalogue, split, str(path)):
-        found = _list_tars(tars, below)
-    name, classes, note = label_images(found, tars, plain_name(path.with_suffix("") if path.is_file() else path))
-    notes = [tars[0].name if len(tars) == 1 else f"{len(tars)} tars", note, *found.notes()]
+    listing = _list_tars(tars, "")
+    if path.is_dir() and not len(listing.catalogue) and has_images(path):
+        return None  # the tar holds something else and lies next to images
+    if below := _split_folder(listing.catalogue.names(), split, str(path)):
+        listing = _list_tars(tars, below)
+    name, classes, note = _label_images(listing, tars, plain_name(path.with_suffix("") if path.is_file() else path))
+    notes = [tars[0].name if len(tars) == 1 else f"{len(tars)} tars", note]
+    if listing.parts:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in listing.parts.most_common())
+        notes.append(f"further images of the samples are left out: {kinds}")
+    if listing.orphans:
+        notes.append(orphan_note(listing.orphans))
     if below:
-        notes.append(f"images below {below}; {found.elsewhere:,} of other splits are left out")
+        notes.append(f"images below {below}; {listing.elsewhere:,} of other splits are left out")
     if num_others:
-        notes.append(f"{num_others} tars beside them are not of the {split} split")
+        notes.append(f"not of the {split} split and left out: {plural(num_others, 'tar')}")
     if path.is_dir():
-        notes += _notes_beside(tars[0].parent, found.skipped)
-    return Source("tars", name, found.catalogue, classes, notes=tuple(notes), skipped=found.skipped)
+        root, skipped = tars[0].parent, listing.skipped
+        num_images = sum(1 for _ in walk_images(root, "", skipped))
+        skipped[".tar"] -= sum(not is_hidden(tar.name) for tar in root.glob("*.tar"))
+        if num_images:
+            images = plural(num_images, "image")
+            notes.append(f"left out next to the tars: {images}; --layout folders or flat takes those")
+    return Source("tars", name, listing.catalogue, classes, notes=tuple(notes), skipped=listing.skipped)
 
 
-def _find_tars(path: Path, split: str) -> tuple[list[Path], int]:
-    """One tar, or the tars of a split in a folder; and how many tars there are not ours."""
+def _tars_of_split(path: Path, split: str) -> tuple[list[Path], int]:
+    """Return one tar, or the tars of a split in a folder; and the number of other tars."""
     if path.is_file():
         return ([path] if tar_kind(path) == "a tar" else []), 0
-    root = split_root(path, split)
-    tars = sorted(tar for tar in root.glob("*.tar") if not tar.name.startswith(".")) if root else []
-    official = [tar for tar in tars if tar.name == ARCHIVES[split]]
-    chosen = official or files_of_split(tars, split)
+    root = path / folder_of_split(visible_folders(path), split, str(path))
+    tars = sorted(tar for tar in root.glob("*.tar") if not tar.name.startswith("."))
+    chosen = [tar for tar in tars if tar.name == ARCHIVES[split]] or files_of_split(tars, split, root)
     return chosen, len(tars) - len(chosen)
 
 
-def _notes_beside(root: Path, skipped: Counter[str]) -> list[str]:
-    """Loose files in the folder of the tars."""
-    num_images = sum(1 for _ in walk_images(root, "", skipped))
-    skipped[".tar"] -= sum(not is_hidden(tar.name) for tar in root.glob("*.tar"))
-    if not num_images:
-        return []
-    return [f"{num_images:,} images beside the tars are left out: use --layout folders or flat for those"]
-
-
 def _list_tars(tars: list[Path], below: str) -> Listing:
-    found = Listing(Catalogue([FileRanges(tar) for tar in tars]), below)
+    listing = Listing(Catalogue([FileRanges(tar) for tar in tars]), below)
     for container, tar in enumerate(tars):
-        if packed := packed_with(tar):
+        if packed := describe_compression(tar):
             raise ValueError(f"{tar}: {packed}")
-        for inner in _add_images(found, container, tar):
-            stem, start = os.path.splitext(inner.name)[0], len(found.catalogue)
-            if deeper := _add_images(found, container, tar, stem, inner):
+        for inner in _list_members(listing, container, tar):
+            start = len(listing.catalogue)
+            if deeper := _list_members(listing, container, tar, inner):
                 raise ValueError(
                     f"{tar}: {inner.name} contains a tar itself ({deeper[0].name}), and tars in tars are read one level "
                     f"deep: unpack {tar.name} and convert its content"
                 )
-            if len(found.catalogue) > start:
-                found.inner.append((stem, start, len(found.catalogue)))
-    return found
+            if len(listing.catalogue) > start:
+                listing.inner.append((sample_key(inner.name)[0], start, len(listing.catalogue)))
+    return listing
 
 
-def _add_images(
-    found: Listing, container: int, tar: Path, stem: str = "", inner: TarMember | None = None
-) -> list[TarMember]:
-    """Add the images and labels of one tar, or of the inner tar named `stem`; returns the tars in it."""
-    prefix = f"{stem}/" if inner else ""
+def _list_members(listing: Listing, container: int, tar: Path, inner: TarMember | None = None) -> list[TarMember]:
+    """Add the images and labels of a tar, or of the tar `inner` inside it; returns the tars in it."""
+    prefix = f"{sample_key(inner.name)[0]}/" if inner else ""
     start, stop = (inner.offset, inner.offset + inner.size) if inner else (0, None)
     images: list[TarMember] = []
     labels, tars = LabelMembers(), []
     for member in tar_members(tar, start, stop):
-        is_ours = (prefix + plain(member.name)).startswith(found.below)
+        is_ours = _image_name(prefix, member).startswith(listing.below)
         if is_hidden(member.name):
-            found.skipped[QUIET] += 1
+            listing.skipped[QUIET] += 1
         elif sample_key(member.name)[1] == "tar":
             tars.append(member)
         elif not is_image(member.name):
             if is_ours:
                 labels.add(tar, member)
-            found.skipped[kind(member.name)] += 1
+            listing.skipped[file_kind(member.name)] += 1
         elif is_ours:
             images.append(member)
         else:
-            found.elsewhere += 1
-    add_sample_images(found, container, tar, prefix, images, labels)
+            listing.elsewhere += 1
+    matches = match_labels([member.name for member in images], labels.by_key(), tar)
+    listing.orphans += len(matches.orphans)
+    for number, (member, label) in enumerate(zip(images, matches.labels, strict=True)):
+        if number in matches.parts:
+            listing.parts[member.name.rpartition("/")[2].partition(".")[2]] += 1
+        else:
+            name = _image_name(prefix, member)
+            listing.catalogue.add(container, member.offset, member.size, UNLABELLED, name)
+            listing.labels.append(UNLABELLED if label is None else label)
     return tars
+
+
+def _image_name(prefix: str, member: TarMember) -> str:
+    """Return a member's name without `./`: a tar can hold both forms, and the folder "." is no class."""
+    return prefix + member.name.removeprefix("./")
+
+
+def _label_images(listing: Listing, tars: list[Path], name: str) -> tuple[str, tuple[str, ...], str]:
+    """Label the images by the rule above; returns the name of the set, its classes, and a note on how that was done."""
+    where, total, num_unlabelled = str(tars[0]), len(listing.labels), listing.labels.count(UNLABELLED)
+    unlabelled = f"{plural(total, 'image')} without labels"
+    manifest = read_manifest(tars[0].parent)  # one of our own
+    own_name = manifest.name if manifest and manifest.name else name
+    if num_unlabelled < total:
+        labels, classes = number_labels(listing.labels, where)
+        listing.catalogue.label = array("i", labels)
+        missing = f"; {num_unlabelled:,} of {total:,} images have none" if num_unlabelled else ""
+        note = f"labels from cls or json members{missing}"
+        return (name, classes, note) if classes else (own_name, tuple(manifest.classes) if manifest else (), note)
+    if listing.orphans:
+        return name, (), unlabelled
+    stems = [stem.rpartition("/")[2] for stem, _, _ in listing.inner]
+    if len(stems) > 1 or are_wnids(stems):
+        return "imagenet" if are_wnids(stems) else name, *_label_by_inner_tar(listing, stems, where)
+    classes, note = _label_by_folder(listing.catalogue, where, unlabelled)
+    if classes:
+        return name, classes, note
+    if len(tars) > 1 and not all(tar.stem[-1:].isdigit() for tar in tars):
+        note += "; if each tar is a class, run `tar -cf all.tar *.tar` and convert all.tar"
+    return own_name, (), note
+
+
+def _label_by_inner_tar(listing: Listing, stems: list[str], where: str) -> Labelling:
+    check_class_names(stems, where)
+    classes = label_order(stems) if are_wnids(stems) else class_order(stems)
+    labels = {stem: label for label, stem in enumerate(classes)}
+    for stem, (_, start, stop) in zip(stems, listing.inner, strict=True):
+        listing.catalogue.label[start:stop] = array("i", [labels[stem]]) * (stop - start)
+    num_loose = listing.catalogue.label.count(UNLABELLED)
+    note = f"{len(stems):,} classes named by the tars in it: {truncate_list(sorted(stems))}"
+    return tuple(classes), note + (f"; {num_loose:,} images next to those have no label" if num_loose else "")
+
+
+def _label_by_folder(catalogue: Catalogue, where: str, unlabelled: str) -> Labelling:
+    names = catalogue.names()
+    common = _common_folder(names)
+    folders = [_first_folder(name[common:]) for name in names]
+    if num_loose := folders.count(""):
+        why = f": {num_loose:,} lie next to the folders, so the folders are not classes"
+        return (), unlabelled + (why if num_loose < len(names) else "")
+    classes = class_order(set(folders))
+    if are_no_classes(classes):
+        return (), f"{unlabelled}: the folders {truncate_list(classes)} are not classes"
+    check_no_splits(names, common, where)
+    labels = {name: label for label, name in enumerate(classes)}
+    catalogue.label = array("i", map(labels.__getitem__, folders))
+    return tuple(classes), f"{len(classes):,} classes named by the folders in it: {truncate_list(classes)}"
+
+
+def _split_folder(names: list[str], split: str, where: str) -> str:
+    """Return `a/b/train/` where the images lie in folders named after splits, else "". Raises ValueError for a mixture."""
+    common = _common_folder(names)
+    ours, others = choose_split({_first_folder(name[common:]) for name in names}, split, where)
+    if ours and others:
+        raise mixed_splits(ours, others, where)
+    return f"{names[0][:common]}{ours}/" if ours else ""
+
+
+def _common_folder(names: list[str]) -> int:
+    """Return the length of the deepest folder that holds all images, with its slash; 0 where there is none."""
+    common = os.path.commonprefix([min(names, default=""), max(names, default="")])  # noqa: RUF071  (thus of all names)
+    return common.rfind("/") + 1
+
+
+def _first_folder(name: str) -> str:
+    return name.partition("/")[0] if "/" in name else ""

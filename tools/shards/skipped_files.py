@@ -1,0 +1,83 @@
+"""Reports on the files of a source that are not images, so that none of them is skipped silently."""
+
+from collections import Counter
+from pathlib import Path
+
+from pipeline.text import plural
+from tools.shards.images import FORMATS, HEIC_EXTENSIONS, HEIC_IS_READ
+
+QUIET = "texts, lists or hidden files"  # counted, but reported only when the source has no image at all
+QUIET_NAMES = frozenset({"thumbs.db", "desktop.ini", "readme", "license", "licence", "copying", "makefile"})
+QUIET_EXTENSIONS = frozenset(
+    ("txt", "json", "jsonl", "xml", "xmp", "csv", "tsv", "md", "yaml", "yml", "html", "log", "py", "sh", "ini", "cls", "idx",
+     "npz", "npy", "md5", "sha256", "aae")
+)  # fmt: skip
+MAX_EXTENSION_LENGTH = 8  # a longer one is part of a name
+MAX_KINDS = 8
+PACKERS = {
+    b"\x1f\x8b": ("gzip", "gunzip -k"),
+    b"PK\x03\x04": ("zip", "unzip"),
+    b"7z\xbc\xaf\x27\x1c": ("7z", "7z x"),
+    b"Rar!": ("rar", "unrar x"),
+    b"BZh": ("bzip2", "bunzip2 -k"),
+    b"\xfd7zXZ": ("xz", "unxz -k"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+}
+PACKED_EXTENSIONS = (".gz", ".tgz", ".zip", ".7z", ".rar", ".bz2", ".xz", ".zst")
+
+
+def file_kind(name: str) -> str:
+    """Return the kind under which a file is counted: its extension, or QUIET."""
+    base = name.rpartition("/")[2].lower()
+    stem, _, extension = base.rpartition(".")
+    if base.startswith(".") or base in QUIET_NAMES or extension in QUIET_EXTENSIONS:
+        return QUIET
+    # The kind is printed, and the name can come from an untrusted archive.
+    if not stem or len(extension) > MAX_EXTENSION_LENGTH or not (extension.isascii() and extension.isalnum()):
+        return "without an extension"
+    return f".tar.{extension}" if stem.endswith(".tar") else f".{extension}"
+
+
+def describe_skipped(counts: Counter[str]) -> str:
+    """Return one line on the skipped files, or "" when all of them are QUIET."""
+    listed = _list(Counter({kind: number for kind, number in counts.items() if kind != QUIET}))
+    if not listed:
+        return ""
+    formats = ", ".join((*FORMATS, *(("HEIC",) if HEIC_IS_READ else ()))).lower().replace("jpeg", "jpg")
+    why = f": unsupported formats (supported: {formats})" if any(kind.startswith(".") for kind in counts) else ""
+    return f"left out: {listed}{why}{_advice(counts)}"
+
+
+def describe_no_images(counts: Counter[str]) -> str:
+    """Return what a source without images holds instead."""
+    if not counts.total():
+        return "it is empty"
+    files = plural(counts.total(), "file")
+    return f"{files}, none of them an image in a supported format: {_list(counts)}{_advice(counts)}"
+
+
+def _list(counts: Counter[str]) -> str:
+    parts = [f"{number:,} {kind}" for kind, number in counts.most_common() if number > 0]
+    more = len(parts) - MAX_KINDS
+    return ", ".join(parts[:MAX_KINDS]) + (f" and {more} more kinds" if more > 0 else "")
+
+
+def _advice(counts: Counter[str]) -> str:
+    packed = sorted(kind for kind in counts if kind.endswith(PACKED_EXTENSIONS))
+    advice = {
+        "pip install pillow-heif adds .heic": any(counts[extension] for extension in HEIC_EXTENSIONS),
+        "pip install -U pillow adds .avif": counts[".avif"],
+        f"unpack {', '.join(packed)} first": packed,
+        "convert a .tar itself, or the folder that contains it": counts[".tar"],
+    }
+    return "".join(f"; {text}" for text, applies in advice.items() if applies)
+
+
+def describe_compression(path: Path) -> str:
+    """Return how a file is compressed and how to unpack it, judged by its first bytes; "" when it is not compressed."""
+    with path.open("rb") as file:
+        head = file.read(max(map(len, PACKERS)))
+    for signature, (packer, command) in PACKERS.items():
+        if head.startswith(signature):
+            return f"compressed with {packer}, unpack it first: `{command} {path.name}` (images barely grow)"
+    return ""
