@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline.loader import MultiCropLoader
-from pipeline.notices import Every
+from pipeline.text import Every
 from train.evaluation.features import Extractor, Features, extract
 from train.optim import cosine
 
