@@ -95,20 +95,18 @@ def _validate(values: dict[str, Any], written: dict[str, str]) -> Config:
     try:
         config = Config.model_validate(merge(DATASETS.get(str(dataset), {}), values))
     except ValidationError as error:
-        problems: dict[KeyPath, str] = {}
+        first: dict[KeyPath, str] = {}  # pydantic reports a value once for each type of a union
         for problem in error.errors(include_url=False):
-            path: KeyPath = problem["loc"]
-            if not _is_missing(problem):  # pydantic appends each type of a union that it tried
-                path = _written_part(path, written)
-            problems.setdefault(path, _explain(problem, ".".join(part for part in path if isinstance(part, str))))
+            path: KeyPath = problem["loc"] if _is_missing(problem) else _written_part(problem["loc"], written)
+            first.setdefault(path, _explain(problem, ".".join(part for part in path if isinstance(part, str))))
+        problems = list(first.items())
     else:
-        problems = {tuple(key.split(".")): message for key, message in broken_rules(config)}
+        problems = [(tuple(key.split(".")), message) for key, message in broken_rules(config)]
         if not problems:
             return config
     order = list(written)  # as in the file, and then as on the command line
-    found = sorted((order.index(dotted(_written_part(path, written))), path) for path in problems)
-    lines = [f"{written[order[n]]}: {dotted(path)}: {problems[path]}" for n, path in found]
-    raise ConfigError("\n".join(map(printable, lines)))
+    lines = [(order.index(dotted(_written_part(path, written))), dotted(path), text) for path, text in problems]
+    raise ConfigError("\n".join(printable(f"{written[order[n]]}: {key}: {text}") for n, key, text in sorted(lines)))
 
 
 def _is_missing(problem: Any) -> bool:

@@ -35,27 +35,27 @@ def parse(text: str, name: str, origins: dict[str, str], path: KeyPath = ()) -> 
     In a file, where `path` is (), that is `name:line`; in an override of the key at `path` it is `name`. Raises ConfigError.
     """
 
-    def place(line: int) -> str:
+    def origin(line: int) -> str:
         return name if path else f"{name}:{line + 1}"
 
     try:
         node = _Loader(text).get_single_node()
-        return "" if node is None else _build(node, path, place, origins)
+        return "" if node is None else _build(node, path, origin, origins)
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # escapes such as "\UFFFFFFFF"
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         line = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
         problem = ", ".join(filter(None, (getattr(error, part, None) for part in ("context", "problem")))) or str(error)
         hint = "; indent with spaces, not tabs" if "'\\t'" in problem else ""
         key = f"{dotted(path)}: " if path else ""
-        raise ConfigError(printable(f"{place(line)}: {key}invalid YAML: {problem}{hint}")) from error
+        raise ConfigError(printable(f"{origin(line)}: {key}invalid YAML: {problem}{hint}")) from error
 
 
-def _build(node: yaml.Node, path: KeyPath, place: Callable[[int], str], origins: dict[str, str]) -> Any:
-    origins.setdefault(dotted(path), place(node.start_mark.line))
+def _build(node: yaml.Node, path: KeyPath, origin: Callable[[int], str], origins: dict[str, str]) -> Any:
+    origins.setdefault(dotted(path), origin(node.start_mark.line))
     if isinstance(node, yaml.ScalarNode):
         return _plain_value(node.value) if node.style is None else node.value
     if isinstance(node, yaml.SequenceNode):
-        return [_build(item, (*path, i), place, origins) for i, item in enumerate(node.value)]
+        return [_build(item, (*path, i), origin, origins) for i, item in enumerate(node.value)]
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
         mark, key = key_node.start_mark, (*path, key_node.value)
@@ -64,8 +64,8 @@ def _build(node: yaml.Node, path: KeyPath, place: Callable[[int], str], origins:
         if key_node.value in values:
             problem = f"duplicate key {dotted(key)}, first at {origins[dotted(key)]}; remove one"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
-        origins[dotted(key)] = place(mark.line)
-        values[key_node.value] = _build(value_node, key, place, origins)
+        origins[dotted(key)] = origin(mark.line)
+        values[key_node.value] = _build(value_node, key, origin, origins)
     return values
 
 

@@ -216,7 +216,7 @@ logging: {run_name: 2024}
 def test_all_broken_rules_are_reported_at_once_when_each_value_is_valid(write):
     text = f"""{MINIMAL}\
 model: {{levels: [], predictor_heads: 5}}
-masking: {{context_ratio: 0.9}}
+masking: {{strategy: none, exclude_covered: true, context_ratio: 0.9}}
 training: {{epochs: 9}}
 """
     errors = errors_of(write(text), ("data.multicrop.local_crop_size=97",))
@@ -224,6 +224,8 @@ training: {{epochs: 9}}
         "run.yaml:3 model.levels",
         "run.yaml:3 model.predictor_heads",
         "run.yaml:4 masking.query_ratio",
+        "run.yaml:4 masking.strategy",
+        "run.yaml:4 masking.exclude_covered",
         "run.yaml:5 training.warmup_epochs",
         "command line data.multicrop.local_crop_size",
     ]
