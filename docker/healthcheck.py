@@ -1,7 +1,7 @@
-"""Whether the training in this container makes progress: the age of the heartbeat file that it writes every few seconds.
+"""Check that the training in this container makes progress, by the age of the heartbeat file that it writes every few seconds.
 
-Exit code 0: it does, or nothing trains here (a conversion, tensorboard, a machine without rank 0, a start). 1: no progress for
-HEARTBEAT_MAX_AGE_S seconds. Uses only the standard library.
+The exit code is 1 after HEARTBEAT_MAX_AGE_S seconds without progress, and otherwise 0, also where nothing trains: during a
+conversion or a start, for tensorboard, and on machines without rank 0. Uses only the standard library.
 """
 
 import json
@@ -10,8 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-MAX_AGE_S = float(os.environ.get("HEARTBEAT_MAX_AGE_S", "900"))  # as training.timeout_s, after which ranks give up
-# A run that evaluates or has ended writes no heartbeat.
+MAX_AGE_S = float(
+    os.environ.get("HEARTBEAT_MAX_AGE_S", "900")
+)  # the default of training.timeout_s, after which ranks give up
+# A run that is evaluating or has ended writes no more heartbeats.
 BEATING = "training"
 
 
@@ -34,7 +36,7 @@ def read(path: Path) -> dict | None:
 
 
 def is_ours(beat: dict, processes: Path) -> bool:
-    """Whether its process runs in this container: run folders are shared, and stopped runs leave the file behind."""
+    """Return True if the process of a heartbeat runs here: run folders are shared, and stopped runs leave the file behind."""
     try:
         return b"train.run" in (processes / str(beat["pid"]) / "cmdline").read_bytes()
     except OSError:

@@ -1,6 +1,8 @@
-"""Modules import each other only along the arrows of the design, and never in a circle."""
+"""Modules import each other only as the design allows, never in a circle, and commands start fast."""
 
 import ast
+import subprocess
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -8,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("pipeline", "model", "train", "tools")
-# What the modules of a package may import of ours: packages with all that is in them, or single modules. For a module
-# the longest entry that it is inside of holds.
+# The packages and modules of the project that the modules of a package can import. The longest entry that contains a module
+# applies to it.
 MAY_IMPORT = {
     "pipeline": {"pipeline"},
     "pipeline.shards": {"pipeline.shards", "pipeline.files", "pipeline.text"},
@@ -35,6 +37,12 @@ MAY_IMPORT = {
 }
 
 
+# `--help` and errors in a config must not wait for what these import later.
+COMMANDS = ("train.run", "train.evaluate", "train.config.load", "tools.make_shards", "tools.doctor", "tools.bench")
+COMMANDS += ("tools.study", "tools.preview", "tools.export", "tools.compare_runs")
+SLOW_PACKAGES = ("torch", "nvidia.dali", "timm", "matplotlib", "numba", "scipy")
+
+
 def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
@@ -47,7 +55,7 @@ def inside(module: str, package: str) -> bool:
 
 
 def imports(path: Path, always: bool = False) -> set[str]:
-    """Our modules that this one imports; `always`: when it is imported itself, and not inside a function or for types alone."""
+    """Return the project modules that `path` imports; with `always`, without imports in functions and for type checking."""
     tree = ast.parse(path.read_text())
     names = set()
     for node in statements_at_import(tree) if always else ast.walk(tree):
@@ -56,20 +64,21 @@ def imports(path: Path, always: bool = False) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    found = {name if name in MODULES else name.rpartition(".")[0] for name in names}
-    return found & MODULES.keys()
+    modules = {name if name in MODULES else name.rpartition(".")[0] for name in names}
+    return modules & MODULES.keys()
 
 
 def statements_at_import(tree: ast.Module) -> list[ast.stmt]:
-    found, waiting = [], list(tree.body)
+    """Return the statements that run when the module is imported."""
+    statements, waiting = [], list(tree.body)
     while waiting:
         node = waiting.pop()
-        found.append(node)
+        statements.append(node)
         if isinstance(node, ast.If) and ast.unparse(node.test) != "TYPE_CHECKING":
             waiting += node.body + node.orelse
         elif isinstance(node, ast.Try | ast.With | ast.ClassDef):
             waiting += node.body
-    return found
+    return statements
 
 
 @pytest.mark.parametrize("package", sorted(MAY_IMPORT))
@@ -100,3 +109,10 @@ def test_nothing_is_ever_unpickled() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pickle.load", "pickle.loads"):
                 pytest.fail(f"{path}:{node.lineno} calls {ast.unparse(node.func)}")
+
+
+def test_commands_import_nothing_slow_before_their_arguments_and_config_are_checked() -> None:
+    code = f"import sys, {', '.join(COMMANDS)}; print(*sorted(sys.modules.keys() & set({SLOW_PACKAGES})))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from pipeline.shards.index import split_folder
 from train.command import BAD_INPUT, StopSignal, run_command, show_messages
-from train.config.load import SHORT_FLAGS, annotated, load_config_with_origins
+from train.config.load import SHORT_FLAGS, load_config_with_origins
 from train.config.schema import Config
 from train.config.yaml12 import ConfigError
 from train.output.display import LOADING
@@ -83,7 +83,7 @@ def launch(options: argparse.Namespace, path: Path, overrides: list[str]) -> int
             raise
         return BAD_INPUT
     if options.print_config or options.dry_run:
-        console.out(annotated(config, origins), highlight=False)
+        console.out(config.to_yaml(origins), end="", highlight=False)
     if options.print_config:
         return 0
     check_settings(config)

@@ -1,4 +1,4 @@
-"""The files that start the image, checked with the tools of their trade; the image itself is tried by `make docker-check`."""
+"""The files that start the image, checked with their own linters; `make docker-check` tests the image itself."""
 
 import json
 import os
@@ -18,19 +18,19 @@ DOCKER = ROOT / "docker"
 TOOLS = Path(sys.executable).parent
 SCRIPTS = ["check", "entrypoint", "slurm.sbatch"]
 VERBS = {"train", "convert", "doctor", "tensorboard"}
-# What the Dockerfile makes writable, and what the system does.
-PLACES = {"/app/shards", "/app/runs", "/cache", "/tmp", "/dev/shm", "/photos"}
+# Folders that the Dockerfile or the system makes writable.
+MOUNT_POINTS = {"/app/shards", "/app/runs", "/cache", "/tmp", "/dev/shm", "/photos"}
 
 
-def said_by(tool: str, *arguments: str | Path) -> str:
+def output_of(tool: str, *arguments: str | Path) -> str:
     result = subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=False)
     return result.stdout + result.stderr
 
 
 def test_hadolint_finds_nothing_and_does_find_what_is_wrong(tmp_path: Path) -> None:
-    assert said_by("hadolint", DOCKER / "Dockerfile") == ""
+    assert output_of("hadolint", DOCKER / "Dockerfile") == ""
     (tmp_path / "Dockerfile").write_text("FROM debian\nRUN cd /tmp\n")
-    assert "DL3006" in said_by("hadolint", tmp_path / "Dockerfile")
+    assert "DL3006" in output_of("hadolint", tmp_path / "Dockerfile")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -38,7 +38,7 @@ def test_shellcheck_and_the_shell_itself_accept_every_script(name: str) -> None:
     script = DOCKER / name
     shell = script.read_text().splitlines()[0].removeprefix("#!")
     assert subprocess.run([shell, "-n", script], capture_output=True, check=False).stderr == b""
-    assert said_by("shellcheck", script) == ""
+    assert output_of("shellcheck", script) == ""
     assert os.access(script, os.X_OK) or name.endswith(".sbatch")
 
 
@@ -52,7 +52,7 @@ def train_job() -> dict[str, Any]:
     return yaml.safe_load((DOCKER / "kubernetes.yaml").read_text())
 
 
-def test_the_train_job_is_one_to_kubeflow_and_every_key_of_it_is_known() -> None:
+def test_kubeflow_accepts_the_train_job_and_knows_every_key_in_it() -> None:
     job = train_job()
     parsed = TrainerV1alpha1TrainJob.from_dict(json.loads(json.dumps(job)))
     assert parsed is not None
@@ -63,7 +63,7 @@ def test_the_train_job_is_one_to_kubeflow_and_every_key_of_it_is_known() -> None
     (container,) = pod["containers"]
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert set(mounts) == {volume["name"] for volume in pod["volumes"]}
-    assert set(mounts.values()) <= PLACES
+    assert set(mounts.values()) <= MOUNT_POINTS
     (memory,) = (volume for volume in pod["volumes"] if volume.get("emptyDir", {}).get("medium") == "Memory")
     assert mounts[memory["name"]] == "/dev/shm"
     assert container["securityContext"]["readOnlyRootFilesystem"]
@@ -71,7 +71,7 @@ def test_the_train_job_is_one_to_kubeflow_and_every_key_of_it_is_known() -> None
     assert int(gpus) == job["spec"]["trainer"]["numProcPerNode"]
 
 
-def test_a_key_that_kubeflow_does_not_know_would_be_found() -> None:
+def test_a_key_that_kubeflow_does_not_know_is_noticed() -> None:
     job = train_job()
     job["spec"]["trainer"]["numNode"] = 3
     parsed = TrainerV1alpha1TrainJob.from_dict(job)
@@ -79,42 +79,43 @@ def test_a_key_that_kubeflow_does_not_know_would_be_found() -> None:
     assert without_nulls(json.loads(parsed.to_json())) != job
 
 
-def test_compose_and_kubernetes_start_what_the_entrypoint_and_the_settings_know() -> None:
+def test_compose_and_kubernetes_use_commands_and_settings_that_exist() -> None:
     services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
     assert set(services) == {"convert", "train", "tensorboard"}
-    lines = [service["command"] for service in services.values()] + [train_job()["spec"]["trainer"]["args"]]
-    for line in lines:
-        words = [re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", word) for word in line]
+    commands = [service["command"] for service in services.values()] + [train_job()["spec"]["trainer"]["args"]]
+    for command in commands:
+        words = [re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", word) for word in command]
         assert words[0] in VERBS
         if words[0] == "train":
             settings = [sys.executable, "-m", "train.run", *words[1:], "--print-config"]
             subprocess.run(settings, cwd=ROOT, check=True, capture_output=True)
     for service in services.values():
-        assert {volume.rsplit(":/", 1)[1].split(":")[0] for volume in service["volumes"]} <= {p[1:] for p in PLACES}
+        assert {volume.rsplit(":/", 1)[1].split(":")[0] for volume in service["volumes"]} <= {
+            p[1:] for p in MOUNT_POINTS
+        }
         assert service["read_only"]
         assert service["user"] == "${RUN_AS:-10001:10001}"
 
 
 def test_every_launcher_gets_the_jpeg_engine() -> None:
-    """The capability `video` brings it, and no launcher replaces what the image asks for."""
+    """The capability `video` enables it, and no launcher overrides the capabilities of the image."""
     (capabilities,) = re.findall(r"NVIDIA_DRIVER_CAPABILITIES=(\S+)", (DOCKER / "Dockerfile").read_text())
     assert {"compute", "utility", "video"} == set(capabilities.split(","))
     for name in ("compose.yaml", "kubernetes.yaml", "slurm.sbatch"):
         assert "NVIDIA_DRIVER_CAPABILITIES" not in (DOCKER / name).read_text()
 
 
-def test_a_change_of_the_code_comes_after_the_installation() -> None:
+def test_the_code_is_copied_after_the_packages_are_installed() -> None:
     lines = (DOCKER / "Dockerfile").read_text().splitlines()
-    places = [next(i for i, line in enumerate(lines) if text in line) for text in ("--require-hashes", "COPY . .")]
-    assert places == sorted(places)
-    assert not [
-        line for line in lines if line.startswith("COPY") and lines.index(line) < places[0] and "lock" not in line
-    ]
+    copies = [line for line in lines if line.startswith("COPY")]
+    assert copies == ["COPY requirements.lock /opt/requirements.lock", "COPY . ."]
+    installation = next(i for i, line in enumerate(lines) if "--require-hashes" in line)
+    assert installation < lines.index("COPY . .")
 
 
 def health(runs: Path, **settings: str) -> tuple[int, str]:
-    line = [sys.executable, "-I", "-S", DOCKER / "healthcheck.py", runs]
-    result = subprocess.run(line, capture_output=True, text=True, env={**os.environ, **settings}, check=False)
+    command = [sys.executable, "-I", "-S", DOCKER / "healthcheck.py", runs]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings}, check=False)
     assert result.stderr == ""
     return result.returncode, result.stdout
 
@@ -133,9 +134,8 @@ def test_the_health_check_fails_only_for_a_training_of_this_machine_that_stands_
         for status in ("evaluating", "complete", "stopped"):
             (run / "heartbeat.json").write_text(json.dumps({**beat, "status": status}))
             assert health(tmp_path, HEARTBEAT_MAX_AGE_S="60") == (0, "nothing trains here\n")
-        (run / "heartbeat.json").write_text(
-            json.dumps({**beat, "pid": os.getpid()})
-        )  # a stopped run's, on another machine
+        of_another_machine = {**beat, "pid": os.getpid()}  # which is no training
+        (run / "heartbeat.json").write_text(json.dumps(of_another_machine))
         assert health(tmp_path, HEARTBEAT_MAX_AGE_S="60")[0] == 0
         (run / "heartbeat.json").write_text("{")
         assert health(tmp_path)[0] == 0
@@ -145,8 +145,8 @@ def test_the_health_check_fails_only_for_a_training_of_this_machine_that_stands_
 
 
 def test_slurms_first_machine_is_the_master_however_long_their_list_is(tmp_path: Path) -> None:
-    for tool, line in {"scontrol": "seq -f node%06g 30000", "srun": 'echo "$PET_MASTER_ADDR" "$@"'}.items():
-        (tmp_path / tool).write_text(f"#!/bin/sh\n{line}\n")
+    for tool, script in {"scontrol": "seq -f node%06g 30000", "srun": 'echo "$PET_MASTER_ADDR" "$@"'}.items():
+        (tmp_path / tool).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / tool).chmod(0o755)
     job = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}", "RUNS": str(tmp_path), "SLURM_JOB_ID": "7",
@@ -155,12 +155,12 @@ def test_slurms_first_machine_is_the_master_however_long_their_list_is(tmp_path:
     batch = ["bash", str(DOCKER / "slurm.sbatch"), "CONFIG"]
     result = subprocess.run(batch, capture_output=True, text=True, env={**os.environ, **job}, check=False)
     assert result.returncode == 0, result.stderr
-    masters, commands = zip(*(said.split(maxsplit=1) for said in result.stdout.splitlines()), strict=True)
+    masters, commands = zip(*(line.split(maxsplit=1) for line in result.stdout.splitlines()), strict=True)
     assert set(masters) == {"node000001"}
     assert commands[-1].endswith("train CONFIG")
 
 
-def test_the_entrypoint_runs_any_command_and_hands_its_exit_code_on() -> None:
+def test_the_entrypoint_runs_any_command_and_returns_its_exit_code() -> None:
     assert subprocess.run([DOCKER / "entrypoint", "sh", "-c", "exit 75"], check=False).returncode == 75
     doctor = subprocess.run(
         [DOCKER / "entrypoint", "doctor", "--help"], cwd=ROOT, capture_output=True, text=True, check=False,

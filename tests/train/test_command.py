@@ -12,8 +12,8 @@ from model.hjepa import HJEPA
 from pipeline.crops.device import is_out_of_memory
 from tests.train.test_run import QUICKSTART, command
 from train.build import build_masks, build_model
-from train.config.datasets import DATASETS
 from train.config.load import load_config, load_config_with_origins
+from train.config.rules import DATASETS
 from train.dry_run import out_of_memory_explained
 from train.run import main
 

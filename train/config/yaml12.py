@@ -1,172 +1,111 @@
-"""YAML 1.2, strictly: a plain scalar is a decimal number, true, false, null, ~, or else text; a key occurs once.
+"""YAML 1.2 on top of PyYAML: values with the origin of each key, and text that reads back equal.
 
-PyYAML alone reads 1e-4 as text, 010 as 8, 1:30 as 90, `on` as true, and keeps the last of two equal keys.
+PyYAML follows YAML 1.1: it reads 1e-4 as text, 010 as 8, 1:30 as 90 and `on` as true, and keeps the last of two equal keys.
 """
 
 import math
 import re
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import yaml
 
 KeyPath = tuple[str | int, ...]
-MAX_DEPTH = 20
-COMMAND_LINE = 1_000_000_000  # the line of a value from the command line: after those of any file
-_TAG = "tag:yaml.org,2002:"
-# The first match decides; what matches none is text. 18 digits always fit 64 bits.
-_PATTERNS = {
-    f"{_TAG}null": r"(null|~|)\Z",
-    f"{_TAG}bool": r"(true|false)\Z",
-    f"{_TAG}int": r"[-+]?(0|[1-9][0-9]{0,17})\Z",
-    f"{_TAG}float": r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*|(?=[eE]))|\.[0-9]+)([eE][-+]?[12]?[0-9]{1,2})?\Z",
-    "!ambiguous": r"(?i)([-+]?\.?([0-9][0-9_:.]*|0[xob][0-9a-f_]+|inf|nan)(e[-+]?[0-9]+)?|on|off|yes|no|y|n|true|false)\Z",
-}
-_RESOLVERS: Any = {None: [(tag, re.compile(pattern)) for tag, pattern in _PATTERNS.items()]}
+_CONSTANTS = {"true": True, "false": False, "null": None, "~": None}
+_INT = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})\Z")  # 18 digits always fit 64 bits
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?\Z")
 
 
 class ConfigError(ValueError):
-    """Everything that is wrong with a config: one line for each error."""
-
-
-class AmbiguousText(str):
-    """Plain text that another YAML reader would take for a number or a boolean, such as 010, 1:30 or `on`."""
+    """Everything that is wrong with a config, one error per line."""
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers = _RESOLVERS
-    depth = 0
-
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()
-        refused = ""
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None or event.tag is not None:
-            refused = "anchors (&), aliases (*) and tags (!) are not supported; write the value out, or quote text"
-        elif self.depth == MAX_DEPTH:
-            refused = f"nested more than {MAX_DEPTH} deep"
-        if refused:
-            raise yaml.composer.ComposerError(None, None, refused, event.start_mark)
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
+            problem = "anchors (&), aliases (*) and tags (!) are not supported; write the value out, or quote text"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
 
 
-_Loader.add_constructor("!ambiguous", lambda _, node: AmbiguousText(node.value))
+def parse(text: str, name: str, origins: dict[str, str], path: KeyPath = ()) -> Any:
+    """Return the plain value of `text`, "" if it is empty, and put the origin of each dotted key into `origins`.
 
+    In a file, where `path` is (), that is `name:line`; in an override of the key at `path` it is `name`. Raises ConfigError.
+    """
 
-def compose(text: str) -> yaml.Node | None:
-    """The one node of `text`, None if it is empty. Raises ConfigError: `LINE: message`."""
+    def place(line: int) -> str:
+        return name if path else f"{name}:{line + 1}"
+
     try:
-        return _Loader(text).get_single_node()
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two are for escapes such as "\UFFFFFFFF"
+        node = _Loader(text).get_single_node()
+        return "" if node is None else _build(node, path, place, origins)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # escapes such as "\UFFFFFFFF"
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         line = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
-        what = ", ".join(filter(None, (getattr(error, name, None) for name in ("context", "problem")))) or str(error)
-        hint = "; indent with spaces, not tabs" if "'\\t'" in what else ""
-        raise ConfigError(f"{line + 1}: invalid YAML: {shown(what, 160)}{hint}") from error
+        problem = ", ".join(filter(None, (getattr(error, part, None) for part in ("context", "problem")))) or str(error)
+        hint = "; indent with spaces, not tabs" if "'\\t'" in problem else ""
+        key = f"{dotted(path)}: " if path else ""
+        raise ConfigError(printable(f"{place(line)}: {key}invalid YAML: {problem}{hint}")) from error
 
 
-class Mark(NamedTuple):
-    """Where a value was written, and how; `override` is the whole `section.key=value`, empty in a file."""
-
-    line: int
-    text: str
-    override: str
-
-
-@dataclass
-class Document:
-    """A file's values with overrides applied, the mark of each, and the errors found so far as (line, message)."""
-
-    name: str
-    values: dict[str, Any] = field(default_factory=dict)
-    marks: dict[KeyPath, Mark] = field(default_factory=dict)
-    issues: list[tuple[int, str]] = field(default_factory=list)
-    refused: set[KeyPath] = field(default_factory=set)  # keys without a value, which are among the issues
-
-    def build(self, node: yaml.Node, path: KeyPath, override: str = "") -> Any:
-        """The plain value of `node`; its marks and errors are recorded."""
-        self.marks.setdefault(path, _mark(node, node, override))
-        if isinstance(node, yaml.SequenceNode):
-            return [self.build(item, (*path, i), override) for i, item in enumerate(node.value)]
-        if isinstance(node, yaml.ScalarNode):
-            if node.value == "" and node.style is None:
-                self.add_issue(path, "has no value; give one, or remove the key")
-                self.refused.add(path)
-            return _Loader("").construct_object(node)
-        values: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            mark = _mark(key_node, value_node, override)
-            is_valid = isinstance(key_node, yaml.ScalarNode) and key_node.value != "<<"
-            key = (*path, key_node.value if is_valid else _written(key_node))
-            if not is_valid:
-                self.add_issue(key, "invalid key; keys must be strings, and merge keys (<<) are not supported", mark)
-            elif key[-1] in values:
-                self.add_issue(key, f"duplicate key, first at {self.place(self.marks[key])}; remove one", mark)
-            else:
-                self.marks[key] = mark
-                values[key_node.value] = self.build(value_node, key, override)
-        return values
-
-    def add_issue(self, path: KeyPath, message: str, mark: Mark | None = None) -> None:
-        """Reports `message` at `mark`, or else where `path` was written."""
-        mark = mark or self.marks[self.written_part(path)]
-        key = dotted(path)
-        if mark.override:
-            key = shown(mark.override) + ("" if mark.override.startswith(f"{key}=") else f": {key}")
-        self.issues.append((mark.line, f"{self.place(mark)}: {key}: {message}"))
-
-    def place(self, mark: Mark) -> str:
-        return "command line" if mark.override else f"{self.name}:{mark.line}"
-
-    def written_part(self, path: KeyPath) -> KeyPath:
-        """`path` as far as it was written; behind that, pydantic names the types it tried."""
-        return next(path[:n] for n in range(len(path), -1, -1) if path[:n] in self.marks)
+def _build(node: yaml.Node, path: KeyPath, place: Callable[[int], str], origins: dict[str, str]) -> Any:
+    origins.setdefault(dotted(path), place(node.start_mark.line))
+    if isinstance(node, yaml.ScalarNode):
+        return _plain_value(node.value) if node.style is None else node.value
+    if isinstance(node, yaml.SequenceNode):
+        return [_build(item, (*path, i), place, origins) for i, item in enumerate(node.value)]
+    values: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        mark, key = key_node.start_mark, (*path, key_node.value)
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise yaml.MarkedYAMLError(problem="a key must be text", problem_mark=mark)
+        if key_node.value in values:
+            problem = f"duplicate key {dotted(key)}, first at {origins[dotted(key)]}; remove one"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+        origins[dotted(key)] = place(mark.line)
+        values[key_node.value] = _build(value_node, key, place, origins)
+    return values
 
 
-def _mark(start: yaml.Node, value: yaml.Node, override: str) -> Mark:
-    return Mark(COMMAND_LINE if override else start.start_mark.line + 1, _written(value), override)
-
-
-def _written(node: yaml.Node) -> str:
-    if isinstance(node, yaml.MappingNode):
-        return "a mapping"
-    start, end = node.start_mark, node.end_mark
-    return start.buffer[start.pointer : end.pointer].strip() if start.buffer else ""
+def _plain_value(text: str) -> bool | int | float | str | None:
+    """Return the value of a scalar without quotes: a constant, a decimal number, or else text."""
+    if text in _CONSTANTS:
+        return _CONSTANTS[text]
+    return int(text) if _INT.match(text) else float(text) if _FLOAT.match(text) else text
 
 
 def dotted(path: KeyPath) -> str:
-    """`("model", "levels", 0, "layer")` -> `model.levels[0].layer`; odd characters are escaped."""
-    parts = (f"[{part}]" if isinstance(part, int) else f".{shown(part)}" for part in path)
-    return "".join(parts).removeprefix(".")
+    """Return `model.levels[0].layer` for `("model", "levels", 0, "layer")`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
-def shown(text: str, limit: int = 60) -> str:
-    """`text` on one line, printable and not too long."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
-    return line if len(line) <= limit else line[: limit - 3] + "..."
+def printable(text: str) -> str:
+    """Return `text` on one line, with unprintable characters escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
 
 
 class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers = _RESOLVERS
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
+    """Quotes text that YAML 1.1 or 1.2 takes for another type, so that every reader gets the same values."""
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        return self.represent_scalar(f"{_TAG}str", text, style=None if text.isprintable() else '"')
-
-    def represent_section(self, section: dict[str, Any]) -> yaml.MappingNode:
-        return self.represent_mapping(f"{_TAG}map", section, flow_style=False)  # a line for each key
+        style = None if text.isprintable() else '"'  # with line breaks escaped, a value stays on one line
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
 
 
 _Dumper.add_representer(str, _Dumper.represent_text)
-_Dumper.add_representer(dict, _Dumper.represent_section)
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, None)
 
 
-def to_text(values: dict[str, Any]) -> str:
-    """YAML that reads back equal, each key and its value on one line."""
-    return yaml.dump(
-        values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf, default_flow_style=None
-    )
+def to_text(values: Mapping[str, Any], origins: Mapping[str, str], prefix: str = "") -> str:
+    """Return YAML that reads back equal: one line per key, with its origin, if there is one, in a comment."""
+    text, indent = "", "  " * prefix.count(".")
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            text += f"{indent}{key}:\n{to_text(value, origins, f'{prefix}{key}.')}"
+            continue
+        pair = yaml.dump({key: value}, None, _Dumper, default_flow_style=True, width=math.inf, allow_unicode=True)
+        line, origin = indent + pair[1:-2], origins.get(prefix + key)  # without the braces and the line break
+        text += f"{line:<44}  # {origin}\n" if origin else f"{line}\n"
+    return text

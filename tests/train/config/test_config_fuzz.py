@@ -1,4 +1,4 @@
-"""Random damage to the shipped files. Full figures: `pytest -m slow -s tests/train/config/test_config_fuzz.py`."""
+"""Random damage to the shipped files; `pytest -m slow -s tests/train/config/test_config_fuzz.py` prints the full numbers."""
 
 import random
 import re
@@ -9,74 +9,20 @@ from pathlib import Path
 import pytest
 import yaml
 
-from train.config.errors import meant_keys
-from train.config.load import all_keys, load_config_with_origins
+from train.config.load import all_keys, load_config_with_origins, meant_keys
 from train.config.schema import Config
-from train.config.yaml12 import ConfigError, shown
+from train.config.yaml12 import ConfigError
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 TEXTS = [path.read_text() for path in sorted(CONFIGS.glob("*.yaml"))]
-TOKENS = [
-    "on",
-    "010",
-    "1:30",
-    "1e-4",
-    "1e999",
-    ".nan",
-    "null",
-    "~",
-    "",
-    "[]",
-    "{}",
-    "[1",
-    "{a",
-    "&a",
-    "*a",
-    "!!int 3",
-    "<<: *a",
-]
-TOKENS += [
-    "- 1",
-    "? x",
-    ": ",
-    "#",
-    "%YAML 9.9",
-    "---",
-    "...",
-    "\t",
-    "|",
-    ">",
-    "@",
-    "`",
-    '"',
-    "'",
-    "\\",
-    '"\\ud800"',
-    "9" * 40,
-]
-TOKENS += [
-    "\u2028",
-    "\ufeff",
-    "\x00",
-    "\x85",
-    "é",
-    "😀",
-    "\ud800",
-    "\r",
-    "\n",
-    "true",
-    "2024-01-01",
-    "0x1f",
-    "-1",
-    "3.5",
-    "=",
-    "<<",
-]
-TOKENS += ['"\\UFFFFFFFF"', '"\\x0"', "!<%ff> 1", "[[[[" * 9, "{a: {a: {a: 1}}}", "[{layer: 1}]", "a: b: c"]
+WORDS = "on 010 1:30 1e-4 1e999 .nan null ~ [] {} [1 {a &a *a - ? : # --- ... | > @ ` \" ' \\ = << true 2024-01-01 0x1f -1 3.5"
+TOKENS = [*WORDS.split(), "", "!!int 3", "<<: *a", "%YAML 9.9", "a: b: c", "{a: {a: 1}}", "[{layer: 1}]", "!<%ff> 1"]
+TOKENS += ["\t", "\r", "\n", "\x00", "\x85", "\u2028", "\ufeff", "\ud800", '"\\ud800"', '"\\UFFFFFFFF"', '"\\x0"']
+TOKENS += ["é", "😀", "9" * 40, "[" * 36]
 
 
 def edit(text: str, rng: random.Random) -> str:
-    """One random edit: of a character, a word, a line or a value."""
+    """Return `text` with one random edit of a character, a word, a line or a value."""
     lines, at = text.splitlines(), rng.randrange(len(text))
     row = rng.randrange(len(lines))
     kind = rng.randrange(9)
@@ -103,18 +49,16 @@ def edit(text: str, rng: random.Random) -> str:
 
 
 def keys_in(node: yaml.Node, prefix: str = "") -> list[str]:
-    """Dotted keys of every mapping, read independently of the code under test."""
+    """Return the dotted keys of every mapping, read independently of the code under test."""
     if not isinstance(node, yaml.MappingNode):
         return [prefix]
     if not node.value:
         return [prefix] if prefix.endswith("encoder_kwargs") else []
-    return [
-        key for name, value in node.value for key in keys_in(value, f"{prefix}.{shown(name.value)}".removeprefix("."))
-    ]
+    return [key for name, value in node.value for key in keys_in(value, f"{prefix}.{name.value}".removeprefix("."))]
 
 
 def outcome(text: str, path: Path) -> str:
-    """`read` or `refused`, after checks of either; any other exception is left to fail the test."""
+    """Load `text` and check the result or the errors. Returns `read` or `refused`; any other exception fails the test."""
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     try:
         config, origins = load_config_with_origins(path)
@@ -132,19 +76,19 @@ def outcome(text: str, path: Path) -> str:
 
 def damage(count: int, seed: int, path: Path) -> Counter[str]:
     rng = random.Random(seed)
-    found: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
     for _ in range(count):
         text = rng.choice(TEXTS)
         for _ in range(rng.choice((1, 1, 1, 2, 5))):
             text = edit(text, rng) if text else text
-        found[outcome(text, path)] += 1
-    return found
+        outcomes[outcome(text, path)] += 1
+    return outcomes
 
 
 def test_no_edit_of_a_shipped_file_raises_anything_but_a_config_error(tmp_path):
-    found = damage(300, 0, tmp_path / "run.yaml")
-    assert found["read"] > 30
-    assert found["refused"] > 100
+    outcomes = damage(150, 0, tmp_path / "run.yaml")
+    assert outcomes["read"] > 15
+    assert outcomes["refused"] > 50
 
 
 @pytest.mark.slow
@@ -163,44 +107,27 @@ def one_letter_typos(name: str) -> set[str]:
 
 
 def typos() -> list[tuple[str, str]]:
-    """(right key, the same with one letter wrong in its last part), for every key that is in the ImageNet file."""
+    """Return (key, the key with one letter of its last part wrong) for every key of the ImageNet file."""
     known = all_keys()
-    found = []
+    pairs = []
     for key in sorted(key for key in known if not key.startswith("model.levels.")):
         section, dot, name = key.rpartition(".")
         wrong = sorted(f"{section}{dot}{typo}" for typo in one_letter_typos(name) - {name})
-        found += [(key, typo) for typo in wrong if typo not in known]
-    return found
+        pairs += [(key, typo) for typo in wrong if typo not in known]
+    return pairs
 
 
-def right_suggestions(cases: list[tuple[str, str]], path: Path) -> float:
-    lines = (CONFIGS / "multicrop_training.yaml").read_text().splitlines()
-    _, origins = load_config_with_origins(CONFIGS / "multicrop_training.yaml")
-    rows: dict[str, int] = {}
-    for key, place in origins.items():
-        rows[key] = int(place.rpartition(":")[2])
-    right = 0
-    for key, typo in cases:
-        name, wrong = key.rpartition(".")[2], typo.rpartition(".")[2]
-        row = rows.get(key) or max(i for i, line in enumerate(lines, 1) if line.strip() == f"{name}:")
-        path.write_text("\n".join([*lines[: row - 1], lines[row - 1].replace(name, wrong, 1), *lines[row:]]))
-        with pytest.raises(ConfigError) as caught:
-            load_config_with_origins(path)
-        right += f"{path}:{row}: {typo}: unknown key; did you mean {key}?" in str(caught.value)
-    return right / len(cases)
+def share_answered_right(cases: list[tuple[str, str]]) -> float:
+    missed = [typo for key, typo in cases if meant_keys(typo) != [key]]
+    share = 1 - len(missed) / len(cases)
+    print(f"\n{len(cases)} typos: {share:.2%} answered with the right key; not {missed}")
+    return share
 
 
-def test_a_one_letter_typo_in_a_key_is_answered_with_the_right_key(tmp_path):
-    cases = random.Random(0).sample(typos(), 200)
-    assert right_suggestions(cases, tmp_path / "run.yaml") >= 0.95
+def test_a_one_letter_typo_in_a_key_is_answered_with_the_right_key() -> None:
+    assert share_answered_right(random.Random(0).sample(typos(), 500)) >= 0.95
 
 
 @pytest.mark.slow
-def test_of_all_one_letter_typos_at_least_95_percent_are_answered_with_the_right_key():
-    known = all_keys()
-    answers = [(typo, meant_keys(typo, known) == [key]) for key, typo in typos()]
-    missed = [typo for typo, right in answers if not right]
-    print(
-        f"\n{len(answers)} typos: {100 - 100 * len(missed) / len(answers):.2f}% answered with the right key; not {missed}"
-    )
-    assert len(missed) <= 0.05 * len(answers)
+def test_at_least_95_percent_of_all_one_letter_typos_are_answered_with_the_right_key() -> None:
+    assert share_answered_right(typos()) >= 0.95

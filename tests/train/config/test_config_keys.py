@@ -1,4 +1,4 @@
-"""No key of the config is without effect."""
+"""Every key of the config has an effect."""
 
 import ast
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ TRAIN = Path(__file__).parents[3] / "train"
 
 
 def keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, attribute name) of every leaf."""
+    """Yield (dotted key, attribute name) of every value."""
     for name, field in section.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -24,9 +24,9 @@ def keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]
 
 
 def attributes_read() -> set[str]:
-    """Every attribute name that train/ reads outside of the files that define the config.
+    """Return every attribute name that train/ reads outside the files that define the config.
 
-    `data.augmentation` is handed on whole, so it is `pipeline/crops/augment.py` that reads its keys.
+    `pipeline/crops/augment.py` counts as well: it reads the keys of `data.augmentation`, which it gets as one object.
     """
     names = set()
     for path in (*TRAIN.rglob("*.py"), Path(augment.__file__)):
@@ -35,13 +35,13 @@ def attributes_read() -> set[str]:
     return names
 
 
-def test_the_augmentation_of_the_config_is_that_of_the_pipeline() -> None:
+def test_config_and_pipeline_have_the_same_augmentation_defaults() -> None:
     assert augment.Augmentation() == augment.Augmentation(**schema.Augmentation().model_dump())
 
 
 def test_every_key_is_read_somewhere() -> None:
-    # The first three reach the code through Data.crop_counts; pin_memory is documented to have no effect.
-    through = {"num_global_crops", "num_local_crops", "use_multicrop", "pin_memory"}
+    # Data.crop_counts reads the first three; pin_memory is documented to have no effect.
+    read_elsewhere = {"num_global_crops", "num_local_crops", "use_multicrop", "pin_memory"}
     read = attributes_read()
     assert "crop_counts" in read
-    assert [key for key, name in keys(Config) if name not in read | through] == []
+    assert [key for key, name in keys(Config) if name not in read | read_elsewhere] == []

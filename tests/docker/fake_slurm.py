@@ -1,6 +1,6 @@
-"""What `srun`, `scontrol` and `scancel` do for docker/slurm.sbatch, with every node a group of processes on this machine.
+"""Fakes of `srun`, `scontrol` and `scancel` for docker/slurm.sbatch: every node is a process group on this machine.
 
-Called by these names. The folder STAND_IN holds `nodes` (the process groups of the step) and `said` (what was asked).
+The first argument is the command's name. The folder FAKE_SLURM holds `nodes` (the process groups of the job step) and `calls`.
 """
 
 import os
@@ -10,12 +10,12 @@ import sys
 from itertools import takewhile
 from pathlib import Path
 
-FOLDER = Path(os.environ["STAND_IN"])
+FOLDER = Path(os.environ["FAKE_SLURM"])
 ENTRYPOINT = Path(__file__).parents[2] / "docker" / "entrypoint"
 
 
 def srun(arguments: list[str]) -> int:
-    """Every node runs the command, in the image's entrypoint if an image is named; one that fails ends them all."""
+    """Run the command on every node, through the image's entrypoint if an image is named. A node that fails ends them all."""
     options = list(takewhile(lambda word: word.startswith("-"), arguments))
     command = arguments[len(options) :]
     if any(word.startswith("--container-image=") for word in options):
@@ -45,15 +45,15 @@ def signal_nodes(number: signal.Signals) -> None:
 
 
 def main(name: str, arguments: list[str]) -> int:
-    with (FOLDER / "said").open("a") as said:
-        print(name, *arguments, file=said)
+    with (FOLDER / "calls").open("a") as calls:
+        print(name, *arguments, file=calls)
     if name == "srun":
         return srun(arguments)
     if name == "scancel":
         signal_nodes(signal.SIGTERM)
     elif arguments[:2] == ["show", "hostnames"]:
         for _ in range(int(os.environ["SLURM_JOB_NUM_NODES"])):
-            print("127.0.0.1", flush=True)  # so that a reader gone after the first line is noticed
+            print("127.0.0.1", flush=True)  # so that a reader that stops after one line causes SIGPIPE
     return 0
 
 

@@ -1,0 +1,97 @@
+"""Rules between keys, and defaults that depend on `data.dataset`."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.defaults import IMAGENET_MEAN, IMAGENET_STD
+from train.config.schema import Config
+
+Values = dict[str, Any]
+Problem = tuple[str, str]  # the dotted key that an error is reported at, and the message
+
+
+def _small_images(mean: tuple[float, ...], std: tuple[float, ...]) -> Values:
+    """Return defaults for images of about 32 pixels, where blur and solarization would leave too little information."""
+    augmentation = {"global_blur_prob": 0.0, "local_blur_prob": 0.0, "solarize_prob": 0.0, "mean": mean, "std": std}
+    return {
+        "data": {"multicrop": {"global_crop_size": 32, "local_crop_size": 16}, "augmentation": augmentation},
+        "model": {"encoder": "vit_small_patch16_dinov3", "encoder_kwargs": {"img_size": 32, "patch_size": 4}},
+    }
+
+
+# Means and standard deviations of the training pixels, as published with common training recipes.
+DATASETS: dict[str, Values] = {
+    "cifar10": _small_images((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)),
+    "cifar100": _small_images((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "fashion_mnist": _small_images((0.286, 0.286, 0.286), (0.353, 0.353, 0.353)),
+    "sample": _small_images(IMAGENET_MEAN, IMAGENET_STD),
+}
+
+
+def merge(defaults: Values, values: Values) -> Values:
+    """Return `values` over `defaults`, section by section."""
+    merged = defaults | values
+    for key in defaults.keys() & values.keys() - {"encoder_kwargs"}:  # the arguments of one call belong together
+        if isinstance(defaults[key], dict) and isinstance(values[key], dict):
+            merged[key] = merge(defaults[key], values[key])
+    return merged
+
+
+def broken_rules(config: Config) -> Iterator[Problem]:
+    """Yield what is wrong between the keys of a config whose values are valid one by one."""
+    yield from _crop_rules(config)
+    yield from _masking_rules(config)
+    model, loss, training = config.model, config.loss, config.training
+    if model.predictor_width % model.predictor_heads:
+        problem = f"{model.predictor_heads} does not divide predictor_width = {model.predictor_width}"
+        yield "model.predictor_heads", problem
+    for name in sorted({"mean", "std"} & model.encoder_kwargs.keys()):
+        yield "model.encoder_kwargs", f"timm takes no {name}; set data.augmentation.{name}"
+    if model.levels == ():
+        yield "model.levels", "the list is empty; list some levels, or write null for the three default ones"
+    if not any((loss.prediction_weight, loss.summary_weight, loss.view_weight, loss.sigreg_weight)):
+        yield "loss.prediction_weight", "all four weights are 0, so nothing would be learned; raise one"
+    if training.warmup_epochs > training.epochs:
+        problem = f"{training.warmup_epochs:g} is more than epochs = {training.epochs}; lr would never reach its peak"
+        yield "training.warmup_epochs", problem
+
+
+def _crop_rules(config: Config) -> Iterator[Problem]:
+    data, patch, (num_global, num_local) = config.data, config.model.patch_size, config.data.crop_counts
+    if (config.device, data.crop_device) == ("cpu", "gpu"):
+        yield "data.crop_device", "gpu needs device: gpu; a run on the CPU makes its crops there, write auto or cpu"
+    for key in ("global_blur_prob", "solarize_prob"):
+        values = getattr(data.augmentation, key)
+        if isinstance(values, tuple) and len(values) < num_global:
+            problem = (
+                f"has {len(values)} values for {num_global} global crops; give {num_global}, or one number for all"
+            )
+            yield f"data.augmentation.{key}", problem
+    for kind in ("global", "local") if num_local else ("global",):
+        size: int = getattr(data.multicrop, f"{kind}_crop_size")
+        if patch and size % patch:
+            near = f"{size // patch * patch} or {(size // patch + 1) * patch}" if size > patch else patch
+            yield f"data.multicrop.{kind}_crop_size", f"{size} is not a multiple of the patch size {patch}; try {near}"
+
+
+def _masking_rules(config: Config) -> Iterator[Problem]:
+    masking, strategy, weight = config.masking, config.masking.strategy, config.loss.prediction_weight
+    num_global, num_local = config.data.crop_counts
+    if masking.context_ratio + masking.query_ratio > 1 + 1e-9:  # for 0.9 + 0.1, which can exceed 1 in float64
+        total = f"context_ratio + query_ratio = {masking.context_ratio} + {masking.query_ratio}"
+        yield "masking.query_ratio", f"{total} exceeds 1; a token cannot be both, lower one"
+    if masking.exclude_covered and strategy in ("global_only", "none"):
+        yield "masking.exclude_covered", f"true has no effect with {strategy}; write false"
+    if strategy == "none" and weight > 0:
+        problem = "none leaves nothing to predict; write loss.prediction_weight: 0, or choose global_only"
+        yield "masking.strategy", problem
+    if strategy not in ("none", "global_only") and weight == 0:
+        problem = (
+            f"0 builds no predictor, and {strategy} differs only in what it sees; choose strategy global_only or none"
+        )
+        yield "loss.prediction_weight", problem
+    num_other = {"global_with_local_context": num_local, "cross_crop_prediction": num_global + num_local - 1}
+    if num_other.get(strategy) == 0:
+        other = "local" if strategy == "global_with_local_context" else "second"
+        advice = "raise data.multicrop.num_local_crops, or choose global_only"
+        yield "masking.strategy", f"{strategy} needs a {other} crop; {advice}"
