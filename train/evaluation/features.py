@@ -108,26 +108,26 @@ def extract(loader: MultiCropLoader, extractors: Mapping[str, Extractor]) -> dic
     """
     loader.load_state_dict({"epoch": 0, "position": 0})
     count, done = len(loader.index), 0
-    stores: dict[str, dict[str, torch.Tensor]] = {}
+    stores: dict[tuple[str, str], torch.Tensor] = {}
     labels = torch.empty(count, dtype=torch.int64)
     for batch in loader:
-        with mixed_precision(batch.crops[0]):
-            outputs = {name: extractor(batch.crops[0]) for name, extractor in extractors.items()}
+        crops = batch.crops[0]
+        with mixed_precision(crops):
+            outputs = {(name, key): part for name in extractors for key, part in extractors[name](crops).items()}
         if not stores:  # only now are the widths known
-            _check_memory(loader, count, sum(part.shape[1] for parts in outputs.values() for part in parts.values()))
-            for name, parts in outputs.items():
-                stores[name] = {
-                    key: torch.empty(count, part.shape[1], dtype=STORED_DTYPE) for key, part in parts.items()
-                }
+            _check_memory(loader, count, sum(part.shape[1] for part in outputs.values()))
+            stores = {key: torch.empty(count, part.shape[1], dtype=STORED_DTYPE) for key, part in outputs.items()}
         rows = slice(done, done + len(batch.labels))
-        for name, parts in outputs.items():
-            for key, part in parts.items():
-                stores[name][key][rows] = part.to("cpu", STORED_DTYPE)
+        for key, part in outputs.items():
+            stores[key][rows] = part.to("cpu", STORED_DTYPE)
         labels[rows] = batch.labels.cpu()
         done += len(batch.labels)
     if loader.index.remote is not None:
         loader.close()  # frees its shards, so that the cache has room for those of the training
-    return {name: Features(store, labels) for name, store in stores.items()}
+    return {
+        name: Features({key: values for (owner, key), values in stores.items() if owner == name}, labels)
+        for name in extractors
+    }
 
 
 def _check_memory(loader: MultiCropLoader, count: int, width: int) -> None:
