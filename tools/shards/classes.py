@@ -57,6 +57,7 @@ def adopt_classes(source: Source, out: Path, split: str) -> Source:
     if known is None or not used:
         return source
     names, _ = known
+    # Both splits have names: each class takes the label that it has in the other split.
     if names and source.classes:
         targets = _labels_of(source.classes, names)
         _refuse_unknown([source.classes[label] for label in used if targets[label] < 0], other, split)
@@ -71,6 +72,7 @@ def adopt_classes(source: Source, out: Path, split: str) -> Source:
         _refuse_unknown(unknown, other, split)
         meaning = "names" if by_name else "places in the class list"
         return _relabel(source, mapping, known, f"labels taken for the {meaning} of {other}")
+    # The other split has numbers without names: only names that are integers can be compared with them.
     if source.classes and (open_index(other).samples["label"] != UNLABELLED).any():
         if not are_integers(source.classes):
             note = f"cannot be compared with the classes of {other}, which have numbers and no names"

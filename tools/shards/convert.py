@@ -96,6 +96,7 @@ def convert(source: Source, folder: Path, split: str, options: ConvertOptions) -
     conversion = assign_images(source, folder, split, options)
     (folder / RECORD_FOLDER).mkdir(parents=True, exist_ok=True)
     _claim_folder(conversion, options)
+    # A killed run leaves partial files; other tasks of a job array are still writing theirs.
     mine = range(options.task_index, conversion.num_shards, options.num_tasks)
     for shard in mine:
         for partial in folder.glob(f".{conversion.shard_name(shard)}.*.partial"):
@@ -103,6 +104,7 @@ def convert(source: Source, folder: Path, split: str, options: ConvertOptions) -
     written = _run_workers(conversion, mine, options)
     rejects = sum(len(ShardRecord.load(conversion.record_path(shard)).rejected) for shard in mine)
     _check_rejects(conversion, rejects, options)
+    # The task that completes the last shard writes the files of the split.
     if not all(conversion.record_path(shard).exists() for shard in range(conversion.num_shards)):
         return ConvertResult(written, complete=False, changed=True, left_out=rejects)
     changed, left_out = finish_split(conversion, split, options.seed)
@@ -111,6 +113,7 @@ def convert(source: Source, folder: Path, split: str, options: ConvertOptions) -
 
 def _claim_folder(conversion: Conversion, options: ConvertOptions) -> None:
     """Record which conversion a folder belongs to. Raises ValueError when it belongs to another one."""
+    # Everything that the bytes of the shards depend on.
     identity = {
         "source": conversion.source.catalogue.digest(),
         "classes": list(conversion.source.classes),

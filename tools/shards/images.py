@@ -102,6 +102,7 @@ def check_image(content: bytes, name: str, policy: ImagePolicy, with_sums: bool 
     try:
         return _check(content, name, policy, with_sums)
     except RejectedImageError as rejection:
+        # Damaged metadata is no reason to lose an image whose pixels decode without it.
         if (plain := _without_metadata(content)) == content:
             raise
         try:

@@ -159,6 +159,7 @@ class ShardBuilder:
         if isinstance(checked, str):
             self.rejected.append({"name": name, "label": label, "reason": checked})
             return
+        # WebDataset: the members of a sample share a key, here the position; the image comes first.
         parts = {checked.extension: checked.content}
         if label != UNLABELLED:
             parts["cls"] = b"%d" % label

@@ -58,6 +58,7 @@ def open_tars(path: Path, split: str, spools: Path | None) -> Source | None:
     tars, num_others = _tars_of_split(path, split)
     if not tars:
         return None
+    # The names of all images tell whether they lie in folders of splits; if so, only the split's own are listed again.
     listing = _list_tars(tars, "")
     if path.is_dir() and not len(listing.catalogue) and has_images(path):
         return None  # the tar holds something else and lies next to images
