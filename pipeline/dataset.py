@@ -104,7 +104,7 @@ def build_multicrop_dataloader(
     index = dataset.index
     sequence = BatchSequence(
         index,
-        Plan(index.sizes(), seed, shuffle),
+        Plan(index.counts, seed, shuffle),
         Quarantine(index, Path(quarantine) if quarantine else None, max_bad_share),
         batch_size,
         rank,

@@ -17,7 +17,7 @@ from pipeline.crops.device import DeviceError, device_fault
 from pipeline.crops.graph import ReaderOptions
 from pipeline.quarantine import Quarantine
 from pipeline.sequence import BatchSequence, Place
-from pipeline.shards.cache import Lease
+from pipeline.shards.cache import Pins
 from pipeline.shards.storage import allow_open_files
 from pipeline.window import WINDOW_TARS, Builder, GraphFailed, Window
 
@@ -42,9 +42,9 @@ class MultiCropLoader:
     ) -> None:
         if reader.device == "gpu" and not torch.cuda.is_available():
             raise DeviceError("device gpu: torch sees no CUDA GPU. Use device cpu, or check the driver with nvidia-smi")
-        # Without a mapping every tar of a window stays open, and a shard of a store is held by an open file.
-        if opened := (not reader.use_mmap) + (sequence.index.remote is not None):
-            allow_open_files(opened * OPEN_WINDOWS * WINDOW_TARS)
+        # Without a mapping every tar of a window stays open.
+        if not reader.use_mmap:
+            allow_open_files(OPEN_WINDOWS * WINDOW_TARS)
         self.sequence, self.reader, self.normalization = sequence, reader, normalization
         self.index, self.global_batch = sequence.index, sequence.global_batch
         # The compiled operator normalises a crop while it is in the cache; uploaded, it would be four times the bytes.
@@ -55,7 +55,7 @@ class MultiCropLoader:
         self._epoch = self._position = 0
         self._window: Window | None = None
         self._builder: Builder | None = None
-        self._leases: list[Lease] = []
+        self._pins: Pins | None = None
         self.store_wait_s = 0.0
         """Seconds that this loader has waited for an object store."""
 
@@ -140,14 +140,14 @@ class MultiCropLoader:
             return
         if window is not None and window.here != here:
             self._window = window = None  # it is over: its shards make room for the next ones
-        began, self._leases = time.perf_counter(), []
+        began, self._pins = time.perf_counter(), None
         shards = self.sequence.own_shards(list(islice(self.sequence.places_from(*here), count)))
-        self._leases = self._fetcher.need(np.unique(shards).tolist(), cancelled)
+        self._pins = self._fetcher.wait_for(np.unique(shards).tolist(), cancelled)
         self.store_wait_s += time.perf_counter() - began
 
     def close(self) -> None:
         """Free the graphs, with their threads and their memory on the device. The next batch builds a new one."""
-        self._window, self._leases = None, []
+        self._window, self._pins = None, None
         if self._fetcher is not None:
             self._fetcher.release()
         self._take_ahead()

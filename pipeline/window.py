@@ -17,6 +17,7 @@ from pipeline.crops.augment import ViewRecipe
 from pipeline.crops.draws import Draws, draw
 from pipeline.crops.graph import ReaderOptions, build_graph, define_graph
 from pipeline.sequence import BatchSequence, Place
+from pipeline.shards.cache import Pins
 from pipeline.shards.dali_index import write_dali_indices
 from pipeline.shards.fetcher import ShardFetcher
 
@@ -84,13 +85,14 @@ class Window:
         feeder = self.feeder = Feeder(sequence, recipes, place, fetcher)
         self.places, self.taken = feeder.places, 0
         self.waited = (0.0, 0.0)
+        self.pins: Pins | None = None
         if fetcher is not None:
             began = time.perf_counter()
-            self.leases = fetcher.need(np.unique(feeder.shards).tolist())
+            self.pins = fetcher.wait_for(np.unique(feeder.shards).tolist())
             self.waited = (began, time.perf_counter())
-            fetcher.ahead(sequence.shards_from(*self.following))
+            fetcher.prefetch(sequence.shards_from(*self.following))
         with tempfile.TemporaryDirectory(prefix="multicrop-hjepa-", ignore_cleanup_errors=True) as folder:
-            tars, indices = write_dali_indices(sequence.index, feeder.rows.reshape(-1), Path(folder))
+            tars, indices = write_dali_indices(sequence.index, feeder.rows.reshape(-1), Path(folder), self.pins)
             graph = define_graph(tars, indices, feeder, recipes, sequence.batch_size, reader, scaling)
             self.graph = build_graph(graph, reader)
 
