@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from pipeline.order import Plan
-from pipeline.shards.index import INDEX_NAME, SAMPLE_DTYPE, open_index, save_index
-from pipeline.shards.index_file import load_index
+from pipeline.shards.index import SAMPLE_DTYPE, open_index, save_index
+from pipeline.shards.index_file import SAMPLES_NAME, load_index
 from tools.benchmarks.tables import table
 from tools.own_process import own_process
 from tools.shards.writer import BLOCK, tar_header
@@ -106,7 +106,7 @@ def measure_loader(folder: Path, batch: int) -> dict[str, Any]:
     before = _resident_bytes()
     index, open_s = _timed(lambda: open_index(folder))
     index_bytes = _resident_bytes() - before
-    plan = Plan(index.sizes(), 0)
+    plan = Plan(index.counts, 0)
     _, first_plan_s = _timed(lambda: plan.rows(0, 0, batch))
     rows, epoch_plan_s = _timed(lambda: plan.rows(0, 0, len(index)))
     assert len(np.unique(rows)) == len(index)
@@ -121,7 +121,7 @@ def measure_loader(folder: Path, batch: int) -> dict[str, Any]:
         "name": "loader",
         "samples": len(index),
         "shards": len(index.shards),
-        "index_file_bytes": (folder / INDEX_NAME).stat().st_size,
+        "index_file_bytes": (folder / SAMPLES_NAME).stat().st_size,
         "open_index_s": open_s,
         "index_memory_bytes": index_bytes,
         "plan_of_first_batch_s": first_plan_s,
@@ -143,7 +143,7 @@ def measure_larger(num_samples: int, shard_size: int) -> dict[str, Any]:
             names = [f"train-{shard:06d}.tar" for shard in range(row["shards"])]
             save_index(folder, names, sample_rows(num_samples, shard_size, 10_000))
             before = _resident_bytes()
-            (_, samples, _), row["open_index_file_s"] = _timed(lambda: load_index(folder / INDEX_NAME, "", ""))
+            (_, samples, _), row["open_index_file_s"] = _timed(lambda: load_index(folder, ""))
             assert int(samples["shard"][-1]) == row["shards"] - 1
             row["index_memory_bytes"] = _resident_bytes() - before
     before = _resident_bytes()

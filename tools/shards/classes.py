@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.shards.index import INDEX_NAME, UNLABELLED
+from pipeline.shards.index import UNLABELLED
 from pipeline.shards.index_file import load_index
 from pipeline.shards.manifest import Manifest, read_manifest, read_object
 from tools.shards.catalogue import Source
@@ -79,14 +79,14 @@ def _classes_of(folder: Path) -> Manifest | None:
     classes = read_object(plan, f"Remove {folder} and convert again").get("classes")
     if not classes or not isinstance(classes, list):
         return None
-    return Manifest("", tuple(map(str, classes)), (), {}, {}, None)
+    return Manifest(classes=tuple(map(str, classes)))
 
 
 def _has_labels(folder: Path) -> bool:
-    path = folder / INDEX_NAME
-    if not path.exists():
+    try:
+        _, samples, _ = load_index(folder, f"Remove {folder} and convert again")
+    except FileNotFoundError:
         return False
-    _, samples, _ = load_index(path, str(path), f"Remove {folder} and convert again")
     return bool((samples["label"] != UNLABELLED).any())
 
 

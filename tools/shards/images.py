@@ -8,7 +8,7 @@ from importlib import import_module
 import numpy as np
 from PIL import Image
 
-from pipeline.shards.scan import PILLOW_FAULTS
+from pipeline.shards.samples import PILLOW_FAULTS
 from tools.shards.file_kinds import FORMATS, HEIC_IS_READ, JPEG_EXTENSIONS
 from tools.shards.pixels import (
     END_OF_IMAGE,

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image
 
-from pipeline.shards.scan import PILLOW_FAULTS
+from pipeline.shards.samples import PILLOW_FAULTS
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # on metadata mostly; what matters becomes a reason
 logging.getLogger("PIL").propagate = False

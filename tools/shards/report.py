@@ -3,8 +3,6 @@
 import fcntl
 import hashlib
 import json
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.shards.index import INDEX_NAME, save_index
+from pipeline.shards.index_file import OLD_INDEX_NAME, load_index, save_index
 from pipeline.shards.manifest import MANIFEST_NAME
 from tools.shards.writer import RECORD_FOLDER, Conversion, ShardRecord, write_file
 
@@ -77,10 +75,10 @@ def _lock(folder: Path) -> Iterator[None]:
 def _save_index_if_new(folder: Path, names: list[str], rows: np.ndarray) -> bool:
     """Compared by content, so that a damaged index is replaced."""
     try:
-        with np.load(folder / INDEX_NAME, allow_pickle=False) as file:
-            if file["shards"].tolist() == names and np.array_equal(file["samples"], rows):
-                return False
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        shards, samples, _ = load_index(folder, "")
+        if list(shards) == names and np.array_equal(samples, rows) and not (folder / OLD_INDEX_NAME).exists():
+            return False
+    except (FileNotFoundError, ValueError):
         pass  # absent or damaged
     save_index(folder, names, rows)
     return True

@@ -6,7 +6,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline.shards.index_file import INDEX_NAME, MANIFEST_NAME
+from pipeline.shards.index_file import INDEX_FILES
+from pipeline.shards.manifest import MANIFEST_NAME
 from pipeline.shards.object_store import MissingObject, check_prefix, read, scheme, sizes, upload
 from pipeline.shards.storage import join
 from tools.shards.writer import RECORD_FOLDER
@@ -41,8 +42,9 @@ def upload_split(folder: Path, url: str) -> int:
     tars = [entry["name"] for entry in json.loads(manifest)["shards"]]
     if _check_prefix(url, manifest, tars):
         return 0
+    last = (*INDEX_FILES, MANIFEST_NAME)
     beside = [path.name for path in sorted(folder.iterdir()) if path.is_file() and path.suffix in (".json", ".jsonl")]
-    first = [*tars, *(str(Path(name).with_suffix(".idx")) for name in tars), *(n for n in beside if n != MANIFEST_NAME)]
+    first = [*tars, *(str(Path(name).with_suffix(".idx")) for name in tars), *(n for n in beside if n not in last)]
     marks = folder / RECORD_FOLDER / UPLOADED_NAME
     done = set(marks.read_text().splitlines()) if marks.exists() else set()
     there = sizes(url) or {}
@@ -59,9 +61,9 @@ def upload_split(folder: Path, url: str) -> int:
 
     with ThreadPoolExecutor(STREAMS) as pool:
         written = sum(pool.map(put, first))
-    for name in (INDEX_NAME, MANIFEST_NAME):
+    for name in last:
         upload(folder / name, join(url, name), RETRY_S)
-    return written + 2
+    return written + len(last)
 
 
 def _check_prefix(url: str, manifest: bytes, tars: list[str]) -> bool:

@@ -85,7 +85,7 @@ def verify_split(folder: Path, workers: int) -> list[str]:
 
 
 def _tasks(index: ShardIndex, checksums: dict[str, str]) -> list[ShardTask]:
-    rows = np.split(index.samples, np.cumsum(index.sizes())[:-1])
+    rows = np.split(index.samples, np.cumsum(index.counts)[:-1])
     return [
         ShardTask(index.shard_path(shard), shard, rows[shard], checksums.get(name, ""))
         for shard, name in enumerate(index.shards)
@@ -121,7 +121,7 @@ def _verify_shard(task: ShardTask) -> list[str]:
 
 
 def index_split(folder: Path, workers: int) -> int:
-    """Write index.npz, each tar's .idx and timm's info file by scanning headers; returns the number of samples."""
+    """Write the index, each tar's .idx and timm's info file by scanning headers; returns the number of samples."""
     tars = sorted(folder.glob("*.tar"))
     tasks = [ShardTask(tar, shard, np.empty(0)) for shard, tar in enumerate(tars)]
     scans = list(_in_parallel(_index_shard, tasks, workers))
