@@ -1,4 +1,4 @@
-"""What the pipeline gives to the model."""
+"""The batch that the pipeline yields, and its normalisation."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -166,14 +166,13 @@ class WindowBuilder(threading.Thread):
     def __init__(self, make: Callable[[], Window]) -> None:
         # A daemon: a process that ends does not wait for a window that nobody will read.
         super().__init__(daemon=True)
-        self._make: Callable[[], Window] = make
+        self._make = make
         self._window: Window | None = None
         self.start()
 
     def run(self) -> None:
-        with suppress(
-            RuntimeError, ValueError, OSError
-        ):  # built again in the foreground, where the error can be reported
+        # After an error the window is built again in the foreground, where the error can be reported.
+        with suppress(RuntimeError, ValueError, OSError):
             self._window = self._make()
 
     def result(self) -> Window | None:

@@ -1,4 +1,4 @@
-"""Bad samples and bad devices: DALI raises RuntimeError for both, and only a bad sample may be replaced."""
+"""Bad samples and bad devices: DALI raises RuntimeError for both, and only bad samples are replaced."""
 
 import io
 import re
