@@ -15,7 +15,7 @@ from pipeline.crops.augment import ViewRecipe
 from pipeline.crops.device import DeviceError, as_device_error, find_faults
 from pipeline.crops.graph import ReaderOptions
 from pipeline.order import BatchSequence, BatchStart
-from pipeline.shards.cache import Lease
+from pipeline.shards.cache import Pins
 from pipeline.shards.storage import allow_open_files
 from pipeline.window import WINDOW_TARS, GraphFailed, Window, WindowBuilder
 
@@ -46,9 +46,9 @@ class MultiCropLoader:
     ) -> None:
         if reader.device == "gpu" and not torch.cuda.is_available():
             raise DeviceError("device gpu: torch sees no CUDA GPU. Use device cpu, or check the driver with nvidia-smi")
-        # Without memory mappings every tar of a window stays open, and a shard of a store is held by an open file.
-        if opened := (not reader.use_mmap) + (sequence.index.remote is not None):
-            allow_open_files(opened * OPEN_WINDOWS * WINDOW_TARS)
+        # Without memory mappings every tar of a window stays open.
+        if not reader.use_mmap:
+            allow_open_files(OPEN_WINDOWS * WINDOW_TARS)
         self.sequence, self.reader, self.normalization = sequence, reader, normalization
         self.index, self.quarantine, self.global_batch = sequence.index, sequence.quarantine, sequence.global_batch
         # The compiled operator normalises a crop while it is in the cache; for an upload that would be four times the bytes.
@@ -59,7 +59,7 @@ class MultiCropLoader:
         self._epoch = self._position = 0
         self._window: Window | None = None
         self._builder: WindowBuilder | None = None
-        self._leases: list[Lease] = []
+        self._pins: Pins | None = None
 
     def __len__(self) -> int:
         """Return the number of batches of an epoch."""
@@ -145,14 +145,14 @@ class MultiCropLoader:
             return
         if window is not None and window.here != here:
             self._window = window = None  # it is over: its shards make room for the next ones
-        began, self._leases = time.perf_counter(), []
+        began, self._pins = time.perf_counter(), None
         shards = self.sequence.rank_shards(list(islice(self.sequence.iter_batch_starts(here), count)))
-        self._leases = self._fetcher.need(np.unique(shards).tolist(), cancelled)
+        self._pins = self._fetcher.wait_for(np.unique(shards).tolist(), cancelled)
         self.store_wait_s += time.perf_counter() - began
 
     def close(self) -> None:
         """Free the graphs with their threads and device memory. The next batch builds a new one."""
-        self._window, self._leases = None, []
+        self._window, self._pins = None, None
         if self._fetcher is not None:
             self._fetcher.release()
         self._take_ahead()

@@ -13,7 +13,6 @@ import pytest
 import sources
 from reading import folder_bytes, run_convert, stored_samples
 
-from pipeline.shards.index import INDEX_NAME, open_index
 from tools.make_shards import main
 
 SHARDS = ("--num-shards", "6")
@@ -106,7 +105,9 @@ def test_twenty_kills_at_random_moments_end_in_the_same_bytes(tmp_path: Path) ->
     assert found == expected
 
 
-@pytest.mark.parametrize("name", ["animals-train-000002.tar", "animals-train-000004.idx", INDEX_NAME, "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["animals-train-000002.tar", "animals-train-000004.idx", "index.npy", "index.json", "manifest.json"]
+)
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "removed"])
 def test_a_second_run_repairs_damage(
     source: Path, reference: dict[str, bytes], finished: Path, tmp_path: Path, name: str, damage: str
@@ -220,7 +221,7 @@ def test_resize_bounds_the_shorter_side_and_never_enlarges(tmp_path: Path) -> No
     folder = run_convert(tmp_path / "in", tmp_path / "out", "--resize", "64", "--quality", "80")
     shapes = {sample.name: sample.pixels().shape[:2] for sample in stored_samples(folder)}
     assert shapes == {"a/0.jpg": (96, 64), "a/1.jpg": (64, 213), "a/2.jpg": (64, 64), "a/3.jpg": (40, 90)}
-    rows = open_index(folder).samples
+    rows = np.load(folder / "index.npy")
     assert sorted(zip(rows["height"].tolist(), rows["width"].tolist(), strict=True)) == sorted(shapes.values())
 
 
