@@ -11,8 +11,7 @@ from typing import overload
 import numpy as np
 
 from pipeline.shards import index_file
-from pipeline.shards.cache import CacheSettings, ShardCache, StoredShard
-from pipeline.shards.fetcher import ShardFetcher
+from pipeline.shards.cache import CacheSettings, Pins, ShardCache, ShardFetcher, StoredShard
 from pipeline.shards.index_file import INDEX_NAME, SAMPLE_DTYPE, UNLABELLED, load_index, save_index
 from pipeline.shards.manifest import read_manifest
 from pipeline.shards.object_store import MissingObject, check_prefix, is_remote, sizes
@@ -20,16 +19,10 @@ from pipeline.shards.samples import scan_shard
 from pipeline.shards.storage import join, read_range
 
 __all__ = [
-    "INDEX_NAME",
-    "SAMPLE_DTYPE",
-    "UNLABELLED",
-    "ShardIndex",
-    "open_index",
-    "save_index",
-    "scan_shard",
-    "split_folder",
-]
+    "INDEX_NAME", "SAMPLE_DTYPE", "UNLABELLED", "ShardIndex", "open_index", "save_index", "scan_shard", "split_folder",
+]  # fmt: skip
 
+IMAGE = "img"  # the component's name in DALI's index files
 # A larger index is mapped, and reading all of it takes minutes: its digest covers evenly spaced rows.
 MAX_DIGEST_ROWS, NUM_SPACED_ROWS = 1 << 21, 1 << 14
 
@@ -214,27 +207,41 @@ def _open_remote(folder: str) -> ShardIndex:
     names, samples, counts = load_index(folder, remedy)
     ends = index_file.first_and_last(samples, counts, join(folder, INDEX_NAME), remedy)
     manifest, listed = read_manifest(folder), sizes(folder)
-    described = {shard.name: shard for shard in manifest.shards} if manifest else {}
-    stored: list[StoredShard | None] = [None] * len(names)
-    stops = np.cumsum(counts)
+    entries = {shard.name: shard for shard in manifest.shards if shard.bytes is not None} if manifest else {}
+    stored, stops = list[StoredShard | None]([None] * len(names)), np.cumsum(counts)
     for shard, pair in ends.items():
-        name, url = names[shard], join(folder, names[shard])
-        num_bytes, sha256 = int((pair["offset"] + pair["size"]).max()), ""
-        if (entry := described.get(name)) is not None and entry.bytes is not None:
-            num_bytes, sha256 = entry.bytes, entry.sha256
+        name, url, entry = names[shard], join(folder, names[shard]), entries.get(names[shard])
+        num_bytes = entry.bytes if entry and entry.bytes else int((pair["offset"] + pair["size"]).max())
         if listed is not None and "/" not in name:
-            _check_listed(url, num_bytes, bool(sha256), listed.get(name))
+            size, source = listed.get(name), "manifest" if entry else "index"
+            if size is None:
+                raise ValueError(f"{url}: listed in the index but missing. {remedy}, or rebuild the index")
+            if size < num_bytes or (entry and size != num_bytes):
+                problem = "truncated" if size < num_bytes else "changed"
+                raise ValueError(f"{url}: {problem}: {size:,} bytes, and the {source} needs {num_bytes:,}. {remedy}")
+        sha256 = entry.sha256 if entry else ""
         rows = samples[stops[shard] - counts[shard] : stops[shard]]
         tag = sha256 or hashlib.sha256(rows.tobytes()).hexdigest()
         stored[shard] = StoredShard(url, f"{Path(name).stem}-{tag[:24]}.tar", num_bytes, sha256, pair.copy())
     return ShardIndex(folder, names, samples, counts, RemoteShards(tuple(stored), ShardCache(CacheSettings())))
 
 
-def _check_listed(url: str, num_bytes: int, is_exact: bool, size: int | None) -> None:
-    if size is None:
-        raise ValueError(f"{url}: listed in the index but missing. Upload it again, or rebuild the index")
-    if size < num_bytes or (is_exact and size != num_bytes):
-        raise ValueError(
-            f"{url}: {size:,} bytes, and the {'manifest' if is_exact else 'index'} needs {num_bytes:,}: "
-            f"{'truncated' if size < num_bytes else 'changed'}. Upload it again"
-        )
+def write_dali_indices(
+    index: ShardIndex, rows: np.ndarray, folder: Path, pins: Pins | None = None
+) -> tuple[list[str], list[str]]:
+    """Write rows of the index, in their order, as DALI index files in `folder`.
+
+    Returns the tars and their index files; a tar is listed once for each run of its rows, since an index file can drop, permute
+    and repeat the members of a tar. Tars of a store are read through their links in `pins`.
+    """
+    samples = index.samples[rows]
+    breaks = np.flatnonzero(np.diff(samples["shard"])) + 1
+    tars, paths = list[str](), list[str]()
+    for part, run in zip(np.split(rows, breaks), np.split(samples, breaks), strict=True):
+        members = zip(part.tolist(), run["offset"].tolist(), run["size"].tolist(), strict=True)
+        lines = [f"{IMAGE} {offset} {size} {row}.{IMAGE}\n" for row, offset, size in members]
+        path, tar = folder / f"{len(tars):06d}.idx", index.shard_path(run["shard"][0])
+        path.write_text(f"v1.2 {len(lines)}\n{''.join(lines)}")
+        tars.append(os.fspath(tar if pins is None else pins.folder / tar.name))
+        paths.append(os.fspath(path))
+    return tars, paths

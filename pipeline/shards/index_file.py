@@ -97,8 +97,14 @@ def load_index(folder: Path | str, remedy: str) -> tuple[tuple[str, ...], np.nda
         names, counts = tuple(content.shards), np.array([*content.shards.values()], np.int64)
         place = join(folder, SAMPLES_NAME)
         samples = _load_samples(place, content, remedy)
-    if problem := _problem(names, samples, counts):
-        raise ValueError(f"{place}: {problem}. {remedy}")
+    rows = f"expected is one row per sample of {SAMPLE_DTYPE.names}"
+    for is_wrong, problem in (
+        (samples.dtype != SAMPLE_DTYPE or samples.ndim != 1, f"samples is {samples.dtype} {samples.shape}; {rows}"),
+        (counts.sum() != samples.size, f"{samples.size} samples, but counts of {counts.sum()}"),
+        (samples.size == 0, "lists no samples"),
+    ):
+        if is_wrong:
+            raise ValueError(f"{place}: {problem}. {remedy}")
     return names, samples, counts
 
 
@@ -125,23 +131,18 @@ def _load_old(place: str, remedy: str) -> tuple[tuple[str, ...], np.ndarray, np.
     try:
         with np.load(io.BytesIO(data)) as arrays:
             shards, samples = arrays["shards"], arrays["samples"]
-            if shards.dtype.kind != "U" or shards.ndim != 1:
-                raise ValueError(f"shards is {shards.dtype} {shards.shape}")
             # The first version has no counts.
             counts = arrays["counts"] if "counts" in arrays else np.bincount(samples["shard"], minlength=len(shards))
-            return tuple(shards.tolist()), samples, counts
+            if (
+                shards.dtype.kind != "U"
+                or shards.ndim != 1
+                or counts.shape != shards.shape
+                or counts.min(initial=0) < 0
+            ):
+                raise ValueError(f"shards is {shards.dtype} {shards.shape}, and counts is {counts.shape}")
+            return tuple(shards.tolist()), samples, counts.astype(np.int64)
     except DAMAGES as error:
         raise ValueError(f"{place}: damaged, or not an index ({error or type(error).__name__}). {remedy}") from None
-
-
-def _problem(names: tuple[str, ...], samples: np.ndarray, counts: np.ndarray) -> str | None:
-    if samples.dtype != SAMPLE_DTYPE or samples.ndim != 1:
-        return f"samples is {samples.dtype} {samples.shape}; expected is one row per sample of {SAMPLE_DTYPE.names}"
-    if counts.shape != (len(names),) or counts.dtype != np.int64 or counts.min(initial=0) < 0:
-        return f"{len(names)} shards, but counts of {len(counts)}"
-    if counts.sum() != len(samples):
-        return f"{len(samples)} samples, but counts of {counts.sum()}"
-    return None if len(samples) else "lists no samples"
 
 
 def first_and_last(samples: np.ndarray, counts: np.ndarray, place: str, remedy: str) -> dict[int, np.ndarray]:
@@ -179,25 +180,25 @@ def check_shards(paths: Sequence[Path], ends: dict[int, np.ndarray]) -> None:
 
 def shard_problem(path: Path, ends: np.ndarray) -> str | None:
     """Return how a tar differs from the index, judged by its length and the headers of its first and last sample."""
-    with path.open("rb") as file:
-        descriptor = file.fileno()
+    with path.open("rb", buffering=0) as file:
+        if (kind := head_kind(file.read(BLOCK))) != "a tar":
+            return kind
+        num_bytes, needed = os.fstat(file.fileno()).st_size, int((ends["offset"] + ends["size"]).max())
+        if num_bytes < needed:
+            return f"truncated: {num_bytes:,} bytes, and the index needs {needed:,}"
         for offset, size in zip(ends["offset"].tolist(), ends["size"].tolist(), strict=True):
-            header = os.pread(descriptor, BLOCK, offset - BLOCK)
+            header = os.pread(file.fileno(), BLOCK, offset - BLOCK)
             if problem := _header_problem(header, size):
-                kind = head_kind(os.pread(descriptor, BLOCK, 0))
-                if kind == "a tar":
-                    kind = "of another data set, or damaged" if any(header) else "zero-filled in part"
-                    kind = kind if header else "truncated"
-                return f"{kind}: {problem} at byte {offset - BLOCK:,}, where the index has a sample"
-        size, needed = os.fstat(descriptor).st_size, int((ends["offset"] + ends["size"]).max())
-    return f"{size:,} bytes, and the index needs {needed:,}: truncated" if size < needed else None
+                reason = "of another data set, or damaged" if any(header) else "zero-filled in part"
+                return f"{reason}: {problem} at byte {offset - BLOCK:,}, where the index has a sample"
+    return None
 
 
 def _header_problem(header: bytes, size: int) -> str | None:
     try:
         member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.TarError:
-        return "nothing" if not header else "zeros" if not any(header) else "no tar header"
+        return "no tar header"
     _, dot, extension = member.name.rpartition("/")[2].rpartition(".")
     is_image = extension.lower() in IMAGE_EXTENSIONS or not dot or len(member.name) >= MAX_USTAR_NAME
     if not member.isreg() or not is_image:

@@ -15,7 +15,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class ManifestShard(BaseModel):
-    """A tar: `bytes` is its size, None where the file does not say."""
+    """A tar of `bytes` bytes, None where the file does not say."""
 
     name: Text
     sha256: Text
@@ -64,8 +64,7 @@ def parse_model(model: type[Model], text: bytes, place: str, remedy: str) -> Mod
         return model.model_validate(parse_object(text, place, remedy))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        name = ".".join(map(str, first["loc"]))
-        reason = f"{name} is {_short_json(first['input'])} ({first['msg']})"
+        reason = f"{'.'.join(map(str, first['loc']))} is {_short_json(first['input'])} ({first['msg']})"
         raise ValueError(f"{place}: damaged: {reason}. {remedy}") from None
 
 

@@ -5,7 +5,6 @@ A store takes its settings from the environment as its own tools do (`AWS_ENDPOI
 backoff, by this module only: the clients' own retries are switched off.
 """
 
-import asyncio
 import logging
 import os
 import random
@@ -30,8 +29,7 @@ SETTINGS = ("AWS_", "GOOGLE_", "STORAGE_EMULATOR_HOST", "AZURE_", "HF_", "FSSPEC
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.25, 30.0
 INTERACTIVE_RETRY_S = 10.0  # where somebody waits at a terminal: for an index, a listing
 STALLED_S = 30.0  # without a byte
-# Retrying cannot fix a missing name or a wrong URL.
-PERMANENT_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError)
+PERMANENT_ERRORS = (NotADirectoryError, IsADirectoryError, ValueError)  # retrying cannot fix a wrong URL
 # The clients raise OSError, most of fsspec's errors, and some of their own, which are told by their module: importing them
 # would pull in every client.
 CLIENT_MODULES = (
@@ -64,14 +62,9 @@ def check_prefix(url: str) -> None:
         raise ValueError(f"{url}: not a place in a store; write {kind}://BUCKET/PREFIX")
 
 
-def read(url: str, retry_s: float = INTERACTIVE_RETRY_S) -> bytes:
-    """Return the content of a small object. Raises MissingObject or StoreError."""
-    return _request(url, retry_s, "cat_file")
-
-
-def read_range(url: str, offset: int, size: int, retry_s: float = INTERACTIVE_RETRY_S) -> bytes:
-    """Return `size` bytes of an object, fewer where it ends. Raises MissingObject or StoreError."""
-    return _request(url, retry_s, "cat_file", start=offset, end=offset + size)
+def read(url: str, retry_s: float = INTERACTIVE_RETRY_S, start: int = 0, stop: int | None = None) -> bytes:
+    """Return the bytes `[start, stop)` of an object, fewer where it ends. Raises MissingObject or StoreError."""
+    return _request(url, retry_s, lambda system, path: system.cat_file(path, start=start, end=stop))
 
 
 def sizes(folder: str) -> dict[str, int] | None:
@@ -79,7 +72,7 @@ def sizes(folder: str) -> dict[str, int] | None:
     if scheme(folder) in ("http", "https"):
         return None
     try:
-        entries = _request(folder, INTERACTIVE_RETRY_S, "ls", detail=True)
+        entries = _request(folder, INTERACTIVE_RETRY_S, lambda system, path: system.ls(path, detail=True))
     except StoreError:
         return None
     return {entry["name"].rpartition("/")[2]: int(entry["size"] or 0) for entry in entries if entry["type"] == "file"}
@@ -93,20 +86,11 @@ def download(url: str, path: Path, fresh: bool = False) -> None:
 
 def upload(path: Path, url: str, retry_s: float) -> None:
     """Write a file to an object, which appears under its name when it is complete. Raises StoreError."""
-
-    def put(fresh: bool) -> None:
-        system, remote_path = _file_system(url, fresh)
-        system.put_file(str(path), remote_path)
-
-    retry(put, url, retry_s)
+    _request(url, retry_s, lambda system, remote_path: system.put_file(str(path), remote_path))
 
 
-def _request(url: str, retry_s: float, method: str, **arguments: Any) -> Any:
-    def request(fresh: bool) -> Any:
-        system, remote_path = _file_system(url, fresh)
-        return getattr(system, method)(remote_path, **arguments)
-
-    return retry(request, url, retry_s)
+def _request(url: str, retry_s: float, call: Callable[[Any, str], Result]) -> Result:
+    return retry(lambda fresh: call(*_file_system(url, fresh)), url, retry_s)
 
 
 def retry(request: Callable[[bool], Result], url: str, retry_s: float) -> Result:
@@ -115,44 +99,38 @@ def retry(request: Callable[[bool], Result], url: str, retry_s: float) -> Result
     `fresh` asks for a new connection and new credentials. Raises MissingObject at once for an object that does not exist, and
     StoreError when the time is over.
     """
-    started, pause, fresh = time.monotonic(), FIRST_PAUSE_S, False
+    started, pause_s, fresh = time.monotonic(), FIRST_PAUSE_S, False
+    what_to_check = f"Check the name, the network and {STORES[scheme(url)][1]}"
     while True:
         try:
             return request(fresh)
         except StoreError:
             raise
+        except FileNotFoundError:
+            raise MissingObject(f"{url}: no such object, bucket or container. {what_to_check}") from None
         except PERMANENT_ERRORS as error:
-            kind = MissingObject if isinstance(error, FileNotFoundError) else StoreError
-            raise kind(f"{url}: {explain(error)}. {_what_to_check(url)}") from None
+            raise StoreError(f"{url}: {_first_line(error)}. {what_to_check}") from None
         except Exception as error:
-            is_of_store = isinstance(error, OSError | asyncio.TimeoutError)
-            if not is_of_store and not type(error).__module__.startswith(CLIENT_MODULES):
+            if not isinstance(error, OSError) and not type(error).__module__.startswith(CLIENT_MODULES):
                 raise
             fresh = any(word in str(error).lower() for word in ("credential", "token"))
             denied = isinstance(error, PermissionError) and not fresh  # no pause will change that
-            left = 0.0 if denied else retry_s - (time.monotonic() - started)
-            if left <= 0:
+            left_s = 0.0 if denied else retry_s - (time.monotonic() - started)
+            if left_s <= 0:
                 tried = "" if denied else f", tried for {retry_s:g} s"
-                raise StoreError(f"{url}: {explain(error)}{tried}. {_what_to_check(url)}") from None
-            pause_s = min(pause * random.uniform(0.75, 1.25), left)  # so that many ranks do not come back at once
-            if pause > 1:
-                log.warning(f"{url}: {explain(error)}; trying again in {pause_s:.0f} s")
-            time.sleep(pause_s)
-            pause = min(2 * pause, MAX_PAUSE_S)
+                raise StoreError(f"{url}: {_first_line(error)}{tried}. {what_to_check}") from None
+            if pause_s > 1:
+                log.warning(f"{url}: {_first_line(error)}; trying again in {pause_s:.0f} s")
+            time.sleep(min(pause_s * random.uniform(0.75, 1.25), left_s))  # so that many ranks do not come back at once
+            pause_s = min(2 * pause_s, MAX_PAUSE_S)
 
 
-def explain(error: BaseException) -> str:
-    """A client's error in one line."""
-    if isinstance(error, FileNotFoundError):
-        return "no such object, bucket or container"
-    if isinstance(error, TimeoutError | asyncio.TimeoutError):
+def _first_line(error: BaseException) -> str:
+    """Return a client's error in one line."""
+    if isinstance(error, TimeoutError):
         return "no answer in time"
     text = (getattr(error, "strerror", None) or str(error)).strip() or type(error).__name__
     return text.splitlines()[0].strip()[:200].rstrip(".")
-
-
-def _what_to_check(url: str) -> str:
-    return f"Check the name, the network and {STORES[scheme(url)][1]}"
 
 
 # By process, since a fork copies no connection, by scheme, and by the environment variables that the client read.

@@ -38,7 +38,7 @@ def read_file(place: Path | str) -> bytes:
 def read_range(place: Path | str, offset: int, size: int) -> bytes:
     """Return `size` bytes of a file or object, fewer where it ends. Raises OSError."""
     if is_remote(place):
-        return object_store.read_range(str(place), offset, size)
+        return object_store.read(str(place), start=offset, stop=offset + size)
     with open(place, "rb") as file:
         return os.pread(file.fileno(), size, offset)
 

@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.shards.cache import CacheFullError, CacheSettings, ShardCache, StoredShard
-from pipeline.shards.fetcher import Cancelled
+from pipeline.shards.cache import CacheFullError, CacheSettings, Cancelled, ShardCache, StoredShard
 from pipeline.shards.index import ShardIndex, open_index
 from pipeline.shards.object_store import StoreError
 from tests.pipeline.shards.conftest import COUNTS, Store
