@@ -16,7 +16,7 @@ from pipeline.shards.index_file import INDEX_NAME, SAMPLE_DTYPE, UNLABELLED, loa
 from pipeline.shards.manifest import read_manifest
 from pipeline.shards.object_store import MissingObject, check_prefix, is_remote, sizes
 from pipeline.shards.samples import scan_shard
-from pipeline.shards.storage import join, read_range
+from pipeline.shards.storage import join, read_bytes
 
 __all__ = [
     "INDEX_NAME", "SAMPLE_DTYPE", "UNLABELLED", "ShardIndex", "open_index", "save_index", "scan_shard", "split_folder",
@@ -96,22 +96,22 @@ class ShardIndex:
         try:
             header = self._read(sample["shard"], int(sample["offset"]) - block, block)
             return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
-        except (OSError, tarfile.TarError):
+        except (OSError, ValueError, tarfile.TarError):
             return "(no readable tar header)"
 
     def encoded(self, row: int) -> bytes:
-        """The image file of one sample. Raises OSError."""
+        """The image file of one sample. Raises OSError, and ValueError for an unreadable tar."""
         sample = self.samples[row]
         return self._read(sample["shard"], int(sample["offset"]), int(sample["size"]))
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
         path = self.shard_path(shard)
         try:
-            return read_range(path, offset, size)
+            return read_bytes(path, offset, size)
         except FileNotFoundError:  # not in the cache
             if self.remote is None:
                 raise
-        return read_range(self.shard_place(shard), offset, size)
+        return read_bytes(self.shard_place(shard), offset, size)
 
     def describe(self, row: int) -> str:
         """One sample for error messages: shard, member name and offset."""
@@ -147,7 +147,7 @@ def _remote_split(prefix: str, split: str) -> str:
     for folder in folders:
         for name in (INDEX_NAME, index_file.OLD_INDEX_NAME):
             try:
-                read_range(join(folder, name), 0, 4)
+                read_bytes(join(folder, name), 0, 4)
                 return folder
             except MissingObject as error:
                 reason = str(error).removeprefix(f"{join(folder, name)}: ")

@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field, InstanceOf
 
 from pipeline.files import write_atomic
 from pipeline.shards.manifest import parse_model
-from pipeline.shards.storage import is_remote, join, read_file, read_range
+from pipeline.shards.storage import is_remote, join, read_bytes
 from pipeline.shards.tar import IMAGE_EXTENSIONS, head_kind
 
 INDEX_NAME = "index.json"
@@ -89,7 +89,7 @@ def load_index(folder: Path | str, remedy: str) -> tuple[tuple[str, ...], np.nda
     """
     place = join(folder, INDEX_NAME)
     try:
-        content = parse_model(IndexContent, read_file(place), place, remedy)
+        content = parse_model(IndexContent, read_bytes(place), place, remedy)
     except FileNotFoundError:
         place = join(folder, OLD_INDEX_NAME)
         names, samples, counts = _load_old(place, remedy)
@@ -112,9 +112,9 @@ def _load_samples(place: str, content: IndexContent, remedy: str) -> np.ndarray:
     mapped = False
     try:
         if not is_remote(place) and (mapped := os.path.getsize(place) > MAX_READ_BYTES):
-            checksum = read_range(place, os.path.getsize(place) - CHECKSUM_BYTES, CHECKSUM_BYTES)
+            checksum = read_bytes(place, os.path.getsize(place) - CHECKSUM_BYTES, CHECKSUM_BYTES)
         else:
-            data = read_file(place)
+            data = read_bytes(place)
             checksum = _checksum(content.shards, data[:-CHECKSUM_BYTES])
     except FileNotFoundError:
         raise ValueError(f"{place}: missing, and {INDEX_NAME} is there. {remedy}") from None
@@ -127,7 +127,7 @@ def _load_samples(place: str, content: IndexContent, remedy: str) -> np.ndarray:
 
 
 def _load_old(place: str, remedy: str) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
-    data = read_file(place)
+    data = read_bytes(place)
     try:
         with np.load(io.BytesIO(data)) as arrays:
             shards, samples = arrays["shards"], arrays["samples"]

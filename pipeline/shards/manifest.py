@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, InstanceOf, StrictInt, ValidationError
 
-from pipeline.shards.storage import join, read_file
+from pipeline.shards.storage import join, read_bytes
 
 MANIFEST_NAME = "manifest.json"
 Text = InstanceOf[str]  # pydantic's own text refuses names of files that are not UTF-8
@@ -75,7 +75,7 @@ def read_manifest(folder: Path | str) -> Manifest | None:
     """
     place = join(folder, MANIFEST_NAME)
     try:
-        text = read_file(place)
+        text = read_bytes(place)
     except FileNotFoundError:
         return None
     remedy = f"Convert {folder} again, or remove the file to use the shards without class names and checksums"

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.shards.index_file import SAMPLE_DTYPE, UNLABELLED
-from pipeline.shards.storage import read_range
+from pipeline.shards.storage import read_bytes
 from pipeline.shards.tar import IMAGE_EXTENSIONS, TarMember, is_hidden, sample_key, tar_kind, tar_members, warn_once
 
 HEAD_BYTES = 1 << 14  # of an image: mostly enough to know its size in pixels
@@ -55,7 +55,7 @@ def read_label(path: Path, member: TarMember, extension: str) -> Label | None:
     where = f"{path}: {member.name} at byte {member.offset}"
     if member.size > MAX_LABEL_BYTES:
         raise ValueError(f"{where}: a label of {member.size:,} bytes, allowed {MAX_LABEL_BYTES:,}: leave it out")
-    content = read_range(path, member.offset, member.size)
+    content = read_bytes(path, member.offset, member.size)
     try:
         value = content.decode("utf-8-sig") if extension == "cls" else json.loads(content)
         value = value.get("label") if isinstance(value, dict) else value
@@ -186,7 +186,7 @@ def _image_size(path: Path, member: TarMember) -> tuple[int, int]:
         warnings.simplefilter("ignore")
         for num_bytes in (HEAD_BYTES, member.size):
             try:
-                return Image.open(io.BytesIO(read_range(path, member.offset, min(num_bytes, member.size)))).size
+                return Image.open(io.BytesIO(read_bytes(path, member.offset, min(num_bytes, member.size)))).size
             except PILLOW_FAULTS as error:
                 reason = str(error)
     raise ValueError(f"{path}: {member.name} at byte {member.offset} is not an image ({reason})")

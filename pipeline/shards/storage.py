@@ -23,24 +23,21 @@ def join(folder: Path | str, name: str) -> str:
     return f"{str(folder).rstrip('/')}/{name}" if is_remote(folder) else os.path.join(folder, name)
 
 
-def read_file(place: Path | str) -> bytes:
-    """Return the content of a file or object. Raises FileNotFoundError, StoreError, and ValueError for an unreadable file."""
+def read_bytes(place: Path | str, offset: int = 0, size: int | None = None) -> bytes:
+    """Return the content of a file or object, or `size` bytes of it from `offset` on, fewer where it ends.
+
+    Raises FileNotFoundError, StoreError, and ValueError for an unreadable file.
+    """
     if is_remote(place):
-        return object_store.read(str(place))
+        return object_store.read(str(place), start=offset, stop=None if size is None else offset + size)
     try:
-        return Path(place).read_bytes()
+        with open(place, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise ValueError(f"{place}: cannot be read ({error.strerror}). Check its permissions") from None
-
-
-def read_range(place: Path | str, offset: int, size: int) -> bytes:
-    """Return `size` bytes of a file or object, fewer where it ends. Raises OSError."""
-    if is_remote(place):
-        return object_store.read(str(place), start=offset, stop=offset + size)
-    with open(place, "rb") as file:
-        return os.pread(file.fileno(), size, offset)
 
 
 def resolve_use_mmap(use_mmap: bool | str, folder: Path | str) -> bool:
