@@ -26,7 +26,7 @@ from pipeline.shards.object_store import StoreError, download, retry
 # A process that waited for the download of another one, which failed, retries for at least this long. With the full
 # `retry_s`, eight ranks that wait for each other would try eight times as long as the user asked for.
 MIN_RETRY_S = 10.0
-SHARD_FILES = f"*-{24 * '[0-9a-f]'}.tar"  # the folder can hold other files, which the cache leaves alone
+SHARD_FILES = f"*-{24 * '[0-9a-f]'}.tar"  # the folder can hold other files, which the cache never touches
 MAX_PREFETCHED = 8  # shards
 POLL_S = 0.2
 FULL_CACHE_S = 20.0  # of waiting until other processes free a part of a full cache

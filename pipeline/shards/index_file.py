@@ -38,7 +38,7 @@ SAMPLE_DTYPE = np.dtype(
 # A larger `index.npy` (two million samples) is mapped: only the rows in use are in memory, and its checksum is not computed.
 MAX_READ_BYTES = 1 << 26
 CHECKSUM_BYTES = 32  # of sha256
-# What numpy and zipfile raise for a damaged `.npz`.
+# The exceptions of numpy and zipfile for a damaged `.npz`.
 DAMAGES = (
     EOFError, LookupError, MemoryError, NotImplementedError, OverflowError, RuntimeError, SyntaxError, TypeError, ValueError,
     tokenize.TokenError, zipfile.BadZipFile, zlib.error,

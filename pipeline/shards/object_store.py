@@ -64,7 +64,7 @@ def check_prefix(url: str) -> None:
 
 def read(url: str, retry_s: float = INTERACTIVE_RETRY_S, start: int = 0, stop: int | None = None) -> bytes:
     """Return the bytes `[start, stop)` of an object, fewer where it ends. Raises MissingObject or StoreError."""
-    return _request(url, retry_s, lambda system, path: system.cat_file(path, start=start, end=stop))
+    return _request(url, retry_s, lambda system, path: system.cat_file(path, start=start or None, end=stop))
 
 
 def sizes(folder: str) -> dict[str, int] | None:

@@ -80,7 +80,7 @@ def label_of(value: float | str) -> Label:
             raise
         return text
     if not -1 <= number < MAX_LABEL or number != int(number):
-        raise ValueError(f"{value!r} is no whole number of -1..{MAX_LABEL - 1:,}")
+        raise ValueError(f"{value!r} is no integer of -1..{MAX_LABEL - 1:,}")
     return int(number)
 
 
@@ -105,7 +105,7 @@ def match_labels(images: Sequence[str], labels: dict[str, list[Label]], path: Pa
     Where `k.jpg` and `k.seg.png` share a label, the second is a part of the first one's sample. Raises ValueError where it
     is not clear which image is meant, and where one name has several labels.
     """
-    found: list[Label | None] = [None] * len(images)
+    assigned: list[Label | None] = [None] * len(images)
     groups: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))  # the images of a key, by name
     for number, name in enumerate(images if labels else ()):
         if owner := _owner(sample_key(name)[0], labels):
@@ -121,8 +121,8 @@ def match_labels(images: Sequence[str], labels: dict[str, list[Label]], path: Pa
                 raise ValueError(f"{path}: {many} with the key {key!r}: remove some")
             values = values[:1] * len(numbers)
         for number, value in zip(numbers, values, strict=True):
-            found[number] = value
-    return Matches(found, parts, [key for key in labels if key not in groups])
+            assigned[number] = value
+    return Matches(assigned, parts, [key for key in labels if key not in groups])
 
 
 def _owner(key: str, labels: dict[str, list[Label]]) -> str:

@@ -113,7 +113,7 @@ def head_kind(head: bytes) -> str:
     if head.startswith(b"\x1f\x8b"):
         return "compressed with gzip (`gunzip` it)"
     if not any(head):
-        return "zero-filled, whole or at its head"
+        return "zero-filled, at least at its head"
     try:
         tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
     except tarfile.TarError:
