@@ -184,28 +184,26 @@ def open_index(folder: Path | str) -> ShardIndex:
             f"{folder}: no shards (*.tar) here. Make them with `python tools/make_shards.py convert SOURCE --out {folder}`"
         )
     try:
-        index = ShardIndex(folder, *load_index(folder, rebuild))
+        shards, samples, counts, ends = load_index(folder, rebuild)
     except FileNotFoundError:
         scans = [scan_shard(folder / name, shard) for shard, name in enumerate(names)]
         return ShardIndex(
             folder, tuple(names), np.concatenate(scans), np.array([len(scan) for scan in scans], np.int64)
         )
-    if unlisted := sorted(set(names) - set(index.shards)):
+    if unlisted := sorted(set(names) - set(shards)):
         # Ignoring them would silently train on a part of the data.
         raise ValueError(
-            f"{folder}: the index lists {len(index.shards)} tars, and the folder holds {len(unlisted)} more "
+            f"{folder}: the index lists {len(shards)} tars, and the folder holds {len(unlisted)} more "
             f"({unlisted[0]}, ...). Move them away, or include them. {rebuild}"
         )
-    ends = index_file.first_and_last(index.samples, index.counts, str(folder / INDEX_NAME), rebuild)
-    index_file.check_shards([folder / name for name in index.shards], ends)
-    return index
+    index_file.check_shards([folder / name for name in shards], ends)
+    return ShardIndex(folder, shards, samples, counts)
 
 
 def _open_remote(folder: str) -> ShardIndex:
     """Open a prefix with one request each for the files of the index, the manifest and the listing."""
     remedy = "Upload it again"
-    names, samples, counts = load_index(folder, remedy)
-    ends = index_file.first_and_last(samples, counts, join(folder, INDEX_NAME), remedy)
+    names, samples, counts, ends = load_index(folder, remedy)
     manifest, listed = read_manifest(folder), sizes(folder)
     entries = {shard.name: shard for shard in manifest.shards if shard.bytes is not None} if manifest else {}
     stored, stops = list[StoredShard | None]([None] * len(names)), np.cumsum(counts)

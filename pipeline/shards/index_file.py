@@ -82,10 +82,13 @@ def _checksum(shards: dict[str, int], array_file: bytes | memoryview) -> bytes:
     return digest.digest()
 
 
-def load_index(folder: Path | str, remedy: str) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
-    """Return the names of the shards, the samples `[N]` and the number of samples per shard, `[num_shards] int64`.
+def load_index(
+    folder: Path | str, remedy: str
+) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, dict[int, np.ndarray]]:
+    """Return the names of the shards, the samples `[N]`, the number of samples per shard, `[num_shards] int64`, and the ends.
 
-    Raises FileNotFoundError without an index, ValueError that ends with `remedy` for a damaged one, StoreError.
+    The ends are the first and the last sample, `[2]` of SAMPLE_DTYPE, of each shard that has samples. Raises FileNotFoundError
+    without an index, ValueError that ends with `remedy` for a damaged one, StoreError.
     """
     place = join(folder, INDEX_NAME)
     try:
@@ -97,15 +100,23 @@ def load_index(folder: Path | str, remedy: str) -> tuple[tuple[str, ...], np.nda
         names, counts = tuple(content.shards), np.array([*content.shards.values()], np.int64)
         place = join(folder, SAMPLES_NAME)
         samples = _load_samples(place, content, remedy)
-    rows = f"expected is one row per sample of {SAMPLE_DTYPE.names}"
-    for is_wrong, problem in (
-        (samples.dtype != SAMPLE_DTYPE or samples.ndim != 1, f"samples is {samples.dtype} {samples.shape}; {rows}"),
-        (counts.sum() != samples.size, f"{samples.size} samples, but counts of {counts.sum()}"),
-        (samples.size == 0, "lists no samples"),
-    ):
-        if is_wrong:
-            raise ValueError(f"{place}: {problem}. {remedy}")
-    return names, samples, counts
+    used, ends, problem = np.flatnonzero(counts), samples, ""
+    if samples.dtype != SAMPLE_DTYPE or samples.ndim != 1:
+        rows = f"expected is one row per sample of {SAMPLE_DTYPE.names}"
+        problem = f"samples is {samples.dtype} {samples.shape}; {rows}"
+    elif counts.sum() != len(samples):
+        problem = f"{len(samples)} samples, but counts of {counts.sum()}"
+    elif len(samples) == 0:
+        problem = "lists no samples"
+    else:
+        stops = np.cumsum(counts)[used]
+        ends = samples[np.stack([stops - counts[used], stops - 1], axis=1)]  # [shards, 2]
+        is_sane = (ends["shard"] == used[:, None]) & (ends["offset"] >= BLOCK) & (ends["offset"] % BLOCK == 0)
+        if not (is_sane & (ends["size"] >= 0)).all():
+            problem = "damaged, or not ordered by shard"
+    if problem:
+        raise ValueError(f"{place}: {problem}. {remedy}")
+    return names, samples, counts, dict(zip(used.tolist(), ends, strict=True))
 
 
 def _load_samples(place: str, content: IndexContent, remedy: str) -> np.ndarray:
@@ -145,21 +156,10 @@ def _load_old(place: str, remedy: str) -> tuple[tuple[str, ...], np.ndarray, np.
         raise ValueError(f"{place}: damaged, or not an index ({error or type(error).__name__}). {remedy}") from None
 
 
-def first_and_last(samples: np.ndarray, counts: np.ndarray, place: str, remedy: str) -> dict[int, np.ndarray]:
-    """Return `[2]` of SAMPLE_DTYPE for each shard with samples. Raises ValueError for an index not ordered by shard."""
-    used = np.flatnonzero(counts)
-    stops = np.cumsum(counts)[used]
-    ends = samples[np.stack([stops - counts[used], stops - 1], axis=1)]  # [shards, 2]
-    is_sane = (ends["shard"] == used[:, None]) & (ends["offset"] >= BLOCK) & (ends["offset"] % BLOCK == 0)
-    if not (is_sane & (ends["size"] >= 0)).all():
-        raise ValueError(f"{place}: damaged, or not ordered by shard. {remedy}")
-    return dict(zip(used.tolist(), ends, strict=True))
-
-
 def check_shards(paths: Sequence[Path], ends: dict[int, np.ndarray]) -> None:
     """Raise ValueError for the first tar that differs from the index, with the number of others.
 
-    Reads at most the length and three blocks of each tar. `ends`: as from `first_and_last`.
+    Reads at most the length and three blocks of each tar. `ends`: as from `load_index`.
     """
 
     def check(shard: int) -> str | None:
