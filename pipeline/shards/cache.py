@@ -287,7 +287,8 @@ class ShardFetcher:
             for shard, future in jobs:
                 if future.set_running_or_notify_cancel():
                     try:
-                        future.set_result(fetch(self.shards[shard], pins))
+                        fetch(self.shards[shard], pins)
+                        future.set_result(None)
                     except Exception as error:  # noqa: BLE001 - raised again where the shard is needed
                         future.set_exception(error.with_traceback(None))
 
