@@ -17,7 +17,8 @@ from pipeline.batch import CropBatch
 from pipeline.crops.augment import FLIP, Y0, ViewRecipe, draw_parameters
 from pipeline.crops.graph import ReaderOptions, build_graph, define_graph
 from pipeline.order import BatchSequence, BatchStart
-from pipeline.shards.cache import Pins, ShardFetcher
+from pipeline.shards.cache import Pins
+from pipeline.shards.fetcher import ShardFetcher
 from pipeline.shards.index import write_dali_indices
 
 # A graph lists its rows in files and opens each of its tars. A larger data set is read by one graph after another; of a small

@@ -8,8 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.shards.object_store import is_remote
-from pipeline.shards.storage import join
+from pipeline.shards.storage import is_remote, join
 from pipeline.text import notify_after, plural
 from tools.shards.catalogue import LooseFiles, Source, hold_out
 from tools.shards.classes import adopt_classes

@@ -16,7 +16,7 @@ from model.teacher import TaughtEncoder
 from pipeline.batch import CropBatch
 from pipeline.dataset import resolve_device
 from pipeline.loader import MultiCropLoader
-from pipeline.shards.cache import Cancelled
+from pipeline.shards.fetcher import Cancelled
 from train.build import (
     amp_enabled,
     build_dataset,

@@ -1,6 +1,6 @@
-"""Shards of a store on a local disk: a bounded cache for all processes of a machine, and the downloads of one loader.
+"""A bounded cache of complete shards on a local disk, shared by all processes of a machine.
 
-The file system is the cache's only state: a shard in use has a second hard link in a folder of pins, and kernel file locks guard
+The file system is its only state: a shard in use has a second hard link in a folder of pins, and kernel file locks guard
 downloads, folders of pins and eviction. The kernel drops the locks of a killed process, so nothing needs repair after one.
 """
 
@@ -9,11 +9,9 @@ import hashlib
 import os
 import shutil
 import tempfile
-import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +19,12 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.shards.index_file import shard_problem
-from pipeline.shards.object_store import StoreError, download, retry
+from pipeline.shards.storage import StoreError, download, retry
 
 # A process that waited for the download of another one, which failed, retries for at least this long. With the full
 # `retry_s`, eight ranks that wait for each other would try eight times as long as the user asked for.
 MIN_RETRY_S = 10.0
 SHARD_FILES = f"*-{24 * '[0-9a-f]'}.tar"  # the folder can hold other files, which the cache never touches
-MAX_PREFETCHED = 8  # shards
-POLL_S = 0.2
-FULL_CACHE_S = 20.0  # of waiting until other processes free a part of a full cache
-CACHE_SHARE = 4  # one window, and what is prefetched after it, take at most this part (1 / 4) of the cache each
 
 
 @dataclass(frozen=True)
@@ -63,10 +57,6 @@ class StoredShard:
 
 class CacheFullError(StoreError):
     """The cache, or its disk, has too little room even after everything unpinned is evicted."""
-
-
-class Cancelled(RuntimeError):
-    """The wait for shards was cancelled."""
 
 
 class Pins:
@@ -189,112 +179,6 @@ class ShardCache:
                     f"{free / 1e6:,.1f} MB free. Raise data.cache_size_gb, free disk space, or choose another data.cache_dir"
                 )
             partial.touch()
-
-
-class ShardFetcher:
-    """Downloads shards of an index, by number, in daemon threads.
-
-    A ThreadPoolExecutor would not do: Python joins its threads at exit, and a process that ends must not wait for a download
-    that nobody will read.
-    """
-
-    def __init__(self, shards: Sequence[StoredShard], cache: ShardCache) -> None:
-        self.shards, self.cache, self.budget = shards, cache, cache.max_bytes // CACHE_SHARE
-        self._pins, self._prefetching = cache.new_pins(), list[Future[None]]()
-        self._released = threading.Event()
-
-    def ready_batches(self, shards: np.ndarray) -> int:
-        """Return the number of leading batches, at least one, whose shards are cached. `shards`: `[n, B]`, by sample."""
-        flat, batch_size, num_bytes = shards.reshape(-1), shards.shape[1], 0
-        for start in np.sort(np.unique(flat, return_index=True)[1]).tolist():
-            shard = self.shards[flat[start]]
-            num_bytes += shard.num_bytes
-            # The first batch is made in any case, after waiting for its shards.
-            if start >= batch_size and (num_bytes > self.budget or not self.cache.pin(shard, self._pins)):
-                return start // batch_size
-        return len(shards)
-
-    def wait_for(self, shards: Iterable[int], cancelled: Callable[[], bool] = lambda: False) -> Pins:
-        """Wait until these shards are in the cache and return the pins that keep them there.
-
-        Raises StoreError, and Cancelled soon after `cancelled` returns True or `release` is called.
-        """
-        released, pins = self._released, self.cache.new_pins()
-        missing = [shard for shard in dict.fromkeys(shards) if not self.cache.pin(self.shards[shard], pins)]
-        if missing:
-            self._cancel_prefetching()  # what is waited for comes first
-        pending = futures = set(self._start(self._fetch_with_patience, missing, pins))
-        try:
-            while pending:
-                done, pending = wait(pending, POLL_S, FIRST_EXCEPTION)
-                if cancelled() or released.is_set():
-                    raise Cancelled
-                for future in done:
-                    future.result()
-        finally:
-            for future in futures:
-                future.cancel()
-        return pins
-
-    def prefetch(self, shards: Iterable[int]) -> None:
-        """Download the first of these shards in the background, within the budget, instead of those prefetched before."""
-        chosen, num_bytes = list[int](), 0
-        for shard in shards:
-            if shard not in chosen:
-                num_bytes += self.shards[shard].num_bytes
-                if len(chosen) == MAX_PREFETCHED or (chosen and num_bytes > self.budget):
-                    break
-                chosen.append(shard)
-        self._cancel_prefetching()
-        pins = self.cache.new_pins()
-        missing = [shard for shard in chosen if not self.cache.pin(self.shards[shard], pins)]
-        self._pins, self._prefetching = pins, self._start(self.cache.fetch, missing, pins)
-
-    def release(self) -> None:
-        """Unpin all prefetched shards, forget what is queued, and cancel every `wait_for`."""
-        released, self._released = self._released, threading.Event()
-        released.set()
-        self._drop_prefetched()
-
-    def _cancel_prefetching(self) -> None:
-        for future in self._prefetching:
-            future.cancel()
-
-    def _drop_prefetched(self) -> None:
-        self._cancel_prefetching()
-        for path in self._pins.folder.glob("*.tar"):
-            path.unlink(missing_ok=True)
-
-    def _fetch_with_patience(self, shard: StoredShard, pins: Pins) -> None:
-        """Fetch a shard; in a full cache, prefetched shards make room, and other processes have some time to free theirs."""
-        full_until = 0.0
-        while True:
-            try:
-                self.cache.fetch(shard, pins)
-                return
-            except CacheFullError:
-                full_until = full_until or time.monotonic() + FULL_CACHE_S
-                if time.monotonic() > full_until:
-                    raise
-                self._drop_prefetched()
-                time.sleep(POLL_S)
-
-    def _start(self, fetch: Callable[[StoredShard, Pins], None], shards: list[int], pins: Pins) -> list[Future[None]]:
-        futures = [Future[None]() for _ in shards]
-        jobs = iter(list(zip(shards, futures, strict=True)))  # of all threads: each takes the next job
-
-        def work() -> None:
-            for shard, future in jobs:
-                if future.set_running_or_notify_cancel():
-                    try:
-                        fetch(self.shards[shard], pins)
-                        future.set_result(None)
-                    except Exception as error:  # noqa: BLE001 - raised again where the shard is needed
-                        future.set_exception(error.with_traceback(None))
-
-        for _ in range(min(len(shards), self.cache.streams)):
-            threading.Thread(target=work, daemon=True).start()
-        return futures
 
 
 def _content_problem(shard: StoredShard, path: Path) -> str | None:

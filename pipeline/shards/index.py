@@ -11,12 +11,12 @@ from typing import overload
 import numpy as np
 
 from pipeline.shards import index_file
-from pipeline.shards.cache import CacheSettings, Pins, ShardCache, ShardFetcher, StoredShard
+from pipeline.shards.cache import CacheSettings, Pins, ShardCache, StoredShard
+from pipeline.shards.fetcher import ShardFetcher
 from pipeline.shards.index_file import INDEX_NAME, SAMPLE_DTYPE, UNLABELLED, load_index, save_index
 from pipeline.shards.manifest import read_manifest
-from pipeline.shards.object_store import MissingObject, check_prefix, is_remote, sizes
 from pipeline.shards.samples import scan_shard
-from pipeline.shards.storage import join, read_bytes
+from pipeline.shards.storage import MissingObject, check_prefix, is_remote, join, read_bytes, sizes
 
 __all__ = [
     "INDEX_NAME", "SAMPLE_DTYPE", "UNLABELLED", "ShardIndex", "open_index", "save_index", "scan_shard", "split_folder",

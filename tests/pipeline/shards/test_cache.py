@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.shards.cache import CacheFullError, CacheSettings, Cancelled, ShardCache, StoredShard
+from pipeline.shards.cache import CacheFullError, CacheSettings, ShardCache, StoredShard
+from pipeline.shards.fetcher import Cancelled
 from pipeline.shards.index import ShardIndex, open_index
-from pipeline.shards.object_store import StoreError
+from pipeline.shards.storage import StoreError
 from tests.pipeline.shards.conftest import COUNTS, Store
 from tools.benchmarks.proxy import no_fault
 

@@ -21,7 +21,7 @@ from pipeline.loader import MultiCropLoader
 from pipeline.shards.cache import CacheSettings
 from pipeline.shards.index import INDEX_NAME, open_index, split_folder
 from pipeline.shards.index_file import SAMPLES_NAME
-from pipeline.shards.object_store import StoreError, is_remote, read
+from pipeline.shards.storage import StoreError, is_remote, read
 from tests.pipeline.shards.conftest import COUNTS, Store
 from tests.train.test_run import command
 from tools.benchmarks.proxy import Fault, ThrottledProxy, environment, no_fault, put

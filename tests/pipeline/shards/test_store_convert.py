@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.shards.index import INDEX_NAME, open_index, split_folder
-from pipeline.shards.object_store import read
+from pipeline.shards.storage import read
 from tests.conftest import photographs
 from tests.pipeline.shards.conftest import Store
 from tools.make_shards import main
