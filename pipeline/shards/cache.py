@@ -108,7 +108,7 @@ class ShardCache:
             try:
                 if not link.exists():
                     size = path.stat().st_size
-                    if size != shard.num_bytes if shard.sha256 else size < shard.num_bytes:
+                    if size < shard.num_bytes or (shard.sha256 and size > shard.num_bytes):
                         return False
                     os.link(path, link)
                 os.utime(link)
