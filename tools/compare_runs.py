@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from train.command import run_command
-from train.output.log import read_metrics
+from train.output.log import draw_curves, read_metrics
+from train.output.report import write_comparison
 
 
 def compare(folders: Sequence[Path], out: Path, page: Path | None) -> None:
@@ -19,12 +20,8 @@ def compare(folders: Sequence[Path], out: Path, page: Path | None) -> None:
             )
         named[folder.name if folder.name not in named else str(folder)] = folder
     if page is None:
-        from train.output.plots import COMPARED_PANELS, draw_curves
-
-        draw_curves(out, {name: read_metrics(folder) for name, folder in named.items()}, COMPARED_PANELS)
+        draw_curves(out, {name: read_metrics(folder) for name, folder in named.items()})
     else:
-        from train.output.page import write_comparison
-
         write_comparison(named, page)
     print(f"wrote {page or out}")
 

@@ -31,11 +31,22 @@ from pipeline.dataset import MultiCropDataset, resolve_device
 from pipeline.text import Every
 from tools.shards.photographs import PHOTOGRAPHS, photograph_path
 from train.optim import build_optimizer
-from train.output.drawing import Views
-from train.output.pictures import draw_masks, draw_overview, feature_colours
+from train.output.pictures import (
+    GLOBAL_SIDE,
+    Views,
+    crop_tiles,
+    feature_colours,
+    join_rows,
+    mask_tiles,
+    save_rows,
+    source_tile,
+    tile,
+    to_picture,
+)
 
 BATCH_SIZE, LR, EMA_MOMENTUM = 6, 1e-3, 0.99
 SLICES, PROJECTOR = 64, 64
+SOURCE_SIDE = 400  # pixels of the main picture of the overview
 PRINT_EVERY_S = 5.0
 
 
@@ -93,7 +104,7 @@ def draw_strategies(folder: Path, views: Views, i: int) -> list[Path]:
     for strategy, path in zip(STRATEGIES, paths, strict=True):
         mask_gen = mask_generator(strategy, views.batch.boxes.device)
         plan = mask_gen(len(views.batch.labels))
-        draw_masks(path, views, plan, mask_gen.grid, mask_gen.strides, [(i, 0)])
+        save_rows(path, [mask_tiles(views, plan, i, 0, mask_gen.grid, mask_gen.strides)])
     return paths
 
 
@@ -118,10 +129,15 @@ def tour(data: Path, out: Path, steps: int, image: int) -> None:
     print(f"4. training, {steps} steps:")
     train(model, dataset, device, steps)
 
-    source = dataset.index.encoded(int(loader.rows_at(0, image, 1)[0]))
+    # The image with its boxes at the left; its crops, the features of its target and the masks of its first global at the right.
+    encoded = dataset.index.encoded(int(loader.rows_at(0, image, image + 1)[0]))
+    source = source_tile(views, image, encoded, SOURCE_SIDE, " (dashed: flipped)")
+    colours = to_picture(feature_colours(model.target, crops[0])[image])
+    features = tile(colours, "its features, as colours", GLOBAL_SIDE)
     mask_gen = mask_generator("global_only", device)
-    colours = feature_colours(model.target, crops[0])[image]
-    draw_overview(out / "overview.png", views, image, source, mask_gen(len(labels)), mask_gen.strides, colours)
+    masks = mask_tiles(views, mask_gen(len(labels)), image, 0, mask_gen.grid, mask_gen.strides)[1:]
+    details = join_rows([crop_tiles(views, image), [features, *masks]])
+    save_rows(out / "overview.png", [[source, details]])
     print(f"5. features: {out / 'overview.png'}")
 
 
