@@ -51,7 +51,7 @@ def draw_sheet(path: Path, replayed: "Replay") -> None:
 
     dataset, plan = replayed.dataset, replayed.masks
     num_global = plan.context.shape[1]
-    views = pictures.Views(replayed.batch, num_global, dataset.mean, dataset.std, distinct=True)
+    views = pictures.Views(replayed.batch, num_global, dataset.mean, dataset.std)
     rows = []
     for i, (row, caption) in enumerate(zip(replayed.rows, replayed.captions, strict=True)):
         source = pictures.source_tile(views, i, dataset.index.encoded(row), SOURCE_SIDE, " (dashed: flipped)")

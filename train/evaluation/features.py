@@ -1,6 +1,6 @@
 """The images and labels that an evaluation uses, and frozen features of them, extracted in bounded memory."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -8,7 +8,6 @@ import torch
 from torch.nn import functional as F
 
 from model.encoder import MultiCropEncoder
-from model.hjepa import Level
 from pipeline.loader import MultiCropLoader
 from pipeline.shards.index import UNLABELLED, ShardIndex
 from pipeline.shards.manifest import check_class_count, read_manifest
@@ -19,7 +18,6 @@ Extractor = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 
 STORED_DTYPE = torch.float16  # half the memory of float32, at no visible cost in accuracy
 MEMORY_SHARE = 0.5  # of the free memory, for the features of one split
-LAST_BLOCKS = 4  # concatenated for the linear probe, as in DINO (arXiv 2104.14294)
 
 
 @dataclass(frozen=True)
@@ -38,29 +36,6 @@ def mixed_precision(crops: torch.Tensor) -> torch.autocast:
 def pooled_features(encoder: MultiCropEncoder) -> Extractor:
     """Return an extractor of `last`, `[n, D]`: the mean patch token after the final norm, as timm pools it."""
     return lambda crops: {"last": encoder([(crops, None)])[0].tokens.mean(dim=1)}
-
-
-def encoder_features(encoder: MultiCropEncoder, levels: Sequence[Level]) -> Extractor:
-    """Return an extractor of `last` as above, `last4` and `level_0` .. `level_i`.
-
-    `last4`, `[n, 4 * D]`: the same of the last four blocks, or `last2` of an encoder with two. `level_i`, `[n, D]`: the mean of
-    that level's target map, layer-normed as in the loss; the level's stride does not change the mean.
-    """
-    first = max(encoder.depth - LAST_BLOCKS, 0)
-    layers = sorted({*range(first, encoder.depth), *(level.layer for level in levels)})
-
-    def extractor(crops: torch.Tensor) -> dict[str, torch.Tensor]:
-        (out,) = encoder([(crops, None)], layers)
-        maps = dict(zip(layers, out.layers, strict=True))
-        features = {"last": out.tokens.mean(dim=1)}
-        blocks = [encoder.vit.norm(maps[layer]).mean(dim=1) for layer in range(first, encoder.depth)]
-        features[f"last{len(blocks)}"] = torch.cat(blocks, dim=1)
-        for number, level in enumerate(levels):
-            tokens = maps[level.layer].float()
-            features[f"level_{number}"] = F.layer_norm(tokens, tokens.shape[-1:]).mean(dim=1)
-        return features
-
-    return extractor
 
 
 def pixels(crops: torch.Tensor) -> dict[str, torch.Tensor]:

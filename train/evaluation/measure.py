@@ -121,22 +121,21 @@ def nearest_neighbours(
 
 
 def knn_accuracies(
-    train: torch.Tensor,
-    train_labels: torch.Tensor,
-    test: torch.Tensor,
-    test_labels: torch.Tensor,
-    ks: Sequence[int],
+    train: torch.Tensor, train_labels: torch.Tensor, test: torch.Tensor, test_labels: torch.Tensor, ks: Sequence[int],
     device: torch.device,
-) -> dict[int, float]:
+) -> dict[int, float]:  # fmt: skip
     """Return by k the percentage of `test` (`[m, D]`) whose label wins the vote of its k nearest in `train` (`[n, D]`).
 
     Votes are weighted by exp(cosine similarity / 0.07). Where n is smaller than k, all n vote.
     """
     similarity, rows = nearest_neighbours(train, test, max(ks), device)
     classes = num_classes(train_labels, test_labels)
-    labels, weights = train_labels.to(device)[rows], torch.exp(similarity / KNN_TEMPERATURE)
-    correct = dict.fromkeys(ks, 0)
-    chunks = (labels.split(TEST_CHUNK), weights.split(TEST_CHUNK), test_labels.to(device).split(TEST_CHUNK))
+    labels, weights, correct = (
+        train_labels.to(device)[rows],
+        torch.exp(similarity / KNN_TEMPERATURE),
+        dict.fromkeys(ks, 0),
+    )
+    chunks = (part.split(TEST_CHUNK) for part in (labels, weights, test_labels.to(device)))
     for label, weight, truth in zip(*chunks, strict=True):
         for k in ks:
             votes = torch.zeros(len(label), classes, device=device)

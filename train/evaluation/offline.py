@@ -7,20 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from model.encoder import MultiCropEncoder
-from model.hjepa import HJEPA
+from model.hjepa import HJEPA, Level
 from pipeline.dataset import resolve_device
 from train.build import build_evaluation_loaders, build_model, torch_threads, with_crop_device
 from train.checkpoint import MANIFEST, checkpoint_step, load_checkpoint, newest_checkpoint
 from train.config.load import load_config
 from train.config.schema import Config
-from train.evaluation.features import check_labels, colour_histogram, encoder_features, pixels
+from train.evaluation.features import Extractor, check_labels, colour_histogram, pixels
 from train.evaluation.measure import Scores, measure, num_classes
 from train.evaluation.probes import TokenStream, attentive_probe, lowshot_accuracies, patch_tokens, pixel_tokens
 
 KNN_KS = (10, 20, 100, 200)
 SHOTS, SHOT_SEEDS = (1, 10), (0, 1, 2, 3, 4)
+LAST_BLOCKS = 4  # concatenated for the linear probe, as in DINO (arXiv 2104.14294)
 LINEAR_EPOCHS = 20  # for runs that measure no linear probe themselves (evaluation.linear_epochs is 0)
 ROW_NAMES = {
     "pixels": "raw pixels",
@@ -58,6 +60,29 @@ def find_checkpoint(
     if device == "cpu":
         changes["data.crop_device"] = "auto"  # a run trained on a GPU may have `gpu` here
     return checkpoint, load_config(settings, [f"{key}={value}" for key, value in changes.items() if value is not None])
+
+
+def encoder_features(encoder: MultiCropEncoder, levels: Sequence[Level]) -> Extractor:
+    """Return an extractor of `last` as above, `last4` and `level_0` .. `level_i`.
+
+    `last4`, `[n, 4 * D]`: the same of the last four blocks, or `last2` of an encoder with two. `level_i`, `[n, D]`: the mean of
+    that level's target map, layer-normed as in the loss; the level's stride does not change the mean.
+    """
+    first = max(encoder.depth - LAST_BLOCKS, 0)
+    layers = sorted({*range(first, encoder.depth), *(level.layer for level in levels)})
+
+    def extractor(crops: torch.Tensor) -> dict[str, torch.Tensor]:
+        (out,) = encoder([(crops, None)], layers)
+        maps = dict(zip(layers, out.layers, strict=True))
+        features = {"last": out.tokens.mean(dim=1)}
+        blocks = [encoder.vit.norm(maps[layer]).mean(dim=1) for layer in range(first, encoder.depth)]
+        features[f"last{len(blocks)}"] = torch.cat(blocks, dim=1)
+        for number, level in enumerate(levels):
+            tokens = maps[level.layer].float()
+            features[f"level_{number}"] = F.layer_norm(tokens, tokens.shape[-1:]).mean(dim=1)
+        return features
+
+    return extractor
 
 
 def load_models(checkpoint: Path, config: Config, device: torch.device) -> tuple[HJEPA, MultiCropEncoder]:

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
 NUM_PICTURED, NUM_MASKED = 4, 2  # images in crops.png and features.png, and in masks.png
 QUERIES, NEIGHBOURS = 6, 7  # in neighbours.png
-GLOBAL_COLOUR, LOCAL_COLOUR = "#ffb000", "#00a6d6"
-QUERY_COLOUR = np.array([1.0, 0.69, 0.0])  # that of globals
+QUERY_COLOUR = np.array([1.0, 0.69, 0.0])
 VIEW_COLOURS = (
     "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf",
 )  # fmt: skip
@@ -43,24 +42,18 @@ Outline = tuple[Sequence[float], str, bool]
 
 @dataclass(frozen=True)
 class Views:
-    """How the crops of a batch are drawn: names, colours and pixels. `mean` and `std` are those that normalised them.
-
-    Globals have one colour and locals another, or each view has its own (`distinct`).
-    """
+    """How the crops of a batch are drawn: names, colours and pixels. `mean` and `std` are those that normalised them."""
 
     batch: CropBatch
     num_global: int
     mean: Sequence[float]
     std: Sequence[float]
-    distinct: bool = False
 
     def name(self, v: int) -> str:
         return f"global {v}" if v < self.num_global else f"local {v - self.num_global}"
 
     def colour(self, v: int) -> str:
-        if self.distinct:
-            return VIEW_COLOURS[v % len(VIEW_COLOURS)]
-        return GLOBAL_COLOUR if v < self.num_global else LOCAL_COLOUR
+        return VIEW_COLOURS[v % len(VIEW_COLOURS)]
 
     def pixels(self, v: int, i: int) -> np.ndarray:
         """Return crop `v` of image `i`: `[S, S, 3] float32` in 0..1."""
@@ -147,9 +140,7 @@ def _partners(views: Views, plan: MaskPlan, i: int, g: int) -> tuple[list[Outlin
     within = (boxes - boxes[g, 0]) / (boxes[g, 1] - boxes[g, 0])
     if views.batch.flips[i, g]:
         within[..., 1] = 1 - within[:, [1, 0], 1]
-    outlines: list[Outline] = [
-        (within[v].flatten().tolist(), GLOBAL_COLOUR if v < views.num_global else LOCAL_COLOUR, False) for v in partners
-    ]
+    outlines: list[Outline] = [(within[v].flatten().tolist(), views.colour(v), False) for v in partners]
     one = len(partners) == 1
     return outlines, f" from {views.name(partners[0])}" if one else f" and {len(partners)} locals"
 

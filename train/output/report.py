@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 from rich.table import Table
 
 from pipeline.files import write_atomic
 from pipeline.shards.manifest import read_object
 from pipeline.shards.object_store import is_remote
-from train.config.changes import flatten
 from train.config.schema import Config
 from train.output.log import Curve, MetricLines, curves_by_panel, read_metrics
 from train.state import RunState
@@ -153,50 +151,26 @@ def write_page(folder: Path, hints: Sequence[str] = ()) -> Path:
         "</div>",
         f'<h2>Does it beat what needs no training?</h2><div class="bars">{"".join(bars)}</div>' if knn else "",
         f"<h2>What to try next</h2><ul>{_elements('li', hints)}</ul>" if hints else "",
-        _charts({"": read_metrics(folder)}),
+        line_charts({"": read_metrics(folder)}),
         "<h2>Pictures</h2>",
         *map(_picture, pictures),
-        f"<h2>All figures</h2>{_table(summary_rows(summary))}",
+        f"<h2>All figures</h2>{html_table(summary_rows(summary))}",
         "<h2>Settings and machine</h2>",
         *(
             f"<details><summary>{title} ({name})</summary><pre>{escape((folder / name).read_text())}</pre></details>"
             for title, name in (("Settings", "config.yaml"), ("Machine and packages", "environment.json"))
         ),
     ]
-    return _write_html(folder / "report.html", summary["run_name"], parts)
+    return write_html(folder / "report.html", summary["run_name"], parts)
 
 
-def write_comparison(folders: Mapping[str, Path], out: Path) -> Path:
-    """Write the page `out` about several runs, by name: results side by side, the settings that differ, and shared charts.
-
-    Raises OSError.
-    """
-    results, settings = [], []
-    for folder in folders.values():
-        summary = folder / "summary.json"
-        results.append(dict(summary_rows(read_object(summary, REMEDY))) if summary.exists() else {})
-        settings.append(flatten(yaml.safe_load((folder / "config.yaml").read_text()) or {}))
-
-    def side_by_side(runs: Sequence[Mapping[str, Any]], keys: Iterable[str]) -> str:
-        return _table([("", *folders), *((key, *(str(run.get(key, "-")) for run in runs)) for key in keys)])
-
-    keys = sorted({key for run in settings for key in run})
-    parts = [
-        f"<h2>Figures</h2>{side_by_side(results, dict.fromkeys(name for run in results for name in run))}",
-        "<h2>Settings that differ</h2>",
-        side_by_side(settings, [key for key in keys if len({repr(run.get(key)) for run in settings}) > 1]),
-        _charts({name: read_metrics(folder) for name, folder in folders.items()}),
-    ]
-    return _write_html(out, ", ".join(folders), parts)
-
-
-def _write_html(path: Path, title: str, parts: Sequence[str]) -> Path:
+def write_html(path: Path, title: str, parts: Sequence[str]) -> Path:
     page, body = PAGE.read_text(), "\n".join(filter(None, parts))
     write_atomic(path, page.replace("{{title}}", escape(title)).replace("{{body}}", body))
     return path
 
 
-def _charts(runs: Mapping[str, MetricLines]) -> str:
+def line_charts(runs: Mapping[str, MetricLines]) -> str:
     """Return all charts. The page's script draws them from their attributes."""
     charts = []
     for title, curves in curves_by_panel(runs).items():
@@ -224,7 +198,7 @@ def _picture(path: Path) -> str:
     )
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def html_table(rows: Sequence[Sequence[str]]) -> str:
     lines = "".join(f"<tr>{_elements('th', row[:1])}{_elements('td', row[1:])}</tr>" for row in rows)
     return f'<div class="scroll"><table>{lines}</table></div>'
 

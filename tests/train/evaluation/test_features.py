@@ -18,7 +18,6 @@ from train.evaluation.features import (
     LabelProblems,
     check_labels,
     colour_histogram,
-    encoder_features,
     extract,
     mixed_precision,
     pixels,
@@ -26,6 +25,7 @@ from train.evaluation.features import (
     subsample_evenly,
 )
 from train.evaluation.measure import feature_std, rankme
+from train.evaluation.offline import encoder_features
 from train.evaluation.probes import pixel_tokens
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 5, "num_heads": 2, "num_reg_tokens": 1}

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train.output.report import MAX_POINTS, thin_out, write_comparison, write_page
+from tools.compare_runs import write_comparison
+from train.output.report import MAX_POINTS, thin_out, write_page
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = [
