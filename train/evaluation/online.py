@@ -65,8 +65,7 @@ class OnlineEvaluation:
         problems = check_labels(self._train, self._val)
         self.one_label, self._labelled = bool(problems.one_label), not (problems.one_label or problems.missing)
         if not self._labelled:
-            text = problems.missing or problems.one_label
-            log.warning("no accuracies, only RankMe and neighbours: %s", text)
+            log.warning("no accuracies, only RankMe and neighbours: %s", problems.missing or problems.one_label)
         elif problems.unknown:
             log.warning(problems.unknown)
 

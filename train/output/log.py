@@ -94,11 +94,10 @@ class MetricsLog:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        with self._errors_logged():
-            self._file.close()
-        with self._errors_logged():
-            if self._writer is not None:
-                self._writer.close()
+        for output in (self._file, self._writer):
+            with self._errors_logged():
+                if output is not None:
+                    output.close()
         threading.excepthook = self._previous_hook
 
 
@@ -130,25 +129,19 @@ def open_wandb(project: str, folder: Path, settings: dict[str, Any]) -> Any:
 
 
 def curves_by_panel(runs: Mapping[str, MetricLines]) -> dict[str, dict[str, Curve]]:
-    """Return the curves of each of PANELS that some run has logged, by name: metrics of a single run, or runs.
+    """Return the curves of each of PANELS that some run has logged, by name: the metrics of a single run, or the runs.
 
     With several runs, each panel shows one metric.
     """
-    panels = {}
+    panels: dict[str, dict[str, Curve]] = {}
     for title, metrics in PANELS.items():
-        curves = {
-            (metric, run): [(line["step"], line[metric]) for line in lines if line.get(metric) is not None]
-            for metric in metrics
-            for run, lines in runs.items()
-        }
-        logged = list(dict.fromkeys(metric for (metric, _), points in curves.items() if points))
-        if logged and len(runs) == 1:
-            panels[title] = {metric: points for (metric, _), points in curves.items() if metric in logged}
-            continue
-        for metric in logged:
-            name = title if len(metrics) == 1 else f"{title}: {metric}"
-            panels[name] = {run: curves[metric, run] for run in runs}
-    return panels
+        for metric in metrics:
+            for run, lines in runs.items():
+                points = [(line["step"], line[metric]) for line in lines if line.get(metric) is not None]
+                panel = title if len(runs) == 1 or len(metrics) == 1 else f"{title}: {metric}"
+                if points or len(runs) > 1:  # a run without points keeps its colour
+                    panels.setdefault(panel, {})[metric if len(runs) == 1 else run] = points
+    return {panel: curves for panel, curves in panels.items() if any(curves.values())}
 
 
 def draw_curves(path: Path, runs: Mapping[str, MetricLines]) -> None:
@@ -166,8 +159,9 @@ def draw_curves(path: Path, runs: Mapping[str, MetricLines]) -> None:
         axis = figure.add_subplot(rows, columns, number)
         for colour, (name, points) in enumerate(curves.items()):
             marker = "o" if len(points) < MIN_POINTS_FOR_LINE else None
-            xy = zip(*points, strict=True) if points else ([], [])
-            axis.plot(*xy, color=f"C{colour}", linewidth=1.2, marker=marker, markersize=4, label=name)
+            axis.plot(
+                *zip(*points, strict=True), color=f"C{colour}", linewidth=1.2, marker=marker, markersize=4, label=name
+            )
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.grid(alpha=0.3)

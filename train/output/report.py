@@ -174,7 +174,8 @@ def line_charts(runs: Mapping[str, MetricLines]) -> str:
     """Return all charts. The page's script draws them from their attributes."""
     charts = []
     for title, curves in curves_by_panel(runs).items():
-        if kept := {name: points for name, curve in curves.items() if (points := thin_out(curve))}:
+        kept = {name: thin_out(curve) for name, curve in curves.items()}
+        if any(kept.values()):
             charts.append(
                 f'<figure class="chart" title="{escape(title)}" data-lines="{escape(json.dumps(kept))}"></figure>'
             )
