@@ -162,6 +162,7 @@ class LabelProblems:
 
 
 def check_labels(train: ShardIndex, val: ShardIndex) -> LabelProblems:
+    """Return what is wrong with the labels of an evaluation's splits."""
     one_label = missing = unknown = ""
     known, labels = np.unique(train.samples["label"]), val.samples["label"]
     if len(known) == 1 and known[0] != UNLABELLED:

@@ -118,13 +118,9 @@ def evaluate(checkpoint: Path, config: Config, probes: Sequence[str]) -> dict[st
         "random_init": encoder_features(initial, model.levels),
         "trained": encoder_features(model.target, model.levels),
     }
-    measured = measure(
-        loaders,
-        extractors,
-        device,
-        ks=([k for k in KNN_KS if k <= len(train)] or [len(train)]) if "knn" in probes else (),
-        linear_epochs=(config.evaluation.linear_epochs or LINEAR_EPOCHS) if "linear" in probes else 0,
-    )
+    ks = ([k for k in KNN_KS if k <= len(train)] or [len(train)]) if "knn" in probes else ()
+    epochs = (config.evaluation.linear_epochs or LINEAR_EPOCHS) if "linear" in probes else 0
+    measured = measure(loaders, extractors, device, ks=ks, linear_epochs=epochs)
     figures: list[dict[str, Any]] = []
     for probe in probes:
         if probe == "attentive":

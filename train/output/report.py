@@ -109,6 +109,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
 
 
 def markdown_table(summary: dict[str, Any]) -> str:
+    """Return the run's results as a table in Markdown."""
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in summary_rows(summary))])
 
 
@@ -165,13 +166,14 @@ def write_page(folder: Path, hints: Sequence[str] = ()) -> Path:
 
 
 def write_html(path: Path, title: str, parts: Sequence[str]) -> Path:
+    """Write a page with a title, which is escaped here, and parts in HTML, without the empty ones."""
     page, body = PAGE.read_text(), "\n".join(filter(None, parts))
     write_atomic(path, page.replace("{{title}}", escape(title)).replace("{{body}}", body))
     return path
 
 
 def line_charts(runs: Mapping[str, MetricLines]) -> str:
-    """Return all charts. The page's script draws them from their attributes."""
+    """Return the charts of runs, by name, for the page's script to draw."""
     charts = []
     for title, curves in curves_by_panel(runs).items():
         kept = {name: thin_out(curve) for name, curve in curves.items()}
@@ -200,6 +202,7 @@ def _picture(path: Path) -> str:
 
 
 def html_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of text as a table, the first cell of each as its head."""
     lines = "".join(f"<tr>{_elements('th', row[:1])}{_elements('td', row[1:])}</tr>" for row in rows)
     return f'<div class="scroll"><table>{lines}</table></div>'
 
