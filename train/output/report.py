@@ -73,12 +73,13 @@ def write_summary(
 
 def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the names and values of `summary`, the content of summary.json, as every table shows them."""
-    knn, images = summary["knn"] or {}, summary["validation_images"]
+    # `get`: summaries of older versions lack some keys.
+    knn, images = summary.get("knn") or {}, summary["validation_images"]
 
     def show(form: str, value: float | None) -> str:
         return "" if value is None else form.format(value)
 
-    rankme = show("{:.1f}", summary["rankme"])
+    rankme = show("{:.1f}", summary.get("rankme"))
     rows = [
         ("images seen", f"{summary['images']:,}"),
         ("images/s", f"{summary['images_per_s']:.0f}"),
@@ -91,7 +92,7 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("RankMe of the trained features", rankme and f"{rankme} of {min(summary['width'], images)}"),
         ("validation images", rankme and f"{images:,}"),
         *((name, show("{:.1f} %", knn.get(key))) for key, name in KNN_NAMES.items()),
-        ("linear probe, trained encoder", show("{:.1f} %", summary["linear"])),
+        ("linear probe, trained encoder", show("{:.1f} %", summary.get("linear"))),
     ]
     return [(name, value) for name, value in rows if value]
 
