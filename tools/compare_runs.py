@@ -2,11 +2,41 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import yaml
+
+from pipeline.shards.manifest import read_object
 from train.command import run_command
-from train.output.log import read_metrics
+from train.config.changes import flatten
+from train.output.log import draw_curves, read_metrics
+from train.output.report import REMEDY, html_table, line_charts, summary_rows, write_html
+
+
+def write_comparison(folders: Mapping[str, Path], out: Path) -> Path:
+    """Write the page `out` about several runs, by name: results side by side, the settings that differ, and shared charts.
+
+    Raises OSError.
+    """
+    results, settings = [], []
+    for folder in folders.values():
+        summary = folder / "summary.json"
+        results.append(dict(summary_rows(read_object(summary, REMEDY))) if summary.exists() else {})
+        settings.append(flatten(yaml.safe_load((folder / "config.yaml").read_text()) or {}))
+
+    def side_by_side(runs: Sequence[Mapping[str, Any]], keys: Iterable[str]) -> str:
+        return html_table([("", *folders), *((key, *(str(run.get(key, "-")) for run in runs)) for key in keys)])
+
+    keys = sorted({key for run in settings for key in run})
+    parts = [
+        f"<h2>Figures</h2>{side_by_side(results, dict.fromkeys(name for run in results for name in run))}",
+        "<h2>Settings that differ</h2>",
+        side_by_side(settings, [key for key in keys if len({repr(run.get(key)) for run in settings}) > 1]),
+        line_charts({name: read_metrics(folder) for name, folder in folders.items()}),
+    ]
+    return write_html(out, ", ".join(folders), parts)
 
 
 def compare(folders: Sequence[Path], out: Path, page: Path | None) -> None:
@@ -19,12 +49,8 @@ def compare(folders: Sequence[Path], out: Path, page: Path | None) -> None:
             )
         named[folder.name if folder.name not in named else str(folder)] = folder
     if page is None:
-        from train.output.plots import COMPARED_PANELS, draw_curves
-
-        draw_curves(out, {name: read_metrics(folder) for name, folder in named.items()}, COMPARED_PANELS)
+        draw_curves(out, {name: read_metrics(folder) for name, folder in named.items()})
     else:
-        from train.output.page import write_comparison
-
         write_comparison(named, page)
     print(f"wrote {page or out}")
 

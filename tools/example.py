@@ -31,11 +31,11 @@ from pipeline.dataset import MultiCropDataset, resolve_device
 from pipeline.text import Every
 from tools.shards.photographs import PHOTOGRAPHS, photograph_path
 from train.optim import build_optimizer
-from train.output.drawing import Views
-from train.output.pictures import draw_masks, draw_overview, feature_colours
+from train.output import pictures
 
 BATCH_SIZE, LR, EMA_MOMENTUM = 6, 1e-3, 0.99
 SLICES, PROJECTOR = 64, 64
+SOURCE_SIDE = 400  # pixels of the main picture of the overview
 PRINT_EVERY_S = 5.0
 
 
@@ -81,25 +81,20 @@ def train(model: HJEPA, dataset: MultiCropDataset, device: torch.device, steps: 
             print(f"  step {step}: " + ", ".join(f"{k} {v.item():.3f}" for k, v in losses.items() if v.ndim == 0))
 
 
-def mask_generator(strategy: str, device: torch.device) -> MultiCropMaskGenerator:
-    """Return a mask generator, seeded so that its first masks are always the same."""
+def mask_tiles(views: pictures.Views, image: int, strategy: str) -> list[Image.Image]:
+    """Return the first global of the image, what the strategy's encoder sees of it, and the cells to predict."""
     torch.manual_seed(1)
-    return MultiCropMaskGenerator(strategy, num_global_crops=2, num_local_crops=6, device=device)
+    mask_gen = MultiCropMaskGenerator(strategy, num_global_crops=2, num_local_crops=6, device=views.batch.boxes.device)
+    plan = mask_gen(len(views.batch.labels))
+    return pictures.mask_tiles(views, plan, image, 0, mask_gen.grid, mask_gen.strides)
 
 
-def draw_strategies(folder: Path, views: Views, i: int) -> list[Path]:
-    """Draw a picture per strategy: the first global of image `i`, what it is predicted from, and the cells to predict."""
-    paths = [folder / f"{strategy}.png" for strategy in STRATEGIES]
-    for strategy, path in zip(STRATEGIES, paths, strict=True):
-        mask_gen = mask_generator(strategy, views.batch.boxes.device)
-        plan = mask_gen(len(views.batch.labels))
-        draw_masks(path, views, plan, mask_gen.grid, mask_gen.strides, [(i, 0)])
-    return paths
-
-
-def tour(data: Path, out: Path, steps: int, image: int) -> None:
+def tour(data: Path | None, out: Path, steps: int, image: int) -> None:
     """Raises ValueError or OSError when the shards or the folder for the pictures cannot be used."""
     out.mkdir(parents=True, exist_ok=True)
+    if data is None:
+        data = out / "shards"
+        write_photographs(data / "train")
     device = torch.device("cuda" if resolve_device("auto") == "gpu" else "cpu")
 
     dataset = build_multicrop_dataset("custom", data, num_global_crops=2, num_local_crops=6)
@@ -110,26 +105,26 @@ def tour(data: Path, out: Path, steps: int, image: int) -> None:
     crops, labels = batch.crops, batch.labels
     print(f"2. a batch: {len(crops)} crops, {[tuple(crop.shape) for crop in crops[1:3]]} ..., labels {labels.tolist()}")
 
-    views = Views(batch, 2, dataset.mean, dataset.std)
-    print("3. masks: " + ", ".join(map(str, draw_strategies(out, views, image))))
+    views = pictures.Views(batch, 2, dataset.mean, dataset.std)
+    paths = [out / f"{strategy}.png" for strategy in STRATEGIES]
+    for strategy, path in zip(STRATEGIES, paths, strict=True):
+        pictures.save_rows(path, [mask_tiles(views, image, strategy)])
+    print("3. masks: " + ", ".join(map(str, paths)))
 
     torch.manual_seed(0)
     model = build_hjepa(dataset).to(device)
     print(f"4. training, {steps} steps:")
     train(model, dataset, device, steps)
 
-    source = dataset.index.encoded(int(loader.rows_at(0, image, 1)[0]))
-    mask_gen = mask_generator("global_only", device)
-    colours = feature_colours(model.target, crops[0])[image]
-    draw_overview(out / "overview.png", views, image, source, mask_gen(len(labels)), mask_gen.strides, colours)
+    # The image with its boxes at the left; its crops, the features of its target and the masks of its first global at the right.
+    encoded = dataset.index.encoded(int(loader.rows_at(0, image, image + 1)[0]))
+    source = pictures.source_tile(views, image, encoded, SOURCE_SIDE, " (dashed: flipped)")
+    colours = pictures.to_picture(pictures.feature_colours(model.target, crops[0])[image])
+    features = pictures.tile(colours, "its features, as colours", pictures.GLOBAL_SIDE)
+    masks = mask_tiles(views, image, "global_only")[1:]
+    details = pictures.join_rows([pictures.crop_tiles(views, image), [features, *masks]])
+    pictures.save_rows(out / "overview.png", [[source, details]])
     print(f"5. features: {out / 'overview.png'}")
-
-
-def run_tour(args: argparse.Namespace) -> None:
-    data = args.data or args.out / "shards"
-    if args.data is None:
-        write_photographs(data / "train")
-    tour(data, args.out, args.steps, args.image)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -142,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--steps", type=int, default=60, help=f"The number of training steps. {default}")
     add("--image", type=int, default=0, help=f"The image of the first batch to draw. {default}")
     args = parser.parse_args(arguments)
-    return run_command("example", lambda: run_tour(args))
+    return run_command("example", lambda: tour(args.data, args.out, args.steps, args.image))
 
 
 if __name__ == "__main__":

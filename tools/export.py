@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline.shards.manifest import read_object
 from train.command import run_command
 from train.config.schema import Config
-from train.output.display import LOADING, summary_rows
+from train.output.display import LOADING
+from train.output.report import markdown_table
 
 if TYPE_CHECKING:
     from model.encoder import MultiCropEncoder
@@ -89,8 +90,7 @@ def model_card(config: Config, checkpoint: Path, licence: str, summary: Path, fi
         mean=list(data.augmentation.mean), std=list(data.augmentation.std),
     )  # fmt: skip
     if summary.exists():
-        rows = "".join(f"| {name} | {value} |\n" for name, value in summary_rows(read_object(summary, REMEDY)))
-        card += f"\n## Training\n\n| | |\n|---|---|\n{rows}"
+        card += f"\n## Training\n\n{markdown_table(read_object(summary, REMEDY))}\n"
     if figures is not None:
         card += f"\n## Evaluation\n\n{report_table(read_object(figures, REMEDY))}\n"
     return f"{card}\n## Settings\n\n```yaml\n{config.to_yaml().rstrip()}\n```\n\n## Licence\n\n{licence}\n"

@@ -47,30 +47,17 @@ def preview(args: argparse.Namespace) -> None:
 
 def draw_sheet(path: Path, replayed: "Replay") -> None:
     """Draw a band per sample: its source with the boxes, its crops, the masks of its globals; each view has its own colour."""
-    from train.output.drawing import (
-        Views,
-        crop_tiles,
-        hstack,
-        mask_tiles,
-        open_picture,
-        save_picture,
-        source_tile,
-        text_line,
-        vstack,
-    )  # fmt: skip
+    from train.output import pictures
 
-    dataset, num_global = replayed.dataset, replayed.masks.context.shape[1]
-    views = Views(replayed.batch, num_global, dataset.mean, dataset.std, distinct=True)
-    bands = []
+    dataset, plan = replayed.dataset, replayed.masks
+    num_global = plan.context.shape[1]
+    views = pictures.Views(replayed.batch, num_global, dataset.mean, dataset.std)
+    rows = []
     for i, (row, caption) in enumerate(zip(replayed.rows, replayed.captions, strict=True)):
-        source = open_picture(dataset.index.encoded(row))
-        size = f"source, {source.width}x{source.height} (dashed: flipped)"
-        masks = [
-            hstack(mask_tiles(views, replayed.masks, i, g, replayed.grid, replayed.strides)) for g in range(num_global)
-        ]
-        right = vstack([hstack(crop_tiles(views, i)), *masks])
-        bands += [text_line(caption), hstack([source_tile(source, size, views, i, SOURCE_SIDE), right])]
-    save_picture(path, vstack(bands))
+        source = pictures.source_tile(views, i, dataset.index.encoded(row), SOURCE_SIDE, " (dashed: flipped)")
+        masks = [pictures.mask_tiles(views, plan, i, g, replayed.grid, replayed.strides) for g in range(num_global)]
+        rows += [[pictures.text_line(caption)], [source, pictures.join_rows([pictures.crop_tiles(views, i), *masks])]]
+    pictures.save_rows(path, rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,8 +28,7 @@ from pipeline.shards.cache import CacheSettings
 from pipeline.shards.index import open_index, split_folder
 from train.config.schema import Config
 from train.distributed import SINGLE_PROCESS, Ranks
-from train.evaluation.features import subsample_evenly
-from train.evaluation.labels import check_classes
+from train.evaluation.features import check_classes, subsample_evenly
 from train.optim import Schedule
 
 log = logging.getLogger(__name__)

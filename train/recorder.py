@@ -16,12 +16,11 @@ from pipeline.shards.index import UNLABELLED
 from pipeline.shards.storage import StoreError
 from train.checkpoint import CheckpointWriter, checkpoint_path
 from train.evaluation.online import OnlineEvaluation
-from train.output.display import Display, summary_table
+from train.output.display import Display
 from train.output.folder import open_run_folder
 from train.output.log import MetricsLog, open_wandb
-from train.output.page import write_page
-from train.output.pictures import NEIGHBOURS, QUERIES, draw_run, read_picture
-from train.output.report import advice, stop_setting, write_report, write_summary
+from train.output.pictures import NEIGHBOURS, QUERIES, draw_run
+from train.output.report import advice, stop_setting, summary_table, write_page, write_report, write_summary
 from train.trainer import DIVERGED, STOPPED, Trainer
 
 log = logging.getLogger(__name__)
@@ -160,7 +159,7 @@ class RunRecorder(Recorder):
         neighbours, model = self._evaluation.neighbours(QUERIES, NEIGHBOURS), cast(HJEPA, trainer.model)
         paths = draw_run(self._folder, trainer.config, trainer.dataset, model, trainer.masks, neighbours)
         for path in paths:
-            self._metrics.picture(trainer.state.step, path.stem, read_picture(path))
+            self._metrics.picture(trainer.state.step, path)
         return paths
 
     def save(self) -> None:

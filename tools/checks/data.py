@@ -104,22 +104,24 @@ def check_images(case: Case) -> Finding:
 
 def check_labels(case: Case) -> Finding:
     """Compare the classes of train and val: a label must mean the same in both, and there must be several."""
-    from train.evaluation.labels import check_classes, one_label, unknown_labels
+    from train.evaluation import features
 
     index = training_index(case)
     if index is None:
         return skip("no index")
-    if problem := one_label(index):
-        return warn(problem, "convert the folder whose folders are the classes; without classes, ignore all accuracies")
     val = validation_index(case)
+    problems = features.check_labels(index, index if val is None else val)
+    if problems.one_label:
+        fix = "convert the folder whose folders are the classes; without classes, ignore all accuracies"
+        return warn(problems.one_label, fix)
     if val is None:
         return skip("no val split")
     try:
-        check_classes(index, val)
+        features.check_classes(index, val)
     except ValueError as error:
         return fail(str(error), "remove the val shards and convert val again next to train, with the same --out")
-    if unknown := unknown_labels(index, val):
-        return warn(unknown, "leave those images out of val, or add some of their classes to train")
+    if problems.unknown:
+        return warn(problems.unknown, "leave those images out of val, or add some of their classes to train")
     return ok("each label means the same class in train and val")
 
 

@@ -5,10 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 from scipy import stats
 
 from tools.studies.grid import BASE, EXPERIMENTS, IMAGES, TIME, same_run
-from train.output.plots import draw_points, plt, save_figure
+
+mpl.use("agg")
+
+from matplotlib import pyplot as plt
 
 Row = dict[str, str]
 
@@ -126,7 +130,25 @@ def draw_study(path: Path, name: str, rows: Sequence[Row]) -> None:
     baselines = {
         name: statistics.mean(values) for name in BASELINES if (values := numbers(of_variant(rows, name, ""), "knn"))
     }
-    draw_points(path, name, "k-NN, % (points: seeds; bar: mean and 95% interval)", points, baselines)
+    figure, axis = plt.subplots(figsize=(8, 1.6 + 0.42 * len(points)), layout="constrained")
+    for number, (_, values, mean, interval) in enumerate(points):
+        axis.plot(values, [number] * len(values), "o", color="#00a6d6", markersize=5, alpha=0.8)
+        axis.errorbar([mean], [number], xerr=interval, fmt="|", color="black", markersize=14, capsize=3, linewidth=1)
+    for (label, value), style in zip(baselines.items(), LINE_STYLES, strict=False):
+        axis.axvline(value, linestyle=style, color="gray", label=label)
+    axis.set_yticks(range(len(points)), [label for label, *_ in points])
+    axis.invert_yaxis()
+    axis.set_xlabel("k-NN, % (points: seeds; bar: mean and 95% interval)")
+    axis.set_title(name)
+    axis.grid(axis="x", alpha=0.3)
+    axis.legend(fontsize=8)
+    save_figure(path, figure)
+
+
+def save_figure(path: Path, figure: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def measured_titles(rows: Sequence[Row]) -> dict[str, str]:

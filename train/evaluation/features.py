@@ -1,6 +1,6 @@
-"""Frozen features of a split's images: the extractors, and one pass over a split in bounded memory."""
+"""The images and labels that an evaluation uses, and frozen features of them, extracted in bounded memory."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -8,16 +8,16 @@ import torch
 from torch.nn import functional as F
 
 from model.encoder import MultiCropEncoder
-from model.hjepa import Level
 from pipeline.loader import MultiCropLoader
-from pipeline.shards.index import ShardIndex
+from pipeline.shards.index import UNLABELLED, ShardIndex
+from pipeline.shards.manifest import check_class_count, read_manifest
+from pipeline.text import truncate_list
 
 Extractor = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 """`[n, 3, S, S] float32, normalised -> {name: [n, D]}`; every extractor returns `last`."""
 
 STORED_DTYPE = torch.float16  # half the memory of float32, at no visible cost in accuracy
 MEMORY_SHARE = 0.5  # of the free memory, for the features of one split
-LAST_BLOCKS = 4  # concatenated for the linear probe, as in DINO (arXiv 2104.14294)
 
 
 @dataclass(frozen=True)
@@ -38,29 +38,6 @@ def pooled_features(encoder: MultiCropEncoder) -> Extractor:
     return lambda crops: {"last": encoder([(crops, None)])[0].tokens.mean(dim=1)}
 
 
-def encoder_features(encoder: MultiCropEncoder, levels: Sequence[Level]) -> Extractor:
-    """Return an extractor of `last` as above, `last4` and `level_0` .. `level_i`.
-
-    `last4`, `[n, 4 * D]`: the same of the last four blocks, or `last2` of an encoder with two. `level_i`, `[n, D]`: the mean of
-    that level's target map, layer-normed as in the loss; the level's stride does not change the mean.
-    """
-    first = max(encoder.depth - LAST_BLOCKS, 0)
-    layers = sorted({*range(first, encoder.depth), *(level.layer for level in levels)})
-
-    def extractor(crops: torch.Tensor) -> dict[str, torch.Tensor]:
-        (out,) = encoder([(crops, None)], layers)
-        maps = dict(zip(layers, out.layers, strict=True))
-        features = {"last": out.tokens.mean(dim=1)}
-        blocks = [encoder.vit.norm(maps[layer]).mean(dim=1) for layer in range(first, encoder.depth)]
-        features[f"last{len(blocks)}"] = torch.cat(blocks, dim=1)
-        for number, level in enumerate(levels):
-            tokens = maps[level.layer].float()
-            features[f"level_{number}"] = F.layer_norm(tokens, tokens.shape[-1:]).mean(dim=1)
-        return features
-
-    return extractor
-
-
 def pixels(crops: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return `last`, `[n, 3072]`: the crop shrunk to 32x32, or at its own size if that is smaller."""
     side = min(32, crops.shape[-1])
@@ -75,31 +52,6 @@ def colour_histogram(crops: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"last": counts.scatter_add_(1, codes, torch.ones_like(codes, dtype=torch.float32)).sqrt()}
 
 
-def subsample_evenly(index: ShardIndex, max_samples: int) -> ShardIndex:
-    """Return at most `max_samples` samples of the index, evenly spaced in stored order so that every class is represented.
-
-    For remote data they come from a few evenly spaced shards, since each shard must be downloaded in full.
-    """
-    count = len(index)
-    if count <= max_samples:
-        return index
-    rows = np.arange(count)
-    if index.remote is not None:
-        rows = _rows_of_few_shards(index.counts, max_samples)
-    samples = index.samples[rows[np.arange(max_samples) * len(rows) // max_samples]]
-    return replace(index, samples=samples, counts=np.bincount(samples["shard"], minlength=len(index.shards)))
-
-
-def _rows_of_few_shards(counts: np.ndarray, min_samples: int) -> np.ndarray:
-    """Return all rows of the fewest evenly spaced shards that hold at least `min_samples`."""
-    used, first_rows = np.flatnonzero(counts), np.cumsum(counts) - counts
-    for number in range(1, len(used) + 1):
-        shards = used[np.arange(number) * len(used) // number]
-        if counts[shards].sum() >= min_samples:
-            break
-    return np.concatenate([np.arange(first_rows[shard], first_rows[shard] + counts[shard]) for shard in shards])
-
-
 @torch.inference_mode()
 def extract(loader: MultiCropLoader, extractors: Mapping[str, Extractor]) -> dict[str, Features]:
     """Return each extractor's features of all samples of `loader`, in one pass.
@@ -108,26 +60,27 @@ def extract(loader: MultiCropLoader, extractors: Mapping[str, Extractor]) -> dic
     """
     loader.load_state_dict({"epoch": 0, "position": 0})
     count, done = len(loader.index), 0
-    stores: dict[tuple[str, str], torch.Tensor] = {}
+    stores: dict[str, dict[str, torch.Tensor]] = {}
     labels = torch.empty(count, dtype=torch.int64)
     for batch in loader:
         crops = batch.crops[0]
         with mixed_precision(crops):
-            outputs = {(name, key): part for name in extractors for key, part in extractors[name](crops).items()}
+            outputs = {name: extractor(crops) for name, extractor in extractors.items()}
         if not stores:  # only now are the widths known
-            _check_memory(loader, count, sum(part.shape[1] for part in outputs.values()))
-            stores = {key: torch.empty(count, part.shape[1], dtype=STORED_DTYPE) for key, part in outputs.items()}
+            _check_memory(loader, count, sum(part.shape[1] for parts in outputs.values() for part in parts.values()))
+            stores = {
+                name: {key: torch.empty(count, part.shape[1], dtype=STORED_DTYPE) for key, part in parts.items()}
+                for name, parts in outputs.items()
+            }
         rows = slice(done, done + len(batch.labels))
-        for key, part in outputs.items():
-            stores[key][rows] = part.to("cpu", STORED_DTYPE)
+        for name, parts in outputs.items():
+            for key, part in parts.items():
+                stores[name][key][rows] = part.to("cpu", STORED_DTYPE)
         labels[rows] = batch.labels.cpu()
         done += len(batch.labels)
     if loader.index.remote is not None:
         loader.close()  # frees its shards, so that the cache has room for those of the training
-    return {
-        name: Features({key: values for (owner, key), values in stores.items() if owner == name}, labels)
-        for name in extractors
-    }
+    return {name: Features(values, labels) for name, values in stores.items()}
 
 
 def _check_memory(loader: MultiCropLoader, count: int, width: int) -> None:
@@ -145,3 +98,91 @@ def free_memory() -> int:
     with open("/proc/meminfo") as file:
         fields = dict(line.split(":") for line in file)
     return 1024 * int(fields["MemAvailable"].split()[0])
+
+
+def subsample_evenly(index: ShardIndex, max_samples: int) -> ShardIndex:
+    """Return at most `max_samples` samples of the index, evenly spaced in stored order so that every class is represented.
+
+    For remote data they come from the fewest evenly spaced shards that suffice, since each must be downloaded in full.
+    """
+    if len(index) <= max_samples:
+        return index
+    rows = np.arange(len(index))
+    if index.remote is not None:
+        used = np.flatnonzero(index.counts)
+        choices = (used[np.arange(number) * len(used) // number] for number in range(1, len(used) + 1))
+        shards = next(shards for shards in choices if index.counts[shards].sum() >= max_samples)
+        rows = np.flatnonzero(np.isin(index.samples["shard"], shards))
+    samples = index.samples[rows[np.arange(max_samples) * len(rows) // max_samples]]
+    return replace(index, samples=samples, counts=np.bincount(samples["shard"], minlength=len(index.shards)))
+
+
+def check_classes(train: ShardIndex, val: ShardIndex) -> None:
+    """Raise ValueError if the manifests give one label two meanings, or if a manifest is damaged or names too few classes.
+
+    Splits without class names are compared by `check_labels` only.
+    """
+    classes = []
+    for index in (train, val):
+        manifest = read_manifest(index.folder)
+        if manifest is not None:
+            check_class_count(index.folder, index.samples["label"], manifest)
+        classes.append(manifest.classes if manifest else ())
+    train_names, val_names = classes
+    extra = val_names[len(train_names) : int(val.samples["label"].max()) + 1]
+    differing = [label for label, (a, b) in enumerate(zip(train_names, val_names, strict=False)) if a != b]
+    if not train_names or not val_names or not (differing or extra):
+        return
+    parts = []
+    for split, names, others in (("train", train_names, val_names), ("val", val_names, train_names)):
+        if only := [name for name in names if name not in set(others)]:
+            parts.append(f"only {split} has {truncate_list(only)}")
+    if differing:
+        label = differing[0]
+        parts.append(f"label {label} is {train_names[label]!r} in train and {val_names[label]!r} in val")
+    out = str(val.folder).rpartition("/")[0]
+    raise ValueError(
+        f"{val.folder}: the classes differ from those of {train.folder}: {'; '.join(parts)}. Accuracies would be wrong. Remove "
+        f"{val.folder} and convert val again next to train (make_shards.py convert SOURCE --out {out} --split val): "
+        "it then takes over train's classes"
+    )
+
+
+@dataclass(frozen=True)
+class LabelProblems:
+    """Texts about the labels of two splits, each "" where all is well.
+
+    `one_label`: all training images have the same label. `missing`: some images have none. Accuracies mean nothing then.
+    `unknown`: labels of val that no training image has, whose images count as wrong.
+    """
+
+    one_label: str = ""
+    missing: str = ""
+    unknown: str = ""
+
+
+def check_labels(train: ShardIndex, val: ShardIndex) -> LabelProblems:
+    """Return what is wrong with the labels of an evaluation's splits."""
+    one_label = missing = unknown = ""
+    known, labels = np.unique(train.samples["label"]), val.samples["label"]
+    if len(known) == 1 and known[0] != UNLABELLED:
+        one_label = (
+            f"{train.folder}: all {len(train):,} images have the label {known[0]}, so accuracies mean nothing: every image gets "
+            "that label, regardless of its features. Convert a folder that holds one folder for each class"
+        )
+    for index in (val, train):
+        if count := int((index.samples["label"] == UNLABELLED).sum()):
+            missing = (
+                f"{index.folder}: {count:,} of {len(index):,} samples without labels; accuracies need a label for "
+                "each: convert class folders, or tars with cls members"
+            )
+    extra = np.setdiff1d(labels[labels != UNLABELLED], known)
+    if len(extra):
+        manifest = read_manifest(val.folder)
+        names = dict(enumerate(manifest.classes if manifest else ()))
+        shown = [f"{label} ({names[label]})" if label in names else str(label) for label in extra.tolist()]
+        unknown = (
+            f"{val.folder}: {int(np.isin(labels, extra).sum()):,} of {len(val):,} images have labels that no image of "
+            f"{train.folder} has: {truncate_list(shown)}. They count as wrong in every accuracy"
+        )
+    return LabelProblems(one_label, missing, unknown)

@@ -1,8 +1,9 @@
 """Scores of frozen features: weighted k-NN, a linear probe and RankMe."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -24,6 +25,8 @@ PROGRESS_EVERY_S = 5.0
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 """Inputs of classifier heads, and their labels `[n] int64` on the same device."""
+Trial = tuple[float, float, str]
+"""The accuracy of a head on held-out training images and on the test split, and its setting."""
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +65,13 @@ def measure(
     train_features, test_features = (extract(loader, extractors) for loader in loaders)
     scores = {}
     for name, train in train_features.items():
-        test, knn = test_features[name], {}
+        test = test_features[name]
         pooled = [feature for feature in train.values if feature.startswith("last")]
-        for feature in train.values if ks else ():
-            if feature == "last" or feature not in pooled:  # the concatenated last blocks serve the linear probe only
-                rows = (train.values[feature], train.labels, test.values[feature], test.labels)
-                knn[feature] = knn_accuracies(*rows, ks, device)
+        knn = {
+            feature: knn_accuracies(values, train.labels, test.values[feature], test.labels, ks, device)
+            for feature, values in train.values.items()
+            if ks and feature not in pooled[1:]  # the concatenated last blocks serve the linear probe only
+        }
         linear = linear_probe(train, test, pooled, linear_epochs, device) if linear_epochs else None
         scores[name] = Scores(train, test, knn, linear, rankme(test.values["last"]) if with_rankme else None)
     return scores
@@ -117,22 +121,21 @@ def nearest_neighbours(
 
 
 def knn_accuracies(
-    train: torch.Tensor,
-    train_labels: torch.Tensor,
-    test: torch.Tensor,
-    test_labels: torch.Tensor,
-    ks: Sequence[int],
+    train: torch.Tensor, train_labels: torch.Tensor, test: torch.Tensor, test_labels: torch.Tensor, ks: Sequence[int],
     device: torch.device,
-) -> dict[int, float]:
+) -> dict[int, float]:  # fmt: skip
     """Return by k the percentage of `test` (`[m, D]`) whose label wins the vote of its k nearest in `train` (`[n, D]`).
 
     Votes are weighted by exp(cosine similarity / 0.07). Where n is smaller than k, all n vote.
     """
     similarity, rows = nearest_neighbours(train, test, max(ks), device)
     classes = num_classes(train_labels, test_labels)
-    labels, weights = train_labels.to(device)[rows], torch.exp(similarity / KNN_TEMPERATURE)
-    correct = dict.fromkeys(ks, 0)
-    chunks = (labels.split(TEST_CHUNK), weights.split(TEST_CHUNK), test_labels.to(device).split(TEST_CHUNK))
+    labels, weights, correct = (
+        train_labels.to(device)[rows],
+        torch.exp(similarity / KNN_TEMPERATURE),
+        dict.fromkeys(ks, 0),
+    )
+    chunks = (part.split(TEST_CHUNK) for part in (labels, weights, test_labels.to(device)))
     for label, weight, truth in zip(*chunks, strict=True):
         for k in ks:
             votes = torch.zeros(len(label), classes, device=device)
@@ -174,9 +177,13 @@ class Standardizer:
                 yield self(rows[batch]), labels[batch].to(self._mean.device)
 
 
-def fit_heads(name: str, heads: nn.ModuleList, optimizer: torch.optim.Optimizer, batches: Batches, steps: int) -> None:
-    """Train all heads on the same batches. The rate of each parameter group falls to 0 along half a cosine."""
-    rates, progress = [group["lr"] for group in optimizer.param_groups], Every(PROGRESS_EVERY_S)
+def fit_heads(
+    name: str, heads: nn.ModuleList, rates: Sequence[float], make_optimizer: Callable[..., torch.optim.Optimizer],
+    batches: Batches, steps: int,
+) -> None:  # fmt: skip
+    """Train all heads on the same batches, each from its own learning rate, which falls to 0 along half a cosine."""
+    groups = [{"params": list(head.parameters()), "lr": rate} for head, rate in zip(heads, rates, strict=True)]
+    optimizer, progress = make_optimizer(groups), Every(PROGRESS_EVERY_S)
     for step, (inputs, labels) in enumerate(batches):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = cosine(rate, 0.0, step / steps)
@@ -185,11 +192,6 @@ def fit_heads(name: str, heads: nn.ModuleList, optimizer: torch.optim.Optimizer,
         optimizer.step()
         if progress.due():
             log.info("%s probe: step %s of %s ...", name, f"{step + 1:,}", f"{steps:,}")
-
-
-def head_groups(heads: nn.ModuleList, rates: Sequence[float]) -> list[dict]:
-    """Return a parameter group per head, each with its own learning rate."""
-    return [{"params": list(head.parameters()), "lr": rate} for head, rate in zip(heads, rates, strict=True)]
 
 
 @torch.inference_mode()
@@ -219,8 +221,8 @@ def linear_heads(
     for parameter in heads.parameters():
         nn.init.zeros_(parameter)  # draws no random numbers, so that measuring does not disturb a training run
     steps = epochs * -(-len(features) // LINEAR_BATCH)
-    optimizer = torch.optim.SGD(head_groups(heads, rates), momentum=0.9)
-    fit_heads("linear", heads, optimizer, standardizer.shuffled(features, labels, epochs), steps)
+    sgd = partial(torch.optim.SGD, momentum=0.9)
+    fit_heads("linear", heads, rates, sgd, standardizer.shuffled(features, labels, epochs), steps)
     return heads
 
 
@@ -228,23 +230,17 @@ def linear_probe(
     train: Features, test: Features, names: Sequence[str], epochs: int, device: torch.device
 ) -> tuple[float, str]:
     """Return the accuracy on `test` and the best setting of the grid `names` of features x LINEAR_RATES: `last, lr 0.1`."""
-    held_out = is_held_out(torch.arange(len(train.labels)))
-
-    def trials() -> Iterator[tuple[float, float, str]]:
-        for name in names:
-            values = train.values[name]
-            standardizer, classes = Standardizer(values, device), num_classes(train.labels, test.labels)
-            heads = linear_heads(
-                values[~held_out], train.labels[~held_out], classes, LINEAR_RATES, epochs, standardizer
-            )
-            validation = accuracies(heads, standardizer.batches(values[held_out], train.labels[held_out]))
-            scores = accuracies(heads, standardizer.batches(test.values[name], test.labels))
-            yield from zip(validation, scores, (f"{name}, lr {rate:g}" for rate in LINEAR_RATES), strict=True)
-
-    return best_trial(trials())
+    held_out, classes = is_held_out(torch.arange(len(train.labels))), num_classes(train.labels, test.labels)
+    trials: list[Trial] = []
+    for name in names:
+        values, standardizer = train.values[name], Standardizer(train.values[name], device)
+        heads = linear_heads(values[~held_out], train.labels[~held_out], classes, LINEAR_RATES, epochs, standardizer)
+        validation = accuracies(heads, standardizer.batches(values[held_out], train.labels[held_out]))
+        scores = accuracies(heads, standardizer.batches(test.values[name], test.labels))
+        trials += zip(validation, scores, (f"{name}, lr {rate:g}" for rate in LINEAR_RATES), strict=True)
+    return best_trial(trials)
 
 
-def best_trial(trials: Iterable[tuple[float, float, str]]) -> tuple[float, str]:
-    """Return score and setting of the first (held-out score, score, setting) with the highest held-out score."""
-    _, score, setting = max(trials, key=lambda trial: trial[0])
-    return score, setting
+def best_trial(trials: Iterable[Trial]) -> tuple[float, str]:
+    """Return score and setting of the first trial with the highest held-out score."""
+    return max(trials, key=lambda trial: trial[0])[1:]

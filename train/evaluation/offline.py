@@ -2,27 +2,27 @@
 
 import logging
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from model.encoder import MultiCropEncoder
-from model.hjepa import HJEPA
+from model.hjepa import HJEPA, Level
 from pipeline.dataset import resolve_device
-from pipeline.loader import MultiCropLoader
 from train.build import build_evaluation_loaders, build_model, torch_threads, with_crop_device
 from train.checkpoint import MANIFEST, checkpoint_step, load_checkpoint, newest_checkpoint
 from train.config.load import load_config
 from train.config.schema import Config
-from train.evaluation.features import colour_histogram, encoder_features, pixels
-from train.evaluation.labels import check_labels, unknown_labels
+from train.evaluation.features import Extractor, check_labels, colour_histogram, pixels
 from train.evaluation.measure import Scores, measure, num_classes
 from train.evaluation.probes import TokenStream, attentive_probe, lowshot_accuracies, patch_tokens, pixel_tokens
 
 KNN_KS = (10, 20, 100, 200)
 SHOTS, SHOT_SEEDS = (1, 10), (0, 1, 2, 3, 4)
+LAST_BLOCKS = 4  # concatenated for the linear probe, as in DINO (arXiv 2104.14294)
 LINEAR_EPOCHS = 20  # for runs that measure no linear probe themselves (evaluation.linear_epochs is 0)
 ROW_NAMES = {
     "pixels": "raw pixels",
@@ -62,6 +62,29 @@ def find_checkpoint(
     return checkpoint, load_config(settings, [f"{key}={value}" for key, value in changes.items() if value is not None])
 
 
+def encoder_features(encoder: MultiCropEncoder, levels: Sequence[Level]) -> Extractor:
+    """Return an extractor of `last` as above, `last4` and `level_0` .. `level_i`.
+
+    `last4`, `[n, 4 * D]`: the same of the last four blocks, or `last2` of an encoder with two. `level_i`, `[n, D]`: the mean of
+    that level's target map, layer-normed as in the loss; the level's stride does not change the mean.
+    """
+    first = max(encoder.depth - LAST_BLOCKS, 0)
+    layers = sorted({*range(first, encoder.depth), *(level.layer for level in levels)})
+
+    def extractor(crops: torch.Tensor) -> dict[str, torch.Tensor]:
+        (out,) = encoder([(crops, None)], layers)
+        maps = dict(zip(layers, out.layers, strict=True))
+        features = {"last": out.tokens.mean(dim=1)}
+        blocks = [encoder.vit.norm(maps[layer]).mean(dim=1) for layer in range(first, encoder.depth)]
+        features[f"last{len(blocks)}"] = torch.cat(blocks, dim=1)
+        for number, level in enumerate(levels):
+            tokens = maps[level.layer].float()
+            features[f"level_{number}"] = F.layer_norm(tokens, tokens.shape[-1:]).mean(dim=1)
+        return features
+
+    return extractor
+
+
 def load_models(checkpoint: Path, config: Config, device: torch.device) -> tuple[HJEPA, MultiCropEncoder]:
     """Return the trained model and its encoder at the seeded initialisation. Raises ValueError for another architecture."""
     model, initial = build_model(config, device), build_model(config, device).target
@@ -69,7 +92,7 @@ def load_models(checkpoint: Path, config: Config, device: torch.device) -> tuple
     return model.eval(), initial.eval()
 
 
-def evaluate(checkpoint: Path, config: Config, probes: tuple[str, ...]) -> dict[str, Any]:
+def evaluate(checkpoint: Path, config: Config, probes: Sequence[str]) -> dict[str, Any]:
     """Return the report: what was measured and, under `figures`, the scores of each probe on each kind of features.
 
     Raises FileNotFoundError for missing shards, ValueError for another architecture and for labels that allow no accuracy:
@@ -82,103 +105,76 @@ def evaluate(checkpoint: Path, config: Config, probes: tuple[str, ...]) -> dict[
     model, initial = load_models(checkpoint, config, device)
     config = with_crop_device(config)
     loaders = build_evaluation_loaders(config)
-    indices = [loader.index for loader in loaders]
-    check_labels(*indices)
-    if warning := unknown_labels(*indices):
-        log.warning(warning)
-    log.info("measuring %s images ...", " + ".join(f"{len(index):,}" for index in indices))
-    return {
-        "checkpoint": str(checkpoint),
-        "step": checkpoint_step(checkpoint),
-        "data": [str(index.folder) for index in indices],
-        "images": [len(index) for index in indices],
-        "figures": probe_scores(config, probes, loaders, model, initial, device),
-    }
-
-
-def probe_scores(
-    config: Config,
-    probes: tuple[str, ...],
-    loaders: tuple[MultiCropLoader, MultiCropLoader],
-    model: HJEPA,
-    initial: MultiCropEncoder,
-    device: torch.device,
-) -> list[dict[str, Any]]:
-    """Return the scores of each probe on each kind of features."""
+    train, val = (loader.index for loader in loaders)
+    problems = check_labels(train, val)
+    if text := problems.missing or problems.one_label:
+        raise ValueError(text)
+    if problems.unknown:
+        log.warning(problems.unknown)
+    log.info(f"measuring {len(train):,} + {len(val):,} images ...")
     extractors = {
         "pixels": pixels,
         "colour_histogram": colour_histogram,
         "random_init": encoder_features(initial, model.levels),
         "trained": encoder_features(model.target, model.levels),
     }
-    num_train = len(loaders[0].index)
-    ks = [k for k in KNN_KS if k <= num_train] or [num_train]
-    measured = measure(
-        loaders,
-        extractors,
-        device,
-        ks=ks if "knn" in probes else (),
-        linear_epochs=(config.evaluation.linear_epochs or LINEAR_EPOCHS) if "linear" in probes else 0,
-    )
-    scores = []
+    ks = ([k for k in KNN_KS if k <= len(train)] or [len(train)]) if "knn" in probes else ()
+    epochs = (config.evaluation.linear_epochs or LINEAR_EPOCHS) if "linear" in probes else 0
+    measured = measure(loaders, extractors, device, ks=ks, linear_epochs=epochs)
+    figures: list[dict[str, Any]] = []
     for probe in probes:
         if probe == "attentive":
-            scores += attentive_scores(config, model, initial, device)
+            figures += attentive_figures(config, model, initial, device)
         else:
-            scores += [score for name, row in measured.items() for score in pooled_scores(probe, name, row, device)]
-    return scores
-
-
-def probe_score(probe: str, features: str, setting: str, accuracies: Sequence[float]) -> dict[str, Any]:
-    """Return one figure of the report. With several `accuracies`, it is their mean and their standard deviation."""
+            figures += [figure for name in measured for figure in pooled_figures(probe, name, measured[name], device)]
     return {
-        "probe": probe,
-        "features": features,
-        "setting": setting,
-        "accuracy": statistics.mean(accuracies),
-        "spread": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-        "repeats": len(accuracies),
+        "checkpoint": str(checkpoint),
+        "step": checkpoint_step(checkpoint),
+        "data": [str(train.folder), str(val.folder)],
+        "images": [len(train), len(val)],
+        "figures": figures,
     }
 
 
-def pooled_scores(probe: str, name: str, row: Scores, device: torch.device) -> list[dict[str, Any]]:
-    """Return the scores of one extractor in `knn`, `linear` or `lowshot`."""
-    if row.linear is not None and probe == "linear":
-        accuracy, setting = row.linear
-        return [probe_score(probe, name, setting, [accuracy])]
-    if probe == "knn":
-        return [
-            probe_score(probe, name if key == "last" else f"{name}, {key.replace('_', ' ')}", f"k={k}", [accuracy])
-            for key, by_k in row.knn.items()
-            for k, accuracy in by_k.items()
-        ]
-    return [
-        probe_score(
-            probe, name, f"{shots} per class", lowshot_accuracies(row.train, row.test, shots, SHOT_SEEDS, device)
-        )
-        for shots in SHOTS
-    ]
+def figure(probe: str, features: str, setting: str, *accuracies: float) -> dict[str, Any]:
+    """Return one figure of the report: the mean of the accuracies and, with several, their standard deviation."""
+    spread = statistics.stdev(accuracies) if len(accuracies) > 1 else None
+    return {"probe": probe, "features": features, "setting": setting, "accuracy": statistics.mean(accuracies),
+            "spread": spread, "repeats": len(accuracies)}  # fmt: skip
 
 
-def attentive_scores(
+def pooled_figures(probe: str, name: str, scores: Scores, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Yield the figures of one extractor in `knn`, `linear` or `lowshot`."""
+    if probe == "linear" and scores.linear is not None:
+        accuracy, setting = scores.linear
+        yield figure(probe, name, setting, accuracy)
+    elif probe == "knn":
+        for key, by_k in scores.knn.items():
+            features = name if key == "last" else f"{name}, {key.replace('_', ' ')}"
+            yield from (figure(probe, features, f"k={k}", accuracy) for k, accuracy in by_k.items())
+    else:
+        for shots in SHOTS:
+            accuracies = lowshot_accuracies(scores.train, scores.test, shots, SHOT_SEEDS, device)
+            yield figure(probe, name, f"{shots} per class", *accuracies)
+
+
+def attentive_figures(
     config: Config, model: HJEPA, initial: MultiCropEncoder, device: torch.device
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     patch = model.target.patch_size
     rows = {
         "pixels": (pixel_tokens(patch), 3 * patch**2),
         "random_init": (patch_tokens(initial), initial.width),
         "trained": (patch_tokens(model.target), model.target.width),
     }
-    scores = []
     for name, (tokenizer, width) in rows.items():
         log.info("attentive probe: %s ...", ROW_NAMES[name])
         # Shuffled, since the heads train on the loader's batches.
-        train, test = build_evaluation_loaders(config, shuffle=True)
-        classes = num_classes(*(torch.tensor(loader.index.samples["label"]) for loader in (train, test)))
-        streams = TokenStream(train, tokenizer), TokenStream(test, tokenizer)
-        accuracy, setting = attentive_probe(*streams, width, classes, device)
-        scores.append(probe_score("attentive", name, setting, [accuracy]))
-    return scores
+        loaders = build_evaluation_loaders(config, shuffle=True)
+        classes = num_classes(*(torch.tensor(loader.index.samples["label"]) for loader in loaders))
+        train, test = (TokenStream(loader, tokenizer) for loader in loaders)
+        accuracy, setting = attentive_probe(train, test, width, classes, device)
+        yield figure("attentive", name, setting, accuracy)
 
 
 def report_table(report: dict[str, Any]) -> str:
@@ -195,11 +191,11 @@ def report_table(report: dict[str, Any]) -> str:
         groups.setdefault((score["probe"], score["features"]), []).append(score)
     for (probe, features), scores in groups.items():
         name, comma, level = features.partition(", ")
-        settings, values = " / ".join(score["setting"] for score in scores), " / ".join(map(format_score, scores))
+        settings = " / ".join(score["setting"] for score in scores)
+        values = " / ".join(
+            f"{score['accuracy']:.1f}"
+            + ("" if score["spread"] is None else f" ± {score['spread']:.1f} (std of {score['repeats']})")
+            for score in scores
+        )
         lines.append(f"| {probe} | {ROW_NAMES[name]}{comma}{level} | {settings} | {values} |")
     return "\n".join(lines)
-
-
-def format_score(score: dict[str, Any]) -> str:
-    spread = "" if score["spread"] is None else f" ± {score['spread']:.1f} (std of {score['repeats']})"
-    return f"{score['accuracy']:.1f}{spread}"

@@ -3,10 +3,10 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from model.hjepa import HJEPA
 from pipeline.files import write_atomic
@@ -14,32 +14,21 @@ from pipeline.loader import MultiCropLoader
 from pipeline.shards.index import ShardIndex
 from train.build import build_evaluation_loaders
 from train.config.schema import Config, Evaluation
-from train.evaluation.features import Extractor, colour_histogram, pixels, pooled_features
-from train.evaluation.labels import check_labels, one_label, unknown_labels
+from train.evaluation.features import Extractor, check_labels, colour_histogram, pixels, pooled_features
 from train.evaluation.measure import Scores, measure, nearest_neighbours
 
 BASELINES_FILE = "baselines.json"
+BaselineName = Literal["pixels", "colour_histogram", "random_init"]
+Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 
 log = logging.getLogger(__name__)
 
 
-Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
-
-
-class BaselineScores(BaseModel):
-    """k-NN percentages of features that need no training."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-    pixels: Percent
-    colour_histogram: Percent
-    random_init: Percent
-
-
-class Baselines(BaseModel):
-    """The content of baselines.json. `measured_on`: what the scores depend on and a run may change."""
+class Baselines(BaseModel, strict=True):
+    """The content of baselines.json: k-NN accuracies, and `measured_on`, what they depend on and a run may change."""
 
     measured_on: dict[str, Any]
-    knn: BaselineScores
+    knn: Annotated[dict[BaselineName, Percent], Field(min_length=3)]
 
 
 @dataclass(frozen=True)
@@ -55,54 +44,39 @@ class OnlineEvaluation:
     """Measures the target encoder of `model` on the validation split. Without that split it warns once and measures nothing.
 
     If the images have no labels, or all the same one, there are `rankme` and `neighbours`, but no accuracies. Raises ValueError
-    when the labels of the two splits mean different classes.
+    when the labels of the two splits mean different classes. Accuracies are percentages, None until they are measured.
     """
 
     def __init__(self, config: Config, folder: Path, model: HJEPA) -> None:
         self._model, self._settings, self._file = model, config.evaluation, folder / BASELINES_FILE
         self.baselines: dict[str, float] | None = None
+        self.linear: float | None = None
+        self.rankme: float | None = None
         self._latest: Scores | None = None
         self._loaders: tuple[MultiCropLoader, MultiCropLoader] | None = None
-        self._labelled, self.one_label = False, False
+        self._labelled, self.one_label, self.num_validation = False, False, 0
         try:
             self._loaders = build_evaluation_loaders(config)
         except FileNotFoundError as error:
             log.warning("no validation images, so nothing is measured: %s", error)
             return
-        indices = [loader.index for loader in self._loaders]
-        self.one_label = bool(one_label(indices[0]))
-        try:
-            check_labels(*indices)
-        except ValueError as error:
-            log.warning("no accuracies, only RankMe and neighbours: %s", error)
-            return
-        self._labelled = True
-        if warning := unknown_labels(*indices):
-            log.warning(warning)
-
-    @property
-    def num_validation(self) -> int:
-        """The number of images that are scored."""
-        return 0 if self._loaders is None else len(self._loaders[1].index)
-
-    @property
-    def rankme(self) -> float | None:
-        """RankMe at the latest measurement."""
-        return None if self._latest is None else self._latest.rankme
-
-    @property
-    def linear(self) -> float | None:
-        """The linear probe's accuracy at the latest measurement, in percent."""
-        return None if self._latest is None or self._latest.linear is None else self._latest.linear[0]
+        self._train, self._val = (loader.index for loader in self._loaders)
+        self.num_validation = len(self._val)
+        problems = check_labels(self._train, self._val)
+        self.one_label, self._labelled = bool(problems.one_label), not (problems.one_label or problems.missing)
+        if not self._labelled:
+            log.warning("no accuracies, only RankMe and neighbours: %s", problems.missing or problems.one_label)
+        elif problems.unknown:
+            log.warning(problems.unknown)
 
     def measure_baselines(self) -> None:
         """Measure k-NN of raw pixels, of the colour histogram and of the untrained model. Call it before training.
 
         The accuracies are kept in baselines.json, and measured again for other images or evaluation settings.
         """
-        if not self._labelled or self._loaders is None:
+        if not self._labelled:
             return
-        key = baselines_key(self._loaders[0].index, self._loaders[1].index, self._settings)
+        key = baselines_key(self._train, self._val, self._settings)
         try:
             self.baselines = read_baselines(self._file, key)
         except ValueError as error:
@@ -115,7 +89,7 @@ class OnlineEvaluation:
         scores = self._measure({"pixels": pixels, "colour_histogram": colour_histogram, "random_init": untrained})
         if scores is not None:
             self.baselines = {name: row.knn["last"][self._settings.knn_k] for name, row in scores.items()}
-            baselines = Baselines(measured_on=key, knn=BaselineScores(**self.baselines))
+            baselines = Baselines.model_validate({"measured_on": key, "knn": self.baselines})
             write_atomic(self._file, baselines.model_dump_json(indent=1) + "\n")
 
     def measure(self) -> float | None:
@@ -125,8 +99,9 @@ class OnlineEvaluation:
         scores = self._measure(extractors, linear_epochs=epochs, with_rankme=True)
         if scores is None:
             return None
-        self._latest = scores["trained"]
-        return self._latest.knn["last"][self._settings.knn_k] if self._labelled else None
+        self._latest = trained = scores["trained"]
+        self.rankme, self.linear = trained.rankme, trained.linear[0] if trained.linear else None
+        return trained.knn["last"][self._settings.knn_k] if self._labelled else None
 
     def online(self) -> dict[str, float]:
         """Measure during the run, and return the scores for its log."""
@@ -188,4 +163,4 @@ def read_baselines(path: Path, key: dict[str, Any]) -> dict[str, float] | None:
         return None
     except ValidationError as error:
         raise ValueError(f"{path}: damaged: {error.errors()[0]['msg']}. The baselines are measured again") from None
-    return baselines.knn.model_dump() if baselines.measured_on == key else None
+    return {str(name): accuracy for name, accuracy in baselines.knn.items()} if baselines.measured_on == key else None

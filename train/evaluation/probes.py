@@ -10,15 +10,7 @@ from torch.nn import functional as F
 from model.encoder import MultiCropEncoder, patchify
 from pipeline.loader import MultiCropLoader
 from train.evaluation.features import STORED_DTYPE, Features, free_memory, mixed_precision
-from train.evaluation.measure import (
-    Standardizer,
-    accuracies,
-    best_trial,
-    fit_heads,
-    head_groups,
-    is_held_out,
-    num_classes,
-)
+from train.evaluation.measure import Standardizer, accuracies, best_trial, fit_heads, is_held_out, num_classes
 
 ATTENTIVE_RATES = (1e-3, 3e-3, 1e-2)
 ATTENTIVE_EPOCHS, MIN_STEPS = 10, 1000  # small splits train for more epochs, up to this many steps
@@ -47,29 +39,25 @@ class TokenStream:
     """
 
     def __init__(self, loader: MultiCropLoader, tokenizer: Tokenizer) -> None:
-        self._loader, self._tokenizer = loader, tokenizer
-        self._store: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
-
-    @property
-    def batches_per_epoch(self) -> int:
-        return len(self._loader)
+        self._loader, self._tokenizer, self.batches_per_epoch = loader, tokenizer, len(loader)
+        self._store: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def epoch(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Yield tokens `[n, N, D] float32`, labels `[n]` and positions `[n]`."""
-        if self._store is not None:
+        if self._store:
             for tokens, labels, positions in self._store:
                 yield tokens.to(labels.device).float(), labels, positions
             return
-        store: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = []
-        room, used = TOKENS_SHARE * free_memory(), 0
+        store, room, used = [], TOKENS_SHARE * free_memory(), 0
         self._loader.load_state_dict({"epoch": 0, "position": 0})
         for batch in self._loader:
             with torch.inference_mode(), mixed_precision(batch.crops[0]):
                 tokens = self._tokenizer(batch.crops[0]).to(STORED_DTYPE)
             used += tokens.nbytes
-            if store is not None:
+            if used <= room:
                 store.append((tokens.cpu(), batch.labels, batch.positions))
-                store = store if used <= room else None
+            else:
+                store.clear()
             yield tokens.float(), batch.labels, batch.positions
         self._store = store
 
@@ -94,9 +82,8 @@ class AttentiveProbe(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         attention, normed = self.attention, self.norm(tokens)
         to_query, to_key, to_value = attention.in_proj_weight.unflatten(0, (3, attention.num_heads, -1))
-        query_bias, _, value_bias = attention.in_proj_bias.view(
-            3, -1
-        )  # the key bias shifts all scores of a head equally
+        # The key bias shifts all scores of a head equally, so it has no effect.
+        query_bias, _, value_bias = attention.in_proj_bias.view(3, -1)
         query = (to_query @ self.query[0, 0] + query_bias.view(attention.num_heads, -1)) * attention.head_dim**-0.5
         scores = normed @ torch.einsum("hw,hwd->dh", query, to_key)
         pooled = scores.softmax(dim=1).transpose(1, 2) @ normed  # [n, heads, D]
@@ -111,7 +98,6 @@ def attentive_probe(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         heads = nn.ModuleList(AttentiveProbe(width, classes) for _ in ATTENTIVE_RATES).to(device)
-    optimizer = torch.optim.AdamW(head_groups(heads, ATTENTIVE_RATES), weight_decay=0.01)
     epochs = max(ATTENTIVE_EPOCHS, -(-MIN_STEPS // train.batches_per_epoch))
 
     def part(held_out: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -120,7 +106,8 @@ def attentive_probe(
             yield tokens[rows], labels[rows]
 
     batches = (batch for _ in range(epochs) for batch in part(held_out=False))
-    fit_heads("attentive", heads, optimizer, batches, epochs * train.batches_per_epoch)
+    adamw = partial(torch.optim.AdamW, weight_decay=0.01)
+    fit_heads("attentive", heads, ATTENTIVE_RATES, adamw, batches, epochs * train.batches_per_epoch)
     validation = accuracies(heads, part(held_out=True))
     scores = accuracies(heads, ((tokens, labels) for tokens, labels, _ in test.epoch()))
     return best_trial(zip(validation, scores, [f"lr {rate:g}" for rate in ATTENTIVE_RATES], strict=True))
@@ -169,11 +156,7 @@ def lowshot_accuracies(
     heads = []
     for seed in seeds:
         rows = sample_per_class(labels, shots, seed)
-        weight, bias = logistic_regression(
-            standardizer(values[rows]) / root,
-            labels[rows].to(device),
-            num_classes(labels, test.labels),
-            LOWSHOT_STRENGTH,
-        )
+        inputs, truth = standardizer(values[rows]) / root, labels[rows].to(device)
+        weight, bias = logistic_regression(inputs, truth, num_classes(labels, test.labels), LOWSHOT_STRENGTH)
         heads.append(partial(F.linear, weight=weight.T.float() / root, bias=bias.float()))
     return accuracies(heads, standardizer.batches(test.values["last"], test.labels))

@@ -1,12 +1,12 @@
-"""Progress of a command, as a live bar in a terminal and as plain lines elsewhere, and a run's table at its end."""
+"""Progress of a command, as a live bar in a terminal and as plain lines elsewhere."""
 
 import time
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column, Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from pipeline.text import plural
 from train.state import RunState
@@ -26,19 +26,15 @@ class ProgressDisplay:
         self, console: Console, name: str, unit: str, total: int, start: int = 0, transient: bool = False
     ) -> None:
         self._console, self._unit, self._total, self._transient = console, unit, total, transient
-        self._started = time.monotonic()
-        self._plain_at, self._printed = self._started if transient else 0.0, start
-        eta = (TextColumn("ETA"), TimeRemainingColumn())
+        self._plain_at, self._printed = time.monotonic() if transient else 0.0, start
         # Where space is short, the details are cut: steps and ETA always show.
         details = TextColumn("{task.fields[details]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
-        columns: tuple[Any, ...] = (MofNCompleteColumn(), details, *eta)
+        columns: list[ProgressColumn] = [MofNCompleteColumn(), details, TextColumn("ETA"), TimeRemainingColumn()]
         if console.width >= MIN_WIDTH_FOR_BAR:
-            named = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
-            columns = (*named, TextColumn("{task.fields[details]}"), TimeElapsedColumn(), *eta)
-        self._progress = Progress(
-            *columns, console=console, refresh_per_second=4, transient=transient, expand=True,
-            disable=not console.is_terminal,
-        )  # fmt: skip
+            columns = [TextColumn("[bold]{task.description}"), BarColumn(), *columns]
+        is_plain = not console.is_terminal
+        self._progress = Progress(*columns, console=console, refresh_per_second=4, transient=transient, expand=True,
+                                  disable=is_plain)  # fmt: skip
         self._task = self._progress.add_task(name, total=total, completed=start, details="")
 
     def show(self, done: int, details: str) -> None:
@@ -85,52 +81,3 @@ class Display(ProgressDisplay):
             f"epoch {epoch:.1f}/{epochs:.4g}",
         ]
         self.show(state.step, " · ".join(part for part in parts if part))
-
-
-KNN_NAMES = {
-    "pixels": "k-NN, raw pixels",
-    "colour_histogram": "k-NN, colour histogram",
-    "random_init": "k-NN, random initialisation",
-    "trained": "k-NN, trained encoder",
-}
-
-
-def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the names and values of `summary`, the content of summary.json, as tables show them."""
-    store_wait, rankme, knn, linear = (summary.get(key) for key in ("store_wait_percent", "rankme", "knn", "linear"))
-    rows = [
-        ("images seen", f"{summary['images']:,}"),
-        ("images/s", f"{summary['images_per_s']:.0f}"),
-        ("data wait", f"{summary['data_wait_percent']:.1f} %"),
-    ]
-    if store_wait is not None:
-        rows.append(("of it for the store", f"{store_wait:.1f} %"))
-    if summary["loss_first"] is not None:
-        rows.append(("loss, first -> last", f"{summary['loss_first']:.4f} -> {summary['loss_last']:.4f}"))
-    if summary["bad_samples"]:
-        rows.append(("bad samples, replaced", f"{summary['bad_samples']:,}, see quarantine.jsonl"))
-    if summary["skipped_steps"]:
-        rows.append(("steps skipped, not finite", f"{summary['skipped_steps']:,}"))
-    if summary["collapse_alarms"]:
-        rows.append(("collapse alarms at steps", ", ".join(map(str, summary["collapse_alarms"]))))
-    if rankme is not None:
-        largest = min(summary["width"], summary["validation_images"])
-        rows.append(("RankMe of the trained features", f"{rankme:.1f} of {largest}"))
-        rows.append(("validation images", f"{summary['validation_images']:,}"))
-    if knn is not None:
-        rows += [(name, f"{knn[key]:.1f} %") for key, name in KNN_NAMES.items()]
-    if linear is not None:
-        rows.append(("linear probe, trained encoder", f"{linear:.1f} %"))
-    return rows
-
-
-def summary_table(summary: dict[str, Any]) -> Table:
-    """Return the run's results as a table."""
-    table = Table(title=f"{summary['run_name']}: {summary['steps']} steps", title_justify="left", show_header=False)
-    table.add_column(style="bold")
-    table.add_column(justify="right")
-    for name, value in summary_rows(summary):
-        if name == KNN_NAMES["pixels"]:
-            table.add_section()
-        table.add_row(name, value)
-    return table

@@ -1,17 +1,38 @@
-"""The run's record of numbers: metrics.jsonl, TensorBoard and Weights & Biases."""
+"""The numbers of a run: metrics.jsonl, TensorBoard and Weights & Biases, and curves of what was logged."""
 
 import json
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+from PIL import Image
 
 from pipeline.files import write_atomic
+
+Curve = list[tuple[float, float]]
+"""Points `(step, value)`, in order."""
+MetricLines = Sequence[Mapping[str, Any]]
+"""The lines of a metrics.jsonl."""
+
+PANELS = {
+    "Loss": ("loss",),
+    "Prediction loss by level": ("level_0", "level_1", "level_2", "level_3", "summary", "inside", "outside"),
+    "View term": ("view",),
+    "SIGReg": ("sigreg",),
+    "k-NN and linear probe during the run, %": ("knn", "linear"),
+    "RankMe of pooled features": ("rankme",),
+    "Images per second": ("images_per_s",),
+    "Data wait, % of the step": ("data_wait_percent", "store_wait_percent"),
+    "Learning rate": ("lr",),
+    "Gradient norm": ("grad_norm",),
+}
+MAX_COLUMNS = 4  # of panels in a figure
+MIN_POINTS_FOR_LINE = 12  # with fewer, each point is marked: a single one has no line
 
 log = logging.getLogger(__name__)
 
@@ -23,11 +44,9 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, tensorboard: bool, start_step: int, wandb: Any = None) -> None:
-        self._failed, self._lock, self._wandb = False, threading.Lock(), wandb
-        self._path = folder / "metrics.jsonl"
-        _drop_lines_after(self._path, start_step)
-        self._file = self._path.open("a")
-        self._writer: Any = None
+        self._folder, self._wandb, self._writer, self._failed = folder, wandb, None, False
+        _drop_lines_after(folder / "metrics.jsonl", start_step)
+        self._file = (folder / "metrics.jsonl").open("a")
         self._previous_hook = threading.excepthook
         if tensorboard:
             threading.excepthook = self._on_thread_error  # TensorBoard writes in a background thread
@@ -46,29 +65,30 @@ class MetricsLog:
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
-    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """Show `[H, W, 3] uint8` in TensorBoard."""
+    def picture(self, step: int, path: Path) -> None:
+        """Show a picture file in TensorBoard, under its name."""
         if self._writer is not None:
             with self._errors_logged():
-                self._writer.add_image(name, pixels, step, dataformats="HWC")
+                pixels = np.asarray(Image.open(path).convert("RGB"))
+                self._writer.add_image(path.stem, pixels, step, dataformats="HWC")
 
     def _on_thread_error(self, failure: threading.ExceptHookArgs) -> None:
-        if not isinstance(failure.exc_value, OSError):
+        if isinstance(failure.exc_value, OSError):
+            self._warn_once(failure.exc_value)
+        else:
             self._previous_hook(failure)
-            return
-        with self._errors_logged():
-            raise failure.exc_value
+
+    def _warn_once(self, error: OSError) -> None:
+        if not self._failed:
+            self._failed = True
+            log.warning(f"{self._folder}: the log cannot be written ({error}); training continues")
 
     @contextmanager
     def _errors_logged(self) -> Iterator[None]:
-        """Turn OSErrors into a warning, once per log, whichever thread they happen in."""
         try:
             yield
         except OSError as error:
-            with self._lock:
-                if not self._failed:
-                    log.warning(f"{self._path.parent}: the log cannot be written ({error}); training continues")
-                self._failed = True
+            self._warn_once(error)
 
     def __enter__(self) -> Self:
         return self
@@ -106,3 +126,47 @@ def open_wandb(project: str, folder: Path, settings: dict[str, Any]) -> Any:
 
     name = folder.name
     return wandb.init(project=project, name=name, id=name, resume="allow", dir=folder, config=settings)
+
+
+def curves_by_panel(runs: Mapping[str, MetricLines]) -> dict[str, dict[str, Curve]]:
+    """Return the curves of each of PANELS that some run has logged, by name: the metrics of a single run, or the runs.
+
+    With several runs, each panel shows one metric.
+    """
+    panels: dict[str, dict[str, Curve]] = {}
+    for title, metrics in PANELS.items():
+        for metric in metrics:
+            for run, lines in runs.items():
+                points = [(line["step"], line[metric]) for line in lines if line.get(metric) is not None]
+                panel = title if len(runs) == 1 or len(metrics) == 1 else f"{title}: {metric}"
+                if points or len(runs) > 1:  # a run without points keeps its colour
+                    panels.setdefault(panel, {})[metric if len(runs) == 1 else run] = points
+    return {panel: curves for panel, curves in panels.items() if any(curves.values())}
+
+
+def draw_curves(path: Path, runs: Mapping[str, MetricLines]) -> None:
+    """Draw a panel for each of PANELS that the runs, by name, have logged."""
+    import matplotlib as mpl  # takes a second to import
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    panels = curves_by_panel(runs)
+    columns = min(MAX_COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = plt.figure(figsize=(3.9 * columns, 3.1 * rows + 0.3), layout="tight")
+    for number, (title, curves) in enumerate(panels.items(), 1):
+        axis = figure.add_subplot(rows, columns, number)
+        for colour, (name, points) in enumerate(curves.items()):
+            marker = "o" if len(points) < MIN_POINTS_FOR_LINE else None
+            axis.plot(
+                *zip(*points, strict=True), color=f"C{colour}", linewidth=1.2, marker=marker, markersize=4, label=name
+            )
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step", fontsize=8)
+        axis.grid(alpha=0.3)
+        if len(curves) > 1:
+            axis.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,35 +1,26 @@
-"""The pictures of a run: crops and their boxes, masks, features, nearest neighbours and curves."""
+"""Pictures of crops, masks, features and neighbours: captioned tiles, composed with PIL, which is faster than matplotlib here."""
 
-from collections.abc import Sequence
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from model.encoder import MultiCropEncoder
 from model.hjepa import HJEPA
-from model.masks import MaskPlan, MultiCropMaskGenerator
+from model.masks import MaskPlan, MultiCropMaskGenerator, level_grid
+from pipeline.batch import CropBatch
 from pipeline.dataset import MultiCropDataset
 from pipeline.shards.index import UNLABELLED
 from train.build import build_loader
 from train.config.schema import Config
-from train.output.drawing import (
-    GLOBAL_SIDE,
-    Views,
-    crop_tiles,
-    fit,
-    hstack,
-    mask_tiles,
-    open_picture,
-    save_picture,
-    source_tile,
-    tile,
-    to_picture,
-    vstack,
-)
-from train.output.log import read_metrics
+from train.output.log import draw_curves, read_metrics
 from train.trainer import step_seed
 
 if TYPE_CHECKING:
@@ -37,100 +28,140 @@ if TYPE_CHECKING:
 
 NUM_PICTURED, NUM_MASKED = 4, 2  # images in crops.png and features.png, and in masks.png
 QUERIES, NEIGHBOURS = 6, 7  # in neighbours.png
-SOURCE_SIDE, NEIGHBOUR_SIDE = 400, 104  # pixels of the main picture of an overview, and of a neighbour
+QUERY_COLOUR = np.array([1.0, 0.69, 0.0])
+VIEW_COLOURS = (
+    "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf",
+)  # fmt: skip
+GAP, CAPTION, FONT_SIZE = 8, 20, 12  # pixels
+GLOBAL_SIDE, LOCAL_SIDE, NEIGHBOUR_SIDE = 200, 112, 104  # of a tile; a local crop's caption needs 112
+DASH = 10  # pixels from the start of one dash to the next
+
+Outline = tuple[Sequence[float], str, bool]
+"""A box drawn on a picture: y0, x0, y1, x1 as fractions of its height and width, its colour, and True for a dashed line."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """How the crops of a batch are drawn: names, colours and pixels. `mean` and `std` are those that normalised them."""
+
+    batch: CropBatch
+    num_global: int
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def name(self, v: int) -> str:
+        return f"global {v}" if v < self.num_global else f"local {v - self.num_global}"
+
+    def colour(self, v: int) -> str:
+        return VIEW_COLOURS[v % len(VIEW_COLOURS)]
+
+    def pixels(self, v: int, i: int) -> np.ndarray:
+        """Return crop `v` of image `i`: `[S, S, 3] float32` in 0..1."""
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (self.batch.crops[v][i].float().cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
 
 
 def draw_run(
-    folder: Path,
-    config: Config,
-    dataset: MultiCropDataset,
-    model: HJEPA,
-    masks: MultiCropMaskGenerator,
+    folder: Path, config: Config, dataset: MultiCropDataset, model: HJEPA, masks: MultiCropMaskGenerator,
     neighbours: Sequence["Neighbours"] = (),
-) -> list[Path]:
+) -> list[Path]:  # fmt: skip
     """Draw `folder/figures/*.png` and return their paths.
 
     crops and masks show the first positions of epoch 0, as trained on. neighbours.png needs some, curves.png a logged loss.
     """
-    crops, masked, features, nearest, curves = paths = [
-        folder / "figures" / f"{name}.png" for name in ("crops", "masks", "features", "neighbours", "curves")
-    ]
     count = min(NUM_PICTURED, len(dataset))
     loader = build_loader(config, dataset, count)
     batch = next(iter(loader))
     views = Views(batch, model.num_global, dataset.mean, dataset.std)
-    draw_crops(crops, views, [dataset.index.encoded(int(row)) for row in loader.rows_at(0, 0, count)])
+    sources = [dataset.index.encoded(int(row)) for row in loader.rows_at(0, 0, count)]
     torch.manual_seed(step_seed(config.seed, 0, 1))
-    rows = [(i, g) for i in range(min(NUM_MASKED, count)) for g in range(model.num_global)]
-    draw_masks(masked, views, masks(count), model.grid, masks.strides, rows)
-    draw_features(features, views, feature_colours(model.target, batch.crops[0]))
-    if neighbours:
-        draw_neighbours(nearest, neighbours)
+    plan = masks(count)
+    masked = [(i, g) for i in range(min(NUM_MASKED, count)) for g in range(model.num_global)]
+    pictures = {
+        "crops": [[source_tile(views, i, source), *crop_tiles(views, i)] for i, source in enumerate(sources)],
+        "masks": [mask_tiles(views, plan, i, g, model.grid, masks.strides, f"image {i}, ") for i, g in masked],
+        "features": feature_rows(views, feature_colours(model.target, batch.crops[0])),
+        "neighbours": [neighbour_tiles(row) for row in neighbours],
+    }
+    paths = {name: folder / "figures" / f"{name}.png" for name in (*pictures, "curves")}
+    for name, rows in pictures.items():
+        if rows:
+            save_rows(paths[name], rows)
     lines = read_metrics(folder)
     if any("loss" in line for line in lines):
-        from train.output.plots import RUN_PANELS, draw_curves  # matplotlib takes a second to import
-
-        draw_curves(curves, {folder.name: lines}, RUN_PANELS)
-    return [path for path in paths if path.exists()]
+        draw_curves(paths["curves"], {folder.name: lines})
+    return [path for path in paths.values() if path.exists()]
 
 
-def draw_crops(path: Path, views: Views, sources: Sequence[bytes]) -> None:
-    """Draw a row per image: its source with the boxes of its crops, then the crops as the encoder gets them."""
-    rows = []
-    for i, encoded in enumerate(sources):
-        source = open_picture(encoded)
-        caption = f"position {int(views.batch.positions[i])}, {source.width}x{source.height}"
-        rows.append(hstack([source_tile(source, caption, views, i, GLOBAL_SIDE), *crop_tiles(views, i)]))
-    save_picture(path, vstack(rows))
+def crop_tiles(views: Views, i: int) -> list[Image.Image]:
+    """Return the crops of image `i`, each under its name."""
+    tiles = []
+    for v in range(len(views.batch.crops)):
+        caption = views.name(v) + (" (flipped)" if views.batch.flips[i, v] else "")
+        side = GLOBAL_SIDE if v < views.num_global else LOCAL_SIDE
+        tiles.append(tile(to_picture(views.pixels(v, i)), caption, side, views.colour(v)))
+    return tiles
 
 
-def draw_masks(
-    path: Path, views: Views, plan: MaskPlan, grid: int, strides: Sequence[int], rows: Sequence[tuple[int, int]]
-) -> None:
-    """Draw a row per (image, global crop): the crop, what the encoder sees of it, and the cells to predict at each level."""
-    prefixes = [f"image {i}, " if len(rows) > 1 else "" for i, _ in rows]
+def source_tile(views: Views, i: int, encoded: bytes, side: int = GLOBAL_SIDE, note: str = "") -> Image.Image:
+    """Return the image that image `i` of the batch was cut from, with the boxes of its crops: dashed if flipped."""
+    source = open_picture(encoded)
+    boxes, flips = views.batch.boxes[i].tolist(), views.batch.flips[i].tolist()
+    outlines = [(box, views.colour(v), bool(flips[v])) for v, box in enumerate(boxes)]
+    caption = f"position {int(views.batch.positions[i])}, {source.width}x{source.height}{note}"
+    return tile(source, caption, side, outlines=outlines)
+
+
+def mask_tiles(
+    views: Views, plan: MaskPlan, i: int, g: int, grid: int, strides: Sequence[int], prefix: str = ""
+) -> list[Image.Image]:
+    """Return 2 + L tiles of one global crop. Other crops of the image that the predictor sees are outlined on the first."""
+    pixels = views.pixels(g, i)
+    outlines, suffix = _partners(views, plan, i, g)
+    seen = to_picture(np.where(_cells(plan.context[i, g], grid, 1, len(pixels)), pixels, 0.5))
     tiles = [
-        mask_tiles(views, plan, i, g, grid, strides, prefix) for (i, g), prefix in zip(rows, prefixes, strict=True)
+        tile(to_picture(pixels), f"{prefix}global {g}{suffix}", GLOBAL_SIDE, outlines=outlines),
+        tile(seen, f"context: {plan.context.shape[-1]} of {grid**2} tokens", GLOBAL_SIDE),
     ]
-    save_picture(path, vstack(hstack(row) for row in tiles))
+    tinted = 0.35 * pixels + 0.65 * QUERY_COLOUR
+    for level, (stride, queries) in enumerate(zip(strides, plan.queries, strict=True)):
+        caption = f"level {level}: {queries.shape[-1]} of {level_grid(grid, stride) ** 2} cells"
+        cells = _cells(queries[i, g], grid, stride, len(pixels))
+        tiles.append(tile(to_picture(np.where(cells, tinted, pixels)), caption, GLOBAL_SIDE))
+    return tiles
 
 
-def draw_features(path: Path, views: Views, colours: np.ndarray) -> None:
-    """Draw the first global crop of each image above its tokens' features as colours, `[n, g, g, 3]`."""
-    captions = ["crop", "features: 3 principal components"]
-    columns = []
-    for i, colour in enumerate(colours):
-        pictures = [to_picture(views.pixels(0, i)), to_picture(colour)]
-        columns.append(vstack(tile(*pair, GLOBAL_SIDE) for pair in zip(pictures, captions, strict=True)))
-        captions = ["", ""]
-    save_picture(path, hstack(columns))
+def _partners(views: Views, plan: MaskPlan, i: int, g: int) -> tuple[list[Outline], str]:
+    """Return outlines of the crops that global `g` is predicted from, in its own coordinates, and the end of its caption."""
+    if plan.partners is None:
+        return [], ""
+    partners = plan.partners[i, g].nonzero().flatten().tolist()
+    boxes = views.batch.boxes[i].cpu().view(-1, 2, 2)  # [V, corner, y x]
+    within = (boxes - boxes[g, 0]) / (boxes[g, 1] - boxes[g, 0])
+    if views.batch.flips[i, g]:
+        within[..., 1] = 1 - within[:, [1, 0], 1]
+    outlines: list[Outline] = [(within[v].flatten().tolist(), views.colour(v), False) for v in partners]
+    one = len(partners) == 1
+    return outlines, f" from {views.name(partners[0])}" if one else f" and {len(partners)} locals"
 
 
-def draw_neighbours(path: Path, rows: Sequence["Neighbours"]) -> None:
-    """Draw a row per validation image: itself, then its nearest training images, with the same label in green, else in red."""
-    bands = []
-    for row in rows:
-        tiles = []
-        for number, (encoded, label) in enumerate(zip(row.pictures, row.labels, strict=True)):
-            colour, parts = "black", [f"class {label}"] if label != UNLABELLED else []
-            if number:
-                colour = "#606060" if label == UNLABELLED else "#2a8f2a" if label == row.labels[0] else "#c03030"
-                parts.append(f"{row.similarities[number - 1]:.3f}")
-            framed = ImageOps.expand(fit(open_picture(encoded), NEIGHBOUR_SIDE - 6), 3, colour)
-            tiles.append(tile(framed, ", ".join(parts), NEIGHBOUR_SIDE, colour))
-        bands.append(hstack(tiles))
-    save_picture(path, vstack(bands))
+def _cells(chosen: torch.Tensor, grid: int, stride: int, size: int) -> np.ndarray:
+    """Return `[size, size, 1] bool`: the pixels of the chosen cells of a level."""
+    side = level_grid(grid, stride)
+    cells = torch.zeros(side * side, dtype=torch.bool)
+    cells[chosen.cpu()] = True
+    patch = size // grid
+    return np.kron(cells.view(side, side).numpy(), np.ones((stride * patch,) * 2, dtype=bool))[:size, :size, None]
 
 
-def draw_overview(
-    path: Path, views: Views, i: int, encoded: bytes, plan: MaskPlan, strides: Sequence[int], colours: np.ndarray
-) -> None:
-    """Draw image `i` with its boxes, its crops, the features of its target, `[g, g, 3]`, and the masks of its first global."""
-    caption = f"one image, {views.num_global} global and {len(views) - views.num_global} local crops (dashed: flipped)"
-    features = tile(to_picture(colours), "its features, as colours", GLOBAL_SIDE)
-    masks = mask_tiles(views, plan, i, 0, len(colours), strides)[1:]
-    right = vstack([hstack(crop_tiles(views, i)), hstack([features, *masks])])
-    save_picture(path, hstack([source_tile(open_picture(encoded), caption, views, i, SOURCE_SIDE), right]))
+def feature_rows(views: Views, colours: np.ndarray) -> list[list[Image.Image]]:
+    """Return the first global crop of each image, and below them their tokens' features as colours, `[n, g, g, 3]`."""
+    crops = [to_picture(views.pixels(0, i)) for i in range(len(colours))]
+    rows = {"crop": crops, "features: 3 principal components": [to_picture(colour) for colour in colours]}
+    return [
+        [tile(picture, "" if i else caption, GLOBAL_SIDE) for i, picture in enumerate(row)]
+        for caption, row in rows.items()
+    ]
 
 
 def feature_colours(encoder: MultiCropEncoder, crops: torch.Tensor) -> np.ndarray:
@@ -146,6 +177,80 @@ def feature_colours(encoder: MultiCropEncoder, crops: torch.Tensor) -> np.ndarra
     return ((scores - low) / (high - low).clamp_min(1e-9)).clamp(0, 1).view(len(crops), side, side, 3).numpy()
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """`[H, W, 3] uint8`"""
-    return np.asarray(Image.open(path).convert("RGB"))
+def neighbour_tiles(row: "Neighbours") -> list[Image.Image]:
+    """Return a validation image, then its nearest training images: green with the same label, else red, gray without labels."""
+    tiles = []
+    for number, (encoded, label) in enumerate(zip(row.pictures, row.labels, strict=True)):
+        colour, parts = "black", [f"class {label}"] if label != UNLABELLED else []
+        if number:
+            colour = "#606060" if label == UNLABELLED else "#2a8f2a" if label == row.labels[0] else "#c03030"
+            parts.append(f"{row.similarities[number - 1]:.3f}")
+        framed = ImageOps.expand(_fit(open_picture(encoded), NEIGHBOUR_SIDE - 6), 3, colour)
+        tiles.append(tile(framed, ", ".join(parts), NEIGHBOUR_SIDE, colour))
+    return tiles
+
+
+def open_picture(encoded: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(encoded)).convert("RGB")
+
+
+def to_picture(pixels: np.ndarray) -> Image.Image:
+    """`[H, W, 3]` in 0..1."""
+    return Image.fromarray((255 * pixels).round().astype(np.uint8))
+
+
+def _fit(picture: Image.Image, side: int) -> Image.Image:
+    """Return the picture scaled to a longer side of `side` pixels. Enlarged pixels stay squares."""
+    enlarged = max(picture.size) < side
+    return ImageOps.contain(picture, (side, side), Image.Resampling.NEAREST if enlarged else Image.Resampling.BOX)
+
+
+@cache
+def _font() -> Any:
+    return ImageFont.load_default(FONT_SIZE)
+
+
+def tile(
+    picture: Image.Image, caption: str, side: int, colour: str = "black", outlines: Iterable[Outline] = ()
+) -> Image.Image:
+    """Return the picture, fitted into a square of `side` pixels, under its caption."""
+    picture = _fit(picture, side)
+    canvas = ImageDraw.Draw(picture)
+    for box, line_colour, dashed in outlines:
+        y0, x0, y1, x1 = np.multiply(box, [picture.height, picture.width] * 2) - [0, 0, 1, 1]
+        for start, end in pairwise(np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)])):
+            count = max(1, round(np.abs(end - start).sum() / DASH)) if dashed else 1
+            for n in range(count):
+                dash = [start + (end - start) * part / count for part in (n, n + (0.6 if dashed else 1))]
+                canvas.line([tuple(point) for point in dash], fill=line_colour, width=2)
+    captioned = Image.new("RGB", (side, side + CAPTION), "white")
+    captioned.paste(picture, ((side - picture.width) // 2, CAPTION + (side - picture.height) // 2))
+    ImageDraw.Draw(captioned).text((side / 2, CAPTION / 2), caption, fill=colour, font=_font(), anchor="mm")
+    return captioned
+
+
+def text_line(text: str) -> Image.Image:
+    """Return a line of text as a picture."""
+    line = Image.new("RGB", (round(_font().getlength(text)) + 2 * GAP, CAPTION), "white")
+    ImageDraw.Draw(line).text((GAP, CAPTION / 2), text, fill="black", font=_font(), anchor="lm")
+    return line
+
+
+def join_rows(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Return rows of pictures below one another; the pictures of a row are centred vertically."""
+    heights = [max(picture.height for picture in row) for row in rows]
+    width = max(sum(picture.width + GAP for picture in row) for row in rows) - GAP
+    sheet, y = Image.new("RGB", (width, sum(heights) + GAP * (len(rows) - 1)), "white"), 0
+    for row, height in zip(rows, heights, strict=True):
+        x = 0
+        for picture in row:
+            sheet.paste(picture, (x, y + (height - picture.height) // 2))
+            x += picture.width + GAP
+        y += height + GAP
+    return sheet
+
+
+def save_rows(path: Path, rows: Sequence[Sequence[Image.Image]]) -> None:
+    """Write rows of pictures as PNG, with a white margin."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ImageOps.expand(join_rows(rows), GAP, "white").save(path)

@@ -1,22 +1,49 @@
-"""The results of a run at its end: summary.json, report.md, and suggestions for a run that waited or learned little."""
+"""The results of a run at its end: summary.json, report.md, report.html, and suggestions for the next run."""
 
+import base64
 import json
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.table import Table
 
 from pipeline.files import write_atomic
+from pipeline.shards.manifest import read_object
 from pipeline.shards.storage import is_remote
 from train.config.schema import Config
-from train.evaluation.online import OnlineEvaluation
-from train.output.display import summary_rows
+from train.output.log import Curve, MetricLines, curves_by_panel, read_metrics
 from train.state import RunState
+
+if TYPE_CHECKING:
+    from train.evaluation.online import OnlineEvaluation
 
 MAX_WAIT_PERCENT = 10.0
 MIN_STEPS = 50  # shorter runs spend most of their time starting up
 MIN_IMAGES = 100  # with fewer validation images, one image is more than a percentage point
+MAX_POINTS = 400  # of a curve in a page: beyond that, groups of neighbouring points are averaged
+KNN_NAMES = {
+    "pixels": "k-NN, raw pixels",
+    "colour_histogram": "k-NN, colour histogram",
+    "random_init": "k-NN, random initialisation",
+    "trained": "k-NN, trained encoder",
+}
+CAPTIONS = {
+    "crops": "Photographs with the boxes of their crops (dashed: mirrored), and the crops as the encoder gets them",
+    "masks": "What the encoder sees of each global crop, and the cells it predicts at every level",
+    "features": "Three principal components of the patch features, as colours",
+    "neighbours": "Validation images and their nearest training images: green where the labels agree",
+}
+WIDE_PICTURES = ("crops", "masks")  # on a phone they scroll instead of shrinking
+PAGE = Path(__file__).with_name("page.html")
+REMEDY = "Run the training command again: it writes the file again"
 
 
-def write_summary(folder: Path, config: Config, state: RunState, probe: OnlineEvaluation, width: int) -> dict[str, Any]:
+def write_summary(
+    folder: Path, config: Config, state: RunState, probe: "OnlineEvaluation", width: int
+) -> dict[str, Any]:
     """Evaluate the trained encoder, write summary.json and return its content. Percentages are 0..100."""
     trained = probe.measure()
     knn = None if trained is None or probe.baselines is None else {**probe.baselines, "trained": trained}
@@ -44,20 +71,145 @@ def write_summary(folder: Path, config: Config, state: RunState, probe: OnlineEv
     return summary
 
 
-def write_report(folder: Path, summary: dict[str, Any], hints: list[str], figures: list[Path]) -> Path:
+def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the names and values of `summary`, the content of summary.json, as every table shows them."""
+    # `get`: summaries of older versions lack some keys.
+    knn, images = summary.get("knn") or {}, summary["validation_images"]
+
+    def show(form: str, value: float | None) -> str:
+        return "" if value is None else form.format(value)
+
+    rankme = show("{:.1f}", summary.get("rankme"))
+    rows = [
+        ("images seen", f"{summary['images']:,}"),
+        ("images/s", f"{summary['images_per_s']:.0f}"),
+        ("data wait", f"{summary['data_wait_percent']:.1f} %"),
+        ("of it for the store", show("{:.1f} %", summary.get("store_wait_percent"))),
+        ("loss, first -> last", show("{:.4f} -> ", summary["loss_first"]) + show("{:.4f}", summary["loss_last"])),
+        ("bad samples, replaced", show("{:,}, see quarantine.jsonl", summary["bad_samples"] or None)),
+        ("steps skipped, not finite", show("{:,}", summary["skipped_steps"] or None)),
+        ("collapse alarms at steps", ", ".join(map(str, summary["collapse_alarms"]))),
+        ("RankMe of the trained features", rankme and f"{rankme} of {min(summary['width'], images)}"),
+        ("validation images", rankme and f"{images:,}"),
+        *((name, show("{:.1f} %", knn.get(key))) for key, name in KNN_NAMES.items()),
+        ("linear probe, trained encoder", show("{:.1f} %", summary.get("linear"))),
+    ]
+    return [(name, value) for name, value in rows if value]
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """Return the run's results as a table for the terminal."""
+    table = Table(title=f"{summary['run_name']}: {summary['steps']} steps", title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    for name, value in summary_rows(summary):
+        if name == KNN_NAMES["pixels"]:
+            table.add_section()
+        table.add_row(name, value)
+    return table
+
+
+def markdown_table(summary: dict[str, Any]) -> str:
+    """Return the run's results as a table in Markdown."""
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in summary_rows(summary))])
+
+
+def write_report(folder: Path, summary: dict[str, Any], hints: Sequence[str], figures: Sequence[Path]) -> None:
     """Write report.md, the run on one page, next to summary.json."""
-    rows = "\n".join(f"| {name} | {value} |" for name, value in summary_rows(summary))
     sections = [
         f"# {summary['run_name']}",
         f"{summary['steps']:,} steps. Settings: [config.yaml](config.yaml); machine and packages: "
         "[environment.json](environment.json); every logged number: [metrics.jsonl](metrics.jsonl).",
-        f"| | |\n|---|---|\n{rows}",
+        markdown_table(summary),
         *(f"{hint}." for hint in hints),
         *(f"## {figure.stem}\n\n![{figure.stem}](figures/{figure.name})" for figure in figures),
     ]
-    path = folder / "report.md"
-    write_atomic(path, "\n\n".join(sections) + "\n")
+    write_atomic(folder / "report.md", "\n\n".join(sections) + "\n")
+
+
+def write_page(folder: Path, hints: Sequence[str] = ()) -> Path:
+    """Write `folder/report.html` from the run's files: summary.json, metrics.jsonl, config.yaml, environment.json, figures/.
+
+    The page needs no other file and no network. `hints`: suggestions, one sentence each. Raises OSError.
+    """
+    summary = read_object(folder / "summary.json", REMEDY)
+    knn, linear, rankme = summary["knn"], summary["linear"], summary["rankme"]
+    tiles = [
+        knn and (f"{knn['trained']:.1f} %", "k-NN, trained encoder"),
+        linear is not None and (f"{linear:.1f} %", "linear probe, trained encoder"),
+        (f"{summary['images_per_s']:,.0f}", "images per second"),
+        (f"{summary['data_wait_percent']:.1f} %", "of the time waiting for data"),
+        rankme is not None and (f"{rankme:.1f}", "RankMe of the features"),
+    ]
+    bars = [
+        f'<span>{name}</span><div class="{key}" style="width:{knn[key]:.1f}%"></div><b>{knn[key]:.1f} %</b>'
+        for key, name in (KNN_NAMES.items() if knn else ())
+    ]
+    pictures = [path for path in sorted((folder / "figures").glob("*.png")) if path.stem in CAPTIONS]
+    parts = [
+        f'<p class="soft">{summary["steps"]:,} steps, {summary["images"]:,} images</p>',
+        '<div class="tiles">',
+        *(f'<div class="tile"><b>{tile[0]}</b><span>{tile[1]}</span></div>' for tile in tiles if tile),
+        "</div>",
+        f'<h2>Does it beat what needs no training?</h2><div class="bars">{"".join(bars)}</div>' if knn else "",
+        f"<h2>What to try next</h2><ul>{_elements('li', hints)}</ul>" if hints else "",
+        line_charts({"": read_metrics(folder)}),
+        "<h2>Pictures</h2>",
+        *map(_picture, pictures),
+        f"<h2>All figures</h2>{html_table(summary_rows(summary))}",
+        "<h2>Settings and machine</h2>",
+        *(
+            f"<details><summary>{title} ({name})</summary><pre>{escape((folder / name).read_text())}</pre></details>"
+            for title, name in (("Settings", "config.yaml"), ("Machine and packages", "environment.json"))
+        ),
+    ]
+    return write_html(folder / "report.html", summary["run_name"], parts)
+
+
+def write_html(path: Path, title: str, parts: Sequence[str]) -> Path:
+    """Write a page with a title, which is escaped here, and parts in HTML, without the empty ones."""
+    page, body = PAGE.read_text(), "\n".join(filter(None, parts))
+    write_atomic(path, page.replace("{{title}}", escape(title)).replace("{{body}}", body))
     return path
+
+
+def line_charts(runs: Mapping[str, MetricLines]) -> str:
+    """Return the charts of runs, by name, for the page's script to draw."""
+    charts = []
+    for title, curves in curves_by_panel(runs).items():
+        kept = {name: thin_out(curve) for name, curve in curves.items()}
+        if any(kept.values()):
+            charts.append(
+                f'<figure class="chart" title="{escape(title)}" data-lines="{escape(json.dumps(kept))}"></figure>'
+            )
+    return f'<h2>Curves</h2><div class="charts">{"".join(charts)}</div>'
+
+
+def thin_out(points: Curve) -> list[list[float]]:
+    """Return the finite points in five digits, or the means of equal groups of neighbours if there are too many."""
+    array = np.array(points, np.float64).reshape(-1, 2)
+    array = array[np.isfinite(array).all(axis=1)]
+    groups = np.array_split(array, min(MAX_POINTS, len(array))) if len(array) else []
+    return [[float(f"{value:.5g}") for value in group.mean(axis=0)] for group in groups]
+
+
+def _picture(path: Path) -> str:
+    data, caption = base64.b64encode(path.read_bytes()).decode(), CAPTIONS[path.stem]
+    kind = "picture scroll wide" if path.stem in WIDE_PICTURES else "picture"
+    return (
+        f'<figure class="picture"><figcaption>{caption}</figcaption>'
+        f'<div class="{kind}"><img alt="{caption}" src="data:image/png;base64,{data}"></div></figure>'
+    )
+
+
+def html_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of text as a table, the first cell of each as its head."""
+    lines = "".join(f"<tr>{_elements('th', row[:1])}{_elements('td', row[1:])}</tr>" for row in rows)
+    return f'<div class="scroll"><table>{lines}</table></div>'
+
+
+def _elements(tag: str, texts: Iterable[str]) -> str:
+    return "".join(f"<{tag}>{escape(text)}</{tag}>" for text in texts)
 
 
 def stop_setting(config: Config, steps: int) -> str:

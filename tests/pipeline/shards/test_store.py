@@ -25,8 +25,7 @@ from pipeline.shards.storage import StoreError, is_remote, read
 from tests.pipeline.shards.conftest import COUNTS, Store
 from tests.train.test_run import command
 from tools.benchmarks.proxy import Fault, ThrottledProxy, environment, no_fault, put
-from train.evaluation.features import subsample_evenly
-from train.evaluation.labels import check_classes
+from train.evaluation.features import check_classes, subsample_evenly
 from train.run import main
 
 ROOT = Path(__file__).parents[3]

@@ -15,16 +15,17 @@ from pipeline.loader import MultiCropLoader
 from pipeline.shards.index import UNLABELLED, ShardIndex
 from train.evaluation import features
 from train.evaluation.features import (
+    LabelProblems,
+    check_labels,
     colour_histogram,
-    encoder_features,
     extract,
     mixed_precision,
     pixels,
     pooled_features,
     subsample_evenly,
 )
-from train.evaluation.labels import check_labels
 from train.evaluation.measure import feature_std, rankme
+from train.evaluation.offline import encoder_features
 from train.evaluation.probes import pixel_tokens
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 5, "num_heads": 2, "num_reg_tokens": 1}
@@ -100,12 +101,22 @@ def test_features_that_would_not_fit_the_memory_are_refused_with_the_number_that
         extract(centre_loader(index, 16), {"pixels": pixels})
 
 
-def test_samples_without_labels_are_refused(index: ShardIndex) -> None:
-    samples = index.samples.copy()
-    samples["label"][5] = UNLABELLED
-    with pytest.raises(ValueError, match="1 of 103 samples without labels"):
-        check_labels(index, replace(index, samples=samples))
-    check_labels(index, index)
+def test_missing_unknown_and_equal_labels_are_told_apart(index: ShardIndex) -> None:
+    def relabelled(label: int, rows: slice) -> ShardIndex:
+        samples = index.samples.copy()
+        samples["label"][rows] = label
+        return replace(index, samples=samples)
+
+    assert check_labels(index, index) == LabelProblems()
+    problems = check_labels(index, relabelled(UNLABELLED, slice(5, 6)))
+    assert "1 of 103 samples without labels" in problems.missing
+    assert problems == LabelProblems(missing=problems.missing)
+    problems = check_labels(relabelled(0, slice(None)), relabelled(0, slice(None)))
+    assert "all 103 images have the label 0" in problems.one_label
+    assert problems == LabelProblems(one_label=problems.one_label)
+    problems = check_labels(index, relabelled(99, slice(3)))
+    assert "3 of 103 images have labels that no image of" in problems.unknown
+    assert problems == LabelProblems(unknown=problems.unknown)
 
 
 def test_rankme_of_orthogonal_features_is_their_number_and_of_a_line_is_one() -> None:

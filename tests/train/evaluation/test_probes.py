@@ -157,8 +157,8 @@ def test_tokens_are_the_same_whether_kept_or_made_again_for_each_epoch(
     assert sum(len(labels) for _, labels, _ in first) == 103
     monkeypatch.setattr(probes, "TOKENS_SHARE", 0.0)
     list(again.epoch())
-    assert kept._store is not None
-    assert again._store is None
+    assert kept._store
+    assert not again._store
     for one, other, new in zip(first, kept.epoch(), again.epoch(), strict=True):
         assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(one, other, new, strict=True))
 
