@@ -15,7 +15,6 @@ from typing import Any
 
 from tools.checks.check import Case, examine
 from tools.checks.data import DATA_CHECKS
-from tools.checks.gpu import GPU_CHECKS
 from tools.checks.machine import MACHINE_CHECKS
 from tools.checks.packages import PACKAGE_CHECKS
 from train.command import run_command
@@ -23,22 +22,23 @@ from train.config.load import load_config
 
 FAILED = 1
 # In the order of the report: later checks rely on earlier ones.
-CHECKS = dict((*PACKAGE_CHECKS, *MACHINE_CHECKS, *GPU_CHECKS, *DATA_CHECKS))
+CHECKS = {**PACKAGE_CHECKS, **MACHINE_CHECKS, **DATA_CHECKS}
 STATUSES = ("ok", "warn", "fail", "skip")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="doctor.py", description=__doc__, formatter_class=formatter)
-    text = "The YAML file of a run. With it, its data, threads, device and rate are checked too."
-    parser.add_argument("config", nargs="?", help=text)
-    text = "Settings that replace those of the file."
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=text)
-    text = "Check these shards. The default is data.data_path of the config."
-    parser.add_argument("--data", metavar="FOLDER", help=text)
-    text = "Check this folder for runs. The default is logging.run_dir of the config, or runs."
-    parser.add_argument("--out", metavar="FOLDER", help=text)
-    parser.add_argument("--json", action="store_true", help="Print a list of {name, status, text, fix, seconds}.")
+    add = parser.add_argument
+    add("config", nargs="?", help="The YAML file of a run, whose data, threads, device and rate are then checked too.")
+    add("overrides", nargs="*", metavar="section.key=value", help="Settings that replace those of the file.")
+    add("--data", metavar="FOLDER", help="Check these shards. The default is data.data_path of the config.")
+    add(
+        "--out",
+        metavar="FOLDER",
+        help="Check this folder for runs. The default is logging.run_dir of the config, or runs.",
+    )
+    add("--json", action="store_true", help="Print a list of {name, status, text, fix, seconds}.")
     return parser.parse_intermixed_args(arguments)
 
 

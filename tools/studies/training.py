@@ -26,7 +26,10 @@ MANY_EPOCHS = 100_000  # max_steps decides
 MANY_STEPS = 10_000  # the budget decides
 CPU = torch.device("cpu")
 # Settings that can differ between the calls of one study: where files are, and what each trial sets itself.
-FREE_KEYS = ("device", "seed", "training.max_steps", "training.epochs", "checkpoint.", "logging.", "data.data_path")
+FREE_KEYS = tuple(
+    f"settings.{key}"
+    for key in ("device", "seed", "training.max_steps", "training.epochs", "checkpoint.", "logging.", "data.data_path")
+)
 
 
 def trial_config(base: Base, variant: str, seed: int, max_steps: int) -> Config:
@@ -122,24 +125,18 @@ def peak_mib() -> float:
 def calibrate(path: Path, base: Base, budget: float, points: int, variants: Sequence[str]) -> dict[str, int]:
     """Return the steps that fill the budget by variant, measured once and kept in the file `path`.
 
-    Raises ValueError if the file belongs to a study with other options or settings.
+    Raises ValueError if the file belongs to a study with other options or settings, whose rows could not be compared.
     """
-    settings = load_config(Path(base.config), base.overrides).resolved
-    options = {"budget_s": budget, "points": points, "overrides": list(base.overrides), "settings": settings}
-    record: dict[str, Any] = {**options, "step_cpu_ms": {}, "steps": {}}
-    if path.exists():
-        record = options | {"points": 1, "overrides": []} | json.loads(path.read_text())
-    # Steps fill one budget and measure one set of settings: with others, the rows could not be compared.
-    for key, option in {"budget_s": "--budget", "points": "--points", "overrides": "KEY=VALUE"}.items():
-        if record[key] != options[key]:
-            before, now = (
-                " ".join(value) or "none" if isinstance(value, list) else f"{value:g}"
-                for value in (record[key], options[key])
-            )
-            raise ValueError(f"{path}: belongs to a study with {option} {before}, not {now}; choose another --out")
-    if changes := changed_settings(record["settings"], settings, FREE_KEYS):
+    options = {
+        "budget_s": budget,
+        "points": points,
+        "settings": load_config(Path(base.config), base.overrides).resolved,
+    }
+    saved = json.loads(path.read_text()) if path.exists() else {}
+    record: dict[str, Any] = {**options, "step_cpu_ms": {}, "steps": {}, **saved}
+    if changes := changed_settings({key: record[key] for key in options}, options, FREE_KEYS):
         raise ValueError(
-            f"{path}: belongs to a study with other settings ({'; '.join(changes)}); choose another --out, or move its files away"
+            f"{path}: belongs to another study ({'; '.join(changes)}); choose another --out, or move its files away"
         )
     if missing := [name for name in variants if name not in record["steps"]]:
         timed = [BASE, *(name for name in missing if name != BASE)]
@@ -154,11 +151,10 @@ def calibrate(path: Path, base: Base, budget: float, points: int, variants: Sequ
 
 
 def step_seconds(base: Base, variants: Sequence[str], budget: float) -> dict[str, float]:
-    """Return the CPU seconds of one step of each variant, relative to those of the first.
+    """Return the CPU seconds of one step of each variant.
 
     The variants take turns of a few steps: other work on the machine slows all of them alike, so that the median of the
-    ratios holds. Turns end when the first variant has used `CALIBRATION_S`, or the budget if that is less. The first turn warms
-    up. The first step of a turn is not timed, because the previous variant's loader can still be prefetching.
+    ratios to the first one holds. Turns end when the first variant has used `CALIBRATION_S`, or the budget if that is less.
     """
     trainings = {name: TimedTraining(trial_config(base, name, 0, MANY_STEPS), name) for name in variants}
     turns: list[dict[str, float]] = []
@@ -166,8 +162,8 @@ def step_seconds(base: Base, variants: Sequence[str], budget: float) -> dict[str
     while len(turns) < 2 or trainings[first].cpu_s < min(CALIBRATION_S, budget):
         turns.append({})
         for name, training in trainings.items():
-            training.step()
+            training.step()  # not timed: the previous variant's loader can still be prefetching
             turns[-1][name] = sum(training.step() for _ in range(TURN_STEPS)) / TURN_STEPS
-    timed = turns[1:]
+    timed = turns[1:]  # the first turn warms up
     seconds = statistics.median(turn[first] for turn in timed)
     return {name: seconds * statistics.median(turn[name] / turn[first] for turn in timed) for name in variants}
