@@ -8,10 +8,10 @@ import faulthandler
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from tools.checks.check import Case, examine
 from tools.checks.data import DATA_CHECKS
@@ -52,23 +52,18 @@ def make_case(options: argparse.Namespace) -> Case:
     return Case(config, config.data.data_path, Path(config.logging.run_dir))
 
 
-def run_checks(case: Case, as_json: bool) -> list[dict[str, Any]]:
+def diagnose(options: argparse.Namespace) -> int:
     """Run all checks and print each finding at once, so that it is visible even if the next check takes the process down."""
-    rows = []
+    case, rows = make_case(options), []
     for name, check in CHECKS.items():
         started = time.monotonic()
         finding = examine(check, case)
         rows.append({"name": name, **asdict(finding), "seconds": round(time.monotonic() - started, 2)})
-        if not as_json:
+        if not options.json:
             fix = f"\n      -> {finding.fix}" if finding.fix else ""
             print(f"{finding.status:4}  {name}: {finding.text}{fix}", flush=True)
-    return rows
-
-
-def diagnose(options: argparse.Namespace) -> int:
-    rows = run_checks(make_case(options), options.json)
-    counts = {status: sum(row["status"] == status for row in rows) for status in STATUSES}
-    summary = ", ".join(f"{count} {status}" for status, count in counts.items())
+    counts = Counter(row["status"] for row in rows)
+    summary = ", ".join(f"{counts[status]} {status}" for status in STATUSES)
     print(json.dumps(rows, indent=1) if options.json else summary)
     return FAILED if counts["fail"] else 0
 

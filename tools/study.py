@@ -4,9 +4,9 @@ Every variant is trained for the same CPU time (all threads of its process, cali
 where the time does) or on as many images as the base variant; then its frozen encoder is measured. The study writes OUT/NAME.csv
 (a line for each training), NAME.md (the tables) and NAME.png. Run again, it continues where it stopped and rewrites the tables.
 
-With --peers or --variants it is an arena instead: ours against other methods (lejepa, ijepa, dino, supervised) or variants of
-ours, at equal CPU time and at equal images, measured along the way. It writes NAME_arena.csv, .md and .png, and
-NAME_arena_curve.csv, a line for each measurement.
+With --variants it is an arena instead: ours against other methods (lejepa, ijepa, dino, supervised) or variants of ours, at
+equal CPU time and at equal images, measured along the way. It writes NAME_arena.csv, .md and .png, and NAME_arena_curve.csv, a
+line for each measurement.
 """
 
 import argparse
@@ -23,10 +23,8 @@ from tools.studies.grid import BASE, IMAGES, PEERS, TIME, VARIANTS, Base, Trial,
 from train.command import run_command
 from train.config.load import load_config
 
-FIELDS = (
-    "variant", "equal", "seed", "knn", "linear", "rankme", "steps", "images", "cpu_s", "wall_s", "images_per_cpu_s", "peak_mib",
-)  # fmt: skip
-CURVE_FIELDS = ("variant", "equal", "seed", "steps", "images", "cpu_s", "knn", "linear", "rankme")
+CURVE_FIELDS = ("variant", "equal", "seed", "knn", "linear", "rankme", "steps", "images", "cpu_s")
+FIELDS = (*CURVE_FIELDS, "images_per_cpu_s", "peak_mib")
 ARENA_POINTS = 5
 
 
@@ -38,8 +36,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("results"), help="The folder of the tables. The default is %(default)s.")
     add("--budget", type=float, default=60.0, metavar="S", help="CPU seconds per training. The default is %(default)s.")
     add("--seeds", default="0,1,2", help="Seeds of the trainings. The default is %(default)s.")
-    add("--peers", action="store_true", help=f"Compare with {', '.join(PEERS)}: the arena.")
-    add("--variants", default="", metavar="A,B", help="Compare with these: the arena.")
+    add("--variants", default="", metavar="A,B", help=f"Compare with these, such as {','.join(PEERS)}: the arena.")
     add("--equal", choices=(TIME, IMAGES), help="What the arena keeps equal. By default first one, then the other.")
     text = f"How often the arena measures a training, evenly spaced. The default is {ARENA_POINTS}."
     add("--points", type=int, metavar="N", help=text)
@@ -59,18 +56,17 @@ def arena_variants(options: argparse.Namespace) -> list[str]:
     named = [name.strip() for name in options.variants.split(",")] if options.variants else []
     if unknown := [name for name in named if name not in VARIANTS | PEERS]:
         raise ValueError(f"--variants {', '.join(unknown)}: unknown; known are {', '.join(VARIANTS | PEERS)}")
-    chosen = [*(PEERS if options.peers else ()), *named]
-    return list(dict.fromkeys([BASE, *chosen])) if chosen else []
+    return list(dict.fromkeys([BASE, *named])) if named else []
 
 
-def check_options(options: argparse.Namespace, is_arena: bool) -> None:
+def check_options(options: argparse.Namespace) -> None:
     """Raise ValueError for numbers out of range, and for options of the arena without one."""
     if options.budget <= 0:
         raise ValueError(f"--budget {options.budget:g}: must be more than 0 seconds")
     if options.points is not None and options.points < 1:
         raise ValueError(f"--points {options.points}: must be at least 1")
-    if (options.points or options.equal) and not is_arena:
-        raise ValueError("--points, --equal: are for the arena; add --peers or --variants")
+    if (options.points or options.equal) and not options.variants:
+        raise ValueError("--points, --equal: are for the arena; add --variants")
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -111,12 +107,12 @@ def write_results(options: argparse.Namespace, path: Path, variants: Sequence[st
 
 
 def run_study(options: argparse.Namespace) -> None:
+    check_options(options)
     base, variants, seeds = (
         Base(str(options.config), tuple(options.overrides)),
         arena_variants(options),
         parse_seeds(options.seeds),
     )
-    check_options(options, bool(variants))
     equals = (options.equal,) if options.equal else (TIME, IMAGES)
     planned = arena_trials(variants, seeds, equals) if variants else study_trials(seeds)
     run_name = load_config(options.config, options.overrides).logging.run_name

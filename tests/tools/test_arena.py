@@ -102,7 +102,7 @@ def test_every_variant_is_compared_at_equal_time_and_at_equal_images_seed_by_see
         (["--variants", "lejepa", "--seeds", "1,1"], "--seeds 1,1: write different integers"),
         (["--variants", "lejepa", "--budget", "0"], "--budget 0: must be more than 0"),
         (["--variants", "lejepa", "--points", "0"], "--points 0: must be at least 1"),
-        (["--points", "3"], "add --peers or --variants"),
+        (["--points", "3"], "add --variants"),
         (["data.batch_szie=3", "--variants", "lejepa"], "did you mean data.batch_size?"),
     ],
 )
@@ -122,7 +122,7 @@ def test_options_that_make_no_sense_give_one_line(
 
 @pytest.mark.skipif(find_spec("lightly") is not None, reason="lightly is installed")
 def test_dino_without_lightly_is_refused(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert study.main([str(base), "--peers", "--out", str(tmp_path / "out")]) == 2
+    assert study.main([str(base), "--variants", "dino", "--out", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "pip install -e '.[arena]'" in line
 

@@ -85,7 +85,7 @@ def made_up_rows() -> list[dict[str, str]]:
         for seed, shift in enumerate((-1, 0, 1)):
             row = {
                 "variant": variant, "equal": "time", "seed": seed, "knn": knn + shift, "linear": knn + 10, "rankme": 5,
-                "steps": 10, "images": 320, "cpu_s": 10, "wall_s": 12, "images_per_cpu_s": rate, "peak_mib": 100,
+                "steps": 10, "images": 320, "cpu_s": 10, "images_per_cpu_s": rate, "peak_mib": 100,
                 "step_mib": memory,
             }  # fmt: skip
             rows.append({key: str(value) for key, value in row.items()})

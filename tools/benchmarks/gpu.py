@@ -27,14 +27,12 @@ from tools.benchmarks.measure import (
     choose,
     cpu_seconds,
     error_line,
-    median_times,
-    peak_bytes,
     seconds_per_image,
     synchronize,
     table,
 )
 from tools.benchmarks.photographs import benchmark_shards
-from tools.benchmarks.step import ENCODERS, MASKED_IMAGES, make_steps, mask_steps
+from tools.benchmarks.step import CONFIG, ENCODERS, MASKED_IMAGES, measure_rows
 from tools.checks.machine import driver_version
 from tools.own_process import die_with_parent
 from train.config.load import load_config
@@ -43,7 +41,6 @@ from train.trainer import Trainer
 NUM_PHOTOGRAPHS, NUM_REHEARSED = 512, 48
 CONTEXT = multiprocessing.get_context("forkserver")
 MEASURED_SHARE = 0.7  # of a measurement's time limit; the rest is for first batches and for building models
-CONFIG = Path(__file__).parents[2] / "configs" / "multicrop_training.yaml"
 # The smallest model that has all parts of the real one.
 TINY_ENCODER = "{img_size: 32, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2, init_values: 0.1}"
 REHEARSAL = (
@@ -71,10 +68,6 @@ class GpuCase:
     @property
     def rehearsal(self) -> bool:
         return self.device == "cpu"
-
-    @property
-    def torch_device(self) -> torch.device:
-        return torch.device("cpu") if self.rehearsal else torch.device("cuda", 0)
 
 
 @dataclass(frozen=True)
@@ -105,22 +98,14 @@ def loader_rate(name: str, loader: Loader, device: str, case: GpuCase) -> list[R
 
 
 def step_results(name: str, encoder: str, case: GpuCase) -> list[Result]:
-    """Measure forward, backward and target update without data; the naive loop encodes one crop at a time."""
-    batch, device = 1 if case.rehearsal else 64, case.torch_device
-    steps = make_steps(encoder, batch, device)
-    times = median_times(steps, 1 if case.rehearsal else 5, device)
-    peaks = {row: peak_bytes(step, device) for row, step in steps.items()}
+    """Measure forward, backward and target update without data, and masks for a batch; `naive` encodes one crop at a time."""
+    batch, rounds = (1, 1) if case.rehearsal else (64, 5)
     results = []
-    for row, seconds in times.items():
-        figures = {"ms": 1e3 * seconds, "MB": peaks[row] / 1e6}
-        ratios = {"of naive's time": seconds / times["naive"], "of its memory": peaks[row] / peaks["naive"]}
-        results.append(Result(f"{name}, batch {batch}, {row}", figures | ratios))
+    for row in measure_rows(encoder, batch, rounds, torch.device("cpu" if case.rehearsal else "cuda")):
+        images = MASKED_IMAGES if row["name"].startswith("masks/") else batch
+        figures = {"ms": 1e3 * row["time_s"], "MB": row["peak_bytes"] / 1e6}
+        results.append(Result(f"{name}, {row['name']}, {images} images", figures))
     return results
-
-
-def mask_results(case: GpuCase) -> list[Result]:
-    times = median_times(mask_steps(case.torch_device), 5, case.torch_device)
-    return [Result(f"{name}, {MASKED_IMAGES} images", {"ms": 1e3 * seconds}) for name, seconds in times.items()]
 
 
 def training_rate(name: str, encoder: str, crop_device: str, case: GpuCase) -> list[Result]:
@@ -166,7 +151,6 @@ def plan_measurements(device: str) -> Iterator[tuple[str, str, Measurement, floa
         yield "images/s", name, partial(loader_rate, name, loader, used), 1.0
     for name, encoder in encoders.items():
         yield "step", name, partial(step_results, name, encoder), 1.5
-    yield "step", "masks", mask_results, 0.5
     for name, encoder in encoders.items():
         for way, where in crop_devices.items():
             title = f"{name}, {way}"

@@ -3,24 +3,25 @@
 import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.encoder import MultiCropEncoder
 from model.geometry import cell_centres, log_cell_size
-from model.hjepa import HJEPA, default_levels
-from model.losses import LossWeights, random_directions, view_loss
+from model.hjepa import HJEPA
+from model.losses import random_directions, view_loss
 from model.masks import STRATEGIES, MaskPlan, MultiCropMaskGenerator, pool_cells
 from model.predictor import Predictor
-from pipeline.defaults import IMAGENET_MEAN, IMAGENET_STD
 from tools.benchmarks.measure import Step, median_times, peak_bytes, table, target
+from train.build import build_masks, build_model
+from train.config.load import load_config
 
 ENCODERS = {"small": "vit_small_patch16_dinov3", "tiny": "vit_tiny_patch16_dinov3_qkvb"}
+CONFIG = Path(__file__).parents[2] / "configs" / "multicrop_training.yaml"
 GLOBAL, LOCAL = 224, 96
-CONTEXT_RATIO = 0.4
 MASKED_IMAGES = 256
 # (figure, row to compare `ours/global_only` with, maximum ratio)
 FLOP_TARGETS = (("flops", "naive", 0.5), ("flops", "unmasked-2", 1.0))
@@ -34,22 +35,26 @@ MAX_MASK_MS = 0.5  # on a GPU
 
 
 def run_benchmark(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return rows of `name`, `time_s`, `peak_bytes`, `flops`: one step each, and one draw of masks for 256 images each."""
     if options.device == "gpu" and not torch.cuda.is_available():
         raise ValueError("--device gpu: torch sees no CUDA GPU; write cpu or auto")
     device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     encoder = ENCODERS[options.model]
-    steps, draws = make_steps(encoder, options.batch, device), mask_steps(device)
-    times = median_times(steps, options.rounds, device) | median_times(draws, 5 * options.rounds, device)
-    rows: list[dict[str, Any]] = [
-        {"name": name, "time_s": times[name], "flops": count_flops(step), "peak_bytes": peak_bytes(step, device)}
-        for name, step in (steps | draws).items()
-    ]
+    rows = measure_rows(encoder, options.batch, options.rounds, device)
     where = "GPU, bfloat16" if device.type == "cuda" else "CPU, float32, one thread"
     print(f"{encoder}, {options.batch} images, {where}; masks of {MASKED_IMAGES} images")
     print_rows({row["name"]: row for row in rows}, device)
     return rows
+
+
+def measure_rows(encoder: str, batch: int, rounds: int, device: torch.device) -> list[dict[str, Any]]:
+    """Return `name`, `time_s`, `peak_bytes` and `flops` of one step of each kind, and of one draw of masks by strategy."""
+    steps, draws = make_steps(encoder, batch, device), mask_steps(device)
+    times = median_times(steps, rounds, device) | median_times(draws, 5 * rounds, device)
+    return [
+        {"name": name, "time_s": times[name], "flops": count_flops(step), "peak_bytes": peak_bytes(step, device)}
+        for name, step in (steps | draws).items()
+    ]
 
 
 def count_flops(step: Step) -> int:
@@ -60,14 +65,12 @@ def count_flops(step: Step) -> int:
 
 
 def print_rows(rows: dict[str, dict[str, Any]], device: torch.device) -> None:
-    cells = (
-        (
-            name, f"{row['time_s'] * 1e3:,.1f}", f"{row['flops'] / 1e9:,.1f}", f"{row['peak_bytes'] / 1e6:,.0f}",
-            *(f"{row[key] / rows['naive'][key]:.3f}" for key in ("flops", "time_s", "peak_bytes")),
-        )
-        for name, row in rows.items()
-    )  # fmt: skip
-    print(table(["row", "ms", "GFLOP", "peak MB", "FLOPs/naive", "time/naive", "peak/naive"], cells))
+    units = {"time_s": 1e3, "flops": 1e-9, "peak_bytes": 1e-6}
+    cells = []
+    for name, row in rows.items():
+        ratios = (f"{row[key] / rows['naive'][key]:.3f}" for key in units)
+        cells.append([name, *(f"{row[key] * unit:,.1f}" for key, unit in units.items()), *ratios])
+    print(table(["row", "ms", "GFLOP", "peak MB", "time/naive", "FLOPs/naive", "peak/naive"], cells))
     for key, other, maximum in TARGETS[device.type]:
         share = rows["ours/global_only"][key] / rows[other][key]
         print(target(f"ours/global_only {key} / {other}", share, "<=", maximum))
@@ -78,12 +81,11 @@ def print_rows(rows: dict[str, dict[str, Any]], device: torch.device) -> None:
 
 def make_steps(encoder: str, batch: int, device: torch.device) -> dict[str, Step]:
     """Return forward, backward and target update of every row, on the same images and weights, which no step changes."""
-    torch.manual_seed(0)
-    model = make_model(encoder).to(device)
-    plans = {
-        name: MultiCropMaskGenerator(name, 2, 6, context_ratio=CONTEXT_RATIO, device=device)(batch)
-        for name in STRATEGIES
+    configs = {
+        name: load_config(CONFIG, [f"model.encoder={encoder}", f"masking.strategy={name}"]) for name in STRATEGIES
     }
+    model = build_model(configs["global_only"], device)
+    plans = {name: build_masks(config, model, device)(batch) for name, config in configs.items()}
     all_crops, plan = draw_batch(batch, 6, device), plans["global_only"]
     steps = {f"ours/{name}": make_step(model, all_crops, drawn) for name, drawn in plans.items()}
     steps["naive"] = make_step(model, all_crops, plan, naive_losses)
@@ -95,22 +97,6 @@ def mask_steps(device: torch.device) -> dict[str, Step]:
     """Return one draw of masks for MASKED_IMAGES images by strategy."""
     masks = {name: MultiCropMaskGenerator(name, 2, 6, device=device) for name in STRATEGIES}
     return {f"masks/{name}": partial(generator, MASKED_IMAGES) for name, generator in masks.items()}
-
-
-def make_model(encoder: str) -> HJEPA:
-    built = MultiCropEncoder(encoder, [GLOBAL, LOCAL], mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    levels = default_levels(built.depth)
-    return HJEPA(
-        built,
-        Predictor(built.width, built.width, 6, 6 if built.width % 24 == 0 else 4, len(levels)),
-        levels,
-        num_global_crops=2,
-        global_crop_size=GLOBAL,
-        projector_hidden=2048,
-        projector_dim=256,
-        sigreg_knots=17,
-        weights=LossWeights(),
-    )
 
 
 def draw_batch(batch: int, num_local: int, device: torch.device) -> dict[str, Any]:

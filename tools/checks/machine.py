@@ -96,25 +96,16 @@ def driver_version() -> str | None:
     return match.group() if match else None
 
 
-def old_driver(version: str) -> str | None:
-    """Return the oldest driver that the CUDA of torch and of DALI needs, if `version` is older; else None."""
-    import torch
-
-    cuda = max(int((torch.version.cuda or "0").split(".")[0]), FLAVOURS[name][1] if (name := flavour()) else 0)
-    needed = MIN_DRIVER.get(cuda, (0, 0))
-    release = tuple(int(part) for part in version.split(".")[:2])
-    return f"{needed[0]}.{needed[1]}" if release < needed else None
-
-
 def check_gpus(case: Case) -> Finding:
-    """Check that torch sees GPUs, and that the driver is new enough."""
+    """Check that torch sees GPUs, and that the driver is new enough for the CUDA of torch and of DALI."""
     import torch
 
-    version = driver_version()
-    if version is not None and (needed := old_driver(version)):
-        return fail(
-            f"driver {version} is too old for torch or DALI", f"install NVIDIA driver {needed} or newer on the host"
-        )
+    version, name = driver_version(), flavour()
+    cuda = max(int((torch.version.cuda or "0").split(".")[0]), FLAVOURS[name][1] if name else 0)
+    needed = MIN_DRIVER.get(cuda, (0, 0))
+    if version is not None and tuple(map(int, version.split(".")[:2])) < needed:
+        fix = f"install NVIDIA driver {needed[0]}.{needed[1]} or newer on the host"
+        return fail(f"driver {version} is too old for CUDA {cuda} of torch or DALI", fix)
     if sees_gpu():
         gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         names = ", ".join(f"{gpu.name} {gpu.total_memory / GIB:.0f} GiB" for gpu in gpus)

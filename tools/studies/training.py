@@ -40,8 +40,8 @@ def trial_config(base: Base, variant: str, seed: int, max_steps: int) -> Config:
 class TimedTraining:
     """A variant's training by the product's trainer, on one thread of torch.
 
-    `cpu_s` and `wall_s` are the seconds its steps took; CPU seconds are those of all threads of this process, including the
-    loader's. Work between steps does not count, and neither do compiling the crop operator and starting DALI.
+    `cpu_s` are the CPU seconds its steps took, of all threads of this process, including the loader's. Work between steps does
+    not count, and neither do compiling the crop operator and starting DALI.
     """
 
     def __init__(self, config: Config, variant: str) -> None:
@@ -53,15 +53,15 @@ class TimedTraining:
         warm_up.close()
         peer = build_peer(variant, config, hjepa.encoder, dataset.index)
         self.trainer = Trainer(config, model=peer or hjepa, loss_fn=peer_losses if peer else None)
-        self.cpu_s = self.wall_s = 0.0
+        self.cpu_s = 0.0
 
     def step(self) -> float:
         """Take one step and return its CPU seconds."""
-        wall, cpu = time.perf_counter(), time.process_time()
+        started = time.process_time()
         self.trainer.train_step()
         self.trainer.read_counts()
-        taken = time.process_time() - cpu
-        self.cpu_s, self.wall_s = self.cpu_s + taken, self.wall_s + time.perf_counter() - wall
+        taken = time.process_time() - started
+        self.cpu_s += taken
         return taken
 
     def run_to(self, step: int) -> None:
@@ -86,11 +86,8 @@ def run_trial(base: Base, variant: str, seed: int, steps: int, points: int = 1) 
         scores = measure_rows(config, {"trained": pooled_features(trainer.model.target)})["trained"]
         counts = {"steps": trainer.state.step, "images": trainer.state.images, "cpu_s": round(training.cpu_s, 2)}
         rows.append({**counts, **scores})
-    rows[-1] |= {
-        "wall_s": round(training.wall_s, 1),
-        "images_per_cpu_s": round(trainer.state.images / training.cpu_s, 1),
-        "peak_mib": round(peak - before, 1),
-    }
+    rate = round(trainer.state.images / training.cpu_s, 1)
+    rows[-1] |= {"images_per_cpu_s": rate, "peak_mib": round(peak - before, 1)}
     return rows
 
 
