@@ -125,10 +125,7 @@ def test_a_study_of_other_settings_is_not_continued(
     assert calibrate(path, Base(str(base)), 6.0, 1, list(VARIANTS)) == ready["steps"]
     path.write_text(json.dumps(ready | {"settings": {**settings, "loss": {**settings["loss"], "view_weight": 7.0}}}))
     assert study.main([str(base), "--out", str(tmp_path), "--budget", "6"]) == 2
-    assert (
-        f"another study (settings.loss.view_weight: 7.0 -> {settings['loss']['view_weight']})"
-        in capsys.readouterr().err
-    )
+    assert f"another study (loss.view_weight: 7.0 -> {settings['loss']['view_weight']})" in capsys.readouterr().err
     assert not (tmp_path / "tiny.csv").exists()
 
 

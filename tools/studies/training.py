@@ -26,10 +26,7 @@ MANY_EPOCHS = 100_000  # max_steps decides
 MANY_STEPS = 10_000  # the budget decides
 CPU = torch.device("cpu")
 # Settings that can differ between the calls of one study: where files are, and what each trial sets itself.
-FREE_KEYS = tuple(
-    f"settings.{key}"
-    for key in ("device", "seed", "training.max_steps", "training.epochs", "checkpoint.", "logging.", "data.data_path")
-)
+FREE_KEYS = ("device", "seed", "training.max_steps", "training.epochs", "checkpoint.", "logging.", "data.data_path")
 
 
 def trial_config(base: Base, variant: str, seed: int, max_steps: int) -> Config:
@@ -124,14 +121,11 @@ def calibrate(path: Path, base: Base, budget: float, points: int, variants: Sequ
 
     Raises ValueError if the file belongs to a study with other options or settings, whose rows could not be compared.
     """
-    options = {
-        "budget_s": budget,
-        "points": points,
-        "settings": load_config(Path(base.config), base.overrides).resolved,
-    }
+    options, settings = {"budget_s": budget, "points": points}, load_config(Path(base.config), base.overrides).resolved
     saved = json.loads(path.read_text()) if path.exists() else {}
-    record: dict[str, Any] = {**options, "step_cpu_ms": {}, "steps": {}, **saved}
-    if changes := changed_settings({key: record[key] for key in options}, options, FREE_KEYS):
+    record: dict[str, Any] = {**options, "settings": settings, "step_cpu_ms": {}, "steps": {}, **saved}
+    before = {**record["settings"], **{key: record[key] for key in options}}
+    if changes := changed_settings(before, {**settings, **options}, FREE_KEYS):
         raise ValueError(
             f"{path}: belongs to another study ({'; '.join(changes)}); choose another --out, or move its files away"
         )
