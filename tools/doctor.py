@@ -33,11 +33,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("config", nargs="?", help="The YAML file of a run, whose data, threads, device and rate are then checked too.")
     add("overrides", nargs="*", metavar="section.key=value", help="Settings that replace those of the file.")
     add("--data", metavar="FOLDER", help="Check these shards. The default is data.data_path of the config.")
-    add(
-        "--out",
-        metavar="FOLDER",
-        help="Check this folder for runs. The default is logging.run_dir of the config, or runs.",
-    )
+    add("--out", metavar="FOLDER", help="Check this folder for runs. The default is the config's, or runs.")
     add("--json", action="store_true", help="Print a list of {name, status, text, fix, seconds}.")
     return parser.parse_intermixed_args(arguments)
 

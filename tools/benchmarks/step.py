@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.geometry import cell_centres, log_cell_size
 from model.hjepa import HJEPA
 from model.losses import random_directions, view_loss
-from model.masks import STRATEGIES, MaskPlan, MultiCropMaskGenerator, pool_cells
+from model.masks import STRATEGIES, MaskPlan, pool_cells
 from model.predictor import Predictor
 from tools.benchmarks.measure import Step, median_times, peak_bytes, table, target
 from train.build import build_masks, build_model
@@ -25,11 +25,7 @@ GLOBAL, LOCAL = 224, 96
 MASKED_IMAGES = 256
 # (figure, row to compare `ours/global_only` with, maximum ratio)
 FLOP_TARGETS = (("flops", "naive", 0.5), ("flops", "unmasked-2", 1.0))
-GPU_TARGETS = (
-    ("time_s", "naive", 0.5),
-    ("time_s", "unmasked-2", 1.05),
-    ("peak_bytes", "naive", 0.6),
-)
+GPU_TARGETS = (("time_s", "naive", 0.5), ("time_s", "unmasked-2", 1.05), ("peak_bytes", "naive", 0.6))
 TARGETS = {"cpu": (*FLOP_TARGETS, ("time_s", "naive", 0.55)), "cuda": (*FLOP_TARGETS, *GPU_TARGETS)}
 MAX_MASK_MS = 0.5  # on a GPU
 
@@ -49,11 +45,11 @@ def run_benchmark(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def measure_rows(encoder: str, batch: int, rounds: int, device: torch.device) -> list[dict[str, Any]]:
     """Return `name`, `time_s`, `peak_bytes` and `flops` of one step of each kind, and of one draw of masks by strategy."""
-    steps, draws = make_steps(encoder, batch, device), mask_steps(device)
-    times = median_times(steps, rounds, device) | median_times(draws, 5 * rounds, device)
+    steps = make_steps(encoder, batch, device)
+    times = median_times(steps, rounds, device)
     return [
         {"name": name, "time_s": times[name], "flops": count_flops(step), "peak_bytes": peak_bytes(step, device)}
-        for name, step in (steps | draws).items()
+        for name, step in steps.items()
     ]
 
 
@@ -80,23 +76,17 @@ def print_rows(rows: dict[str, dict[str, Any]], device: torch.device) -> None:
 
 
 def make_steps(encoder: str, batch: int, device: torch.device) -> dict[str, Step]:
-    """Return forward, backward and target update of every row, on the same images and weights, which no step changes."""
+    """Return what each row runs: a draw of masks, or forward, backward and target update on the same images and weights."""
     configs = {
         name: load_config(CONFIG, [f"model.encoder={encoder}", f"masking.strategy={name}"]) for name in STRATEGIES
     }
     model = build_model(configs["global_only"], device)
-    plans = {name: build_masks(config, model, device)(batch) for name, config in configs.items()}
-    all_crops, plan = draw_batch(batch, 6, device), plans["global_only"]
-    steps = {f"ours/{name}": make_step(model, all_crops, drawn) for name, drawn in plans.items()}
+    masks = {name: build_masks(config, model, device) for name, config in configs.items()}
+    all_crops, plan = draw_batch(batch, 6, device), masks["global_only"](batch)
+    steps = {f"ours/{name}": make_step(model, all_crops, generator(batch)) for name, generator in masks.items()}
     steps["naive"] = make_step(model, all_crops, plan, naive_losses)
     steps["unmasked-2"] = make_step(model, draw_batch(batch, 0, device), unmasked(plan))
-    return steps
-
-
-def mask_steps(device: torch.device) -> dict[str, Step]:
-    """Return one draw of masks for MASKED_IMAGES images by strategy."""
-    masks = {name: MultiCropMaskGenerator(name, 2, 6, device=device) for name in STRATEGIES}
-    return {f"masks/{name}": partial(generator, MASKED_IMAGES) for name, generator in masks.items()}
+    return steps | {f"masks/{name}": partial(generator, MASKED_IMAGES) for name, generator in masks.items()}
 
 
 def draw_batch(batch: int, num_local: int, device: torch.device) -> dict[str, Any]:
