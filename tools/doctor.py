@@ -8,14 +8,13 @@ import faulthandler
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from tools.checks.check import Case, examine
 from tools.checks.data import DATA_CHECKS
-from tools.checks.gpu import GPU_CHECKS
 from tools.checks.machine import MACHINE_CHECKS
 from tools.checks.packages import PACKAGE_CHECKS
 from train.command import run_command
@@ -23,22 +22,19 @@ from train.config.load import load_config
 
 FAILED = 1
 # In the order of the report: later checks rely on earlier ones.
-CHECKS = dict((*PACKAGE_CHECKS, *MACHINE_CHECKS, *GPU_CHECKS, *DATA_CHECKS))
+CHECKS = {**PACKAGE_CHECKS, **MACHINE_CHECKS, **DATA_CHECKS}
 STATUSES = ("ok", "warn", "fail", "skip")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="doctor.py", description=__doc__, formatter_class=formatter)
-    text = "The YAML file of a run. With it, its data, threads, device and rate are checked too."
-    parser.add_argument("config", nargs="?", help=text)
-    text = "Settings that replace those of the file."
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=text)
-    text = "Check these shards. The default is data.data_path of the config."
-    parser.add_argument("--data", metavar="FOLDER", help=text)
-    text = "Check this folder for runs. The default is logging.run_dir of the config, or runs."
-    parser.add_argument("--out", metavar="FOLDER", help=text)
-    parser.add_argument("--json", action="store_true", help="Print a list of {name, status, text, fix, seconds}.")
+    add = parser.add_argument
+    add("config", nargs="?", help="The YAML file of a run, whose data, threads, device and rate are then checked too.")
+    add("overrides", nargs="*", metavar="section.key=value", help="Settings that replace those of the file.")
+    add("--data", metavar="FOLDER", help="Check these shards. The default is data.data_path of the config.")
+    add("--out", metavar="FOLDER", help="Check this folder for runs. The default is the config's, or runs.")
+    add("--json", action="store_true", help="Print a list of {name, status, text, fix, seconds}.")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -52,23 +48,18 @@ def make_case(options: argparse.Namespace) -> Case:
     return Case(config, config.data.data_path, Path(config.logging.run_dir))
 
 
-def run_checks(case: Case, as_json: bool) -> list[dict[str, Any]]:
+def diagnose(options: argparse.Namespace) -> int:
     """Run all checks and print each finding at once, so that it is visible even if the next check takes the process down."""
-    rows = []
+    case, rows = make_case(options), []
     for name, check in CHECKS.items():
         started = time.monotonic()
         finding = examine(check, case)
         rows.append({"name": name, **asdict(finding), "seconds": round(time.monotonic() - started, 2)})
-        if not as_json:
+        if not options.json:
             fix = f"\n      -> {finding.fix}" if finding.fix else ""
             print(f"{finding.status:4}  {name}: {finding.text}{fix}", flush=True)
-    return rows
-
-
-def diagnose(options: argparse.Namespace) -> int:
-    rows = run_checks(make_case(options), options.json)
-    counts = {status: sum(row["status"] == status for row in rows) for status in STATUSES}
-    summary = ", ".join(f"{count} {status}" for status, count in counts.items())
+    counts = Counter(row["status"] for row in rows)
+    summary = ", ".join(f"{counts[status]} {status}" for status in STATUSES)
     print(json.dumps(rows, indent=1) if options.json else summary)
     return FAILED if counts["fail"] else 0
 

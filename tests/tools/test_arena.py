@@ -11,7 +11,7 @@ import torch
 from tools import study
 from tools.studies.grid import BASE, PEERS, Base, arena_trials
 from tools.studies.peers import Supervised
-from tools.studies.tables import lead_lines, seed_means, write_arena
+from tools.studies.tables import lead_lines, write_arena
 from tools.studies.training import TimedTraining, measure_rows, run_trial, trial_config
 from train.evaluation.features import pooled_features
 
@@ -102,7 +102,7 @@ def test_every_variant_is_compared_at_equal_time_and_at_equal_images_seed_by_see
         (["--variants", "lejepa", "--seeds", "1,1"], "--seeds 1,1: write different integers"),
         (["--variants", "lejepa", "--budget", "0"], "--budget 0: must be more than 0"),
         (["--variants", "lejepa", "--points", "0"], "--points 0: must be at least 1"),
-        (["--points", "3"], "add --peers or --variants"),
+        (["--points", "3"], "add --variants"),
         (["data.batch_szie=3", "--variants", "lejepa"], "did you mean data.batch_size?"),
     ],
 )
@@ -122,7 +122,7 @@ def test_options_that_make_no_sense_give_one_line(
 
 @pytest.mark.skipif(find_spec("lightly") is not None, reason="lightly is installed")
 def test_dino_without_lightly_is_refused(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert study.main([str(base), "--peers", "--out", str(tmp_path / "out")]) == 2
+    assert study.main([str(base), "--variants", "dino", "--out", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "pip install -e '.[arena]'" in line
 
@@ -130,9 +130,8 @@ def test_dino_without_lightly_is_refused(base: Path, tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("record", "fact"),
     [
-        ({"budget_s": 5.0, "points": 5, "overrides": []}, "--budget 5, not 6"),
-        ({"budget_s": 6.0, "points": 2, "overrides": []}, "--points 2, not 5"),
-        ({"budget_s": 6.0, "points": 5, "overrides": ["a=1"]}, "KEY=VALUE a=1, not none"),
+        ({"budget_s": 5.0, "points": 5}, "budget_s: 5.0 -> 6.0"),
+        ({"budget_s": 6.0, "points": 2}, "points: 2 -> 5"),
     ],
 )
 def test_an_arena_made_for_other_options_is_not_continued(
@@ -153,17 +152,15 @@ def made_up(variant: str, equal: str, seed: int, knn: float, steps: int = 10) ->
     return {**dict.fromkeys(study.FIELDS, ""), **{key: str(value) for key, value in figures.items()}}
 
 
-def test_leads_are_differences_of_the_same_seed_and_curves_means_of_the_same_step(tmp_path: Path) -> None:
+def test_leads_are_differences_of_the_same_seed(tmp_path: Path) -> None:
     scores = {(BASE, "time"): (64, 70, 76), ("lejepa", "time"): (62, 67, 74), ("lejepa", "images"): (60, 69)}
     rows = [made_up(*key, seed, knn) for key, values in scores.items() for seed, knn in enumerate(values)]
     text = "\n".join(lead_lines(rows, [BASE, "lejepa"]))
     # 2, 3, 2: a standard deviation of 0.577, times 4.303 / sqrt(3).
     assert "| lejepa | +2.3 ± 1.4 | +2.3 ± 1.4 | +2.5 ± 19.1 | +2.5 ± 19.1 |" in text
-    points = [made_up("lejepa", "time", seed, knn, steps) for seed, knn, steps in ((0, 50, 5), (1, 54, 5), (0, 60, 10))]
-    assert seed_means(points, "images", "knn") == [(160, 52, 50, 54), (320, 60, 60, 60)]
     baseline = {**made_up("raw pixels", "", 0, 61), "images": "", "cpu_s": ""}
     steps = {BASE: 10, "lejepa": 12}
-    write_arena(tmp_path / "made_up", "a command", [BASE, "lejepa"], [baseline, *rows], [*points, *rows], steps, 1.0)
+    write_arena(tmp_path / "made_up", "a command", [BASE, "lejepa"], [baseline, *rows], steps, 1.0)
     text = (tmp_path / "made_up.md").read_text()
     assert text.count("| lejepa | ") == 3
     assert "| raw pixels | 1 | 61.0 | 62.0 |" in text

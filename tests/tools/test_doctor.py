@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.shards.index import open_index, split_folder
 from tools import doctor, make_shards
-from tools.checks import data, gpu, machine, packages
+from tools.checks import data, machine, packages
 from tools.checks.check import Case, Finding, examine
 from train.config.load import load_config
 
@@ -147,7 +147,7 @@ def test_a_missing_library_is_noticed(tmp_path: Path) -> None:
 def test_an_old_driver_fails(version: str, is_old: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {version}  Wed Jul 14 18:00:00 UTC 2021\nGCC version: gcc 12.2\n"
     (tmp_path / "version").write_text(text)
-    monkeypatch.setattr(gpu, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(machine, "DRIVER", tmp_path / "version")
     finding = diagnosis("GPUs", Case())
     assert f"driver {version}" in finding.text
     assert ("install NVIDIA driver 5" in finding.fix) == is_old
@@ -184,7 +184,7 @@ def test_compilation_without_a_compiler_fails(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_missing_gpu_fails() -> None:
-    if gpu.sees_gpu():
+    if machine.sees_gpu():
         pytest.skip("there is a GPU")
     finding = diagnosis("GPUs", Case(load_config(QUICKSTART, ["device=gpu"])))
     assert finding.status == "fail"

@@ -17,13 +17,12 @@ from torchvision.transforms import v2
 
 from pipeline import build_multicrop_dataloader, build_multicrop_dataset
 from pipeline.crops.augment import ViewRecipe
-from pipeline.dataset import MultiCropDataset
 from pipeline.shards.index import ShardIndex
 from tools.benchmarks.measure import LoaderSetup
 
 EXTENSIONS = "jpg;jpeg;png;JPEG;JPG;PNG"
+SOLARIZED = [value if value < 128 else 255 - value for value in range(256)]
 BLUR_KERNEL = 9  # the kernel size of the DINO family's loaders
-MakeViews = Callable[[bytes], list[torch.Tensor]]
 
 
 def ours(setup: LoaderSetup, **options: Any) -> Iterator[Sequence[torch.Tensor]]:
@@ -42,53 +41,42 @@ def dali_native(setup: LoaderSetup) -> Iterator[Sequence[torch.Tensor]]:
     dataset = build_multicrop_dataset("custom", setup.folder)
     offset, scale = [255 * value for value in dataset.mean], [255 * value for value in dataset.std]
 
-    @pipeline_def(enable_conditionals=True)
-    def graph() -> tuple:
-        image = _decoded(setup)
-        return tuple(_native_crop(image, recipe, offset, scale) for recipe in dataset.recipes)
+    def crops(image: "types.DataNode") -> list["types.DataNode"]:
+        return [_native_crop(image, recipe, offset, scale) for recipe in dataset.recipes]
 
-    yield from _run(graph(**_options(setup)), setup)
-
-
-def decode_only(setup: LoaderSetup) -> Iterator[Sequence[Any]]:
-    """Yield the output of DALI's reader and decoder, with nothing after them."""
-
-    @pipeline_def
-    def graph() -> Any:
-        return _decoded(setup)
-
-    pipe = graph(**_options(setup))
-    while True:
-        yield pipe.run()
-
-
-def _run(pipe: Pipeline, setup: LoaderSetup) -> Iterator[Sequence[torch.Tensor]]:
+    pipe = _graph(setup, crops)
     while True:
         outputs = pipe.run(torch.cuda.current_stream() if setup.device == "gpu" else None)
         yield [torch.from_dlpack(output.as_tensor()) for output in outputs]
 
 
-def _options(setup: LoaderSetup) -> dict[str, Any]:
-    return {
-        "batch_size": setup.batch_size,
-        "num_threads": setup.threads,
-        "device_id": 0 if setup.device == "gpu" else None,
-        "prefetch_queue_depth": 2,
-        "seed": 1,
-    }
+def decode_only(setup: LoaderSetup) -> Iterator[Sequence[Any]]:
+    """Yield the output of DALI's reader and decoder, with nothing after them."""
+    pipe = _graph(setup, lambda image: [image])
+    while True:
+        yield pipe.run()
 
 
-def _decoded(setup: LoaderSetup) -> "types.DataNode":
-    tars = sorted(setup.folder.glob("*.tar"))
-    indices = [path.with_suffix(".idx") for path in tars]
-    encoded = fn.readers.webdataset(
-        paths=[str(path) for path in tars],
-        index_paths=[str(path) for path in indices] if all(path.exists() for path in indices) else None,
-        ext=[EXTENSIONS],
-        random_shuffle=True,
-        name="reader",
+def _graph(setup: LoaderSetup, make_outputs: Callable[["types.DataNode"], list["types.DataNode"]]) -> Pipeline:
+    """Build a pipeline that reads and decodes the shards in random order and passes the images to `make_outputs`."""
+    tars, indices = (sorted(map(str, setup.folder.glob(pattern))) for pattern in ("*.tar", "*.idx"))
+
+    @pipeline_def(enable_conditionals=True)
+    def graph() -> tuple:
+        encoded = fn.readers.webdataset(
+            paths=tars,
+            index_paths=indices if len(indices) == len(tars) else None,
+            ext=[EXTENSIONS],
+            random_shuffle=True,
+            name="reader",
+        )
+        device = "mixed" if setup.device == "gpu" else "cpu"
+        return tuple(make_outputs(fn.decoders.image(encoded, device=device, output_type=types.RGB)))
+
+    device_id = 0 if setup.device == "gpu" else None
+    return graph(
+        batch_size=setup.batch_size, num_threads=setup.threads, device_id=device_id, prefetch_queue_depth=2, seed=1
     )
-    return fn.decoders.image(encoded, device="mixed" if setup.device == "gpu" else "cpu", output_type=types.RGB)
 
 
 def _native_crop(
@@ -112,23 +100,14 @@ def _native_crop(
             saturation=(1 - gray) * (1 + jitter * _uniform(-recipe.saturation, recipe.saturation)),
             hue=jitter * _uniform(-360 * recipe.hue, 360 * recipe.hue),
         )
-    crop = _blur(crop, recipe) if recipe.blur_prob > 0 else crop
-    crop = _solarize(crop, recipe) if recipe.solarize_prob > 0 else crop
+    if recipe.blur_prob > 0:
+        if _coin(recipe.blur_prob):
+            crop = fn.gaussian_blur(crop, sigma=_uniform(*recipe.blur_sigma))
+    if recipe.solarize_prob > 0:
+        if _coin(recipe.solarize_prob):
+            crop = fn.lookup_table(crop, keys=list(range(256)), values=SOLARIZED, dtype=types.UINT8)
     flip = fn.random.coin_flip(probability=recipe.flip_prob)  # the operator takes an int32
     return fn.crop_mirror_normalize(crop, dtype=types.FLOAT, output_layout="CHW", mirror=flip, mean=offset, std=scale)
-
-
-def _blur(crop: "types.DataNode", recipe: ViewRecipe) -> "types.DataNode":
-    if _coin(recipe.blur_prob):
-        crop = fn.gaussian_blur(crop, sigma=_uniform(*recipe.blur_sigma))
-    return crop
-
-
-def _solarize(crop: "types.DataNode", recipe: ViewRecipe) -> "types.DataNode":
-    if _coin(recipe.solarize_prob):
-        inverted = [value if value < 128 else 255 - value for value in range(256)]
-        crop = fn.lookup_table(crop, keys=list(range(256)), values=inverted, dtype=types.UINT8)
-    return crop
 
 
 def _coin(probability: float) -> "types.DataNode":
@@ -141,52 +120,47 @@ def _uniform(low: float, high: float) -> "types.DataNode":
 
 def torchvision_pil(setup: LoaderSetup) -> Iterator[Sequence[torch.Tensor]]:
     """Yield crops of Pillow images by torchvision's v1 transforms, composed as in the loaders of DINOv2 and DINOv3."""
-    dataset = build_multicrop_dataset("custom", setup.folder)
-    last = [v1.ToTensor(), v1.Normalize(dataset.mean, dataset.std)]
-    transforms = [_transform(v1, recipe, last) for recipe in dataset.recipes]
-
-    def views(encoded: bytes) -> list[torch.Tensor]:
-        image = Image.open(io.BytesIO(encoded)).convert("RGB")
-        return [transform(image) for transform in transforms]
-
-    yield from _load(setup, dataset, views)
+    return _load(setup, v1, [v1.ToTensor()], lambda encoded: Image.open(io.BytesIO(encoded)).convert("RGB"))
 
 
 def torchvision_v2(setup: LoaderSetup) -> Iterator[Sequence[torch.Tensor]]:
     """Yield crops of tensors by transforms v2, in uint8 until the last step: the fast way according to its documentation."""
-    dataset = build_multicrop_dataset("custom", setup.folder)
-    last = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(dataset.mean, dataset.std)]
-    transforms = [_transform(v2, recipe, last) for recipe in dataset.recipes]
 
-    def views(encoded: bytes) -> list[torch.Tensor]:
-        image = decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
-        return [transform(image) for transform in transforms]
+    def decode(encoded: bytes) -> torch.Tensor:
+        return decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
 
-    yield from _load(setup, dataset, views)
+    return _load(setup, v2, [v2.ToDtype(torch.float32, scale=True)], decode)
 
 
-class Samples(Dataset):
-    def __init__(self, index: ShardIndex, views: MakeViews) -> None:
-        self.index, self.views = index, views
+class CroppedSamples(Dataset):
+    """The crops of each sample: every transform applied to the decoded image."""
+
+    def __init__(self, index: ShardIndex, decode: Callable[[bytes], Any], transforms: Sequence[Any]) -> None:
+        self.index, self.decode, self.transforms = index, decode, transforms
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, row: int) -> tuple[list[torch.Tensor], int]:
-        return self.views(self.index.encoded(row)), int(self.index.samples["label"][row])
+    def __getitem__(self, row: int) -> list[torch.Tensor]:
+        image = self.decode(self.index.encoded(row))
+        return [transform(image) for transform in self.transforms]
 
 
-def _load(setup: LoaderSetup, dataset: MultiCropDataset, views: MakeViews) -> Iterator[Sequence[torch.Tensor]]:
+def _load(
+    setup: LoaderSetup, tv: ModuleType, to_float: list[Any], decode: Callable[[bytes], Any]
+) -> Iterator[Sequence[torch.Tensor]]:
+    dataset = build_multicrop_dataset("custom", setup.folder)
+    last = [*to_float, tv.Normalize(dataset.mean, dataset.std)]
+    transforms = [_transform(tv, recipe, last) for recipe in dataset.recipes]
     order = np.random.default_rng(0).permutation(len(dataset.index)).tolist()
     loader: DataLoader = DataLoader(
-        Samples(dataset.index, views),
+        CroppedSamples(dataset.index, decode, transforms),
         setup.batch_size,
         sampler=itertools.cycle(order),
         num_workers=setup.threads,  # each runs torch on one thread
         multiprocessing_context="fork",
     )
-    for crops, _ in loader:
-        yield crops
+    yield from loader
 
 
 def _transform(tv: ModuleType, recipe: ViewRecipe, last: list[Any]) -> Any:

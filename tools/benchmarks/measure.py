@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -81,6 +81,14 @@ def cpu_seconds() -> float:
     pids = [os.getpid(), *(worker.pid for worker in multiprocessing.active_children() if worker.pid)]
     # ~pid << 3 | 2 is the clock that clock_getcpuclockid(3) returns. It is exact; /proc counts ticks of 10 ms.
     return sum(time.clock_gettime(~pid << 3 | 2) for pid in pids)
+
+
+def choose(option: str, text: str | None, known: Collection[str]) -> list[str]:
+    """Return the names in `a,b`, in the order of `known`; all of them without a text. Raises ValueError for an unknown one."""
+    names = text.split(",") if text else known
+    if unknown := set(names) - set(known):
+        raise ValueError(f"{option}: unknown name {min(unknown)!r}, allowed are {', '.join(known)}")
+    return [name for name in known if name in names]
 
 
 def full_batches(images: int, setup: LoaderSetup) -> int:

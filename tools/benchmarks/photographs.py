@@ -1,6 +1,5 @@
 """Shards of photographs with the usual size and weight of ImageNet's, for measuring where there is no ImageNet."""
 
-import io
 import os
 import tempfile
 from collections.abc import Iterator
@@ -16,7 +15,6 @@ from tools.shards.layouts.source import open_source
 from tools.shards.photographs import PHOTOGRAPHS, photograph_path
 
 WIDTH, HEIGHT = 500, 375  # the usual ImageNet photograph
-MAX_ENLARGEMENT = 1.3  # beyond it, pixels are smoother than a camera's
 QUALITY = 97  # makes the median file about 100 KB, the weight of ImageNet's
 NUM_CLASSES = 16
 MEMORY_DISK = Path("/dev/shm")
@@ -34,40 +32,27 @@ def benchmark_shards(folder: Path | None, num_images: int, workers: int, num_sha
         yield Path(split_folder("custom", folder, "train"))
         return
     with tempfile.TemporaryDirectory(dir=memory_folder()) as temporary:
-        yield photograph_shards(Path(temporary), num_images, workers, num_shards)
+        source, shards = Path(temporary, "source"), Path(temporary, "shards")
+        write_photographs(source, num_images)
+        convert(open_source(source, "train"), shards, "train", ConvertOptions(workers=workers, num_shards=num_shards))
+        yield shards
 
 
-def photograph_shards(folder: Path, num_images: int, workers: int, num_shards: int = 4) -> Path:
-    """Write `num_images` photographs and their shards, and return the folder of the shards."""
-    for number, content in enumerate(photographs(num_images)):
-        path = folder / "source" / f"class{number % NUM_CLASSES:02d}" / f"{number:06d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    options = ConvertOptions(workers=workers, num_shards=num_shards)
-    convert(open_source(folder / "source", "train"), folder / "shards", "train", options)
-    return folder / "shards"
-
-
-def photographs(count: int) -> Iterator[bytes]:
-    """Yield JPEG files of 500x375: random windows, scales and mirrorings of the sample's colour photographs."""
+def write_photographs(folder: Path, count: int) -> None:
+    """Write class folders of 500x375 JPEGs: random windows, scales and mirrorings of the sample's colour photographs."""
     rng = np.random.default_rng(0)
-    images = [Image.open(photograph_path(folder, file)) for folder, file, _, _ in PHOTOGRAPHS]
-    sources = [image for image in images if image.mode == "RGB" and enlargement(image) <= MAX_ENLARGEMENT]
+    images = [Image.open(photograph_path(package, file)) for package, file, _, _ in PHOTOGRAPHS]
+    images = [image for image in images if image.mode == "RGB"]
     for number in range(count):
-        encoded = io.BytesIO()
-        random_window(sources[number % len(sources)], rng).save(encoded, "JPEG", quality=QUALITY, icc_profile=None)
-        yield encoded.getvalue()
+        path = folder / f"class{number % NUM_CLASSES:02d}" / f"{number:06d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        random_window(images[number % len(images)], rng).save(path, "JPEG", quality=QUALITY, icc_profile=None)
 
 
-def enlargement(source: Image.Image) -> float:
-    """Return the factor by which the photograph must grow to fill a window of 500x375."""
-    return max(WIDTH / source.width, HEIGHT / source.height)
-
-
-def random_window(source: Image.Image, rng: np.random.Generator) -> Image.Image:
-    largest = 1 / enlargement(source)
-    scale = rng.uniform(min(largest, 1.0), min(largest, 1.5))  # source pixels per pixel
+def random_window(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    largest = min(image.width / WIDTH, image.height / HEIGHT)  # source pixels per pixel
+    scale = rng.uniform(min(largest, 1.0), min(largest, 1.5))
     width, height = scale * WIDTH, scale * HEIGHT
-    x, y = rng.uniform(0, source.width - width), rng.uniform(0, source.height - height)
-    window = source.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC, (x, y, x + width, y + height))
+    x, y = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)
+    window = image.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC, (x, y, x + width, y + height))
     return window.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else window

@@ -12,7 +12,6 @@ import statistics
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from pipeline.shards.index import open_index
@@ -20,6 +19,7 @@ from tools.benchmarks.loaders import dali_native, decode_only, ours, torchvision
 from tools.benchmarks.measure import (
     Loader,
     LoaderSetup,
+    choose,
     error_line,
     full_batches,
     interleave,
@@ -39,29 +39,21 @@ LOADERS: dict[str, Loader] = {
     "decode-only": decode_only,
 }
 NUM_PHOTOGRAPHS = 256
-NUM_CROPS = 8
 CPU_TARGETS = {"torchvision-pil": 3.0, "torchvision-v2": 3.0, "dali-native": 0.95}  # minimum CPU time over ours
 
 
 def run_benchmark(options: argparse.Namespace) -> list[dict[str, Any]]:
-    names = chosen_rows(options.rows)
+    names = choose("--rows", options.rows, LOADERS)
     with benchmark_shards(options.shards, max(NUM_PHOTOGRAPHS, options.batch), options.threads) as folder:
         setup = LoaderSetup(folder, options.batch, options.threads)
         work = {name: (LOADERS[name], setup, options.images) for name in names}
-        print(describe(folder, setup, options), flush=True)
-        measured = measure_loaders(work, options.rounds)
-    rows = [summarise(name, measured) for name in work]
-    print_rows(rows, measured)
-    return rows
-
-
-def chosen_rows(text: str | None) -> list[str]:
-    """Return the CPU rows to measure. Raises ValueError for an unknown name."""
-    names = text.split(",") if text else list(LOADERS)
-    for name in names:
-        if name not in LOADERS:
-            raise ValueError(f"--rows: unknown row {name!r}, allowed are {', '.join(LOADERS)}")
-    return [name for name in LOADERS if name in names]
+        samples, count = open_index(folder).samples, full_batches(options.images, setup) * setup.batch_size
+        print(
+            f"{len(samples):,} images, median {statistics.median(samples['size']) / 1e3:.0f} KB; {setup.threads} threads, "
+            f"batches of {setup.batch_size}, {count} images per row in each of {options.rounds} rounds",
+            flush=True,
+        )
+        return print_rows(measure_loaders(work, options.rounds))
 
 
 def measure_loaders(
@@ -80,45 +72,27 @@ def measure_loaders(
         return interleave({name: partial(measured, name, worker.submit) for name, worker in workers.items()}, rounds)
 
 
-def summarise(name: str, measured: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
-    """Return one row of the JSON: medians over the rounds. `cores_busy` is CPU time over wall time."""
-    images_per_s = statistics.median(1 / wall for wall, _ in measured[name])
-    to_ours = cpu_ratio(measured, name, "ours")
-    return {
-        "name": name,
-        "images_per_s": round(images_per_s, 1),
-        "crops_per_s": None if name == "decode-only" else round(images_per_s * NUM_CROPS, 1),
-        "cpu_ms_per_image": round(1e3 * statistics.median(cpu for _, cpu in measured[name]), 3),
-        "cores_busy": round(statistics.median(cpu / wall for wall, cpu in measured[name]), 2),
-        "cpu_to_ours": None if to_ours is None else round(to_ours, 3),
-        "rounds_cpu_ms": [round(1e3 * cpu, 3) for _, cpu in measured[name]],
-    }
-
-
-def cpu_ratio(measured: dict[str, list[tuple[float, float]]], name: str, other: str) -> float | None:
-    """Return the median ratio of two rows' CPU time; None if one of them was not measured."""
-    if name not in measured or other not in measured:
+def cpu_ratio(measured: dict[str, list[tuple[float, float]]], name: str) -> float | None:
+    """Return the median ratio of a row's CPU time to ours; None if one of them was not measured."""
+    if name not in measured or "ours" not in measured:
         return None
-    return median_ratio(*([cpu for _, cpu in measured[key]] for key in (name, other)))
+    return median_ratio(*([cpu for _, cpu in measured[row]] for row in (name, "ours")))
 
 
-def print_rows(rows: list[dict[str, Any]], measured: dict[str, list[tuple[float, float]]]) -> None:
-    columns = {
-        "row": ("name", ""), "images/s": ("images_per_s", ",.1f"), "crops/s": ("crops_per_s", ",.0f"),
-        "CPU ms/image": ("cpu_ms_per_image", ".2f"), "cores busy": ("cores_busy", ".2f"), "CPU to ours": ("cpu_to_ours", ".2f"),
-    }  # fmt: skip
-    cells = ([format(row[key], form) if row[key] is not None else "" for key, form in columns.values()] for row in rows)
-    print(table(list(columns), cells))
+def print_rows(measured: dict[str, list[tuple[float, float]]]) -> list[dict[str, Any]]:
+    """Print medians over the rounds and the verdict of each target, and return the rows of the JSON."""
+    rows: list[dict[str, Any]] = []
+    for name, rounds in measured.items():
+        figures = {
+            "images_per_s": statistics.median(1 / wall for wall, _ in rounds),
+            "cpu_ms_per_image": 1e3 * statistics.median(cpu for _, cpu in rounds),
+            "cores_busy": statistics.median(cpu / wall for wall, cpu in rounds),
+            "cpu_to_ours": cpu_ratio(measured, name),
+        }
+        rows.append({"name": name, **{key: value and round(value, 3) for key, value in figures.items()}})
+    cells = ([row["name"], *("" if row[key] is None else f"{row[key]:,.2f}" for key in figures)] for row in rows)
+    print(table(["row", "images/s", "CPU ms/image", "cores busy", "CPU to ours"], cells))
     for name, minimum in CPU_TARGETS.items():
-        if (value := cpu_ratio(measured, name, "ours")) is not None:
+        if (value := cpu_ratio(measured, name)) is not None:
             print(target(f"cpu_ms_per_image {name} / ours", value, ">=", minimum))
-
-
-def describe(folder: Path, setup: LoaderSetup, options: argparse.Namespace) -> str:
-    samples = open_index(folder).samples
-    size = f"{statistics.median(samples['width']):.0f}x{statistics.median(samples['height']):.0f}"
-    count = full_batches(options.images, setup) * setup.batch_size
-    return (
-        f"{len(samples):,} images, median {size} and {statistics.median(samples['size']) / 1e3:.0f} KB; "
-        f"{setup.threads} threads, batches of {setup.batch_size}, {count} images per row in each of {options.rounds} rounds"
-    )
+    return rows

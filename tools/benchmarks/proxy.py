@@ -2,23 +2,20 @@
 
 import http.client
 import os
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Self
+from unittest.mock import patch
 from urllib.request import Request, urlopen
 
 from pipeline.shards.index_file import INDEX_FILES, INDEX_NAME
 from pipeline.shards.manifest import MANIFEST_NAME
 
 CHUNK_BYTES = 1 << 16
-START_S = 120
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
     "AWS_EC2_METADATA_DISABLED": "true",
@@ -31,26 +28,22 @@ Fault = Callable[[int, str], str]
 
 @contextmanager
 def moto_server() -> Iterator[str]:
-    """Yield the URL of a moto server with the bucket `photos`, in a subprocess."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """Yield the URL of a moto server with the bucket `photos`, on a background thread."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    url = "http://{}:{}".format(*server.get_host_and_port())
     try:
-        for _ in range(START_S * 10):
-            try:
-                put(url, "photos")
-                break
-            except OSError:
-                if server.poll() is not None:
-                    raise ValueError("moto's server does not start: pip install -e '.[dev]'") from None
-                time.sleep(0.1)
+        put(url, "photos")
         yield url
     finally:
-        server.terminate()
-        server.wait()
+        server.stop()
+
+
+def environment(url: str) -> AbstractContextManager[object]:
+    """Set the variables with which s3fs, boto3 and subprocesses find the store at `url`; restore the old ones on exit."""
+    return patch.dict(os.environ, CREDENTIALS | {"AWS_ENDPOINT_URL": url})
 
 
 def put(endpoint: str, name: str, content: bytes = b"") -> None:
@@ -143,16 +136,3 @@ class ThrottledProxy:
 
 def no_fault(number: int, path: str) -> str:
     return ""
-
-
-@contextmanager
-def environment(url: str) -> Iterator[None]:
-    """Set the variables with which s3fs, boto3 and subprocesses find the store at `url`, and restore the old ones."""
-    settings = CREDENTIALS | {"AWS_ENDPOINT_URL": url}
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})

@@ -1,15 +1,13 @@
-"""Start-up time and memory at the size of ImageNet, and how they grow to a billion samples."""
+"""Start-up time and memory at the size of ImageNet: every stage from an index and its tars to the first batch."""
 
 import argparse
 import io
 import resource
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from tarfile import BLOCKSIZE as BLOCK
+from tarfile import BLOCKSIZE
 from typing import Any
 
 import numpy as np
@@ -24,25 +22,23 @@ from tools.benchmarks.measure import resident_bytes, table
 from tools.own_process import run_in_subprocess
 from tools.shards.writer import tar_header
 
-LARGER = (10_000_000, 100_000_000, 1_000_000_000)
+SHARD_SIZE = 1000  # samples
 SAMPLE_STRIDE = 110_592  # bytes from one sample to the next, as with ImageNet's photographs
 REAL_BATCHES = 8  # batches with real pixels in the otherwise empty tars
-NUM_SLICES, SLICE_ROWS = 20, 1024
 
 
-def run_benchmark(options: argparse.Namespace) -> list[dict[str, Any]]:
+def run_benchmark(options: argparse.Namespace) -> dict[str, Any]:
     if options.samples < REAL_BATCHES * options.batch:
         raise ValueError(f"--samples: {options.samples}, must be at least {REAL_BATCHES} batches of {options.batch}")
     with tempfile.TemporaryDirectory(prefix="bench-scale-") as temporary:
         folder = Path(temporary)
-        make_empty_shards(folder, options.samples, options.shard_size, options.batch)
-        rows = [run_in_subprocess(measure_loader, folder, options.batch)]
-    rows += [run_in_subprocess(measure_plan, size, options.shard_size) for size in LARGER]
-    for row in rows:
-        cells = [(key[:-2].replace("_", " "), f"{row[key] * 1e3:,.1f} ms") for key in row if key.endswith("_s")]
-        cells += [(key[:-6].replace("_", " "), f"{row[key] / 1e6:,.1f} MB") for key in row if key.endswith("_bytes")]
-        print(table([f"{row['samples']:,} samples in {row['shards']:,} shards", ""], cells))
-    return rows
+        make_empty_shards(folder, options.samples, SHARD_SIZE, options.batch)
+        figures = run_in_subprocess(measure_loader, folder, options.batch)
+    cells = [(name[:-2], f"{value * 1e3:,.1f} ms") for name, value in figures.items() if name.endswith("_s")]
+    cells += [(name[:-6], f"{value / 1e6:,.1f} MB") for name, value in figures.items() if name.endswith("_bytes")]
+    head = [f"{figures['samples']:,} samples in {figures['shards']:,} shards", ""]
+    print(table(head, ((name.replace("_", " "), value) for name, value in cells)))
+    return figures
 
 
 def make_empty_shards(folder: Path, num_samples: int, shard_size: int, batch: int) -> None:
@@ -53,7 +49,7 @@ def make_empty_shards(folder: Path, num_samples: int, shard_size: int, batch: in
     image = encoded.getvalue()
     rows = np.zeros(num_samples, SAMPLE_DTYPE)
     rows["shard"], places = np.divmod(np.arange(num_samples), shard_size)
-    rows["offset"] = places * SAMPLE_STRIDE + BLOCK
+    rows["offset"] = places * SAMPLE_STRIDE + BLOCKSIZE
     rows["size"], rows["height"], rows["width"] = len(image), 375, 500
     names = [f"train-{shard:06d}.tar" for shard in range(int(rows["shard"][-1]) + 1)]
     save_index(folder, names, rows)
@@ -63,62 +59,35 @@ def make_empty_shards(folder: Path, num_samples: int, shard_size: int, batch: in
     real = Plan(counts, 0).rows(0, 0, REAL_BATCHES * batch)
     for shard, name in enumerate(names):
         with (folder / name).open("wb") as tar:
-            tar.truncate(int(counts[shard]) * SAMPLE_STRIDE + 2 * BLOCK)
+            tar.truncate(int(counts[shard]) * SAMPLE_STRIDE + 2 * BLOCKSIZE)
             first = ends[shard] - counts[shard]
             for row in (first, ends[shard] - 1, *real[(real >= first) & (real < ends[shard])]):
-                tar.seek(int(rows["offset"][row]) - BLOCK)
+                tar.seek(int(rows["offset"][row]) - BLOCKSIZE)
                 tar.write(tar_header(f"{row:09d}.jpg", len(image)) + image)
 
 
 def measure_loader(folder: Path, batch: int) -> dict[str, Any]:
     """Measure each stage from an index and its tars to the first batch of 2 + 6 crops."""
+    figures: dict[str, Any] = {}
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = work()
+        figures[f"{name}_s"] = time.perf_counter() - start
+        return result
+
     before = resident_bytes()
-    index, open_s = timed(lambda: open_index(folder))
-    index_bytes = resident_bytes() - before
+    index = timed("open_index", lambda: open_index(folder))
+    figures |= {"samples": len(index), "shards": len(index.shards), "index_memory_bytes": resident_bytes() - before}
+    figures["index_file_bytes"] = (folder / SAMPLES_NAME).stat().st_size
     plan = Plan(index.counts, 0)
-    _, first_plan_s = timed(lambda: plan.rows(0, 0, batch))
-    rows, epoch_plan_s = timed(lambda: plan.rows(0, 0, len(index)))
-    assert len(np.unique(rows)) == len(index)
+    timed("plan_of_first_batch", lambda: plan.rows(0, 0, batch))
+    rows = timed("plan_of_epoch", lambda: plan.rows(0, 0, len(index)))
     with tempfile.TemporaryDirectory() as temporary:
-        _, window_s = timed(lambda: write_dali_indices(index, rows[:WINDOW_ROWS], Path(temporary)))
+        window = rows[:WINDOW_ROWS]
+        timed("dali_index_files_of_a_window", lambda: write_dali_indices(index, window, Path(temporary)))
     dataset = build_multicrop_dataset("custom", folder)
-    loader, loader_s = timed(lambda: build_multicrop_dataloader(dataset, batch, device="cpu"))
-    crops, batch_s = timed(lambda: next(iter(loader)))
-    assert len(crops.crops) == 8
-    return {
-        "name": "loader",
-        "samples": len(index),
-        "shards": len(index.shards),
-        "index_file_bytes": (folder / SAMPLES_NAME).stat().st_size,
-        "open_index_s": open_s,
-        "index_memory_bytes": index_bytes,
-        "plan_of_first_batch_s": first_plan_s,
-        "plan_of_epoch_s": epoch_plan_s,
-        "dali_index_files_of_a_window_s": window_s,
-        "loader_s": loader_s,
-        "first_batch_s": batch_s,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
-
-
-def measure_plan(num_samples: int, shard_size: int) -> dict[str, Any]:
-    """Measure the plan at random places of an epoch; it needs the sizes of the shards but no index."""
-    before, num_shards = resident_bytes(), -(-num_samples // shard_size)
-    sizes = np.full(num_shards, shard_size, np.int64)
-    sizes[-1] -= shard_size * num_shards - num_samples
-    plan, rng = Plan(sizes, 0), np.random.default_rng(0)
-    starts = rng.integers(0, num_samples - SLICE_ROWS, NUM_SLICES).tolist()
-    times = [timed(partial(plan.rows, epoch, start, start + SLICE_ROWS))[1] for epoch, start in enumerate(starts)]
-    return {
-        "name": "simulated",
-        "samples": num_samples,
-        "shards": num_shards,
-        "index_file_bytes": num_samples * SAMPLE_DTYPE.itemsize,
-        "plan_of_a_batch_anywhere_s": statistics.median(times),
-        "plan_memory_bytes": resident_bytes() - before,
-    }
-
-
-def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    start = time.perf_counter()
-    return work(), time.perf_counter() - start
+    loader = timed("loader", lambda: build_multicrop_dataloader(dataset, batch, device="cpu"))
+    timed("first_batch", lambda: next(iter(loader)))
+    figures["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return figures

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from train.config.schema import Config
 
@@ -18,6 +18,10 @@ class Case:
     config: Config | None = None
     data: str | None = None
     out: Path = Path("runs")
+
+    @property
+    def dataset(self) -> str:
+        return "custom" if self.config is None else self.config.data.dataset
 
     @property
     def needs_gpu(self) -> bool:
@@ -37,9 +41,13 @@ class Finding:
     fix: str = ""
 
 
-Check = Callable[[Case], Finding]
-# (name, function), in the order of the report
-CheckList = tuple[tuple[str, Check], ...]
+class Check(NamedTuple):
+    """`fix` is what a user should do when `find` raises an exception."""
+
+    find: Callable[[Case], Finding]
+    fix: str = f"fix the failures above first, then: {INSTALL}"
+
+
 ok, warn, fail, skip = (partial(Finding, status) for status in ("ok", "warn", "fail", "skip"))
 
 
@@ -50,9 +58,9 @@ def sees_gpu() -> bool:
 
 
 def examine(check: Check, case: Case) -> Finding:
-    """Return the finding of a check. An exception is a finding too, so that one problem does not hide the others."""
+    """Return the finding of a check. An exception is a failure, so that one problem does not hide the others."""
     try:
-        return check(case)
+        return check.find(case)
     except (ImportError, OSError, RuntimeError, ValueError, AssertionError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        return fail(f"could not be checked: {lines[0][:300]}", f"fix the failures above first, then: {INSTALL}")
+        text = str(error).strip() or type(error).__name__
+        return fail(text.splitlines()[0], check.fix.replace("FOLDER", case.data or "FOLDER"))

@@ -3,95 +3,76 @@
 import hashlib
 import random
 import time
+from collections.abc import Callable
 from functools import cache
-from itertools import chain, islice, repeat
-from pathlib import Path
 
 from pipeline.shards.index import ShardIndex, open_index, split_folder
 from pipeline.shards.manifest import MANIFEST_NAME, check_class_count, read_manifest
-from tools.checks.check import Case, CheckList, Finding, fail, ok, sees_gpu, skip, warn
+from tools.checks.check import Case, Check, Finding, fail, ok, sees_gpu, skip, warn
 
 SAMPLED_SHARDS, SAMPLED_IMAGES = 8, 32
-MAX_HASHED_BYTES = 2 * 2**30
-WARM_UP_BATCHES, RATE_S, MODEL_S = 3, 3.0, 1.0
-COPY_AGAIN = "copy the shard again, or convert again; all shards: python tools/make_shards.py verify FOLDER"
+WARM_UP_STEPS, RATE_S = 3, 3.0
+MAX_WAIT = 0.1  # share of the time; less is noise
+VERIFY = "python tools/make_shards.py verify FOLDER"
+COPY_AGAIN = f"copy the shard again, or convert again; all shards: {VERIFY}"
 
 
 @cache
-def opened(dataset: str, data: str) -> ShardIndex:
-    return open_index(split_folder(dataset, data, "train"))
+def opened(dataset: str, data: str, split: str) -> ShardIndex:
+    return open_index(split_folder(dataset, data, split))
 
 
-def dataset_name(case: Case) -> str:
-    return case.config.data.dataset if case.config is not None else "custom"
-
-
-def training_index(case: Case) -> ShardIndex | None:
-    """Return the index of the training split; None if it cannot be read: `check_index` says why."""
+def read_index(case: Case, split: str) -> ShardIndex | None:
+    """Return the index of a split; None if it cannot be read: `check_index` says why."""
     try:
-        return opened(dataset_name(case), case.data) if case.data else None
+        return opened(case.dataset, case.data, split) if case.data else None
     except (ValueError, OSError):
         return None
 
 
-def validation_index(case: Case) -> ShardIndex | None:
-    try:
-        folder = split_folder(dataset_name(case), case.data, "val") if case.data else None
-    except (ValueError, OSError):
-        return None
-    index = training_index(case)
-    return None if folder is None or index is None or folder == index.folder else open_index(folder)
+def with_index(check: Callable[[Case, ShardIndex], Finding], needs_config: bool = False) -> Callable[[Case], Finding]:
+    """Return a check that is skipped without a readable training split or, where it is needed, without a config."""
+
+    def find(case: Case) -> Finding:
+        index = read_index(case, "train")
+        if index is None or (needs_config and case.config is None):
+            return skip("no readable shards, or no CONFIG")
+        return check(case, index)
+
+    return find
 
 
 def check_index(case: Case) -> Finding:
     if case.data is None:
         return skip("no CONFIG and no --data")
-    try:
-        index = opened(dataset_name(case), case.data)
-    except (ValueError, OSError) as error:
-        return fail(str(error), f"python tools/make_shards.py verify {case.data}")
+    index = opened(case.dataset, case.data, "train")
     return ok(f"{index.folder}: {len(index):,} images in {len(index.shards)} shards")
 
 
-def check_manifest(case: Case) -> Finding:
+def check_manifest(_: Case, index: ShardIndex) -> Finding:
     """Compare the manifest with the index and, in one small shard chosen at random, with the checksum."""
-    index = training_index(case)
-    try:
-        manifest = None if index is None else read_manifest(index.folder)
-        if index is None or manifest is None:
-            return skip("no manifest next to the shards")
-        check_class_count(index.folder, index.samples["label"], manifest)
-    except ValueError as error:
-        return fail(str(error), "copy the manifest again, or convert again")
-    listed, indexed = set(manifest.checksums), set(index.shards)
-    if listed != indexed:
-        text = (
-            f"{len(listed)} shards are listed, {len(indexed)} are indexed; only one of them has {min(listed ^ indexed)}"
-        )
-        return fail(
-            text, "copy the complete folder again or, if the manifest is old: tools/make_shards.py index FOLDER"
-        )
+    manifest = read_manifest(index.folder)
+    if manifest is None:
+        return skip("no manifest next to the shards")
+    check_class_count(index.folder, index.samples["label"], manifest)
+    if differing := set(manifest.checksums) ^ set(index.shards):
+        raise ValueError(f"only one of {MANIFEST_NAME} and the index has {min(differing)}")
     if manifest.num_samples not in (None, len(index)):
-        text = f"{manifest.num_samples:,} images are listed, {len(index):,} are indexed"
-        return fail(text, f"python tools/make_shards.py index {index.folder}")
-    text = f"{len(listed)} shards, {len(index):,} images, as indexed"
+        raise ValueError(f"{MANIFEST_NAME} lists {manifest.num_samples:,} images, the index {len(index):,}")
+    text = f"{len(index.shards)} shards, {len(index):,} images, as indexed"
     if index.remote is not None:
         return ok(f"{text}; checksums are verified when shards are downloaded")
-    sampled = [Path(index.folder) / name for name in random.sample(sorted(listed), min(SAMPLED_SHARDS, len(listed)))]
+    count = len(index.shards)
+    sampled = [index.shard_path(shard) for shard in random.sample(range(count), min(SAMPLED_SHARDS, count))]
     path = min(sampled, key=lambda path: path.stat().st_size)
-    if path.stat().st_size > MAX_HASHED_BYTES:
-        return ok(f"{text}; too large for checksums here: python tools/make_shards.py verify {index.folder}")
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != manifest.checksums[path.name]:
             return fail(f"{path}: sha256 differs from {MANIFEST_NAME}", COPY_AGAIN)
     return ok(f"{text}; {path.name} has its checksum")
 
 
-def check_images(case: Case) -> Finding:
+def check_images(_: Case, index: ShardIndex) -> Finding:
     """Decode some images with the training's decoder, on the CPU."""
-    index = training_index(case)
-    if index is None:
-        return skip("no index")
     from tools.shards.decode_check import decode_errors
 
     rows = random.sample(range(len(index)), min(SAMPLED_IMAGES, len(index)))
@@ -102,111 +83,86 @@ def check_images(case: Case) -> Finding:
     return ok(f"{len(rows)} decoded to their indexed sizes")
 
 
-def check_labels(case: Case) -> Finding:
+def check_labels(case: Case, index: ShardIndex) -> Finding:
     """Compare the classes of train and val: a label must mean the same in both, and there must be several."""
     from train.evaluation import features
 
-    index = training_index(case)
-    if index is None:
-        return skip("no index")
-    val = validation_index(case)
-    problems = features.check_labels(index, index if val is None else val)
+    val = read_index(case, "val")
+    val = None if val is None or val.folder == index.folder else val
+    problems = features.check_labels(index, val or index)
     if problems.one_label:
         fix = "convert the folder whose folders are the classes; without classes, ignore all accuracies"
         return warn(problems.one_label, fix)
     if val is None:
         return skip("no val split")
-    try:
-        features.check_classes(index, val)
-    except ValueError as error:
-        return fail(str(error), "remove the val shards and convert val again next to train, with the same --out")
+    features.check_classes(index, val)
     if problems.unknown:
         return warn(problems.unknown, "leave those images out of val, or add some of their classes to train")
     return ok("each label means the same class in train and val")
 
 
-def check_run_data(case: Case) -> Finding:
+def check_run_data(case: Case, index: ShardIndex) -> Finding:
     """Check that the run in the run folder was trained and measured on these shards."""
-    index = training_index(case)
-    if index is None or case.config is None:
-        return skip("no CONFIG, or no readable shards")
     from train.evaluation.features import subsample_evenly
     from train.evaluation.online import BASELINES_FILE, baselines_key, read_baselines
     from train.output.folder import check_run_folder, run_folder
 
-    config = case.config
-    try:
-        check_run_folder(config, index.digest)
-    except ValueError as error:
-        return fail(str(error), "data.data_path=OLD_SHARDS, another logging.run_name, or checkpoint.resume=none")
-    path, val = run_folder(config) / BASELINES_FILE, validation_index(case)
-    if val is None or not path.exists():
+    assert case.config is not None
+    check_run_folder(case.config, index.digest)
+    path, val, settings = run_folder(case.config) / BASELINES_FILE, read_index(case, "val"), case.config.evaluation
+    if val is None or val.folder == index.folder or not path.exists():
         return ok("there is no run in its folder, or none that was measured")
-    used = [subsample_evenly(split, config.evaluation.max_samples) for split in (index, val)]
-    fix = "the same training command measures them again; until then, do not compare with summary.json and report.md"
+    train_used, val_used = (subsample_evenly(split, settings.max_samples) for split in (index, val))
+    problem = f"{path}: baselines of other images or evaluation settings than these"
     try:
-        if read_baselines(path, baselines_key(used[0], used[1], config.evaluation)) is None:
-            return warn(f"{path}: baselines of other images or evaluation settings than these", fix)
+        if read_baselines(path, baselines_key(train_used, val_used, settings)) is not None:
+            return ok(f"{path}: measured on these images")
     except ValueError as error:
-        return warn(str(error), fix)
-    return ok(f"{path}: measured on these images")
+        problem = str(error)
+    return warn(problem, "the same training command measures them again; until then, do not compare with summary.json")
 
 
-def check_rate(case: Case) -> Finding:
-    """Compare the images/s of the pipeline with those that training steps take, without their waits for data."""
-    index = training_index(case)
-    if index is None or case.config is None:
-        return skip("no CONFIG, or no readable shards")
-    from train.build import build_dataset, build_loader
-
-    config = case.config
-    batch_size = min(config.data.batch_size, 32, len(index))
-    loader = build_loader(config, build_dataset(config), batch_size, normalized=False)
-    batches = chain.from_iterable(repeat(loader))
-    for _ in islice(batches, WARM_UP_BATCHES):
-        pass
-    # The pipeline without a model.
-    images, started = 0, time.perf_counter()
-    while time.perf_counter() - started < RATE_S:
-        images += len(next(batches).labels)
-    made = images / (time.perf_counter() - started)
-    loader.close()
-    if not sees_gpu() and config.device != "cpu":
-        return ok(f"{made:,.0f} images/s; the model is measured on a GPU, or with device=cpu")
-    needed = model_rate(case)
-    text = f"the pipeline makes {made:,.0f} images/s, the model takes {needed:,.0f}"
-    if made < needed:
-        fix = "more cores, data.num_workers=auto, data.hw_decoder_load=auto, images stored smaller, or shards on a local disk"
-        return warn(f"{text}: it would wait for data", fix)
-    return ok(text)
-
-
-def model_rate(case: Case) -> float:
-    """Return the images/s of training steps without their waits for data, on the device of the run."""
+def check_rate(case: Case, _: ShardIndex) -> Finding:
+    """Take training steps for a few seconds, and compare the time in which they wait for data with the rest."""
     import torch
 
     from train.build import torch_threads
     from train.trainer import Trainer
 
     assert case.config is not None
+    if not sees_gpu() and case.config.device != "cpu":
+        return skip("training steps are measured on a GPU, or with device=cpu")
     if not case.uses_gpu:
         torch.set_num_threads(torch_threads(case.config))
     trainer = Trainer(case.config)
-    trainer.train_step()  # the first one allocates, and compiles
+    for _ in range(WARM_UP_STEPS):  # the first one allocates, and compiles
+        trainer.train_step()
     images, waited, started = trainer.state.images, trainer.state.wait_s, time.perf_counter()
-    while time.perf_counter() - started < MODEL_S:
+    while time.perf_counter() - started < RATE_S:
         trainer.train_step()
         if case.uses_gpu:
             torch.cuda.synchronize()
-    busy_s = time.perf_counter() - started - (trainer.state.wait_s - waited)
-    return (trainer.state.images - images) / busy_s
+    seconds = time.perf_counter() - started
+    share = (trainer.state.wait_s - waited) / seconds
+    text = f"{(trainer.state.images - images) / seconds:,.0f} images/s, {share:.0%} of the time waiting for data"
+    if share > MAX_WAIT:
+        fix = "more cores, data.num_workers=auto, data.hw_decoder_load=auto, images stored smaller, or shards on a local disk"
+        return warn(text, fix)
+    return ok(text)
 
 
-DATA_CHECKS: CheckList = (
-    ("shards: index", check_index),
-    ("shards: manifest", check_manifest),
-    ("shards: sampled images", check_images),
-    ("shards: classes", check_labels),
-    ("run: data", check_run_data),
-    ("pipeline rate", check_rate),
-)
+DATA_CHECKS = {
+    "shards: index": Check(check_index, VERIFY),
+    "shards: manifest": Check(
+        with_index(check_manifest), "copy the folder again; if the manifest is old: tools/make_shards.py index FOLDER"
+    ),
+    "shards: sampled images": Check(with_index(check_images)),
+    "shards: classes": Check(
+        with_index(check_labels), "remove the val shards and convert val again next to train, with the same --out"
+    ),
+    "run: data": Check(
+        with_index(check_run_data, needs_config=True),
+        "data.data_path=OLD_SHARDS, another logging.run_name, or checkpoint.resume=none",
+    ),
+    "pipeline rate": Check(with_index(check_rate, needs_config=True)),
+}

@@ -1,17 +1,29 @@
-"""Checks of the machine: shared memory, the run folder, cores, and the limit on open files."""
+"""Checks of the machine: shared memory, run folder, cores, open files, GPUs and their driver, decoder and communication."""
 
+import io
 import os
+import re
 import resource
 from pathlib import Path
+from typing import Any
 
-from pipeline.shards.storage import file_system
-from tools.checks.check import Case, CheckList, Finding, fail, ok, warn
+import numpy as np
+from PIL import Image
+
+from pipeline.files import write_atomic
+from tools.checks.check import INSTALL, Case, Check, Finding, fail, ok, sees_gpu, skip, warn
+from tools.checks.packages import FLAVOURS, flavour, library_exists, packages_folder
 
 SHARED_MEMORY = Path("/dev/shm")
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 GIB = 2**30
 MIN_SHARED, MIN_DISK, AMPLE_DISK = 1 * GIB, 1 * GIB, 10 * GIB
 MIN_FILES = 1024
+DRIVER = Path("/proc/driver/nvidia/version")
+MIN_DRIVER = {12: (525, 60), 13: (580, 65)}  # by CUDA's major version, for Linux: the table of CUDA's release notes
+MAX_DIFFERENCE = 4.0  # mean difference to Pillow, of 255: two JPEG decoders round differently
+VIDEO_LIBRARY = "libnvcuvid.so.1"  # comes with the capability `video` of NVIDIA's container toolkit
+VIDEO_FIX = "docker run --env NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"
 
 
 def check_shared_memory(_: Case) -> Finding:
@@ -25,30 +37,23 @@ def check_shared_memory(_: Case) -> Finding:
 
 
 def check_run_folder(case: Case) -> Finding:
-    """Write, flush and rename a file, as a checkpoint does, and look at the free space."""
+    """Write and rename a file, as a checkpoint does, and look at the free space."""
     trial = case.out / f".doctor-{os.getpid()}"
     try:
         case.out.mkdir(parents=True, exist_ok=True)
-        with trial.open("wb") as file:
-            file.write(b"0" * 4096)
-            file.flush()
-            os.fsync(file.fileno())
-        renamed = trial.with_suffix(".renamed")
-        trial.replace(renamed)
-        renamed.unlink()
+        write_atomic(trial, b"0" * 4096)
+        trial.unlink()
     except OSError as error:
-        fix = (
-            f'mount it writable for user {os.geteuid()} (chown, docker run --user "$(id -u)", -v without :ro), or --out'
-        )
+        user = 'chown, docker run --user "$(id -u)", -v without :ro'
+        fix = f"mount it writable for user {os.geteuid()} ({user}), or --out"
         return fail(f"{case.out}: {error.strerror}: no checkpoint can be written", fix)
     stat = os.statvfs(case.out)
     free = stat.f_bavail * stat.f_frsize
-    text = f"{case.out}: writable, {free / GIB:.1f} GiB free on {file_system(case.out) or 'an unknown file system'}"
-    fix = "free some space, lower checkpoint.keep_last_n, or write elsewhere: logging.run_dir=FOLDER"
-    if free < MIN_DISK:
-        return fail(f"{text}: the first checkpoints fill it", fix)
+    text = f"{case.out}: writable, {free / GIB:.1f} GiB free"
     if free < AMPLE_DISK:
-        return warn(f"{text}: a checkpoint of ViT-B takes 1.5 GiB, and keep_last_n + 1 of them exist at a time", fix)
+        fix = "free some space, lower checkpoint.keep_last_n, or write elsewhere: logging.run_dir=FOLDER"
+        report = fail if free < MIN_DISK else warn
+        return report(f"{text}: a checkpoint of ViT-B takes 1.5 GiB, and keep_last_n + 1 of them exist at a time", fix)
     return ok(text)
 
 
@@ -56,23 +61,21 @@ def quota_cores() -> float:
     """Return the container's limit in cores; infinity if there is none."""
     try:
         quota, period = CGROUP_QUOTA.read_text().split()
-    except (OSError, ValueError):
+        return int(quota) / int(period)
+    except (OSError, ValueError):  # no cgroup, or `max`
         return float("inf")
-    return float("inf") if quota == "max" else int(quota) / int(period)
 
 
 def check_cores(case: Case) -> Finding:
     from pipeline.dataset import default_threads, own_cores
 
-    cores, quota = own_cores(), quota_cores()
+    usable = min(own_cores(), quota_cores())
     setting = case.config.data.num_workers if case.config is not None else "auto"
     threads = default_threads() if setting == "auto" else setting
-    usable = min(cores, quota)
-    text = f"{cores} cores{'' if quota == float('inf') else f', limited to {quota:g}'}; {threads} DALI threads"
+    text = f"{usable:g} cores, {threads} DALI threads"
     if threads > usable:
-        best = max(1, int(usable) // 2)
-        fix = f"data.num_workers={best}, or give the container more: docker run --cpus, Slurm --cpus-per-task"
-        return warn(f"{text}: threads wait for cores", fix)
+        fix = "or give the container more: docker run --cpus, Slurm --cpus-per-task"
+        return warn(f"{text}: threads wait for cores", f"data.num_workers={max(1, int(usable) // 2)}, {fix}")
     return ok(text)
 
 
@@ -81,12 +84,91 @@ def check_open_files(_: Case) -> Finding:
     if hard != resource.RLIM_INFINITY and hard < MIN_FILES:
         fix = "docker run --ulimit nofile=65536, or LimitNOFILE of the service"
         return warn(f"{hard} files can be open: too few for many shards without mmap", fix)
-    return ok(f"{soft} files can be open, {'without limit' if hard == resource.RLIM_INFINITY else hard} on request")
+    return ok(f"{soft} files can be open, and more on request")
 
 
-MACHINE_CHECKS: CheckList = (
-    ("shared memory", check_shared_memory),
-    ("run folder", check_run_folder),
-    ("cores and threads", check_cores),
-    ("open files", check_open_files),
-)
+def driver_version() -> str | None:
+    """Return the version of the kernel module, which containers share, such as 580.65.06; None without one."""
+    try:
+        match = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", DRIVER.read_text())
+    except OSError:
+        return None
+    return match.group() if match else None
+
+
+def check_gpus(case: Case) -> Finding:
+    """Check that torch sees GPUs, and that the driver is new enough for the CUDA of torch and of DALI."""
+    import torch
+
+    version, name = driver_version(), flavour()
+    cuda = max(int((torch.version.cuda or "0").split(".")[0]), FLAVOURS[name][1] if name else 0)
+    needed = MIN_DRIVER.get(cuda, (0, 0))
+    if version is not None and tuple(map(int, version.split(".")[:2])) < needed:
+        fix = f"install NVIDIA driver {needed[0]}.{needed[1]} or newer on the host"
+        return fail(f"driver {version} is too old for CUDA {cuda} of torch or DALI", fix)
+    if sees_gpu():
+        gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        names = ", ".join(f"{gpu.name} {gpu.total_memory / GIB:.0f} GiB" for gpu in gpus)
+        return ok(f"{names}; driver {version or 'of an unknown version'}")
+    if case.needs_gpu or version is not None:
+        fix = "docker run --gpus all (NVIDIA Container Toolkit), Slurm --gpus-per-node, CUDA_VISIBLE_DEVICES; or device=cpu"
+        return fail(f"torch sees no GPU; driver {version or 'not loaded'}", fix)
+    return skip("no GPU")
+
+
+def decode_difference(device: str, hw_decoder_load: float = 0.0) -> float:
+    """Return the mean of |DALI - Pillow| over the pixels of one photograph, of 255. `device` is cpu or mixed."""
+    from matplotlib import cbook
+    from nvidia.dali import Pipeline, fn, types
+
+    content = Path(str(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))).read_bytes()
+    options: dict[str, Any] = {"hw_decoder_load": hw_decoder_load} if device == "mixed" else {}
+    graph = Pipeline(1, num_threads=1, device_id=0 if device == "mixed" else None, prefetch_queue_depth=1)
+    with graph:
+        encoded = fn.external_source(lambda: [np.frombuffer(content, np.uint8)], dtype=types.UINT8, ndim=1)
+        graph.set_outputs(fn.decoders.image(encoded, device=device, output_type=types.RGB, **options))
+    graph.build()
+    output = graph.run()[0]
+    pixels = np.asarray((output.as_cpu() if device == "mixed" else output)[0])
+    reference = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    return float(np.abs(pixels.astype(int) - reference).mean()) if pixels.shape == reference.shape else 255.0
+
+
+def check_decoder(case: Case) -> Finding:
+    """Compare one photograph, decoded where the run decodes, with Pillow's pixels; on a GPU also by its JPEG engine, if any."""
+    has_engine = case.uses_gpu and library_exists(VIDEO_LIBRARY, packages_folder())
+    difference = decode_difference("mixed" if case.uses_gpu else "cpu")
+    if has_engine:
+        difference = max(difference, decode_difference("mixed", hw_decoder_load=1.0))
+    text = f"{difference:.2f} of 255 from Pillow on the {'GPU' if case.uses_gpu else 'CPU'}"
+    if difference > MAX_DIFFERENCE:
+        return fail(f"wrong pixels: {text}", INSTALL)
+    if case.uses_gpu and not has_engine:
+        return warn(f"{text}; the driver's {VIDEO_LIBRARY} is missing, so no JPEG engine can be used", VIDEO_FIX)
+    return ok(text)
+
+
+def check_all_reduce(_: Case) -> Finding:
+    """Sum over all GPUs of this machine."""
+    if not sees_gpu():
+        return skip("no GPU")
+    import torch
+
+    count = torch.cuda.device_count()
+    values = [torch.ones(2**20, device=f"cuda:{i}") for i in range(count)]
+    torch.cuda.nccl.all_reduce(values)
+    torch.cuda.synchronize()
+    if any(float(value[0]) != count for value in values):
+        return fail(f"{count} GPUs: wrong sums", "NCCL_P2P_DISABLE=1; if that helps, IOMMU or ACS is in the way")
+    return ok(f"{count} GPUs, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
+
+
+MACHINE_CHECKS = {
+    "shared memory": Check(check_shared_memory),
+    "run folder": Check(check_run_folder),
+    "cores and threads": Check(check_cores),
+    "open files": Check(check_open_files),
+    "GPUs": Check(check_gpus),
+    "decoder": Check(check_decoder),
+    "all-reduce": Check(check_all_reduce, "NCCL_DEBUG=INFO shows why; see shared memory above"),
+}

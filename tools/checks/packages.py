@@ -10,13 +10,13 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from tools.checks.check import INSTALL, Case, CheckList, Finding, fail, ok, sees_gpu, skip, warn
+from tools.checks.check import INSTALL, Case, Check, Finding, fail, ok, sees_gpu, skip, warn
 
 PROJECT = "multicrop-hjepa"
-# By DALI package: its decoder, CUDA's major version, and the package of a library that pip does not install with it.
+# By DALI package: its decoder and CUDA's major version.
 FLAVOURS = {
-    "nvidia-dali-cuda120": ("nvidia-nvimgcodec-cu12", 12, "nvidia-npp-cu12"),
-    "nvidia-dali-cuda130": ("nvidia-nvimgcodec-cu13", 13, "nvidia-npp"),
+    "nvidia-dali-cuda120": ("nvidia-nvimgcodec-cu12", 12),
+    "nvidia-dali-cuda130": ("nvidia-nvimgcodec-cu13", 13),
 }
 
 
@@ -31,15 +31,12 @@ def installed(name: str) -> str | None:
 def unmet(name: str, dependency: str | None = None, extra: str = "") -> list[str]:
     """Return the unmet requirements of the package `name`; only those on `dependency`, if it is given."""
     problems = []
-    for line in metadata.requires(name) or []:
-        need = Requirement(line)
+    for need in map(Requirement, metadata.requires(name) or []):
         if (dependency and need.name != dependency) or (need.marker and not need.marker.evaluate({"extra": extra})):
             continue
         version = installed(need.name)
-        if version is None:
-            problems.append(f"{need.name} is missing")
-        elif not need.specifier.contains(Version(version).public, prereleases=True):
-            problems.append(f"{need.name} is {version}, {name} needs {need.specifier}")
+        if version is None or not need.specifier.contains(Version(version).public, prereleases=True):
+            problems.append(f"{need.name} is {version or 'missing'}, {name} needs {need.specifier}")
     return problems
 
 
@@ -49,40 +46,33 @@ def flavour() -> str | None:
 
 
 def check_packages(_: Case) -> Finding:
-    python = ".".join(map(str, sys.version_info[:3]))
     if installed(PROJECT) is None:
         return fail("the project is not installed", "pip install --no-deps --no-build-isolation -e .")
     extra = (flavour() or "").rpartition("-")[2]  # the extra of the installed DALI
     if problems := unmet(PROJECT, extra=extra) + unmet("torchvision", "torch"):
         return fail("; ".join(problems), INSTALL)
-    try:
-        import torchvision.ops  # noqa: F401  # fails if torchvision was built for another torch
-    except (ImportError, RuntimeError, AttributeError) as error:
-        return fail(f"torchvision {installed('torchvision')} does not load: {error}", INSTALL)
+    import torchvision.ops  # noqa: F401  # fails if torchvision was built for another torch
+
+    python = ".".join(map(str, sys.version_info[:3]))
     return ok(f"{PROJECT} {installed(PROJECT)} and its requirements: Python {python}, torch {installed('torch')}")
 
 
 def check_dali(case: Case) -> Finding:
-    both = [name for name in FLAVOURS if installed(name)]
-    if not both:
-        return fail("no DALI is installed", f"{INSTALL}, or pip install -e '.[cuda130]'")
-    if len(both) > 1:
-        fix = f"pip uninstall --yes {' '.join(both)}, then install one: {INSTALL}, or pip install -e '.[cuda130]'"
-        return fail(f"{' and '.join(both)} are both installed and overwrite each other's files", fix)
-    name, (codec, cuda, npp) = both[0], FLAVOURS[both[0]]
-    if problems := unmet(name, codec):
-        return fail(f"DALI {installed(name)} crashes with another decoder: {problems[0]}", INSTALL)
+    names = [name for name in FLAVOURS if installed(name)]
+    if len(names) != 1:
+        text = f"{' and '.join(names)} overwrite each other's files" if names else "no DALI is installed"
+        remove = f"pip uninstall --yes {' '.join(names)}, then " if names else ""
+        return fail(text, f"{remove}{INSTALL}, or pip install -e '.[cuda130]'")
+    codec, cuda = FLAVOURS[names[0]]
+    if problems := unmet(names[0], codec):
+        return fail(f"DALI {installed(names[0])} crashes with another decoder: {problems[0]}", INSTALL)
     # DALI opens these by name on first use, so nothing notices earlier that they are missing.
-    libraries = [f"libnpp{part}.so.{cuda}" for part in ("c", "icc", "ig")]
-    libraries += [f"libnvjpeg.so.{cuda}", "libnvcomp.so.5", "libnvimgcodec.so.0"]
-    missing = [library for library in libraries if not library_exists(library, packages_folder())]
-    if missing:
-        fix = f"pip install {npp}" if all("npp" in library for library in missing) else INSTALL
+    libraries = [f"lib{name}.so.{cuda}" for name in ("nppc", "nppicc", "nppig", "nvjpeg")]
+    libraries += ["libnvcomp.so.5", "libnvimgcodec.so.0"]
+    if missing := [library for library in libraries if not library_exists(library, packages_folder())]:
         text = f"{', '.join(missing)} not found: the first batch on a GPU would fail"
-        return (fail if sees_gpu() or case.needs_gpu else warn)(text, fix)
-    import nvidia.dali
-
-    return ok(f"{name} {nvidia.dali.__version__}, {codec} {installed(codec)}, and {len(libraries)} libraries")
+        return (fail if sees_gpu() or case.needs_gpu else warn)(text, INSTALL)
+    return ok(f"{names[0]} {installed(names[0])}, {codec} {installed(codec)}, and {len(libraries)} libraries")
 
 
 def packages_folder() -> Path:
@@ -111,8 +101,8 @@ def check_compiler(case: Case) -> Finding:
     return fail("training.compile=true needs a C compiler, and there is none", fix)
 
 
-PACKAGE_CHECKS: CheckList = (
-    ("packages", check_packages),
-    ("DALI and nvImageCodec", check_dali),
-    ("compiler", check_compiler),
-)
+PACKAGE_CHECKS = {
+    "packages": Check(check_packages),
+    "DALI and nvImageCodec": Check(check_dali),
+    "compiler": Check(check_compiler),
+}

@@ -8,54 +8,36 @@ emoji rather than by picture, because both packages draw the same things; only o
 import argparse
 import json
 import random
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from train.command import run_command
-
 VAL_SHARE = 0.3
-SIZE = "64"
 
 
-def write_pictures(packages: dict[str, Path], out: Path) -> int:
-    """Write class folders under out/train and out/val, on white, and return the number of pictures."""
-    rng, count = random.Random(0), 0
+def write_pictures(packages: dict[str, Path], out: Path) -> None:
+    """Write class folders of 64x64 pictures, on white, under out/train and out/val."""
+    rng = random.Random(0)
     emoji = json.loads((packages["twitter"] / "emoji.json").read_text())
     for entry in sorted(emoji, key=lambda entry: entry["unified"]):
         if entry["category"] == "Component":
             continue
         split = "val" if rng.random() < VAL_SHARE else "train"
         tones = sorted(tone["image"] for tone in entry.get("skin_variations", {}).values())
-        names = [entry["image"], *(rng.sample(tones, 1) if tones else [])]
         folder = out / split / entry["category"].replace(" & ", "_").replace(" ", "_")
         folder.mkdir(parents=True, exist_ok=True)
-        for kind, package in packages.items():
-            for name in names:
-                picture = package / "img" / kind / SIZE / name
-                if picture.exists():
+        for name in [entry["image"], *(rng.sample(tones, 1) if tones else [])]:
+            for kind, package in packages.items():
+                if (picture := package / "img" / kind / "64" / name).exists():
                     drawing = Image.open(picture).convert("RGBA")
                     paper = Image.new("RGBA", drawing.size, "white")
                     Image.alpha_composite(paper, drawing).convert("RGB").save(folder / f"{kind}_{name}")
-                    count += 1
-    return count
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("twitter", type=Path, help="The folder `package` of emoji-datasource-twitter.")
     parser.add_argument("google", type=Path, help="The folder `package` of emoji-datasource-google.")
     parser.add_argument("--out", type=Path, default=Path("emoji"), help="Write here. The default is %(default)s.")
-    options = parser.parse_args(arguments)
-
-    def write() -> None:
-        count = write_pictures({"twitter": options.twitter, "google": options.google}, options.out)
-        print(f"{count:,} pictures in {options.out}")
-
-    return run_command("emoji", write)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    options = parser.parse_args()
+    write_pictures({"twitter": options.twitter, "google": options.google}, options.out)

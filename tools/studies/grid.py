@@ -1,8 +1,8 @@
 """The variants of the study with their settings, and the experiments that group them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
+from typing import NamedTuple
 
 TIME, IMAGES = "time", "images"
 BASE = "2+6"
@@ -62,8 +62,7 @@ class Base:
         return (*self.overrides, *(VARIANTS | PEERS)[variant])
 
 
-@dataclass(frozen=True)
-class Trial:
+class Trial(NamedTuple):
     """One training of the study. `equal`: what it shares with the base variant, `time` or `images`."""
 
     variant: str
@@ -76,12 +75,12 @@ def same_run(variant: str, equal: str) -> tuple[str, str]:
     return (variant, TIME if variant == BASE else equal)
 
 
-def trials(first_seeds: Sequence[int], other_seeds: Sequence[int]) -> list[Trial]:
-    """Return all trainings of the study, seed by seed in each experiment; the first experiment has seeds of its own."""
+def study_trials(seeds: Sequence[int]) -> list[Trial]:
+    """Return all trainings of the study, seed by seed in each experiment."""
     planned = (
         Trial(*same_run(variant, equal), seed)
-        for number, (_, variants, equal) in enumerate(EXPERIMENTS)
-        for seed in (other_seeds if number else first_seeds)
+        for _, variants, equal in EXPERIMENTS
+        for seed in seeds
         for variant in variants
     )
     return list(dict.fromkeys(planned))
@@ -91,11 +90,3 @@ def arena_trials(variants: Sequence[str], seeds: Sequence[int], equals: Sequence
     """Return all trainings of the arena, seed by seed, so that a stopped arena has compared all variants."""
     order = ((seed, equal, variant) for seed in seeds for equal in equals for variant in variants)
     return list(dict.fromkeys(Trial(*same_run(variant, equal), seed) for seed, equal, variant in order))
-
-
-def check_installed(variants: Iterable[str]) -> None:
-    """Raise ValueError for a variant whose library is not installed."""
-    if "dino" in variants and find_spec("lightly") is None:
-        raise ValueError(
-            "dino: its loss is lightly's, which is not installed; pip install -e '.[arena]', or name variants without it"
-        )

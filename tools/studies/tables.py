@@ -3,7 +3,6 @@
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 from scipy import stats
@@ -17,7 +16,6 @@ from matplotlib import pyplot as plt
 Row = dict[str, str]
 
 BASELINES = ("raw pixels", "colour histogram", "random initialisation")
-LINE_STYLES = (":", "-.", "--")
 # `step_mib`, the predicted memory of a step, is in older CSV files only.
 COLUMN_FIELDS = {
     "k-NN %": "knn", "linear %": "linear", "images": "images", "CPU s": "cpu_s", "images/CPU s": "images_per_cpu_s",
@@ -31,7 +29,6 @@ CLAIMS = (
 )
 TITLES = {TIME: "equal CPU time", IMAGES: "equal images"}
 SCORES = {"knn": "k-NN", "linear": "linear probe"}
-AXES = {TIME: ("cpu_s", "CPU seconds"), IMAGES: ("images", "images")}
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
@@ -50,14 +47,12 @@ def numbers(rows: Sequence[Row], field: str) -> list[float]:
     return [float(row[field]) for row in rows if row.get(field)]
 
 
-def format_cell(rows: Sequence[Row], field: str) -> str:
-    values = numbers(rows, field)
+def format_cell(values: Sequence[float], form: str) -> str:
+    """Return the mean and half of its interval; "" without values."""
     if not values:
         return ""
     mean, interval = mean_and_interval(values)
-    if field not in SCORES:
-        return f"{mean:,.0f}" if mean >= 100 else f"{mean:.1f}"
-    return f"{mean:.1f}" if interval is None else f"{mean:.1f} ± {interval:.1f}"
+    return f"{mean:{form}}" if interval is None else f"{mean:{form}} ± {interval:.1f}"
 
 
 def markdown(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -67,22 +62,23 @@ def markdown(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 def experiment_lines(rows: Sequence[Row], title: str, runs: Sequence[tuple[str, str]]) -> list[str]:
     """Return a table of those runs (variant, what is equal) that have rows."""
-    columns = {name: field for name, field in COLUMN_FIELDS.items() if field != "step_mib" or numbers(rows, field)}
-    groups = ((variant, of_variant(rows, variant, equal)) for variant, equal in runs)
-    cells = [
-        [variant, str(len(group)), *(format_cell(group, field) for field in columns.values())]
-        for variant, group in groups
-        if group
-    ]
-    return markdown(title, ["variant", "seeds", *columns], cells)
+    table = []
+    for variant, equal in runs:
+        if group := of_variant(rows, variant, equal):
+            cells = [variant, str(len(group))]
+            for field in COLUMN_FIELDS.values():
+                values = numbers(group, field)
+                mean = statistics.mean(values) if values else 0.0
+                short = f"{mean:,.0f}" if mean >= 100 else f"{mean:.1f}"
+                cells.append(format_cell(values, ".1f") if field in SCORES else short if values else "")
+            table.append(cells)
+    return markdown(title, ["variant", "seeds", *COLUMN_FIELDS], table)
 
 
 def claim_lines(rows: Sequence[Row]) -> list[str]:
     """Return the claims of the user's guide, measured against the single-crop baseline and against two globals."""
     table, ours = [], of_variant(rows, *same_run(BASE, ""))
     for title, field, said in CLAIMS:
-        if field == "step_mib" and not numbers(rows, field):
-            continue
         cells = [title, said]
         for other in ("1+0", "2+0"):
             pair = [numbers(part, field) for part in (ours, of_variant(rows, other, TIME))]
@@ -96,144 +92,100 @@ def claim_lines(rows: Sequence[Row]) -> list[str]:
     return markdown("The guide's claims for 2+6 crops", ["claim", "said", "over 1+0", "over 2+0"], table)
 
 
-def write_study(folder: Path, name: str, rows: Sequence[Row], steps: dict[str, int], budget: float) -> None:
-    """Write folder/NAME.md and folder/NAME.png."""
-    counts = ", ".join(f"{variant}: {count:,}" for variant, count in steps.items())
-    memory = "Step memory: weights, gradients, moments and what the forward pass keeps; peak: "
-    if not numbers(rows, "step_mib"):
-        memory = "Peak: "
-    text = [
-        f"## {name}",
-        "",
-        f"`python tools/study.py configs/{name}.yaml --budget {budget:g}`; on a CPU, one thread for torch. Equal time: "
-        f"{budget:g} CPU seconds of training, all threads of the process, calibrated in steps ({counts}). Equal images: as many "
-        f"as 2+6 saw. Mean over seeds ± half of the 95% interval (Student's t). {memory}of the whole process while it trains, "
-        "over what it had before.",
-        "",
-    ]
-    text += experiment_lines(rows, "Without training", [(baseline, "") for baseline in BASELINES])
-    for title, variants, equal in EXPERIMENTS:
-        text += experiment_lines(rows, title, [same_run(variant, equal) for variant in variants])
-    (folder / f"{name}.md").write_text("\n".join(text + claim_lines(rows)))
-    draw_study(folder / f"{name}.png", name, rows)
-
-
-def draw_study(path: Path, name: str, rows: Sequence[Row]) -> None:
-    """Draw k-NN of every training as a point, by experiment, with mean and interval; baselines as lines."""
-    labels = [
-        (f"{variant}, equal images" if equal == IMAGES and variant != BASE else variant, *same_run(variant, equal))
-        for _, variants, equal in EXPERIMENTS
-        for variant in variants
-    ]
-    scores = [(label, numbers(of_variant(rows, *run), "knn")) for label, *run in dict.fromkeys(labels)]
-    points = [(label, values, *mean_and_interval(values)) for label, values in scores if values]
-    baselines = {
-        name: statistics.mean(values) for name in BASELINES if (values := numbers(of_variant(rows, name, ""), "knn"))
-    }
-    figure, axis = plt.subplots(figsize=(8, 1.6 + 0.42 * len(points)), layout="constrained")
-    for number, (_, values, mean, interval) in enumerate(points):
-        axis.plot(values, [number] * len(values), "o", color="#00a6d6", markersize=5, alpha=0.8)
-        axis.errorbar([mean], [number], xerr=interval, fmt="|", color="black", markersize=14, capsize=3, linewidth=1)
-    for (label, value), style in zip(baselines.items(), LINE_STYLES, strict=False):
-        axis.axvline(value, linestyle=style, color="gray", label=label)
-    axis.set_yticks(range(len(points)), [label for label, *_ in points])
-    axis.invert_yaxis()
-    axis.set_xlabel("k-NN, % (points: seeds; bar: mean and 95% interval)")
-    axis.set_title(name)
-    axis.grid(axis="x", alpha=0.3)
-    axis.legend(fontsize=8)
-    save_figure(path, figure)
-
-
-def save_figure(path: Path, figure: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
 def measured_titles(rows: Sequence[Row]) -> dict[str, str]:
     """Return those of `TITLES` that have a training; equal time if there is none yet."""
-    return {key: title for key, title in TITLES.items() if key == TIME or any(row["equal"] == key for row in rows)}
+    return {
+        equal: title for equal, title in TITLES.items() if equal == TIME or any(row["equal"] == equal for row in rows)
+    }
 
 
 def lead_lines(rows: Sequence[Row], variants: Sequence[str]) -> list[str]:
-    """Return the points by which the base leads each variant: the difference at the same seed, over the seeds both have."""
-    columns = {
-        f"{name}, {title}": (equal, score)
-        for equal, title in measured_titles(rows).items()
-        for score, name in SCORES.items()
-    }
+    """Return the base's lead over each variant, in points: the difference at the same seed, over the seeds both have."""
+    columns = [(equal, score) for equal in measured_titles(rows) for score in SCORES]
     table = []
-    for variant in variants:
+    for variant in variants[1:]:
         cells = []
-        for equal, score in columns.values():
+        for equal, score in columns:
             ours, theirs = (
                 {row["seed"]: float(row[score]) for row in of_variant(rows, *same_run(name, equal))}
                 for name in (BASE, variant)
             )
-            leads = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-            mean, interval = mean_and_interval(leads) if leads else (0.0, None)
-            spread = "" if interval is None else f" ± {interval:.1f}"
-            cells.append(f"{mean:+.1f}{spread}" if leads else "")
-        if variant != BASE and any(cells):
+            cells.append(format_cell([ours[seed] - theirs[seed] for seed in ours if seed in theirs], "+.1f"))
+        if any(cells):
             table.append([variant, *cells])
-    return markdown(f"Lead of {BASE}, points", ["over", *columns], table)
+    heads = [f"{SCORES[score]}, {TITLES[equal]}" for equal, score in columns]
+    return markdown(f"Lead of {BASE}, points", ["over", *heads], table)
+
+
+def write_study(path: Path, rows: Sequence[Row], steps: dict[str, int], budget: float) -> None:
+    """Write the study's PATH.md and PATH.png."""
+    counts = ", ".join(f"{variant}: {count:,}" for variant, count in steps.items())
+    intro = (
+        f"`python tools/study.py configs/{path.name}.yaml --budget {budget:g}`; on a CPU, one thread for torch. Equal time: "
+        f"{budget:g} CPU seconds of training, all threads of the process, calibrated in steps ({counts}). Equal images: as many "
+        "as 2+6 saw. Mean over seeds ± half of the 95% interval (Student's t). Step memory: weights, gradients, moments and what "
+        "the forward pass keeps; peak: of the whole process while it trains, over what it had before."
+    )
+    sections = {title: [same_run(variant, equal) for variant in names] for title, names, equal in EXPERIMENTS}
+    write_tables(path, rows, intro, sections, claim_lines(rows))
 
 
 def write_arena(
-    path: Path, command: str, variants: Sequence[str], rows: Sequence[Row], points: Sequence[Row], steps: dict[str, int],
-    budget: float,
-) -> None:  # fmt: skip
-    """Write PATH.md and PATH.png; `points` are all measurements during the trainings, `rows` the last ones."""
+    path: Path, command: str, variants: Sequence[str], rows: Sequence[Row], steps: dict[str, int], budget: float
+) -> None:
+    """Write the arena's PATH.md and PATH.png. `variants` begin with the base."""
     counts = ", ".join(f"{variant}: {steps[variant]:,}" for variant in variants)
-    text = [
-        f"## {path.name}",
-        "",
+    intro = (
         f"`{command}`; on a CPU, one thread for torch. {BASE} is ours. Equal CPU time: {budget:g} CPU seconds of training, all "
         f"threads of the process, calibrated in steps ({counts}); evaluations do not count. Equal images: as many as {BASE} saw. "
         "All variants have the base's loader, encoder, optimiser, schedule and moving average, which is what is measured. "
-        "Mean over seeds ± half of the 95% interval (Student's t).",
-        "",
-    ]
-    text += experiment_lines(rows, "Without training", [(baseline, "") for baseline in BASELINES])
-    for equal, title in measured_titles(rows).items():
-        text += experiment_lines(rows, f"At {title}", [same_run(variant, equal) for variant in variants])
-    path.with_name(f"{path.name}.md").write_text("\n".join(text + lead_lines(rows, variants)))
-    draw_arena(path.with_name(f"{path.name}.png"), variants, rows, points)
-
-
-def seed_means(points: Sequence[Row], x: str, score: str) -> list[tuple[float, float, float, float]]:
-    """Return, for each number of steps, the means over seeds of `x` and of the score, and the score's minimum and maximum."""
-    steps = sorted({int(point["steps"]) for point in points})
-    groups = [[point for point in points if int(point["steps"]) == step] for step in steps]
-    scores = [(numbers(group, x), numbers(group, score)) for group in groups]
-    return [(statistics.mean(xs), statistics.mean(ys), min(ys), max(ys)) for xs, ys in scores]
-
-
-def draw_arena(path: Path, variants: Sequence[str], rows: Sequence[Row], points: Sequence[Row]) -> None:
-    """Draw k-NN and linear probe over CPU seconds and over images: mean and range of the seeds, baselines as gray lines."""
-    titles = measured_titles(rows)
-    size = (2 + 5 * len(titles), 8)
-    figure, axes = plt.subplots(2, len(titles), figsize=size, sharey="row", layout="constrained", squeeze=False)
-    for (score, name), panels in zip(SCORES.items(), axes, strict=True):
-        for axis, equal in zip(panels, titles, strict=True):
-            x, label = AXES[equal]
-            draw_curves(axis, variants, points, x, score, equal)
-            for baseline, style in zip(BASELINES, LINE_STYLES, strict=True):
-                if values := numbers(of_variant(rows, baseline, ""), score):
-                    axis.axhline(statistics.mean(values), color="gray", linestyle=style, linewidth=1, label=baseline)
-            axis.set_title(f"{name}, %: {titles[equal]}", fontsize=10)
-            axis.set_xlabel(label, fontsize=8)
-            axis.grid(alpha=0.3)
-    figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3 * len(titles), fontsize=9
+        "Mean over seeds ± half of the 95% interval (Student's t)."
     )
-    save_figure(path, figure)
+    sections = {
+        f"At {title}": [same_run(variant, equal) for variant in variants]
+        for equal, title in measured_titles(rows).items()
+    }
+    write_tables(path, rows, intro, sections, lead_lines(rows, variants))
 
 
-def draw_curves(axis: Any, variants: Sequence[str], points: Sequence[Row], x: str, score: str, equal: str) -> None:
-    for number, variant in enumerate(variants):
-        if measured := of_variant(points, *same_run(variant, equal)):
-            xs, mean, low, high = zip(*seed_means(measured, x, score), strict=True)
-            axis.plot(xs, mean, color=f"C{number}", marker="o", markersize=3, linewidth=1.4, label=variant)
-            axis.fill_between(xs, low, high, color=f"C{number}", alpha=0.15, linewidth=0)
+def write_tables(
+    path: Path, rows: Sequence[Row], intro: str, sections: dict[str, list[tuple[str, str]]], last: list[str]
+) -> None:
+    """Write PATH.md, a table for each section, and PATH.png, the k-NN of every training as a point; baselines are lines."""
+    text = [f"## {path.name}", "", intro, ""]
+    text += experiment_lines(rows, "Without training", [(baseline, "") for baseline in BASELINES])
+    for title, runs in sections.items():
+        text += experiment_lines(rows, title, runs)
+    path.with_name(f"{path.name}.md").write_text("\n".join(text + last))
+    points = []
+    for variant, equal in dict.fromkeys(run for runs in sections.values() for run in runs):
+        if values := numbers(of_variant(rows, variant, equal), "knn"):
+            label = variant if equal == TIME else f"{variant}, equal images"
+            points.append((label, values, *mean_and_interval(values)))
+    scores = {name: numbers(of_variant(rows, name, ""), "knn") for name in BASELINES}
+    baselines = {name: statistics.mean(values) for name, values in scores.items() if values}
+    label = "k-NN, % (points: seeds; bar: mean and 95% interval)"
+    draw_points(path.with_name(f"{path.name}.png"), label, points, baselines)
+
+
+def draw_points(
+    path: Path,
+    xlabel: str,
+    rows: Sequence[tuple[str, Sequence[float], float, float | None]],
+    baselines: dict[str, float],
+) -> None:
+    """Draw a row of points for each (label, values, mean, half of an interval), and a vertical line for each baseline."""
+    figure, axis = plt.subplots(figsize=(8, 1.6 + 0.42 * len(rows)), layout="constrained")
+    for number, (_, values, mean, interval) in enumerate(rows):
+        axis.plot(values, [number] * len(values), "o", color="#00a6d6", markersize=5, alpha=0.8)
+        axis.errorbar([mean], [number], xerr=interval, fmt="|", color="black", markersize=14, capsize=3, linewidth=1)
+    for (label, value), style in zip(baselines.items(), (":", "-.", "--"), strict=False):
+        axis.axvline(value, linestyle=style, color="gray", label=label)
+    axis.set_yticks(range(len(rows)), [label for label, *_ in rows])
+    axis.invert_yaxis()
+    axis.set_xlabel(xlabel)
+    axis.set_title(path.stem)
+    axis.grid(axis="x", alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -37,8 +37,8 @@ def trial_config(base: Base, variant: str, seed: int, max_steps: int) -> Config:
 class TimedTraining:
     """A variant's training by the product's trainer, on one thread of torch.
 
-    `cpu_s` and `wall_s` are the seconds its steps took; CPU seconds are those of all threads of this process, including the
-    loader's. Work between steps does not count, and neither do compiling the crop operator and starting DALI.
+    `cpu_s` are the CPU seconds its steps took, of all threads of this process, including the loader's. Work between steps does
+    not count, and neither do compiling the crop operator and starting DALI.
     """
 
     def __init__(self, config: Config, variant: str) -> None:
@@ -50,15 +50,15 @@ class TimedTraining:
         warm_up.close()
         peer = build_peer(variant, config, hjepa.encoder, dataset.index)
         self.trainer = Trainer(config, model=peer or hjepa, loss_fn=peer_losses if peer else None)
-        self.cpu_s = self.wall_s = 0.0
+        self.cpu_s = 0.0
 
     def step(self) -> float:
         """Take one step and return its CPU seconds."""
-        wall, cpu = time.perf_counter(), time.process_time()
+        started = time.process_time()
         self.trainer.train_step()
         self.trainer.read_counts()
-        taken = time.process_time() - cpu
-        self.cpu_s, self.wall_s = self.cpu_s + taken, self.wall_s + time.perf_counter() - wall
+        taken = time.process_time() - started
+        self.cpu_s += taken
         return taken
 
     def run_to(self, step: int) -> None:
@@ -83,11 +83,8 @@ def run_trial(base: Base, variant: str, seed: int, steps: int, points: int = 1) 
         scores = measure_rows(config, {"trained": pooled_features(trainer.model.target)})["trained"]
         counts = {"steps": trainer.state.step, "images": trainer.state.images, "cpu_s": round(training.cpu_s, 2)}
         rows.append({**counts, **scores})
-    rows[-1] |= {
-        "wall_s": round(training.wall_s, 1),
-        "images_per_cpu_s": round(trainer.state.images / training.cpu_s, 1),
-        "peak_mib": round(peak - before, 1),
-    }
+    rate = round(trainer.state.images / training.cpu_s, 1)
+    rows[-1] |= {"images_per_cpu_s": rate, "peak_mib": round(peak - before, 1)}
     return rows
 
 
@@ -122,24 +119,15 @@ def peak_mib() -> float:
 def calibrate(path: Path, base: Base, budget: float, points: int, variants: Sequence[str]) -> dict[str, int]:
     """Return the steps that fill the budget by variant, measured once and kept in the file `path`.
 
-    Raises ValueError if the file belongs to a study with other options or settings.
+    Raises ValueError if the file belongs to a study with other options or settings, whose rows could not be compared.
     """
-    settings = load_config(Path(base.config), base.overrides).resolved
-    options = {"budget_s": budget, "points": points, "overrides": list(base.overrides), "settings": settings}
-    record: dict[str, Any] = {**options, "step_cpu_ms": {}, "steps": {}}
-    if path.exists():
-        record = options | {"points": 1, "overrides": []} | json.loads(path.read_text())
-    # Steps fill one budget and measure one set of settings: with others, the rows could not be compared.
-    for key, option in {"budget_s": "--budget", "points": "--points", "overrides": "KEY=VALUE"}.items():
-        if record[key] != options[key]:
-            before, now = (
-                " ".join(value) or "none" if isinstance(value, list) else f"{value:g}"
-                for value in (record[key], options[key])
-            )
-            raise ValueError(f"{path}: belongs to a study with {option} {before}, not {now}; choose another --out")
-    if changes := changed_settings(record["settings"], settings, FREE_KEYS):
+    options, settings = {"budget_s": budget, "points": points}, load_config(Path(base.config), base.overrides).resolved
+    saved = json.loads(path.read_text()) if path.exists() else {}
+    record: dict[str, Any] = {**options, "settings": settings, "step_cpu_ms": {}, "steps": {}, **saved}
+    before = {**record["settings"], **{key: record[key] for key in options}}
+    if changes := changed_settings(before, {**settings, **options}, FREE_KEYS):
         raise ValueError(
-            f"{path}: belongs to a study with other settings ({'; '.join(changes)}); choose another --out, or move its files away"
+            f"{path}: belongs to another study ({'; '.join(changes)}); choose another --out, or move its files away"
         )
     if missing := [name for name in variants if name not in record["steps"]]:
         timed = [BASE, *(name for name in missing if name != BASE)]
@@ -154,11 +142,10 @@ def calibrate(path: Path, base: Base, budget: float, points: int, variants: Sequ
 
 
 def step_seconds(base: Base, variants: Sequence[str], budget: float) -> dict[str, float]:
-    """Return the CPU seconds of one step of each variant, relative to those of the first.
+    """Return the CPU seconds of one step of each variant.
 
     The variants take turns of a few steps: other work on the machine slows all of them alike, so that the median of the
-    ratios holds. Turns end when the first variant has used `CALIBRATION_S`, or the budget if that is less. The first turn warms
-    up. The first step of a turn is not timed, because the previous variant's loader can still be prefetching.
+    ratios to the first one holds. Turns end when the first variant has used `CALIBRATION_S`, or the budget if that is less.
     """
     trainings = {name: TimedTraining(trial_config(base, name, 0, MANY_STEPS), name) for name in variants}
     turns: list[dict[str, float]] = []
@@ -166,8 +153,8 @@ def step_seconds(base: Base, variants: Sequence[str], budget: float) -> dict[str
     while len(turns) < 2 or trainings[first].cpu_s < min(CALIBRATION_S, budget):
         turns.append({})
         for name, training in trainings.items():
-            training.step()
+            training.step()  # not timed: the previous variant's loader can still be prefetching
             turns[-1][name] = sum(training.step() for _ in range(TURN_STEPS)) / TURN_STEPS
-    timed = turns[1:]
+    timed = turns[1:]  # the first turn warms up
     seconds = statistics.median(turn[first] for turn in timed)
     return {name: seconds * statistics.median(turn[name] / turn[first] for turn in timed) for name in variants}

@@ -18,7 +18,7 @@ from pipeline import build_multicrop_dataset
 from pipeline.shards.index import open_index
 from tools import bench
 from tools.benchmarks.measure import LoaderSetup, cpu_seconds, full_batches, interleave, table, target
-from tools.benchmarks.photographs import photograph_shards
+from tools.benchmarks.photographs import benchmark_shards
 from tools.benchmarks.pipeline import LOADERS, cpu_ratio, measure_loaders
 
 ROOT = Path(__file__).parents[3]
@@ -36,7 +36,6 @@ def test_the_command_prints_each_row_and_each_target_and_writes_the_rows(data_pa
     for row in rows:
         assert row["images_per_s"] > 0
         assert row["cpu_ms_per_image"] > 0
-        assert row["crops_per_s"] == pytest.approx(8 * row["images_per_s"], rel=0.02)
     lines = done.stdout.splitlines()
     assert "103 images" in lines[0]
     assert [line.split()[1] for line in lines[3:6]] == list(SOME_ROWS)
@@ -84,8 +83,9 @@ def test_every_loader_makes_the_same_kind_of_crops(
         assert statistics_of(crops[name][v], data_path) == pytest.approx(expected, abs=0.15)
 
 
-def test_the_photographs_are_of_imagenets_size_and_weight(tmp_path: Path) -> None:
-    samples = open_index(photograph_shards(tmp_path, 96, 1)).samples
+def test_the_photographs_are_of_imagenets_size_and_weight() -> None:
+    with benchmark_shards(None, 96, 1) as folder:
+        samples = np.array(open_index(folder).samples)
     assert len(samples) == 96
     assert set(zip(samples["width"].tolist(), samples["height"].tolist(), strict=True)) == {(500, 375)}
     assert 90_000 <= np.median(samples["size"]) <= 120_000
@@ -127,8 +127,8 @@ def test_each_round_begins_with_another_measurement() -> None:
 
 def test_a_ratio_is_the_median_within_rounds_so_that_a_slow_round_does_not_move_it() -> None:
     measured = {"ours": [(1.0, 2.0), (10.0, 20.0), (1.0, 2.0)], "other": [(3.0, 6.0), (30.0, 60.0), (2.0, 4.0)]}
-    assert cpu_ratio(measured, "other", "ours") == 3.0
-    assert cpu_ratio(measured, "missing", "ours") is None
+    assert cpu_ratio(measured, "other") == 3.0
+    assert cpu_ratio(measured, "missing") is None
 
 
 def test_a_table_is_aligned_markdown_and_a_target_has_a_verdict() -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tools.benchmarks.scale import make_empty_shards, measure_loader, measure_plan
+from tools.benchmarks.scale import make_empty_shards, measure_loader
 
 
 def test_a_loader_starts_on_empty_shards(tmp_path: Path) -> None:
@@ -12,9 +12,3 @@ def test_a_loader_starts_on_empty_shards(tmp_path: Path) -> None:
     figures = measure_loader(tmp_path, 8)
     assert (figures["samples"], figures["shards"]) == (2050, 21)
     assert all(value >= 0 for name, value in figures.items() if name.endswith(("_s", "_bytes")))
-
-
-def test_the_plan_of_any_size_needs_no_index() -> None:
-    figures = measure_plan(20_000_001, 1000)
-    assert figures["shards"] == 20_001
-    assert figures["plan_memory_bytes"] < 20_000_000  # grows with the shards, not with the samples

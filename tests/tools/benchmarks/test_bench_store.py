@@ -23,9 +23,9 @@ def test_each_row_has_its_requests_and_each_target_a_verdict(
     save_index(folder, list(index.shards), index.samples)
     assert main(["store", "--json", str(out), *options]) == 0
     rows = {row["name"]: row for row in json.loads(out.read_text())}
-    names = ["local", "network", "cold", "warm"]
+    names = ["local", "cold", "warm"]
     assert list(rows) == names
-    assert [rows[name]["shard_requests"] for name in names] == [0, 2, 2, 0]
+    assert [rows[name]["shard_requests"] for name in names] == [0, 2, 0]
     assert rows["local"]["requests"] == 0
     assert rows["warm"]["requests"] == rows["cold"]["requests"] - 2
     lines = capsys.readouterr().out.splitlines()
