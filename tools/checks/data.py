@@ -135,7 +135,7 @@ def check_rate(case: Case, _: ShardIndex) -> Finding:
     if not case.uses_gpu:
         torch.set_num_threads(torch_threads(case.config))
     trainer = Trainer(case.config)
-    for _ in range(WARM_UP_STEPS):  # the first one allocates, and compiles
+    for _step in range(WARM_UP_STEPS):  # the first one allocates, and compiles
         trainer.train_step()
     images, waited, started = trainer.state.images, trainer.state.wait_s, time.perf_counter()
     while time.perf_counter() - started < RATE_S:
