@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from nvidia.dali.tensors import TensorListCPU, TensorListGPU
 
-from pipeline.batch import CropBatch
 from pipeline.crops.augment import FLIP, Y0, ViewRecipe, draw_parameters
 from pipeline.crops.graph import ReaderOptions, build_graph, define_graph
+from pipeline.dataset import CropBatch
 from pipeline.order import BatchSequence, BatchStart
 from pipeline.shards.dali_index import write_dali_indices
 from pipeline.shards.fetcher import ShardFetcher

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from model.masks import MaskPlan, level_grid
-from pipeline.batch import CropBatch
+from pipeline.dataset import CropBatch
 
 GLOBAL_COLOUR, LOCAL_COLOUR = "#ffb000", "#00a6d6"
 QUERY_COLOUR = np.array([1.0, 0.69, 0.0])  # that of globals
