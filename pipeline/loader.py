@@ -143,11 +143,11 @@ class MultiCropLoader:
         """
         if self._fetcher is None:
             return
-        here, window = next(self.sequence.iter_batch_starts(BatchStart(self._epoch, self._position))), self._window
-        if window is not None and window.here == here and window.left >= count:
+        here = next(self.sequence.iter_batch_starts(BatchStart(self._epoch, self._position)))
+        if self._window is not None and self._window.here != here:
+            self._window = None  # it is over: its shards make room for the next ones
+        if self._window is not None and self._window.left >= count:
             return
-        if window is not None and window.here != here:
-            self._window = window = None  # it is over: its shards make room for the next ones
         began, self._leases = time.perf_counter(), []
         rows = self.sequence.rank_rows(list(islice(self.sequence.iter_batch_starts(here), count)))
         shards = self.index.samples["shard"][rows]
@@ -171,7 +171,7 @@ class MultiCropLoader:
         began = time.perf_counter()
         window = self._take_ahead()
         if window is None or window.here != here:
-            window = None
+            window = None  # free a prefetched graph of another position before the new one is filled
             window = self._make_window(here, self._num_left())
         # Its waiting for the store in the background, before this moment, cost nothing.
         self.store_wait_s += max(0.0, window.waited[1] - max(window.waited[0], began))
@@ -179,7 +179,10 @@ class MultiCropLoader:
 
     def _take_ahead(self) -> Window | None:
         builder, self._builder = self._builder, None
-        return builder.result() if builder is not None else None
+        if builder is None:
+            return None
+        builder.join()
+        return builder.window
 
     def _set_aside(self, rows: np.ndarray, dali_error: str) -> None:
         """Quarantine the rows that cannot be decoded.

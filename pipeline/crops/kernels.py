@@ -9,24 +9,7 @@ import math
 import numpy as np
 
 from pipeline.crops.augment import GRAY_WEIGHTS
-from pipeline.crops.vectors import (
-    BLOCK,
-    FACTOR,
-    LANES,
-    LOWER,
-    MATRIX,
-    RAISE,
-    ROUNDING,
-    SHIFT,
-    TOP,
-    WEIGHT_BITS,
-    brighten,
-    compiled,
-    mix,
-    transpose,
-    weigh,
-    weigh_fast,
-)  # fmt: skip
+from pipeline.crops.vectors import BLOCK, LANES, WEIGHT_BITS, brighten, compiled, mix, transpose, weigh, weigh_fast
 
 ONE = 1 << WEIGHT_BITS
 SMALL_KERNEL_TAPS = 13  # of a blur; up to here sums in 16 bits are within 0.02 grey levels of exact ones
@@ -153,7 +136,8 @@ def blur(crop: np.ndarray, sigma: float) -> None:
     flat = crop.reshape(crop.size)
     for c in range(3):
         for y in range(size + 2 * reach):
-            start = (c * size + mirrored(y - reach, size)) * size
+            mirrored = size - 1 - abs(size - 1 - abs(y - reach))
+            start = (c * size + mirrored) * size
             copy(padded[y * width : y * width + size], flat[start : start + size])
         for y in range(size):  # vertically, then mirror the columns
             row = rows[y * step : (y + 1) * step]
@@ -175,12 +159,6 @@ def copy(out: np.ndarray, source: np.ndarray) -> None:
 
 
 @compiled
-def mirrored(i: int, size: int) -> int:
-    """Return the index inside `0..size` that mirrors `i`, which is at most `size - 1` outside."""
-    return -i if i < 0 else i if i < size else 2 * size - 2 - i
-
-
-@compiled
 def twist_colours(crop: np.ndarray, brightness: float, contrast: float, saturation: float, hue: float) -> None:
     """Change `crop` `[3, S, S] uint8` in place: brightness, contrast around the mean gray, saturation, hue (degrees)."""
     plane = crop.size // 3
@@ -197,32 +175,29 @@ def twist_colours(crop: np.ndarray, brightness: float, contrast: float, saturati
         for first in range(0, full, MAX_PIXELS):
             total += brighten(flat[c], first, min(MAX_PIXELS, full - first) // BLOCK, factor, bits)
         mean += GRAY_WEIGHTS[c] * total / plane
-    # Contrast, saturation and hue in one pass.
-    numbers = mix_numbers(contrast, mean, colour_matrix(saturation, hue))
-    mix(crop.reshape(crop.size), 0, plane, full // BLOCK, numbers)
-    mix(rest.reshape(rest.size), 0, BLOCK, 1, numbers)
+    # Contrast, saturation and hue in one pass, with as many fraction bits as fit an int16.
+    bits = fraction_bits(contrast, 5, 8, MAX_INT16)
+    factor = min(int(contrast * (1 << bits + 8) + 0.5), MAX_INT16)
+    shift = min(max(math.floor(mean * (1 - contrast) * (1 << bits) + 0.5), -MAX_INT16), MAX_INT16)
+    matrix, down = round_matrix(colour_matrix(saturation, hue))
+    rounding = (1 << down >> 1) + 1  # one half, plus 1 because three products were rounded down
+    mix(crop.reshape(crop.size), 0, plane, full // BLOCK, factor, shift, 255 << bits, 7 - bits, matrix, rounding, down)
+    mix(rest.reshape(rest.size), 0, BLOCK, 1, factor, shift, 255 << bits, 7 - bits, matrix, rounding, down)
     flat[:, full:] = rest[:, : plane - full]
 
 
 @compiled
-def mix_numbers(contrast: float, mean: float, matrix: np.ndarray) -> np.ndarray:
-    """Return the `numbers` argument of `mix`, `int16`, with as many fraction bits as fit."""
-    numbers = np.empty(MATRIX + 9, np.int16)
-    bits = fraction_bits(contrast, 5, 8, MAX_INT16)
-    numbers[FACTOR] = min(int(contrast * (1 << bits + 8) + 0.5), MAX_INT16)
-    numbers[SHIFT] = min(max(math.floor(mean * (1 - contrast) * (1 << bits) + 0.5), -MAX_INT16), MAX_INT16)
-    numbers[TOP] = 255 << bits
-    numbers[RAISE] = 7 - bits
+def round_matrix(exact: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return `exact` `[3, 3] float64` as `[9] int16`, and how many of the fraction bits a sum of products keeps."""
     max_sum = 0.0  # of a row, which bounds its sum of products
     for i in range(3):
-        max_sum = max(max_sum, abs(matrix[i, 0]) + abs(matrix[i, 1]) + abs(matrix[i, 2]))
+        max_sum = max(max_sum, abs(exact[i, 0]) + abs(exact[i, 1]) + abs(exact[i, 2]))
     bits = fraction_bits(max_sum, 4, 9, MAX_INT16 - 64)
-    numbers[LOWER] = bits
-    numbers[ROUNDING] = (1 << bits >> 1) + 1  # one half, plus 1 because three products were rounded down
+    weights = np.empty(9, np.int16)
     for i in range(9):
-        weight = math.floor(matrix[i // 3, i % 3] * (1 << bits + 9) + 0.5)
-        numbers[MATRIX + i] = min(max(weight, -MAX_INT16), MAX_INT16)
-    return numbers
+        weight = math.floor(exact[i // 3, i % 3] * (1 << bits + 9) + 0.5)
+        weights[i] = min(max(weight, -MAX_INT16), MAX_INT16)
+    return weights, bits
 
 
 @compiled

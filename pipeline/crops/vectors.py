@@ -204,27 +204,27 @@ def brighten(pixels: Value, first: Value, blocks: Value, factor: Value, bits: Va
     return result
 
 
-# Indices into the `numbers` of `mix`.
-FACTOR, SHIFT, TOP, RAISE, ROUNDING, LOWER, MATRIX = range(7)
-
-
 @vectorised
-def mix(flat: Value, first: Value, plane: Value, blocks: Value, numbers: Value) -> None:
+def mix(
+    flat: Value, first: Value, plane: Value, blocks: Value,
+    factor: Value, shift: Value, top: Value, up: Value, matrix: Value, rounding: Value, down: Value,
+) -> None:  # fmt: skip
     """Apply contrast, then a matrix over the channels, to `blocks * BLOCK` pixels of `flat` in place, planes `plane` bytes apart.
 
-    `numbers` are int16. A byte p becomes x = p * FACTOR >> 8, plus SHIFT, clamped to 0..TOP and shifted left by RAISE. A channel
-    becomes the sum over its row of MATRIX of x * weight >> 16, plus ROUNDING, shifted right by LOWER and clamped to 0..255.
+    All numbers fit int16. A byte p becomes x = p * factor >> 8, plus `shift`, clamped to 0..top and shifted left by `up`. A
+    channel becomes the sum over its row of `matrix`, `[9] int16`, of x * weight >> 16, plus `rounding`, shifted right by `down`
+    and clamped to 0..255.
     """
-    factor, shift, top, up, rounding, down, *matrix = (
-        numbers.load(first.constant(i), 1).splat() for i in range(MATRIX + 9)
-    )
+    numbers = (factor, shift, top, up, rounding, down)
+    factor, shift, top, up, rounding, down = (number.cast(SHORT).splat() for number in numbers)
+    weights = [matrix.load(first.constant(i), 1).splat() for i in range(9)]
     for k in each(blocks):
         offsets = [first + k * BLOCK + plane * c for c in range(3)]
         shifted = [scaled_bytes(flat, offset, factor) + shift for offset in offsets]
         channels = [value.bound(">", 0).bound("<", top) << up for value in shifted]
         for i, offset in enumerate(offsets):
             value = rounding
-            for channel, weight in zip(channels, matrix[3 * i : 3 * i + 3], strict=True):
+            for channel, weight in zip(channels, weights[3 * i : 3 * i + 3], strict=True):
                 value += channel.high_half(weight, signed=True)
             flat.store(value.apply("ashr", down).bound(">", 0).bound("<", 255), offset)
 
