@@ -15,7 +15,7 @@ SMALL_SET_BAD = 5  # bad samples that a set of fifty or more can have, whatever 
 def allowed_bad(total: int, share: float) -> int:
     """Return how many of `total` samples can be bad: the share or, in a small set, up to five and a tenth; 0 if the share is 0.
 
-    In a set of 50 images one bad image is 2 %; that alone should not stop a run.
+    In a set of 50 images one bad image is already 2 %, which should not stop a run.
     """
     return max(int(share * total), min(SMALL_SET_BAD, total // 10)) if share > 0 else 0
 
