@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 
-def write_atomic(path: Path, content: str | bytes, durable: bool = True) -> None:
+def write_atomic(path: Path, content: str | bytes | memoryview, durable: bool = True) -> None:
     """Write `path` through a temporary file and a rename, so that a crash or a full disk leaves the old content.
 
     `durable` flushes to disk first; files that a later write repeats, such as a heartbeat, do without. Raises OSError, and then

@@ -18,7 +18,7 @@ from pipeline.crops.graph import ReaderOptions
 from pipeline.dataset import CropBatch, MultiCropDataset, Normalization, default_threads, resolve_device
 from pipeline.order import BatchSequence, BatchStart, Plan
 from pipeline.quarantine import Quarantine
-from pipeline.shards.cache import Lease
+from pipeline.shards.cache import Pins
 from pipeline.shards.storage import allow_open_files, resolve_use_mmap
 from pipeline.window import WINDOW_TARS, GraphFailed, Window, WindowBuilder
 
@@ -49,9 +49,9 @@ class MultiCropLoader:
     ) -> None:
         if reader.device == "gpu" and not torch.cuda.is_available():
             raise DeviceError("device gpu: torch sees no CUDA GPU. Use device cpu, or check the driver with nvidia-smi")
-        # Without memory mappings every tar of a window stays open, and a shard of a store is held by an open file.
-        if opened := (not reader.use_mmap) + (sequence.index.remote is not None):
-            allow_open_files(opened * OPEN_WINDOWS * WINDOW_TARS)
+        # Without memory mappings every tar of a window stays open.
+        if not reader.use_mmap:
+            allow_open_files(OPEN_WINDOWS * WINDOW_TARS)
         self.sequence, self.reader, self.normalization = sequence, reader, normalization
         self.index, self.quarantine, self.global_batch = sequence.index, sequence.quarantine, sequence.global_batch
         # The compiled operator normalises a crop while it is in the cache; for an upload that would be four times the bytes.
@@ -62,7 +62,7 @@ class MultiCropLoader:
         self._epoch = self._position = 0
         self._window: Window | None = None
         self._builder: WindowBuilder | None = None
-        self._leases: list[Lease] = []
+        self._pins: Pins | None = None
 
     def __len__(self) -> int:
         """Return the number of batches of an epoch."""
@@ -148,15 +148,15 @@ class MultiCropLoader:
             self._window = None  # it is over: its shards make room for the next ones
         if self._window is not None and self._window.left >= count:
             return
-        began, self._leases = time.perf_counter(), []
+        began, self._pins = time.perf_counter(), None
         rows = self.sequence.rank_rows(list(islice(self.sequence.iter_batch_starts(here), count)))
         shards = self.index.samples["shard"][rows]
-        self._leases = self._fetcher.need(np.unique(shards).tolist(), cancelled)
+        self._pins = self._fetcher.wait_for(np.unique(shards).tolist(), cancelled)
         self.store_wait_s += time.perf_counter() - began
 
     def close(self) -> None:
         """Free the graphs with their threads and device memory. The next batch builds a new one."""
-        self._window, self._leases = None, []
+        self._window, self._pins = None, None
         if self._fetcher is not None:
             self._fetcher.release()
         self._take_ahead()

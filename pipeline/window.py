@@ -17,6 +17,7 @@ from pipeline.crops.augment import FLIP, Y0, ViewRecipe, draw_parameters
 from pipeline.crops.graph import ReaderOptions, build_graph, define_graph
 from pipeline.dataset import CropBatch
 from pipeline.order import BatchSequence, BatchStart
+from pipeline.shards.cache import Pins
 from pipeline.shards.dali_index import write_dali_indices
 from pipeline.shards.fetcher import ShardFetcher
 
@@ -57,15 +58,16 @@ class Window:
         rows, self.shards = rows[:count], self.shards[:count]
         self.starts, self.taken = starts[:count], 0
         self.waited = (0.0, 0.0)
+        self.pins: Pins | None = None
         if fetcher is not None:
             began = time.perf_counter()
-            self.leases = fetcher.need(np.unique(self.shards).tolist())
+            self.pins = fetcher.wait_for(np.unique(self.shards).tolist())
             self.waited = (began, time.perf_counter())
-            fetcher.ahead(sequence.shards_from(*self.following))
+            fetcher.prefetch(sequence.shards_from(*self.following))
         self.fed: deque[Fed] = deque()
         batches = feed(sequence, recipes, self.starts, rows, self.fed)
         with tempfile.TemporaryDirectory(prefix="multicrop-hjepa-", ignore_cleanup_errors=True) as folder:
-            tars, indices = write_dali_indices(sequence.index, rows.reshape(-1), Path(folder))
+            tars, indices = write_dali_indices(sequence.index, rows.reshape(-1), Path(folder), self.pins)
             graph = define_graph(tars, indices, lambda: next(batches), recipes, sequence.batch_size, reader, scaling)
             self.graph = build_graph(graph, reader)
 

@@ -11,6 +11,17 @@ from PIL import Image
 
 from pipeline.shards.index import ShardIndex, open_index
 
+# The files that take longest, first: a worker that starts one of them last would keep all others waiting.
+LONGEST_FILES = (
+    "test_readme.py", "test_run.py", "test_data_changes.py", "test_convert.py", "test_bench_pipeline.py", "test_quarantine.py",
+    "test_loader.py", "test_ranks.py", "test_step.py", "test_store.py", "test_evaluate.py", "test_doctor.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: number for number, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))  # stable: the others keep their order
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu"):

@@ -1,7 +1,7 @@
-"""A cache of whole shards on a local disk, shared by all processes of a machine.
+"""A cache of complete shards on a local disk, shared by all processes of a machine.
 
-The kernel's file locks are its only state, so a killed process leaves nothing behind: a lock on the shard's file while it is in
-use, one on a file beside it while it is fetched, and one on the folder while room is made.
+The file system is its only state: a shard in use has a second hard link in a folder of pins, and kernel file locks guard
+downloads, folders of pins and eviction. The kernel drops the locks of a killed process, so nothing needs repair after one.
 """
 
 import errno
@@ -9,234 +9,213 @@ import fcntl
 import hashlib
 import os
 import re
+import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.shards.check import shard_fault
-from pipeline.shards.object_store import StoreError, download, repeated
+from pipeline.shards.index_file import shard_problem
+from pipeline.shards.object_store import StoreError, download, retry
 
-POLL_S = 0.02
-ROOM_S = 20.0  # of waiting for other processes to leave their shards
-LEAST_RETRY_S = 10.0  # of asking a store that did not answer another process, which this one waited for
-FULL = (errno.ENOSPC, errno.EDQUOT)
-# The names of shards and of those on their way. A folder that the user chose may hold other files, which are left alone.
+# A process that waited for the download of another one, which failed, retries for at least this long. With the full
+# `retry_s`, eight ranks that wait for each other would try eight times as long as the user asked for.
+MIN_RETRY_S = 10.0
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# Names of cached shards and of downloads in progress. The folder can hold other files, which the cache leaves alone.
 SHARD_FILE = re.compile(r".+-[0-9a-f]{24}\.tar")
 PARTIAL_FILE = re.compile(r"\.(.+-[0-9a-f]{24}\.tar)\.(\d+)\.partial")
 
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """`folder`: None for one of this user's in the temporary folder. `retry_s`: how long a failing store is asked again.
-    `streams`: downloads at once of one process; more of them make the next shard come later where they share the line."""
+    """Where the cache lies, how much it holds, and how it downloads.
+
+    `folder`: None for a folder of this user in the temporary folder. `retry_s`: how long a failing store is retried. `streams`:
+    parallel downloads per process; with more of them the next shard arrives later, since they share the bandwidth.
+    """
 
     folder: Path | None = None
     max_bytes: int = 100 * 10**9
     retry_s: float = 120.0
     streams: int = 2
 
-    @property
-    def place(self) -> Path:
-        return self.folder or Path(tempfile.gettempdir()) / f"multicrop-hjepa-{os.getuid()}"
-
 
 @dataclass(frozen=True)
 class StoredShard:
-    """A shard in a store. `name`: in the cache, as SHARD_FILE; other for other content. `num_bytes`: its size, or at least so
-    much without a manifest. `sha256`: "" without one. `pair`: `[2]` of SAMPLE_DTYPE, its first and last sample."""
+    """A shard in a store.
+
+    `name`: its file in the cache, which differs for other content. `num_bytes`: its size; without a manifest, the size that the
+    index needs at least. `sha256`: "" without a manifest. `ends`: `[2]` of SAMPLE_DTYPE, its first and last sample.
+    """
 
     url: str
     name: str
     num_bytes: int
     sha256: str
-    pair: np.ndarray
+    ends: np.ndarray
 
 
-class NoRoom(Exception):
-    """There is no room in the cache, or on its disk, that nobody uses."""
+class CacheFullError(StoreError):
+    """The cache, or its disk, has too little room even after everything unpinned is evicted."""
 
 
-class WrongContent(OSError):
-    """A whole download is not what the manifest or the index says."""
+class Pins:
+    """A folder of hard links to shards. They stay on the disk until this object is freed, whoever evicts their names."""
 
-
-class Lease:
-    """While it lives, no process removes the shard from the cache."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def __del__(self) -> None:
-        os.close(self._descriptor)
+    def __init__(self, parent: Path) -> None:
+        self.folder = Path(tempfile.mkdtemp(dir=parent))
+        # Locked as long as the process lives: an unlocked folder was left by a killed process.
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        cleanup = ExitStack()
+        cleanup.callback(os.close, descriptor)
+        cleanup.callback(shutil.rmtree, self.folder, ignore_errors=True)
+        weakref.finalize(self, cleanup.close)
 
 
 class ShardCache:
-    """Whole shards, at most `max_bytes` of them; where more are needed, the one least recently planned goes first."""
+    """Complete shards, at most `max_bytes` of them; eviction starts with the one that was planned least recently."""
 
     def __init__(self, settings: CacheSettings) -> None:
-        self.folder, self.max_bytes = settings.place, settings.max_bytes
-        self.retry_s, self.streams = settings.retry_s, settings.streams
-        self._locks = self.folder / "locks"
+        self.folder = settings.folder or Path(tempfile.gettempdir()) / f"multicrop-hjepa-{os.getuid()}"
+        self.max_bytes, self.retry_s, self.streams = settings.max_bytes, settings.retry_s, settings.streams
+        self._locks, self._pins = self.folder / "locks", self.folder / "pins"
 
     def make(self) -> None:
-        """Raises ValueError where the folder cannot be made."""
+        """Create the folders. Raises ValueError if that fails, or if their file system has no hard links."""
         try:
             self._locks.mkdir(parents=True, exist_ok=True)
+            self._pins.mkdir(exist_ok=True)
+            pins = self.new_pins()
+            os.link(self._locks / ".folder", pins.folder / "trial")
         except OSError as error:
-            raise ValueError(
-                f"data.cache_dir: {self.folder} cannot be made ({error.strerror}); choose another"
-            ) from None
+            reason = f"{self.folder} cannot be made, or has no hard links ({error.strerror})"
+            raise ValueError(f"data.cache_dir: {reason}; choose another") from None
 
     def path(self, shard: StoredShard) -> Path:
         return self.folder / shard.name
 
-    def hold(self, shard: StoredShard) -> Lease | None:
-        """Plan a shard that is in the cache; None when it is not."""
-        try:
-            descriptor = os.open(self.path(shard), os.O_RDONLY)
-        except FileNotFoundError:
-            return None
-        lease = Lease(descriptor)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            mine, there = os.fstat(descriptor), os.stat(self.path(shard))
-        except (BlockingIOError, FileNotFoundError):
-            return None  # it is being removed
-        if mine.st_ino != there.st_ino or not _has_size(shard, mine.st_size):
-            return None
-        os.utime(self.path(shard))
-        return lease
+    def new_pins(self) -> Pins:
+        with self._folder_lock():
+            return Pins(self._pins)
 
-    def fetch(self, shard: StoredShard, patient: bool = True) -> Lease:
-        """The shard, downloaded by one process while the others wait.
-
-        Raises StoreError; and NoRoom unless `patient`, which waits for other processes to leave theirs.
-        """
-        wrong: list[OSError] = []
-        asked = time.monotonic()
-
-        def ask(fresh: bool) -> None:
+    def pin(self, shard: StoredShard, pins: Pins) -> bool:
+        """Pin a cached shard and mark it as planned. Returns False if it is not in the cache."""
+        path, link = self.path(shard), pins.folder / shard.name
+        with self._folder_lock():
             try:
-                self._download(shard, fresh)
-            except WrongContent as error:
-                wrong.append(error)
-                if len(wrong) == 2:  # the first may have been damaged on its way
-                    raise StoreError(f"{shard.url}: {error}. Upload it again, with its index and manifest") from None
-                raise
+                if not link.exists():
+                    size = path.stat().st_size
+                    if size != shard.num_bytes if shard.sha256 else size < shard.num_bytes:
+                        return False
+                    os.link(path, link)
+                os.utime(link)
+            except FileNotFoundError:
+                return False
+        return True
 
+    def fetch(self, shard: StoredShard, pins: Pins) -> None:
+        """Pin a shard, after downloading it if necessary. Processes that want the same shard wait for one download.
+
+        Raises StoreError, also if too much of the cache is pinned (CacheFullError).
+        """
+        started = time.monotonic()
         with _locked(self._locks / shard.name):
-            started = time.monotonic()
-            # Many ranks that wait for each other are not to try for so long one after the other.
-            retry_s = max(min(LEAST_RETRY_S, self.retry_s), self.retry_s - (started - asked))
-            while True:
-                if lease := self.hold(shard):
-                    return lease
-                try:
-                    repeated(ask, shard.url, retry_s)
-                except NoRoom as error:
-                    if not patient:
-                        raise
-                    if time.monotonic() - started > ROOM_S:
-                        raise StoreError(f"{shard.url}: {error}") from None
-                    time.sleep(POLL_S)
+            if self.pin(shard, pins):
+                return
+            retry_s = max(min(MIN_RETRY_S, self.retry_s), self.retry_s - (time.monotonic() - started))
+            partial = self.folder / f".{shard.name}.{shard.num_bytes}.partial"
+            try:
+                for is_last in (False, True):  # damage in transit does not happen twice
+                    retry(lambda fresh: self._download(shard, partial, fresh), shard.url, retry_s)
+                    problem = _content_problem(shard, partial)
+                    if problem is None:
+                        break
+                    if is_last:
+                        raise StoreError(f"{shard.url}: {problem}. Upload it again, with its index and manifest")
+                # Pinned before it appears under its name, so that no process can evict it in between.
+                os.link(partial, pins.folder / shard.name)
+                partial.rename(self.path(shard))
+            finally:
+                partial.unlink(missing_ok=True)
 
-    def _download(self, shard: StoredShard, fresh: bool) -> None:
-        partial = self.folder / f".{shard.name}.{shard.num_bytes}.partial"
+    def _download(self, shard: StoredShard, partial: Path, fresh: bool) -> None:
         self._make_room(shard, partial)
         try:
             download(shard.url, partial, fresh)
-            self._check(shard, partial)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
-            partial.rename(self.path(shard))
         except OSError as error:
-            if error.errno in FULL:
-                raise NoRoom(self._full_disk(shard)) from None
+            if error.errno in DISK_FULL:
+                raise self._full(shard) from None
             raise
-        finally:
-            partial.unlink(missing_ok=True)
-
-    def _check(self, shard: StoredShard, path: Path) -> None:
-        """Raise OSError for a download that was cut off, WrongContent for other bytes than the manifest's or the index's."""
-        size = path.stat().st_size
-        if size < shard.num_bytes:
+        if (size := partial.stat().st_size) < shard.num_bytes:
             raise OSError(f"ended after {size:,} of {shard.num_bytes:,} bytes")
-        if not shard.sha256:
-            if fault := shard_fault(str(path), shard.pair):
-                raise WrongContent(fault.removeprefix(f"{path}: ").removesuffix(". Copy it again"))
-            return
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-                raise WrongContent("its sha256 is not that of manifest.json: changed in the store, or damaged")
 
     def _make_room(self, shard: StoredShard, partial: Path) -> None:
-        """Remove shards until this one fits, and reserve its bytes by the name of its file. Raises NoRoom."""
-        with _locked(self.folder / "locks" / ".folder"):
-            there, reserved, to_come = self._contents()
-            used = sum(size for _, size, _ in there) + reserved
-            disk = os.statvfs(self.folder)
-            free = disk.f_bavail * disk.f_frsize - to_come
-            for _, size, path in sorted(there):
+        """Evict shards until this one fits, and reserve its bytes: the name of the partial file holds its final size."""
+        with self._folder_lock():
+            partial.unlink(missing_ok=True)
+            for folder in self._pins.iterdir():
+                if not _is_locked(folder):  # its process was killed
+                    shutil.rmtree(folder, ignore_errors=True)
+            evictable, used, free = self._contents()
+            for _, size, path in sorted(evictable):
                 if used + shard.num_bytes <= self.max_bytes and shard.num_bytes <= free:
                     break
-                if _remove(path):
-                    used, free = used - size, free + size
-            if used + shard.num_bytes > self.max_bytes:
-                raise NoRoom(
-                    f"its {shard.num_bytes / 1e9:,.2f} GB do not fit beside the {used / 1e9:,.2f} GB of shards in use into "
-                    f"data.cache_size_gb {self.max_bytes / 1e9:g}. Raise it"
-                )
-            if shard.num_bytes > free:
-                raise NoRoom(self._full_disk(shard))
+                path.unlink(missing_ok=True)
+                used, free = used - size, free + size
+            if used + shard.num_bytes > self.max_bytes or shard.num_bytes > free:
+                raise self._full(shard)
             partial.touch()
 
     def _contents(self) -> tuple[list[tuple[float, int, Path]], int, int]:
-        """(when planned, size, path) of each shard; the bytes reserved for those on their way, and how many are still to come."""
-        there, reserved, to_come = [], 0, 0
-        with os.scandir(self.folder) as entries:
-            for entry in entries:
+        """(time of planning, size, path) of each unpinned shard; bytes of all shards and downloads; bytes free on the disk."""
+        evictable, used = [], 0
+        disk = os.statvfs(self.folder)
+        free = disk.f_bavail * disk.f_frsize
+        for path in self.folder.iterdir():
+            partial = PARTIAL_FILE.fullmatch(path.name)
+            if partial and not _is_locked(self._locks / partial[1]):  # its process was killed
+                path.unlink(missing_ok=True)
+            elif partial or SHARD_FILE.fullmatch(path.name):
                 try:
-                    status = entry.stat()
-                except FileNotFoundError:
+                    status = path.stat()
+                except FileNotFoundError:  # the download has just ended
                     continue
-                if partial := PARTIAL_FILE.fullmatch(entry.name):
-                    size = int(partial[2])
-                    if _is_locked(self._locks / partial[1]):
-                        reserved, to_come = reserved + size, to_come + max(0, size - status.st_size)
-                    else:
-                        Path(entry.path).unlink(missing_ok=True)  # its process was killed
-                elif SHARD_FILE.fullmatch(entry.name):
-                    there.append((status.st_mtime, status.st_size, Path(entry.path)))
-        return there, reserved, to_come
+                size = int(partial[2]) if partial else status.st_size
+                used, free = used + size, free - max(0, size - status.st_size)
+                if not partial and status.st_nlink == 1:  # evicting a pinned shard would free nothing
+                    evictable.append((status.st_mtime, size, path))
+        return evictable, used, free
 
-    def _full_disk(self, shard: StoredShard) -> str:
-        free = os.statvfs(self.folder)
-        return (
-            f"no room for its {shard.num_bytes / 1e6:,.1f} MB in data.cache_dir {self.folder}, whose disk has "
-            f"{free.f_bavail * free.f_frsize / 1e6:,.1f} MB free. Free some, or choose another data.cache_dir"
+    def _full(self, shard: StoredShard) -> CacheFullError:
+        _, used, free = self._contents()
+        return CacheFullError(
+            f"{shard.url}: no room for its {shard.num_bytes / 1e6:,.1f} MB: shards in use take {used / 1e6:,.1f} MB of "
+            f"data.cache_size_gb {self.max_bytes / 1e9:g}, and the disk of data.cache_dir {self.folder} has "
+            f"{free / 1e6:,.1f} MB free. Raise data.cache_size_gb, free disk space, or choose another data.cache_dir"
         )
 
-
-def _has_size(shard: StoredShard, size: int) -> bool:
-    return size == shard.num_bytes if shard.sha256 else size >= shard.num_bytes
-
-
-def _remove(path: Path) -> bool:
-    """Remove a shard that nobody holds; False for one in use."""
-    with _tried(path) as free:
-        if free:
-            path.unlink(missing_ok=True)
-        return free
+    def _folder_lock(self) -> AbstractContextManager[None]:
+        """Guards eviction, pinning, and the creation of folders of pins against each other."""
+        return _locked(self._locks / ".folder")
 
 
-def _is_locked(path: Path) -> bool:
-    with _tried(path) as free:
-        return not free
+def _content_problem(shard: StoredShard, path: Path) -> str | None:
+    """Compare a complete download with the manifest or, without one, with the index."""
+    if not shard.sha256:
+        return shard_problem(path, shard.ends)
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256:
+            return None
+    return "its sha256 is not that of manifest.json: changed in the store, or damaged"
 
 
 @contextmanager
@@ -249,19 +228,15 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-@contextmanager
-def _tried(path: Path) -> Iterator[bool]:
-    """Lock a file unless another process does: True with the lock, or where there is no file."""
+def _is_locked(path: Path) -> bool:
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
-        yield True
-        return
+        return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        yield False
-    else:
-        yield True
+        return True
     finally:
         os.close(descriptor)
+    return False

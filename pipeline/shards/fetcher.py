@@ -1,38 +1,44 @@
-"""The shards of one loader on their way from a store: those it needs now first, and in the background those it needs next."""
+"""The shards of one loader on their way from a store: those it waits for first, then those it needs next."""
 
 import threading
-from collections import Counter
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 import numpy as np
 
-from pipeline.shards.cache import Lease, NoRoom, ShardCache, StoredShard
+from pipeline.shards.cache import CacheFullError, Pins, ShardCache, StoredShard
 
-AHEAD = 8  # shards
+MAX_PREFETCHED = 8  # shards
 POLL_S = 0.2
-SHARE = 4  # a window may take this part of the cache, and so may what is fetched ahead of it
+FULL_CACHE_S = 20.0  # of waiting until other processes free a part of a full cache
+CACHE_SHARE = 4  # one window, and what is prefetched after it, take at most this part (1 / 4) of the cache each
 
 
 class Cancelled(RuntimeError):
-    """The wait for shards was ended on request."""
+    """The wait for shards was cancelled."""
 
 
 class ShardFetcher:
-    """All shards of an index by their number. Its threads end when nothing is wanted, so that nobody has to stop it."""
+    """Downloads shards of an index, by number, in `cache.streams` threads that end when nothing is queued.
+
+    A ThreadPoolExecutor would not do: Python joins its threads at exit, and a process that ends must not wait for a download
+    that nobody will read.
+    """
 
     def __init__(self, shards: Sequence[StoredShard], cache: ShardCache) -> None:
-        self.shards, self.cache, self.budget = shards, cache, cache.max_bytes // SHARE
-        self._changed = threading.Condition()  # guards all that follows
-        self._leases: dict[int, Lease] = {}
-        self._wanted: list[int] = []
-        self._needed: Counter[int] = Counter()  # by those that wait in `need`
-        self._running: set[int] = set()
-        self._failed: dict[int, Exception] = {}
+        self.shards, self.cache, self.budget = shards, cache, cache.max_bytes // CACHE_SHARE
+        self._pins = cache.new_pins()
+        self._lock = threading.Lock()  # guards all that follows
+        self._futures: dict[int, Future[None]] = {}
+        self._urgent: deque[int] = deque()
+        self._later: deque[int] = deque()
         self._num_threads = self._num_releases = 0
 
     def ready_batches(self, shards: np.ndarray) -> int:
-        """How many batches can be made of what is here, at least one. `shards`: `[n, B]`, of each sample."""
-        flat, width = shards.reshape(-1), shards.shape[1]
+        """The number of leading batches, at least one, whose shards are in the cache. `shards`: `[n, B]`, by sample."""
+        flat, batch_size = shards.reshape(-1), shards.shape[1]
         starts = np.concatenate([[0], np.flatnonzero(np.diff(flat)) + 1]).tolist()
         seen: set[int] = set()
         num_bytes = 0
@@ -41,107 +47,101 @@ class ShardFetcher:
             if shard not in seen:
                 seen.add(shard)
                 num_bytes += self.shards[shard].num_bytes
-                if start >= width and (num_bytes > self.budget or not self._is_here(shard)):
-                    return start // width
+                # The first batch is made in any case, after waiting for its shards.
+                if start >= batch_size and (num_bytes > self.budget or not self._is_cached(shard)):
+                    return start // batch_size
         return len(shards)
 
-    def need(self, shards: Iterable[int], cancelled: Callable[[], bool] = lambda: False) -> list[Lease]:
-        """Wait for these shards, which stay in the cache while the leases live.
+    def wait_for(self, shards: Iterable[int], cancelled: Callable[[], bool] = lambda: False) -> Pins:
+        """Wait until these shards are in the cache and return the pins that keep them there.
 
-        `cancelled`: asked while it waits; true ends that with a Cancelled, as `release` does. Raises StoreError.
+        Raises StoreError, and Cancelled soon after `cancelled` returns True or `release` is called.
         """
-        shards = list(dict.fromkeys(shards))
-        with self._changed:
-            missing = [shard for shard in shards if not self._is_here(shard)]
-            for shard in missing:
-                if not self._needed[shard]:  # else its failure is for those that wait for it, and for this one too
-                    self._failed.pop(shard, None)
-            self._needed.update(shards)
-            try:
-                self._want(missing + self._wanted)
-                before = self._num_releases
-                while not self._changed.wait_for(
-                    lambda: all(s in self._leases or s in self._failed for s in missing), POLL_S
-                ):
-                    if cancelled() or self._num_releases > before:
-                        raise Cancelled
-            finally:
-                self._needed -= Counter(shards)
-            found = {shard: self._leases[shard] for shard in shards if shard in self._leases}
-            refused = [shard for shard in shards if shard not in found]
-            for shard in refused:
-                error = self._failed.get(shard)
-                if error is not None and not isinstance(error, NoRoom):
+        pins, missing = self.cache.new_pins(), list(dict.fromkeys(shards))
+        futures: dict[int, Future[None]] = {}
+        releases, full_until = self._num_releases, 0.0
+        while missing := [shard for shard in missing if not self.cache.pin(self.shards[shard], pins)]:
+            futures |= self._submit([shard for shard in missing if shard not in futures], self._urgent)
+            wait([futures[shard] for shard in missing], POLL_S, FIRST_COMPLETED)
+            if cancelled() or self._num_releases > releases:
+                raise Cancelled
+            # A future is inspected before it is replaced, so that all who wait for it learn of its failure.
+            for shard in [shard for shard in missing if futures[shard].done()]:
+                error = futures.pop(shard).exception()
+                if isinstance(error, CacheFullError):
+                    full_until = full_until or time.monotonic() + FULL_CACHE_S
+                    if time.monotonic() < full_until:
+                        self._drop_prefetched(set())
+                        time.sleep(POLL_S)
+                        continue
+                if error is not None:
                     raise error
-            if refused:  # what was fetched for later takes the room
-                self._wanted = [shard for shard in self._wanted if shard in self._needed]
-                self._leases = {shard: lease for shard, lease in self._leases.items() if shard in self._needed}
-        return [*found.values(), *(self.cache.fetch(self.shards[shard]) for shard in refused)]
+        return pins
 
-    def ahead(self, shards: Iterable[int]) -> None:
-        """Fetch the first of these shards, in their order, as far as the room allows; let go of all others."""
-        chosen: list[int] = []
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Download the first of these shards in the background, within the budget, instead of those prefetched before."""
+        chosen: dict[int, str] = {}
         num_bytes = 0
         for shard in shards:
-            if shard in chosen:
-                continue
-            num_bytes += self.shards[shard].num_bytes
-            if len(chosen) == AHEAD or (chosen and num_bytes > self.budget):
-                break
-            chosen.append(shard)
-        with self._changed:
-            kept = {*chosen, *self._needed}
-            self._leases = {shard: lease for shard, lease in self._leases.items() if shard in kept}
-            self._want([*self._needed, *chosen])
+            if shard not in chosen:
+                num_bytes += self.shards[shard].num_bytes
+                if len(chosen) == MAX_PREFETCHED or (chosen and num_bytes > self.budget):
+                    break
+                chosen[shard] = self.shards[shard].name
+        self._drop_prefetched(set(chosen.values()))
+        self._submit([shard for shard in chosen if not self._is_cached(shard)], self._later)
 
     def release(self) -> None:
-        """Let go of all shards and end the waits for others."""
-        with self._changed:
+        """Unpin all prefetched shards, forget what is queued, and cancel every `wait_for`."""
+        with self._lock:
             self._num_releases += 1
-            self._wanted, self._leases = [], {}
+            self._cancel(self._urgent)
+        self._drop_prefetched(set())
 
-    def _is_here(self, shard: int) -> bool:
-        with self._changed:
-            if shard not in self._leases and (lease := self.cache.hold(self.shards[shard])) is not None:
-                self._leases[shard] = lease
-            return shard in self._leases
+    def _is_cached(self, shard: int) -> bool:
+        return self.cache.pin(self.shards[shard], self._pins)
 
-    def _want(self, shards: Iterable[int]) -> None:
-        self._wanted = [
-            shard for shard in dict.fromkeys(shards) if shard not in self._running and not self._is_here(shard)
-        ]
-        for _ in range(min(len(self._wanted), self.cache.streams - self._num_threads)):
-            self._num_threads += 1
-            # A daemon: a process that ends does not wait for shards that nobody will read.
-            threading.Thread(target=self._work, daemon=True).start()
+    def _drop_prefetched(self, kept_names: set[str]) -> None:
+        with self._lock:
+            self._cancel(self._later)
+        for path in self._pins.folder.iterdir():
+            if path.name not in kept_names:
+                path.unlink(missing_ok=True)
+
+    def _cancel(self, queue: deque[int]) -> None:
+        for shard in queue:
+            self._futures[shard].cancel()
+        queue.clear()
+
+    def _submit(self, shards: list[int], queue: deque[int]) -> dict[int, Future[None]]:
+        """Queue what is not yet on its way; urgent shards go before those that are queued already."""
+        with self._lock:
+            fresh = []
+            for shard in shards:
+                if shard not in self._futures or self._futures[shard].done():
+                    self._futures[shard] = Future()
+                    fresh.append(shard)
+                elif queue is self._urgent and shard in self._later:
+                    self._later.remove(shard)
+                    fresh.append(shard)
+            queue.extendleft(reversed(fresh))
+            for _ in range(min(len(fresh), self.cache.streams - self._num_threads)):
+                self._num_threads += 1
+                threading.Thread(target=self._work, daemon=True).start()
+            return {shard: self._futures[shard] for shard in shards}
 
     def _work(self) -> None:
-        while (shard := self._take()) is not None:
-            lease: Lease | None = None
-            failure: Exception | None = None
+        while True:
+            with self._lock:
+                if not (queue := self._urgent or self._later):
+                    self._num_threads -= 1
+                    return
+                shard = queue.popleft()
+                future = self._futures[shard]
+                future.set_running_or_notify_cancel()
             try:
-                lease = self.cache.fetch(self.shards[shard], patient=False)
+                self.cache.fetch(self.shards[shard], self._pins)
             except Exception as error:  # noqa: BLE001 - raised again where the shard is needed
-                failure = error.with_traceback(None)
-            self._finish(shard, lease, failure)
-
-    def _take(self) -> int | None:
-        with self._changed:
-            if not self._wanted:
-                self._num_threads -= 1
-                return None
-            shard = self._wanted.pop(0)
-            self._running.add(shard)
-            return shard
-
-    def _finish(self, shard: int, lease: Lease | None, failure: Exception | None) -> None:
-        with self._changed:
-            self._running.discard(shard)
-            if lease is not None:
-                self._leases[shard] = lease
-            if failure is not None:
-                self._failed[shard] = failure
-            if isinstance(failure, NoRoom):
-                self._failed |= dict.fromkeys(self._wanted, failure)
-                self._wanted = []
-            self._changed.notify_all()
+                future.set_exception(error.with_traceback(None))
+            else:
+                future.set_result(None)

@@ -10,17 +10,16 @@ from typing import overload
 
 import numpy as np
 
-from pipeline.shards.cache import CacheSettings, ShardCache
-from pipeline.shards.check import check_shards
+from pipeline.shards import index_file
+from pipeline.shards.cache import CacheSettings, ShardCache, StoredShard
 from pipeline.shards.fetcher import ShardFetcher
 from pipeline.shards.index_file import INDEX_NAME, SAMPLE_DTYPE, UNLABELLED, load_index, save_index
-from pipeline.shards.object_store import is_remote
-from pipeline.shards.remote import RemoteShards, open_remote, remote_split
-from pipeline.shards.scan import IMAGE_EXTENSIONS, scan_shard
+from pipeline.shards.manifest import read_manifest
+from pipeline.shards.object_store import MissingObject, check_prefix, is_remote, sizes
+from pipeline.shards.samples import scan_shard
 from pipeline.shards.storage import join, read_range
 
 __all__ = [
-    "IMAGE_EXTENSIONS",
     "INDEX_NAME",
     "SAMPLE_DTYPE",
     "UNLABELLED",
@@ -31,17 +30,25 @@ __all__ = [
     "split_folder",
 ]
 
+# A larger index is mapped, and reading all of it takes minutes: its digest covers evenly spaced rows.
+MAX_DIGEST_ROWS, NUM_SPACED_ROWS = 1 << 21, 1 << 14
 
-EXACT_ROWS, SPREAD_ROWS = 1 << 21, 1 << 14  # of a digest: a larger index is mapped, and reading it all takes minutes
+
+@dataclass(frozen=True)
+class RemoteShards:
+    """The shards of a prefix by number, None for one without samples, and the cache that they go through."""
+
+    stored: tuple[StoredShard | None, ...]
+    cache: ShardCache
 
 
 @dataclass(frozen=True)
 class ShardIndex:
     """All samples of one split, in stored order.
 
-    `folder`: where the tars lie, the URL of a prefix as text. `shards`: tar names relative to it. `samples`: `[N]` of
-    SAMPLE_DTYPE, ordered by shard; a large index is mapped from its file. `counts`: `[num_shards] int64`, the samples of each
-    shard. `remote`: of a prefix, how its shards come to this machine.
+    `folder`: a path, or the URL of a prefix as text. `shards`: tar names relative to it. `samples`: `[N]` of SAMPLE_DTYPE,
+    ordered by shard; a large index is mapped from its file. `counts`: `[num_shards] int64`, the samples of each shard.
+    `remote`: None for a folder.
     """
 
     folder: Path | str
@@ -57,12 +64,12 @@ class ShardIndex:
     def digest(self) -> str:
         """16 hex digits that tell this data set from others, wherever its folder lies.
 
-        Of the tars' names and sizes in samples, and of every sample's place, size and label. Of more than two million samples
-        only 16,384, evenly spread, are looked at.
+        It covers the names and sample counts of the tars, and offset, sizes and label of every sample; above two million
+        samples, those of 16,384 evenly spaced ones.
         """
         digest = hashlib.sha256("\0".join(self.shards).encode("utf-8", "surrogatepass"))
         digest.update(self.counts.astype("<i8").tobytes())
-        step = 1 if len(self) <= EXACT_ROWS else len(self) // SPREAD_ROWS
+        step = 1 if len(self) <= MAX_DIGEST_ROWS else len(self) // NUM_SPACED_ROWS
         digest.update(np.ascontiguousarray(self.samples[::step]).tobytes())
         return digest.hexdigest()[:16]
 
@@ -71,25 +78,27 @@ class ShardIndex:
         return join(self.folder, self.shards[shard])
 
     def shard_path(self, shard: int) -> Path:
-        """The tar as a local file, which of a prefix exists while it is in the cache."""
-        return Path(self.shard_place(shard)) if self.remote is None else self.remote.path(int(shard))
+        """The tar as a local file; one of a prefix exists only while it is in the cache."""
+        if self.remote is None:
+            return Path(self.shard_place(shard))
+        stored = self.remote.stored[int(shard)]
+        return self.remote.cache.folder / (stored.name if stored else "none")
 
     def cached(self, settings: CacheSettings) -> "ShardIndex":
-        """The same, with another cache for the shards of a store."""
+        """The same index with another cache for the shards of a store."""
         if self.remote is None:
             return self
         return replace(self, remote=replace(self.remote, cache=ShardCache(settings)))
 
     def fetcher(self) -> ShardFetcher | None:
-        """What brings the shards of a prefix into the cache; None for local ones."""
-        return None if self.remote is None else self.remote.fetcher()
-
-    def sizes(self) -> np.ndarray:
-        """`[num_shards] int64`: the number of samples in each shard."""
-        return self.counts
+        """Return what downloads the shards of a prefix; None for a folder. Raises ValueError for a cache that cannot be made."""
+        if self.remote is None:
+            return None
+        self.remote.cache.make()
+        return ShardFetcher(self.remote.stored, self.remote.cache)  # type: ignore[arg-type]
 
     def key(self, row: int) -> str:
-        """The member name of one sample, read from its tar header; words in brackets where none can be read."""
+        """The member name of one sample, read from its tar header; words in brackets if none can be read."""
         sample, block = self.samples[row], tarfile.BLOCKSIZE
         try:
             header = self._read(sample["shard"], int(sample["offset"]) - block, block)
@@ -103,11 +112,12 @@ class ShardIndex:
         return self._read(sample["shard"], int(sample["offset"]), int(sample["size"]))
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
-        if self.remote is not None:
-            try:
-                return read_range(os.fspath(self.shard_path(shard)), offset, size)
-            except FileNotFoundError:
-                pass  # not in the cache
+        path = self.shard_path(shard)
+        try:
+            return read_range(path, offset, size)
+        except FileNotFoundError:  # not in the cache
+            if self.remote is None:
+                raise
         return read_range(self.shard_place(shard), offset, size)
 
     def describe(self, row: int) -> str:
@@ -121,13 +131,13 @@ def split_folder(dataset_name: str, data_path: Path, split: str) -> Path: ...
 @overload
 def split_folder(dataset_name: str, data_path: Path | str, split: str) -> Path | str: ...
 def split_folder(dataset_name: str, data_path: Path | str, split: str) -> Path | str:
-    """The folder with the shards of `split`: `data_path/split`, or `data_path` itself when it holds tars.
+    """The folder with the shards of `split`: `data_path/split`, or `data_path` itself if it holds tars.
 
     The same holds for a prefix in a store, where the index decides. Raises FileNotFoundError that names the command which makes
-    the shards of `dataset_name`, or the settings of the store.
+    the shards of `dataset_name`, StoreError, and ValueError for a URL without a bucket.
     """
     if is_remote(data_path):
-        return remote_split(str(data_path), split)
+        return _remote_split(str(data_path), split)
     data_path = Path(data_path)
     for folder in (data_path / split, data_path):
         if tar_names(folder):
@@ -138,8 +148,24 @@ def split_folder(dataset_name: str, data_path: Path | str, split: str) -> Path |
     raise FileNotFoundError(f"{data_path / split}: no {dataset_name} shards (*.tar) here. Make them with `{command}`")
 
 
+def _remote_split(prefix: str, split: str) -> str:
+    check_prefix(prefix)
+    folders = (join(prefix, split), prefix.rstrip("/"))
+    for folder in folders:
+        for name in (INDEX_NAME, index_file.OLD_INDEX_NAME):
+            try:
+                read_range(join(folder, name), 0, 4)
+                return folder
+            except MissingObject as error:
+                reason = str(error).removeprefix(f"{join(folder, name)}: ")
+    raise FileNotFoundError(
+        f"{', '.join(join(folder, INDEX_NAME) for folder in folders)}: {reason}. Shards in a store need an index: write it with "
+        "`python tools/make_shards.py index FOLDER` before they are uploaded, or convert with `--out` to the store"
+    )
+
+
 def tar_names(folder: Path) -> list[str]:
-    """The tars of a folder, hidden ones left out; none when there is no such folder. Raises ValueError when it is unreadable."""
+    """The tars of a folder without hidden ones; none if there is no such folder. Raises ValueError if it is unreadable."""
     try:
         with os.scandir(folder) as entries:
             return sorted(e.name for e in entries if e.name.endswith(".tar") and not e.name.startswith("."))
@@ -150,36 +176,65 @@ def tar_names(folder: Path) -> list[str]:
 
 
 def open_index(folder: Path | str) -> ShardIndex:
-    """Read `folder/index.npz`; a local folder of tars without one is scanned, header by header. Then look into every tar; into
-    those of a store when they come.
+    """Read the index of a folder or prefix, and compare it with the tars; those of a store are compared when they arrive.
 
-    Raises FileNotFoundError when there are no shards, ValueError for an index that is damaged or does not fit its tars, and
-    for a tar that is missing, unreadable, truncated, zero-filled or foreign.
+    A folder of tars without an index is scanned, header by header. Raises FileNotFoundError if there are no shards, ValueError
+    for an index that is damaged or does not fit its tars, and for a tar that is missing, unreadable, truncated, zero-filled or
+    foreign; StoreError.
     """
-    place, rebuild = join(folder, INDEX_NAME), f"Rebuild it: `python tools/make_shards.py index {folder}`"
     if isinstance(folder, str) and is_remote(folder):
-        folder = folder.rstrip("/")
-        return ShardIndex(folder, *open_remote(folder))
+        return _open_remote(folder.rstrip("/"))
     folder = Path(folder)
-    names = tar_names(folder)
+    names, rebuild = tar_names(folder), f"Rebuild it: `python tools/make_shards.py index {folder}`"
     if not names:
         raise FileNotFoundError(
             f"{folder}: no shards (*.tar) here. Make them with `python tools/make_shards.py convert SOURCE --out {folder}`"
         )
-    if not (folder / INDEX_NAME).exists():
-        return _scanned(folder, names)
-    index = ShardIndex(folder, *load_index(folder / INDEX_NAME, place, rebuild))
-    unknown = sorted(set(names) - set(index.shards))
-    if unknown:
+    try:
+        index = ShardIndex(folder, *load_index(folder, rebuild))
+    except FileNotFoundError:
+        scans = [scan_shard(folder / name, shard) for shard, name in enumerate(names)]
+        return ShardIndex(
+            folder, tuple(names), np.concatenate(scans), np.array([len(scan) for scan in scans], np.int64)
+        )
+    if unlisted := sorted(set(names) - set(index.shards)):
         # Ignoring them would silently train on a part of the data.
         raise ValueError(
-            f"{place}: lists {len(index.shards)} tars, and {folder} holds {len(unknown)} more ({unknown[0]}, ...). "
-            f"Move them away, or include them. {rebuild}"
+            f"{folder}: the index lists {len(index.shards)} tars, and the folder holds {len(unlisted)} more "
+            f"({unlisted[0]}, ...). Move them away, or include them. {rebuild}"
         )
-    check_shards([index.shard_place(k) for k in range(len(index.shards))], index.samples, index.counts, place, rebuild)
+    ends = index_file.first_and_last(index.samples, index.counts, str(folder / INDEX_NAME), rebuild)
+    index_file.check_shards([folder / name for name in index.shards], ends)
     return index
 
 
-def _scanned(folder: Path, names: list[str]) -> ShardIndex:
-    scans = [scan_shard(folder / name, shard) for shard, name in enumerate(names)]
-    return ShardIndex(folder, tuple(names), np.concatenate(scans), np.array([len(scan) for scan in scans], np.int64))
+def _open_remote(folder: str) -> ShardIndex:
+    """Open a prefix with one request each for the files of the index, the manifest and the listing."""
+    remedy = "Upload it again"
+    names, samples, counts = load_index(folder, remedy)
+    ends = index_file.first_and_last(samples, counts, join(folder, INDEX_NAME), remedy)
+    manifest, listed = read_manifest(folder), sizes(folder)
+    described = {shard.name: shard for shard in manifest.shards} if manifest else {}
+    stored: list[StoredShard | None] = [None] * len(names)
+    stops = np.cumsum(counts)
+    for shard, pair in ends.items():
+        name, url = names[shard], join(folder, names[shard])
+        num_bytes, sha256 = int((pair["offset"] + pair["size"]).max()), ""
+        if (entry := described.get(name)) is not None and entry.bytes is not None:
+            num_bytes, sha256 = entry.bytes, entry.sha256
+        if listed is not None and "/" not in name:
+            _check_listed(url, num_bytes, bool(sha256), listed.get(name))
+        rows = samples[stops[shard] - counts[shard] : stops[shard]]
+        tag = sha256 or hashlib.sha256(rows.tobytes()).hexdigest()
+        stored[shard] = StoredShard(url, f"{Path(name).stem}-{tag[:24]}.tar", num_bytes, sha256, pair.copy())
+    return ShardIndex(folder, names, samples, counts, RemoteShards(tuple(stored), ShardCache(CacheSettings())))
+
+
+def _check_listed(url: str, num_bytes: int, is_exact: bool, size: int | None) -> None:
+    if size is None:
+        raise ValueError(f"{url}: listed in the index but missing. Upload it again, or rebuild the index")
+    if size < num_bytes or (is_exact and size != num_bytes):
+        raise ValueError(
+            f"{url}: {size:,} bytes, and the {'manifest' if is_exact else 'index'} needs {num_bytes:,}: "
+            f"{'truncated' if size < num_bytes else 'changed'}. Upload it again"
+        )

@@ -1,85 +1,92 @@
-"""`manifest.json` beside converted shards: class names and checksums, checked as any other input from outside."""
+"""JSON files next to shards, which are input from outside: the manifest with class names and checksums, and others."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, InstanceOf, StrictInt, ValidationError
 
-from pipeline.shards import object_store
-from pipeline.shards.index_file import MANIFEST_NAME
-from pipeline.shards.storage import join
+from pipeline.shards.storage import join, read_file
 
-NOT_OBJECTS = (RecursionError, ValueError)  # UnicodeDecodeError and JSONDecodeError are among them
+MANIFEST_NAME = "manifest.json"
+Text = InstanceOf[str]  # pydantic's own text refuses names of files that are not UTF-8
+Model = TypeVar("Model", bound=BaseModel)
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """`classes[label]` names a class; without names it is empty. `class_names`: the same in words, or empty.
+class ManifestShard(BaseModel):
+    """A tar: `bytes` is its size, None where the file does not say."""
 
-    `checksums`: the sha256 of each tar, by its name; `sizes`: its bytes. `num_samples`: None where the file does not say.
+    name: Text
+    sha256: Text
+    bytes: StrictInt | None = None
+
+
+class Manifest(BaseModel):
+    """`classes[label]` names a class and `class_names[label]` says it in words; both are empty without names.
+
+    `num_samples`: None where the file does not say.
     """
 
-    name: str
-    classes: tuple[str, ...]
-    class_names: tuple[str, ...]
-    checksums: dict[str, str]
-    sizes: dict[str, int]
-    num_samples: int | None
+    model_config = ConfigDict(frozen=True)
+
+    name: Text = ""
+    classes: tuple[Text, ...] = ()
+    class_names: tuple[Text, ...] = ()
+    shards: tuple[ManifestShard, ...] = ()
+    num_samples: StrictInt | None = None
+
+    @property
+    def checksums(self) -> dict[str, str]:
+        """The sha256 of each tar, by its name."""
+        return {shard.name: shard.sha256 for shard in self.shards}
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object in a file. ValueError for any other content names the file, what it holds, and the remedy."""
-    return parsed_object(path.read_bytes(), str(path), remedy)
+    """Return the JSON object in a file. Raises ValueError that names the file, what it holds instead, and the remedy."""
+    return parse_object(path.read_bytes(), str(path), remedy)
 
 
-def parsed_object(text: bytes, place: str, remedy: str) -> dict[str, Any]:
-    """The JSON object in the content of `place`. Raises as `read_object`."""
+def parse_object(text: bytes, place: str, remedy: str) -> dict[str, Any]:
+    """Return the JSON object in the content of `place`. Raises as `read_object`."""
     try:
         content = json.loads(text)
-    except NOT_OBJECTS as error:
+    except (RecursionError, ValueError) as error:  # UnicodeDecodeError and JSONDecodeError are among them
         raise ValueError(f"{place}: damaged, no JSON ({error}). {remedy}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{place}: damaged: holds {shown(content)}, not a JSON object. {remedy}")
+        raise ValueError(f"{place}: damaged: holds {_short_json(content)}, not a JSON object. {remedy}")
     return content
 
 
+def parse_model(model: type[Model], text: bytes, place: str, remedy: str) -> Model:
+    """Return the JSON object in the content of `place` as a model. Raises ValueError with its first wrong field."""
+    try:
+        return model.model_validate(parse_object(text, place, remedy))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(map(str, first["loc"]))
+        reason = f"{name} is {_short_json(first['input'])} ({first['msg']})"
+        raise ValueError(f"{place}: damaged: {reason}. {remedy}") from None
+
+
 def read_manifest(folder: Path | str) -> Manifest | None:
-    """The manifest in a folder or under a prefix. None without one, and for a file of that name that another program wrote.
+    """Return the manifest of a folder or prefix, None if there is none or another program wrote a file of that name.
 
     Raises ValueError for a damaged one, StoreError for a store that does not answer.
     """
-    path = join(folder, MANIFEST_NAME)
+    place = join(folder, MANIFEST_NAME)
     try:
-        text = object_store.read(path) if object_store.is_remote(folder) else Path(path).read_bytes()
+        text = read_file(place)
     except FileNotFoundError:
         return None
     remedy = f"Convert {folder} again, or remove the file to use the shards without class names and checksums"
-    content = parsed_object(text, path, remedy)
-    if not {"format_version", "classes"} & content.keys():
+    if not {"format_version", "classes"} & parse_object(text, place, remedy).keys():
         return None
-
-    def field(name: str, default: Any, is_right: Callable[[Any], bool], allowed: str) -> Any:
-        value = content.get(name, default)
-        if not is_right(value):
-            raise ValueError(f"{path}: damaged: {name} is {shown(value)}, expected {allowed}. {remedy}")
-        return value
-
-    shards = field("shards", [], _are_shards, "a list of {name, sha256, bytes}")
-    return Manifest(
-        name=field("name", "", lambda value: isinstance(value, str), "a text"),
-        classes=tuple(field("classes", [], _are_names, "a list of names")),
-        class_names=tuple(field("class_names", [], _are_names, "a list of names")),
-        checksums={shard["name"]: shard["sha256"] for shard in shards},
-        sizes={shard["name"]: shard["bytes"] for shard in shards if "bytes" in shard},
-        num_samples=field("num_samples", None, lambda value: value is None or type(value) is int, "a whole number"),
-    )
+    return parse_model(Manifest, text, place, remedy)
 
 
 def check_class_count(folder: Path | str, labels: np.ndarray, manifest: Manifest) -> None:
-    """Raise ValueError when samples have labels for which the manifest of `folder` has no class. `labels`: of all samples."""
+    """Raise ValueError if samples have labels for which the manifest of `folder` has no class. `labels`: of all samples."""
     highest, classes = int(labels.max()), manifest.classes
     if classes and highest >= len(classes):
         raise ValueError(
@@ -88,21 +95,6 @@ def check_class_count(folder: Path | str, labels: np.ndarray, manifest: Manifest
         )
 
 
-def shown(value: Any) -> str:
-    """A JSON value for an error line, cut short."""
+def _short_json(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:36]} ..."
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def _are_shards(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(entry, dict)
-        and isinstance(entry.get("name"), str)
-        and isinstance(entry.get("sha256"), str)
-        and type(entry.get("bytes", 0)) is int
-        for entry in value
-    )

@@ -1,8 +1,8 @@
 """Objects on `s3://`, `gs://`, `az://`, `hf://` and `https://`, read through fsspec.
 
 A store takes its settings from the environment as its own tools do (`AWS_ENDPOINT_URL` and `AWS_PROFILE`,
-`GOOGLE_APPLICATION_CREDENTIALS`, `AZURE_STORAGE_ACCOUNT_NAME`, `HF_TOKEN`). A failing one is asked again, with pauses that grow,
-by this module alone: the clients' own repetitions are switched off.
+`GOOGLE_APPLICATION_CREDENTIALS`, `AZURE_STORAGE_ACCOUNT_NAME`, `HF_TOKEN`). Failed requests are retried with exponential
+backoff, by this module only: the clients' own retries are switched off.
 """
 
 import asyncio
@@ -11,12 +11,11 @@ import os
 import random
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 log = logging.getLogger(__name__)
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 # The scheme, the extra that installs its client, and what the client needs to know.
 STORES = {
@@ -27,28 +26,21 @@ STORES = {
     "https": ("https", "the proxy and the server's permissions"),
     "http": ("https", "the proxy and the server's permissions"),
 }  # fmt: skip
-SETTINGS = ("AWS_", "GOOGLE_", "STORAGE_EMULATOR_HOST", "AZURE_", "HF_", "FSSPEC_")  # how the variables begin
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 30.0
-ONCE_S = 10.0  # of trying again where somebody waits at a terminal: an index, a listing
+SETTINGS = ("AWS_", "GOOGLE_", "STORAGE_EMULATOR_HOST", "AZURE_", "HF_", "FSSPEC_")  # prefixes of environment variables
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.25, 30.0
+INTERACTIVE_RETRY_S = 10.0  # where somebody waits at a terminal: for an index, a listing
 STALLED_S = 30.0  # without a byte
-# Neither a pause nor another request makes a missing name or a wrong URL right.
-FINAL = (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError)
-# What the clients raise: OSError has most of fsspec's own, and the others are not to be had without importing all of them.
+# Retrying cannot fix a missing name or a wrong URL.
+PERMANENT_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError)
+# The clients raise OSError, most of fsspec's errors, and some of their own, which are told by their module: importing them
+# would pull in every client.
 CLIENT_MODULES = (
-    "aiohttp",
-    "botocore",
-    "aiobotocore",
-    "gcsfs",
-    "google",
-    "azure",
-    "huggingface_hub",
-    "httpx",
-    "requests",
-)
+    "aiohttp", "botocore", "aiobotocore", "gcsfs", "google", "azure", "huggingface_hub", "httpx", "requests",
+)  # fmt: skip
 
 
 class StoreError(OSError):
-    """A store does not give what the run needs, after all repetitions."""
+    """A store does not give what the run needs, after all retries."""
 
 
 class MissingObject(StoreError, FileNotFoundError):
@@ -56,142 +48,137 @@ class MissingObject(StoreError, FileNotFoundError):
 
 
 def scheme(place: Path | str) -> str:
-    """`s3` of `s3://...`; "" for a local path."""
+    """`s3` for `s3://...`; "" for a local path."""
     name = place.partition("://")[0] if isinstance(place, str) and "://" in place else ""
     return name if name in STORES else ""
-
-
-def check_prefix(url: str) -> None:
-    """Raise ValueError for a URL of a store that does not name a bucket."""
-    kind, _, rest = url.partition("://")
-    if not rest.strip("/").partition("/")[0]:
-        raise ValueError(f"{url}: not a place in a store; write {kind}://BUCKET/PREFIX")
 
 
 def is_remote(place: Path | str) -> bool:
     return scheme(place) != ""
 
 
-def read(url: str, retry_s: float = ONCE_S) -> bytes:
-    """A whole small object. Raises MissingObject or StoreError."""
-    return repeated(lambda fresh: _open(url, fresh, "cat_file")(), url, retry_s)
+def check_prefix(url: str) -> None:
+    """Raise ValueError for a URL of a store that does not name a bucket."""
+    kind, _, path = url.partition("://")
+    if not path.strip("/").partition("/")[0]:
+        raise ValueError(f"{url}: not a place in a store; write {kind}://BUCKET/PREFIX")
 
 
-def read_range(url: str, offset: int, size: int, retry_s: float = ONCE_S) -> bytes:
-    """`size` bytes of an object, fewer when it ends before. Raises MissingObject or StoreError."""
-    return repeated(lambda fresh: _open(url, fresh, "cat_file")(start=offset, end=offset + size), url, retry_s)
+def read(url: str, retry_s: float = INTERACTIVE_RETRY_S) -> bytes:
+    """Return the content of a small object. Raises MissingObject or StoreError."""
+    return _request(url, retry_s, "cat_file")
+
+
+def read_range(url: str, offset: int, size: int, retry_s: float = INTERACTIVE_RETRY_S) -> bytes:
+    """Return `size` bytes of an object, fewer where it ends. Raises MissingObject or StoreError."""
+    return _request(url, retry_s, "cat_file", start=offset, end=offset + size)
 
 
 def sizes(folder: str) -> dict[str, int] | None:
-    """The size of each object directly under the prefix, by name; None where the store does not list them."""
+    """Return the size of each object directly under the prefix, by name; None where the store does not list them."""
     if scheme(folder) in ("http", "https"):
         return None
     try:
-        entries = repeated(lambda fresh: _open(folder, fresh, "ls")(detail=True), folder, ONCE_S)
+        entries = _request(folder, INTERACTIVE_RETRY_S, "ls", detail=True)
     except StoreError:
         return None
     return {entry["name"].rpartition("/")[2]: int(entry["size"] or 0) for entry in entries if entry["type"] == "file"}
 
 
 def download(url: str, path: Path, fresh: bool = False) -> None:
-    """Stream a whole object into a file, once: for `repeated`, which understands what it raises."""
-    _open(url, fresh, "get_file")(str(path))
+    """Stream an object into a file, once. Call it through `retry`, which understands what the clients raise."""
+    system, remote_path = _file_system(url, fresh)
+    system.get_file(remote_path, str(path))
 
 
 def upload(path: Path, url: str, retry_s: float) -> None:
     """Write a file to an object, which appears under its name when it is complete. Raises StoreError."""
 
     def put(fresh: bool) -> None:
-        system, place = _file_system(url, fresh)
-        system.put_file(str(path), place)
+        system, remote_path = _file_system(url, fresh)
+        system.put_file(str(path), remote_path)
 
-    repeated(put, url, retry_s)
+    retry(put, url, retry_s)
 
 
-def repeated(ask: Callable[[bool], Answer], url: str, retry_s: float) -> Answer:
-    """The answer of `ask(fresh)`, asked again for `retry_s` seconds while the store fails; `fresh`: with a new connection and
-    credentials that are read anew.
+def _request(url: str, retry_s: float, method: str, **arguments: Any) -> Any:
+    def request(fresh: bool) -> Any:
+        system, remote_path = _file_system(url, fresh)
+        return getattr(system, method)(remote_path, **arguments)
 
-    Raises MissingObject at once for an object that does not exist, and StoreError when the time is over.
+    return retry(request, url, retry_s)
+
+
+def retry(request: Callable[[bool], Result], url: str, retry_s: float) -> Result:
+    """Return `request(fresh)`, retried for `retry_s` seconds while the store fails.
+
+    `fresh` asks for a new connection and new credentials. Raises MissingObject at once for an object that does not exist, and
+    StoreError when the time is over.
     """
     started, pause, fresh = time.monotonic(), FIRST_PAUSE_S, False
     while True:
         try:
-            return ask(fresh)
+            return request(fresh)
         except StoreError:
             raise
-        except FINAL as error:
+        except PERMANENT_ERRORS as error:
             kind = MissingObject if isinstance(error, FileNotFoundError) else StoreError
             raise kind(f"{url}: {explain(error)}. {_what_to_check(url)}") from None
         except Exception as error:
-            if not _is_of_the_store(error):
+            is_of_store = isinstance(error, OSError | asyncio.TimeoutError)
+            if not is_of_store and not type(error).__module__.startswith(CLIENT_MODULES):
                 raise
-            denied = isinstance(error, PermissionError) and not _names_credentials(error)  # no pause will change that
+            fresh = any(word in str(error).lower() for word in ("credential", "token"))
+            denied = isinstance(error, PermissionError) and not fresh  # no pause will change that
             left = 0.0 if denied else retry_s - (time.monotonic() - started)
             if left <= 0:
                 tried = "" if denied else f", tried for {retry_s:g} s"
                 raise StoreError(f"{url}: {explain(error)}{tried}. {_what_to_check(url)}") from None
-            fresh = _names_credentials(error)
-            wait = min(pause * random.uniform(0.75, 1.25), left)  # many ranks shall not come back at the same moment
+            pause_s = min(pause * random.uniform(0.75, 1.25), left)  # so that many ranks do not come back at once
             if pause > 1:
-                log.warning(f"{url}: {explain(error)}; trying again in {wait:.0f} s")
-            time.sleep(wait)
-            pause = min(2 * pause, LONGEST_PAUSE_S)
+                log.warning(f"{url}: {explain(error)}; trying again in {pause_s:.0f} s")
+            time.sleep(pause_s)
+            pause = min(2 * pause, MAX_PAUSE_S)
 
 
 def explain(error: BaseException) -> str:
     """A client's error in one line."""
-    said = getattr(error, "strerror", None) or str(error)
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
     if isinstance(error, FileNotFoundError):
         return "no such object, bucket or container"
     if isinstance(error, TimeoutError | asyncio.TimeoutError):
         return "no answer in time"
-    return (lines[0][:200] if lines else type(error).__name__).rstrip(".")
-
-
-def _is_of_the_store(error: Exception) -> bool:
-    return isinstance(error, OSError | asyncio.TimeoutError) or type(error).__module__.startswith(CLIENT_MODULES)
-
-
-def _names_credentials(error: Exception) -> bool:
-    return "credential" in str(error).lower() or "token" in str(error).lower()
+    text = (getattr(error, "strerror", None) or str(error)).strip() or type(error).__name__
+    return text.splitlines()[0].strip()[:200].rstrip(".")
 
 
 def _what_to_check(url: str) -> str:
     return f"Check the name, the network and {STORES[scheme(url)][1]}"
 
 
-def _open(url: str, fresh: bool, method: str) -> Callable[..., Any]:
-    system, place = _file_system(url, fresh)
-    return partial(getattr(system, method), place)
-
-
-# By process, as a fork copies no connection, by scheme, and by the settings of the environment that the client read.
+# By process, since a fork copies no connection, by scheme, and by the environment variables that the client read.
 _SYSTEMS: dict[tuple[int, str, frozenset[tuple[str, str]]], Any] = {}
 
 
 def _file_system(url: str, fresh: bool = False) -> tuple[Any, str]:
-    """fsspec's file system for a URL, and the URL as it names it; `fresh`: not the one used so far."""
+    """Return fsspec's file system for a URL, and the URL as it names it. `fresh` makes a new one."""
     kind = scheme(url)
     key = os.getpid(), kind, frozenset(item for item in os.environ.items() if item[0].startswith(SETTINGS))
-    system = _SYSTEMS.get(key)
-    if system is None or fresh:
+    if key not in _SYSTEMS or fresh:
         import fsspec  # here, so that shards on a local disk need no client
 
         try:
             client = fsspec.get_filesystem_class(kind)
-            system = client(**_settings(kind), use_listings_cache=False, skip_instance_cache=True)
+            system = client(**_options(kind), use_listings_cache=False, skip_instance_cache=True)
         except ImportError as error:
             missing = str(error).rstrip(".")
             raise ValueError(f"{missing}. For {kind}:// run `pip install -e '.[{STORES[kind][0]}]'`") from None
         if kind == "s3":
             system.retries = 1
         _SYSTEMS[key] = system
-    return system, system._strip_protocol(url)
+    return _SYSTEMS[key], _SYSTEMS[key]._strip_protocol(url)
 
 
-def _settings(kind: str) -> dict[str, Any]:
+def _options(kind: str) -> dict[str, Any]:
     if kind == "s3":
         once = {"retries": {"total_max_attempts": 1}, "connect_timeout": STALLED_S, "read_timeout": STALLED_S}
         return {"config_kwargs": once, "max_concurrency": 1}

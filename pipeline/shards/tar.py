@@ -2,7 +2,6 @@
 
 import logging
 import os
-import posixpath
 import tarfile
 from collections.abc import Iterator
 from functools import cache
@@ -11,14 +10,15 @@ from typing import IO, BinaryIO, NamedTuple, cast
 
 log = logging.getLogger(__name__)
 
-MAX_HEADER_BYTES = 1 << 24  # of a long name or PAX record (macOS stores attributes there); a longer one is an attack
-LONGEST_PADDING = 1 << 20  # bytes of zeros that a tar may end with: writers fill up a record, mostly of 10 KB
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png"})
+# Long names and PAX records (macOS stores attributes there) are headers too. A longer one is treated as malicious.
+MAX_HEADER_BYTES = 1 << 24
+MAX_PADDING = 1 << 20  # bytes of zeros that a tar can end with: writers fill up a record, mostly of 10 KB
 # Folders that file servers and systems leave: macOS in zips, Synology, QNAP, Windows, Linux.
 SYSTEM_FOLDERS = frozenset(
     ("__macosx", "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "$recycle.bin", "recycler",
      "system volume information", "lost+found", "__pycache__")
 )  # fmt: skip
-MAX_LINKS = 40  # of a chain, as in Linux
 
 
 class TarMember(NamedTuple):
@@ -42,78 +42,45 @@ class _HeaderReader:
 
 
 def tar_members(path: Path, start: int = 0, stop: int | None = None) -> Iterator[TarMember]:
-    """Files of the uncompressed tar in bytes `[start, stop)` of a file (a tar inside a tar has `start` > 0).
+    """Yield the files of the uncompressed tar in bytes `[start, stop)` of a file (a tar inside a tar has `start` > 0).
 
-    Links to a file of the same tar come last, with the content of that file. Other links and sparse files are left out with a
-    warning, devices and folders silently. Names are returned as stored: use them as labels, never as paths. Raises ValueError
-    for damage.
+    Skips links and sparse files with a warning, devices and folders silently. Names are returned as stored: use them as labels,
+    never as paths. Raises ValueError for damage.
     """
-    links: dict[str, str] = {}
-    lost: list[str] = []
-    for info in _headers(path, start, stop):
-        if info.issparse():
-            lost.append(f"{info.name} (a sparse file)")
-        elif info.isreg():
-            yield TarMember(info.name, info.offset_data, info.size)
-        elif info.islnk() or info.issym():
-            target = info.linkname if info.islnk() else posixpath.join(posixpath.dirname(info.name), info.linkname)
-            links[info.name] = posixpath.normpath(target)
-    if links:
-        found = _linked(path, start, stop, links)
-        yield from found
-        resolved = {member.name for member in found}
-        lost += [f"{name} (a link to {links[name]})" for name in links if name not in resolved]
-    if lost:
-        warn_once(f"{path}: {len(lost):,} members without content in this tar are left out, the first: {lost[0]}")
-
-
-def _linked(path: Path, start: int, stop: int | None, links: dict[str, str]) -> list[TarMember]:
-    """The links that lead to a file of the tar, in their order. Reads the tar's headers again: only tars with links pay."""
-    hops = {posixpath.normpath(name): target for name, target in links.items()}
-    ends = {}
-    for name, target in links.items():
-        for _ in range(MAX_LINKS):
-            if target not in hops:
-                ends[name] = target
-                break
-            target = hops[target]
-    wanted = set(ends.values())
-    files = {}
-    for info in _headers(path, start, stop):
-        if info.isreg() and not info.issparse() and (name := posixpath.normpath(info.name)) in wanted:
-            files[name] = (info.offset_data, info.size)
-    return [TarMember(name, *files[end]) for name, end in ends.items() if end in files]
-
-
-def _headers(path: Path, start: int, stop: int | None) -> Iterator[tarfile.TarInfo]:
+    skipped: list[str] = []
     try:
         with path.open("rb") as file:
             end = os.fstat(file.fileno()).st_size if stop is None else stop
             file.seek(start)
             with tarfile.open(fileobj=cast(IO[bytes], _HeaderReader(file)), mode="r:") as tar:
-                while (member := tar.next()) is not None:
+                while (info := tar.next()) is not None and info.offset < end:
                     tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps every header
-                    if member.offset >= end:
-                        break
-                    if not member.issparse() and not 0 <= member.size <= end - member.offset_data:
+                    if info.issparse() or info.islnk() or info.issym():
+                        skipped.append(f"{info.name} ({'a sparse file' if info.issparse() else 'a link'})")
+                        continue
+                    if not 0 <= info.size <= end - info.offset_data:
                         raise ValueError(
-                            f"{member.name} at byte {member.offset:,} claims {member.size:,} bytes, past the end: "
+                            f"{info.name} at byte {info.offset:,} claims {info.size:,} bytes, past the end: "
                             "truncated or forged. Copy it again"
                         )
-                    yield member
+                    if info.isreg():
+                        yield TarMember(info.name, info.offset_data, info.size)
                 _check_end(file, tar.offset, end)
-    except (tarfile.TarError, ValueError) as error:
-        kind = f"{tar_kind(path)}, not a readable tar (" if isinstance(error, tarfile.TarError) else ""
-        raise ValueError(f"{path}: {kind}{error}{'). Copy it again' if kind else ''}") from None
+    except tarfile.TarError as error:
+        raise ValueError(f"{path}: {tar_kind(path)}, not a readable tar ({error}). Copy it again") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error}). Check its permissions") from None
+    if skipped:
+        warn_once(f"{path}: {len(skipped):,} members without content in this tar are left out, the first: {skipped[0]}")
 
 
 def _check_end(file: BinaryIO, offset: int, end: int) -> None:
     """tarfile takes a damaged header for the end of the tar."""
     if any(os.pread(file.fileno(), min(tarfile.BLOCKSIZE, max(end - offset, 0)), offset)):
         raise ValueError(f"no tar header at byte {offset:,}: not a tar, or damaged. Copy it again")
-    if end - offset > LONGEST_PADDING:
+    if end - offset > MAX_PADDING:
         raise ValueError(f"zeros at byte {offset:,} of {end:,}: damaged. Copy it again")
 
 

@@ -78,7 +78,7 @@ def lose_a_shard(train: Path) -> None:
 
 
 def zero_the_index(train: Path) -> None:
-    path = train / "index.npz"
+    path = train / "index.npy"
     path.write_bytes(bytes(path.stat().st_size))
 
 

@@ -246,7 +246,7 @@ def test_other_images_under_the_name_of_a_run_are_refused_and_nothing_is_touched
 def test_a_moved_folder_continues_with_or_without_its_side_files(copied: tuple[Path, Path]) -> None:
     shards, runs = copied
     assert open_index(shards / "train").digest == data_of(list_checkpoints(runs / "quickstart" / "checkpoints")[-1])
-    for name in ("index.npz", "manifest.json"):
+    for name in ("index.npy", "index.json", "manifest.json"):
         (shards / "train" / name).unlink()
     assert train(command(QUICKSTART, shards, runs, *SHORT[1:], "training.max_steps=3")) == 0
     assert json.loads((runs / "quickstart" / "summary.json").read_text())["steps"] == 3

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Self
 from urllib.request import Request, urlopen
 
-from pipeline.shards.index_file import INDEX_NAME, MANIFEST_NAME
+from pipeline.shards.index_file import INDEX_FILES, INDEX_NAME
+from pipeline.shards.manifest import MANIFEST_NAME
 
 CHUNK_BYTES = 1 << 16
 START_S = 120
@@ -63,7 +64,7 @@ def put_folder(endpoint: str, folder: Path, prefix: str) -> str:
     if not (folder / INDEX_NAME).exists():
         raise ValueError(f"{folder}: no {INDEX_NAME}. Write it with `python tools/make_shards.py index {folder}`")
     for path in sorted(folder.iterdir()):
-        if path.suffix == ".tar" or path.name in (INDEX_NAME, MANIFEST_NAME):
+        if path.suffix == ".tar" or path.name in (*INDEX_FILES, MANIFEST_NAME):
             put(endpoint, f"photos/{prefix}/{path.name}", path.read_bytes())
     return f"s3://photos/{prefix}"
 

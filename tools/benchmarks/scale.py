@@ -18,7 +18,8 @@ from PIL import Image
 from pipeline import build_multicrop_dataloader, build_multicrop_dataset
 from pipeline.order import Plan
 from pipeline.shards.dali_index import write_dali_indices
-from pipeline.shards.index import INDEX_NAME, SAMPLE_DTYPE, open_index, save_index
+from pipeline.shards.index import SAMPLE_DTYPE, open_index, save_index
+from pipeline.shards.index_file import SAMPLES_NAME
 from pipeline.window import WINDOW_ROWS
 from tools.benchmarks.measure import resident_bytes, table
 from tools.own_process import run_in_subprocess
@@ -75,7 +76,7 @@ def measure_loader(folder: Path, batch: int) -> dict[str, Any]:
     before = resident_bytes()
     index, open_s = timed(lambda: open_index(folder))
     index_bytes = resident_bytes() - before
-    plan = Plan(index.sizes(), 0)
+    plan = Plan(index.counts, 0)
     _, first_plan_s = timed(lambda: plan.rows(0, 0, batch))
     rows, epoch_plan_s = timed(lambda: plan.rows(0, 0, len(index)))
     assert len(np.unique(rows)) == len(index)
@@ -89,7 +90,7 @@ def measure_loader(folder: Path, batch: int) -> dict[str, Any]:
         "name": "loader",
         "samples": len(index),
         "shards": len(index.shards),
-        "index_file_bytes": (folder / INDEX_NAME).stat().st_size,
+        "index_file_bytes": (folder / SAMPLES_NAME).stat().st_size,
         "open_index_s": open_s,
         "index_memory_bytes": index_bytes,
         "plan_of_first_batch_s": first_plan_s,

@@ -25,7 +25,7 @@ from importlib.util import find_spec
 import numpy as np
 from PIL import Image, features
 
-from pipeline.shards.scan import PILLOW_FAULTS
+from pipeline.shards.samples import PILLOW_FAULTS
 
 Image.MAX_IMAGE_PIXELS = None  # ImagePolicy.max_pixels is checked in the header instead
 warnings.filterwarnings("ignore", module=r"PIL\.")  # mostly about metadata; real damage becomes a reason to reject

@@ -6,7 +6,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline.shards.index import INDEX_NAME
+from pipeline.shards.index_file import INDEX_FILES
 from pipeline.shards.manifest import MANIFEST_NAME
 from pipeline.shards.object_store import MissingObject, check_prefix, read, scheme, sizes, upload
 from pipeline.shards.storage import join
@@ -40,9 +40,10 @@ def upload_split(folder: Path, url: str) -> int:
     tars = [entry["name"] for entry in json.loads(manifest)["shards"]]
     if _is_uploaded(url, manifest, tars):
         return 0
+    last = (*INDEX_FILES, MANIFEST_NAME)
     side_files = sorted(path.name for path in folder.iterdir() if path.suffix in (".json", ".jsonl"))
     first = [*tars, *(str(Path(name).with_suffix(".idx")) for name in tars), *side_files]
-    first.remove(MANIFEST_NAME)
+    first = [name for name in first if name not in last]
     log_path = folder / RECORD_FOLDER / UPLOADED_NAME
     uploaded = set(log_path.read_text().splitlines()) if log_path.exists() else set()
     stored_sizes = sizes(url) or {}
@@ -59,9 +60,9 @@ def upload_split(folder: Path, url: str) -> int:
 
     with ThreadPoolExecutor(NUM_STREAMS) as pool:
         written = sum(pool.map(put, first))
-    for name in (INDEX_NAME, MANIFEST_NAME):
+    for name in last:
         upload(folder / name, join(url, name), RETRY_S)
-    return written + 2
+    return written + len(last)
 
 
 def _is_uploaded(url: str, manifest: bytes, tars: list[str]) -> bool:

@@ -76,7 +76,7 @@ def verify_split(folder: Path, workers: int) -> list[str]:
 
 
 def _tasks(index: ShardIndex, checksums: dict[str, str]) -> list[ShardTask]:
-    rows = np.split(index.samples, np.cumsum(index.sizes())[:-1])
+    rows = np.split(index.samples, np.cumsum(index.counts)[:-1])
     return [
         ShardTask(index.shard_path(shard), shard, rows[shard], checksums.get(name, ""))
         for shard, name in enumerate(index.shards)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.shards.index import INDEX_NAME, ShardIndex, open_index, save_index
+from pipeline.shards.index_file import SAMPLES_NAME
 from tests.conftest import write_shards
 from tools.benchmarks.proxy import ThrottledProxy, environment, moto_server, no_fault, put, put_folder
 
@@ -25,12 +26,12 @@ class Store:
     line: ThrottledProxy
 
     def upload(self, prefix: str, **changed: bytes | None) -> str:
-        """The training split once more; `changed`: other contents of `shard0`, ..., `index`, `manifest`, None to omit."""
+        """Upload the training split; `changed`: other contents of `shard0`, `index`, `samples` or `manifest`, None to omit."""
         folder = self.local / "train"
         index = open_index(folder)
         contents: dict[str, bytes | None] = {path.name: path.read_bytes() for path in folder.iterdir()}
         names = {f"shard{k}": name for k, name in enumerate(index.shards)}
-        names |= {"index": INDEX_NAME, "manifest": "manifest.json"}
+        names |= {"index": INDEX_NAME, "samples": SAMPLES_NAME, "manifest": "manifest.json"}
         contents |= {names[key]: content for key, content in changed.items()}
         for name, content in contents.items():
             if content is not None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.shards.cache import CacheSettings, NoRoom, ShardCache, StoredShard
+from pipeline.shards.cache import CacheFullError, CacheSettings, ShardCache, StoredShard
 from pipeline.shards.fetcher import Cancelled
 from pipeline.shards.index import ShardIndex, open_index
 from pipeline.shards.object_store import StoreError
@@ -56,7 +56,7 @@ def test_each_shard_is_one_request_however_many_ask(store: Store, tmp_path: Path
     indices = [opened(store, tmp_path) for _ in range(4)]
     before = len(shard_requests(store))
     fetchers = [index.fetcher() for index in indices]
-    threads = [threading.Thread(target=fetcher.need, args=(range(len(COUNTS)),)) for fetcher in fetchers]
+    threads = [threading.Thread(target=fetcher.wait_for, args=(range(len(COUNTS)),)) for fetcher in fetchers]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -71,11 +71,11 @@ def test_the_size_is_bounded_and_the_least_recently_planned_goes_first(store: St
     cache, shards = index.remote.cache, index.remote.stored
     cache.make()
     for shard in (0, 1):
-        cache.fetch(shards[shard])
+        cache.fetch(shards[shard], cache.new_pins())
         time.sleep(0.02)
-    assert cache.hold(shards[0]) is not None  # planned once more
+    assert cache.pin(shards[0], cache.new_pins())  # planned once more
     time.sleep(0.02)
-    cache.fetch(shards[3])
+    cache.fetch(shards[3], cache.new_pins())
     there = {cache.path(shards[shard]).exists(): shard for shard in (0, 1)}
     assert there == {True: 0, False: 1}
     assert sum(map(len, contents(index).values())) <= cache.max_bytes
@@ -85,14 +85,44 @@ def test_a_shard_in_use_is_not_removed(store: Store, tmp_path: Path) -> None:
     index = opened(store, tmp_path, shards=2.1)
     cache, shards = index.remote.cache, index.remote.stored
     cache.make()
-    leases = [cache.fetch(shards[shard]) for shard in (0, 1)]
-    with pytest.raises(NoRoom, match=r"do not fit beside .* shards in use into data.cache_size_gb"):
-        cache.fetch(shards[3], patient=False)
+    pins = [cache.new_pins(), cache.new_pins()]
+    for shard in (0, 1):
+        cache.fetch(shards[shard], pins[shard])
+    with pytest.raises(CacheFullError, match=r"no room for .* shards in use take .* of data.cache_size_gb"):
+        cache.fetch(shards[3], cache.new_pins())
     assert all(cache.path(shards[shard]).exists() for shard in (0, 1))
-    del leases[0]
-    cache.fetch(shards[3], patient=False)
+    del pins[0]
+    cache.fetch(shards[3], cache.new_pins())
     assert not cache.path(shards[0]).exists()
     assert cache.path(shards[1]).exists()
+    assert_sound(store, index)
+
+
+def test_a_pinned_shard_outlives_its_name_and_is_gone_with_its_pins(store: Store, tmp_path: Path) -> None:
+    index = opened(store, tmp_path)
+    pins = index.fetcher().wait_for([1])
+    index.shard_path(1).unlink()  # a user who clears the cache
+    link = pins.folder / index.shard_path(1).name
+    assert link.read_bytes() == (store.local / "train" / index.shards[1]).read_bytes()
+    del pins
+    assert not link.parent.exists()
+
+
+def test_the_pins_of_a_killed_process_are_removed(store: Store, tmp_path: Path) -> None:
+    index = opened(store, tmp_path, shards=2.1)
+    code = FETCH_ALL.replace("index.fetcher().wait_for(range(len(index.shards)))", HOLD_TWO)
+    arguments = [sys.executable, "-c", code, f"{store.url}/train", str(tmp_path)]
+    process = subprocess.Popen(arguments, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "pinned\n"]
+    cache, shards = index.remote.cache, index.remote.stored
+    with pytest.raises(CacheFullError):
+        cache.fetch(shards[3], cache.new_pins())
+    process.kill()
+    process.wait()
+    assert list((tmp_path / "pins").iterdir())
+    cache.fetch(shards[3], cache.new_pins())
+    assert list((tmp_path / "pins").iterdir()) == []
     assert_sound(store, index)
 
 
@@ -100,7 +130,7 @@ def test_a_shard_in_use_is_not_removed(store: Store, tmp_path: Path) -> None:
 def test_every_third_request_fails_and_nothing_is_lost(store: Store, tmp_path: Path, kind: str) -> None:
     store.line.fault = lambda number, _: kind if number % 3 == 0 else ""
     index = opened(store, tmp_path)
-    index.fetcher().need(range(len(COUNTS)))
+    index.fetcher().wait_for(range(len(COUNTS)))
     assert len(contents(index)) == len(COUNTS)
     assert_sound(store, index)
 
@@ -111,16 +141,16 @@ def test_a_store_that_keeps_failing_is_one_line(store: Store, tmp_path: Path, ki
     before = len(shard_requests(store))
     store.line.fault = lambda _, path: kind if ".tar" in path else ""
     with pytest.raises(StoreError) as caught:
-        index.fetcher().need([1])
+        index.fetcher().wait_for([1])
     line = str(caught.value)
     assert line.startswith(index.shard_place(1))
     assert words in line
     assert "AWS_ACCESS_KEY_ID" in line
     assert "\n" not in line
     assert 2 <= len(shard_requests(store)) - before <= 4  # with pauses that grow
-    assert os.listdir(tmp_path) == ["locks"]
+    assert sorted(os.listdir(tmp_path)) == ["locks", "pins"]
     store.line.fault = lambda *_: ""
-    index.fetcher().need([1])  # it comes back
+    index.fetcher().wait_for([1])  # it comes back
     assert_sound(store, index)
 
 
@@ -129,7 +159,7 @@ def test_all_that_wait_for_a_shard_learn_that_it_fails(store: Store, tmp_path: P
     fetcher = opened(store, tmp_path, retry_s=0.5).fetcher()
     store.line.fault = lambda _, path: "503" if ".tar" in path else ""
     with ThreadPoolExecutor(4) as pool:
-        waiting = [pool.submit(fetcher.need, [1, shard]) for shard in (0, 2, 3, 4)]
+        waiting = [pool.submit(fetcher.wait_for, [1, shard]) for shard in (0, 2, 3, 4)]
         done, _ = wait(waiting, timeout=20)
         assert len(done) == 4
         assert all(isinstance(future.exception(), StoreError) for future in done)
@@ -140,15 +170,15 @@ def test_waiting_ends_on_request(store: Store, tmp_path: Path) -> None:
     store.line.fault = lambda _, path: "503" if ".tar" in path else ""
     started = time.monotonic()
     with pytest.raises(Cancelled):
-        fetcher.need([1], lambda: True)
+        fetcher.wait_for([1], lambda: True)
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(fetcher.need, [1])
+        waiting = pool.submit(fetcher.wait_for, [1])
         time.sleep(0.3)
         fetcher.release()
         assert isinstance(waiting.exception(RETRY_S / 2), Cancelled)
     assert time.monotonic() - started < RETRY_S / 2
     store.line.fault = no_fault
-    fetcher.need([1])
+    fetcher.wait_for([1])
 
 
 def test_a_changed_shard_is_refused(store: Store, tmp_path: Path) -> None:
@@ -157,7 +187,7 @@ def test_a_changed_shard_is_refused(store: Store, tmp_path: Path) -> None:
     index = opened(store, tmp_path, url=store.upload("changed", shard1=bytes(content)))
     fetcher = index.fetcher()
     with pytest.raises(StoreError, match=r"photos-000001.tar: its sha256 is not that of manifest.json"):
-        fetcher.need([0, 1])
+        fetcher.wait_for([0, 1])
     assert list(contents(index)) == ["photos-000000.tar"]
 
 
@@ -165,9 +195,9 @@ def test_without_a_manifest_a_foreign_shard_is_refused(store: Store, tmp_path: P
     whole = (store.local / "train" / "photos-000001.tar").read_bytes()
     url = store.upload("foreign", manifest=None, shard1=bytes(len(whole)))
     fetcher = opened(store, tmp_path, url=url).fetcher()
-    fetcher.need([0])
+    fetcher.wait_for([0])
     with pytest.raises(StoreError, match=r"photos-000001.tar: zero-filled"):
-        fetcher.need([1])
+        fetcher.wait_for([1])
 
 
 FETCH_ALL = """
@@ -177,7 +207,14 @@ from pipeline.shards.cache import CacheSettings
 from pipeline.shards.index import open_index
 index = open_index(sys.argv[1]).cached(CacheSettings(Path(sys.argv[2]), 10**9, 20))
 print("ready", flush=True)
-index.fetcher().need(range(len(index.shards)))
+index.fetcher().wait_for(range(len(index.shards)))
+"""
+
+
+HOLD_TWO = """
+pins = index.fetcher().wait_for([0, 1])
+print("pinned", flush=True)
+sys.stdin.read()
 """
 
 
@@ -195,7 +232,7 @@ def killed_while_fetching(store: Store, cache: Path, seed: int) -> None:
     process.wait()
     assert_sound(store, index)
     store.line.bytes_per_s = float("inf")
-    index.fetcher().need(range(len(COUNTS)))
+    index.fetcher().wait_for(range(len(COUNTS)))
     assert len(contents(index)) == len(COUNTS)
     assert_sound(store, index)
     assert sorted(path.name for path in cache.glob(".*")) == []
@@ -289,14 +326,18 @@ def test_a_full_disk_makes_room_or_is_one_line(store: Store, small_disk: Path) -
     cache, shards = index.remote.cache, index.remote.stored
     cache.make()
     for shard in shards:  # more than fits, one after the other
-        cache.fetch(shard)
+        cache.fetch(shard, cache.new_pins())
     assert_sound(store, index)
     for path in small_disk.glob("*.tar"):
         path.unlink()
     fill(small_disk / "other.bin")
-    with pytest.raises(NoRoom, match=r"data.cache_dir .* whose disk has .* MB free"):
-        cache.fetch(shards[0], patient=False)
-    assert sorted(path.name for path in small_disk.iterdir()) == ["locks", "other.bin"]  # what is not ours stays
+    with pytest.raises(CacheFullError, match=r"the disk of data.cache_dir .* has .* MB free"):
+        cache.fetch(shards[0], cache.new_pins())
+    assert sorted(path.name for path in small_disk.iterdir()) == [
+        "locks",
+        "other.bin",
+        "pins",
+    ]  # what is not ours stays
 
 
 def test_a_new_upload_is_another_shard_of_the_cache(store: Store, tmp_path: Path) -> None:
@@ -307,9 +348,9 @@ def test_a_new_upload_is_another_shard_of_the_cache(store: Store, tmp_path: Path
     manifest["shards"][1]["sha256"] = hashlib.sha256(content).hexdigest()
     url = store.upload("again", shard1=bytes(content), manifest=json.dumps(manifest).encode())
     old, new = opened(store, tmp_path), opened(store, tmp_path, url=url)
-    old.fetcher().need([0, 1])
+    old.fetcher().wait_for([0, 1])
     before = len(shard_requests(store))
-    new.fetcher().need([0, 1])
+    new.fetcher().wait_for([0, 1])
     assert len(shard_requests(store)) - before == 1
     assert new.shard_path(1).read_bytes() == content
     assert old.shard_path(1).read_bytes() != content
@@ -323,8 +364,9 @@ def test_a_cache_that_cannot_be_made_is_bad_input(tmp_path: Path) -> None:
 
 def test_a_damaged_size_is_not_used(tmp_path: Path) -> None:
     cache = ShardCache(CacheSettings(tmp_path))
+    cache.make()
     shard = StoredShard("s3://b/a.tar", "a-1.tar", 10, "f" * 64, np.zeros(2))
     (tmp_path / "a-1.tar").write_bytes(bytes(9))
-    assert cache.hold(shard) is None
+    assert not cache.pin(shard, cache.new_pins())
     (tmp_path / "a-1.tar").write_bytes(bytes(10))
-    assert cache.hold(shard) is not None
+    assert cache.pin(shard, cache.new_pins())

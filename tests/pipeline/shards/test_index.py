@@ -15,8 +15,8 @@ from PIL import Image
 
 from pipeline import build_multicrop_dataset
 from pipeline.shards import index_file
-from pipeline.shards.check import CHUNK
-from pipeline.shards.index import INDEX_NAME, SAMPLE_DTYPE, ShardIndex, open_index, save_index, scan_shard
+from pipeline.shards.index import SAMPLE_DTYPE, ShardIndex, open_index, save_index, scan_shard
+from pipeline.shards.index_file import INDEX_FILES, INDEX_NAME, OLD_INDEX_NAME, SAMPLES_NAME, write_index
 from tests.conftest import write_shards
 from train.run import main
 
@@ -104,7 +104,7 @@ def test_without_an_index_the_scan_tells_the_same_tars_apart(folder: Path, defec
     """The last two stay readable as shorter tars, at these sizes; what was cut off is unknown without an index."""
     tar = folder / SECOND
     tar.write_bytes(DAMAGE[defect][0](tar.read_bytes()) or b"")
-    (folder / INDEX_NAME).unlink()
+    remove_index(folder)
     if defect == "another data set's tar":
         assert len(open_index(folder)) == 41 + 1 + 22  # without an index it is as good as any
         return
@@ -125,7 +125,7 @@ def test_zeros_in_the_middle_of_a_long_tar_are_noticed_without_an_index(tmp_path
 def test_several_defective_tars_are_counted(folder: Path) -> None:
     for name in ("photos-000000.tar", "photos-000002.tar"):
         (folder / name).unlink()
-    with pytest.raises(ValueError, match=r"photos-000000\.tar: .*\(1 more shards are not as the index says\)"):
+    with pytest.raises(ValueError, match=r"photos-000000\.tar: .*\(1 more shards differ from the index\)"):
         open_index(folder)
 
 
@@ -148,7 +148,7 @@ def unprivileged() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", [SECOND, INDEX_NAME, "."])
+@pytest.mark.parametrize("name", [SECOND, *INDEX_FILES, "."])
 def test_what_may_not_be_read_is_named(folder: Path, name: str, request: pytest.FixtureRequest) -> None:
     with tempfile.TemporaryDirectory() as temporary:  # pytest's own folders are closed to others as a whole
         os.chmod(temporary, 0o755)
@@ -170,9 +170,16 @@ def test_a_folder_in_place_of_a_tar_is_named(folder: Path) -> None:
         open_index(folder)
 
 
-def rewrite(folder: Path, **changes: np.ndarray) -> None:
-    with np.load(folder / INDEX_NAME) as old:
-        np.savez(folder / INDEX_NAME, **({name: old[name] for name in old.files} | changes))
+def remove_index(folder: Path) -> None:
+    for name in INDEX_FILES:
+        (folder / name).unlink()
+
+
+def save_old_index(folder: Path, index: ShardIndex, **changes: np.ndarray) -> None:
+    """In place of the index, one of an earlier version of this project."""
+    remove_index(folder)
+    whole = {"shards": np.array(index.shards), "samples": index.samples, "counts": index.counts.astype("<i8")}
+    np.savez(folder / OLD_INDEX_NAME, **(whole | changes))
 
 
 def shifted(index: ShardIndex, **columns: int) -> np.ndarray:
@@ -185,7 +192,7 @@ def shifted(index: ShardIndex, **columns: int) -> np.ndarray:
 INDEX_DAMAGE: dict[str, tuple[Callable[[ShardIndex], dict[str, np.ndarray]], str]] = {
     "of no samples": (lambda i: {"samples": i.samples[:0], "counts": np.zeros(3, "<i8")}, "lists no samples"),
     "of another type": (lambda i: {"samples": i.samples["offset"]}, "samples is int64"),
-    "of an older row": (lambda i: {"samples": i.samples[["shard", "offset", "size"]].copy()}, "expected are names"),
+    "of an older row": (lambda i: {"samples": i.samples[["shard", "offset", "size"]].copy()}, "expected is one row"),
     "with other counts": (lambda i: {"counts": np.array([41, 40, 23])}, "103 samples, but counts of 104"),
     "out of order": (lambda i: {"samples": i.samples[::-1].copy()}, "not ordered by shard"),
     "with wrong counts": (lambda i: {"counts": np.array([40, 41, 22])}, "not ordered by shard"),
@@ -200,18 +207,21 @@ INDEX_DAMAGE: dict[str, tuple[Callable[[ShardIndex], dict[str, np.ndarray]], str
 @pytest.mark.parametrize("defect", INDEX_DAMAGE)
 def test_an_index_that_does_not_fit_is_one_line(folder: Path, index: ShardIndex, defect: str) -> None:
     changes, words = INDEX_DAMAGE[defect]
-    rewrite(folder, **changes(index))
+    save_old_index(folder, index, **changes(index))
     with pytest.raises(ValueError, match=words) as caught:
         open_index(folder)
     assert str(caught.value).startswith(str(folder))
     assert "\n" not in str(caught.value)
 
 
-def test_any_damage_to_the_index_is_told_as_such(folder: Path, index: ShardIndex) -> None:
+@pytest.mark.parametrize("name", [*INDEX_FILES, OLD_INDEX_NAME])
+def test_any_damage_to_the_index_is_told_as_such(name: str, folder: Path, index: ShardIndex) -> None:
     """Cut off anywhere, or with any one byte changed: noticed, or without effect."""
-    path, rng = folder / INDEX_NAME, np.random.default_rng(0)
+    if name == OLD_INDEX_NAME:
+        save_old_index(folder, index)
+    path, rng = folder / name, np.random.default_rng(0)
     content, said = path.read_bytes(), []
-    for trial in range(300):
+    for trial in range(150):
         place = int(rng.integers(len(content)))
         changed = (
             content[:place]
@@ -225,17 +235,65 @@ def test_any_damage_to_the_index_is_told_as_such(folder: Path, index: ShardIndex
             said.append(str(error))
         else:
             np.testing.assert_array_equal(found.samples, index.samples)
-    assert all(line.startswith(f"{path}: damaged, or not") and "\n" not in line for line in said), said
-    assert len(said) > 270  # the rest hits dates, attributes and padding of the zip
+    places = tuple(f"{folder / place}: " for place in (*INDEX_FILES, OLD_INDEX_NAME))
+    assert all(line.startswith(places) and "damaged" in line and "\n" not in line for line in said), said
+    assert len(said) > 135  # the rest hits dates, attributes and padding of the zip
 
 
 def test_an_index_of_the_first_version_opens(folder: Path, index: ShardIndex) -> None:
-    np.savez(folder / INDEX_NAME, shards=np.array(index.shards), samples=index.samples)
-    np.testing.assert_array_equal(open_index(folder).sizes(), [41, 40, 22])
+    remove_index(folder)
+    np.savez(folder / OLD_INDEX_NAME, shards=np.array(index.shards), samples=index.samples)
+    np.testing.assert_array_equal(open_index(folder).counts, [41, 40, 22])
+
+
+@pytest.mark.parametrize("is_mapped", [False, True])
+def test_the_files_of_two_indices_are_never_taken_for_one(
+    folder: Path, index: ShardIndex, is_mapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a crash between the two renames, or with two writers, whatever the size of the index."""
+    if is_mapped:
+        monkeypatch.setattr(index_file, "MAX_READ_BYTES", 64)
+    before = {name: (folder / name).read_bytes() for name in INDEX_FILES}
+    save_index(folder, list(index.shards), shifted(index, label=1))
+    assert open_index(folder).samples["label"][0] == index.samples["label"][0] + 1
+    for name in INDEX_FILES:
+        after = (folder / name).read_bytes()
+        (folder / name).write_bytes(before[name])
+        with pytest.raises(ValueError, match=rf"{SAMPLES_NAME}: damaged, or not of the {INDEX_NAME} next to it"):
+            open_index(folder)
+        (folder / name).write_bytes(after)
+    (folder / SAMPLES_NAME).unlink()
+    with pytest.raises(ValueError, match=rf"{SAMPLES_NAME}: missing"):
+        open_index(folder)
+
+
+def test_an_old_index_has_the_same_digest_and_gives_way_to_a_new_one(folder: Path, index: ShardIndex) -> None:
+    save_old_index(folder, index)
+    assert open_index(folder).digest == index.digest
+    save_index(folder, list(index.shards), index.samples)
+    assert not (folder / OLD_INDEX_NAME).exists()
+    assert open_index(folder).digest == index.digest
+
+
+def test_an_index_of_the_new_format_that_does_not_fit_is_one_line(folder: Path, index: ShardIndex) -> None:
+    counts = dict(zip(index.shards, index.counts.tolist(), strict=True))
+    for shards, samples, words in (
+        (counts | {index.shards[0]: 42}, index.samples, "103 samples, but counts of 104"),
+        (dict(list(counts.items())[:2]), index.samples, "103 samples, but counts of 81"),
+        (counts, index.samples[:0], "0 samples, but counts of 103"),
+        (dict.fromkeys(counts, 0), index.samples[:0], "lists no samples"),
+        (counts, index.samples["offset"], "samples is int64"),
+        (counts, index.samples[::-1].copy(), "not ordered by shard"),
+    ):
+        write_index(folder, shards, samples)
+        with pytest.raises(ValueError, match=words) as caught:
+            open_index(folder)
+        assert str(caught.value).startswith(str(folder))
+        assert "\n" not in str(caught.value)
 
 
 def test_a_large_index_is_mapped_and_equal(folder: Path, index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_file, "MAPPED_BYTES", 0)
+    monkeypatch.setattr(index_file, "MAX_READ_BYTES", 64)
     mapped = open_index(folder)
     base = mapped.samples
     while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
@@ -244,21 +302,21 @@ def test_a_large_index_is_mapped_and_equal(folder: Path, index: ShardIndex, monk
     np.testing.assert_array_equal(mapped.samples, index.samples)
     assert mapped.encoded(50) == index.encoded(50)
     assert not mapped.samples.flags.writeable
-    path = folder / INDEX_NAME
+    path = folder / SAMPLES_NAME
     content = path.read_bytes()
-    for cut in (10, 200, 2000, len(content) - 5):
+    for cut in (100, 200, 2000, len(content) - 5):
         path.write_bytes(content[:cut])
-        with pytest.raises(ValueError, match="damaged, or not an index"):
+        with pytest.raises(ValueError, match="damaged, or not"):
             open_index(folder)
 
 
 def test_more_shards_than_one_thread_takes_are_all_looked_at(tmp_path: Path) -> None:
-    count = CHUNK * 3 + 5
+    count = 40
     folder = write_shards(tmp_path / "train", [1] * count)
     index = open_index(folder)
     save_index(folder, list(index.shards), index.samples)
     assert len(open_index(folder)) == count
-    for shard in (0, CHUNK - 1, CHUNK, count - 1):
+    for shard in (0, 17, count - 1):
         tar = index.shard_path(shard)
         content = tar.read_bytes()
         tar.write_bytes(bytes(len(content)))

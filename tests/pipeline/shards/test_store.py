@@ -1,5 +1,6 @@
 """Training from a store: the crops of local files, bit for bit, and clear lines where it cannot be read."""
 
+import io
 import json
 import os
 import re
@@ -19,10 +20,11 @@ from pipeline import build_multicrop_dataloader, build_multicrop_dataset
 from pipeline.loader import MultiCropLoader
 from pipeline.shards.cache import CacheSettings
 from pipeline.shards.index import INDEX_NAME, open_index, split_folder
+from pipeline.shards.index_file import SAMPLES_NAME
 from pipeline.shards.object_store import StoreError, is_remote, read
 from tests.pipeline.shards.conftest import COUNTS, Store
 from tests.train.test_run import command
-from tools.benchmarks.proxy import Fault, ThrottledProxy, environment, no_fault
+from tools.benchmarks.proxy import Fault, ThrottledProxy, environment, no_fault, put
 from train.evaluation.features import subsample_evenly
 from train.evaluation.labels import check_classes
 from train.run import main
@@ -60,7 +62,7 @@ def test_the_split_is_found_and_its_index_is_the_local_one(store: Store) -> None
     assert split_folder("custom", f"{store.url}/", "val") == f"{store.url}/val"
     assert split_folder("custom", f"{store.url}/train", "train") == f"{store.url}/train"
     ours, theirs = open_index(f"{store.url}/train"), open_index(store.local / "train")
-    assert (ours.shards, ours.sizes().tolist()) == (theirs.shards, COUNTS)
+    assert (ours.shards, ours.counts.tolist()) == (theirs.shards, COUNTS)
     np.testing.assert_array_equal(ours.samples, theirs.samples)
     assert ours.key(50) == theirs.key(50)
     assert ours.encoded(102) == theirs.encoded(102)
@@ -196,7 +198,9 @@ def test_the_class_names_of_two_splits_in_a_store_are_compared(store: Store) -> 
         check_classes(*indices)
 
 
-@pytest.mark.parametrize(("content", "words"), [(b"{", "no JSON"), (b'{"classes": [], "shards": [1]}', "shards is")])
+@pytest.mark.parametrize(
+    ("content", "words"), [(b"{", "no JSON"), (b'{"classes": [], "shards": [1]}', r"shards\.0 is 1")]
+)
 def test_a_damaged_manifest_is_one_line(store: Store, content: bytes, words: str) -> None:
     url = store.upload(f"unnamed{len(content)}", manifest=content)
     with pytest.raises(ValueError, match=rf"^{url}/train/manifest.json: damaged.*{words}") as caught:
@@ -205,10 +209,21 @@ def test_a_damaged_manifest_is_one_line(store: Store, content: bytes, words: str
 
 
 def test_a_damaged_index_is_one_line(store: Store) -> None:
-    content = (store.local / "train" / INDEX_NAME).read_bytes()
-    url = store.upload("cut", index=content[:-100])
-    with pytest.raises(ValueError, match=rf"^{url}/train/index.npz: damaged, or not an index .* Upload it again$"):
-        open_index(f"{url}/train")
+    for part, name in (("index", INDEX_NAME), ("samples", SAMPLES_NAME)):
+        content = (store.local / "train" / name).read_bytes()
+        url = store.upload(f"cut-{part}", **{part: content[:-100]})
+        with pytest.raises(ValueError, match=rf"^{url}/train/{name}: damaged.* Upload it again$"):
+            open_index(f"{url}/train")
+
+
+def test_a_prefix_with_an_index_of_an_earlier_version_opens(store: Store) -> None:
+    whole = open_index(store.local / "train")
+    file = io.BytesIO()
+    np.savez(file, shards=np.array(whole.shards), samples=whole.samples, counts=whole.counts)
+    url = store.upload("old", index=None, samples=None)
+    put(store.server, "photos/old/train/index.npz", file.getvalue())
+    old = open_index(split_folder("custom", url, "train"))
+    assert (old.digest, old.shards) == (whole.digest, whole.shards)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ def test_each_row_has_its_requests_and_each_target_a_verdict(
     out, folder = tmp_path / "rows.json", write_shards(tmp_path / "train", [20, 20])
     options = ["--shards", str(tmp_path), "--bandwidth", "1000", "--rounds", "1", "--batch", "8"]
     assert main(["store", *options]) == 2
-    assert "index.npz. Write it with" in capsys.readouterr().err
+    assert "index.json. Write it with" in capsys.readouterr().err
     index = open_index(folder)
     save_index(folder, list(index.shards), index.samples)
     assert main(["store", "--json", str(out), *options]) == 0

@@ -13,7 +13,7 @@ import pytest
 import sources
 from reading import folder_bytes, run_convert, stored_samples
 
-from pipeline.shards.index import INDEX_NAME, open_index
+from pipeline.shards.index import open_index
 from tools.make_shards import main
 
 SHARDS = ("--num-shards", "6")
@@ -106,7 +106,9 @@ def test_twenty_kills_at_random_moments_end_in_the_same_bytes(tmp_path: Path) ->
     assert found == expected
 
 
-@pytest.mark.parametrize("name", ["animals-train-000002.tar", "animals-train-000004.idx", INDEX_NAME, "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["animals-train-000002.tar", "animals-train-000004.idx", "index.npy", "index.json", "manifest.json"]
+)
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "removed"])
 def test_a_second_run_repairs_damage(
     source: Path, reference: dict[str, bytes], finished: Path, tmp_path: Path, name: str, damage: str

@@ -84,18 +84,18 @@ def test_what_cannot_be_measured_is_one_clean_line(
     assert "no custom shards (*.tar) here" in refusal([str(run), "--data", str(tmp_path / "none")], capsys)
     assert "evaluation.max_samples" in refusal([str(run), "--max-samples", "0"], capsys)
 
-    alone = tmp_path / "alone"
-    shutil.copytree(run / "checkpoints" / "step_00000024", alone / "checkpoints" / "step_00000024")
-    assert "name the checkpoint's settings with --config" in refusal([str(alone)], capsys)
+    copy = tmp_path / "copy"
+    shutil.copytree(run / "checkpoints" / "step_00000024", copy / "checkpoints" / "step_00000024")
+    assert "name the checkpoint's settings with --config" in refusal([str(copy)], capsys)
     text = (run / "config.yaml").read_text().replace("embed_dim: 16", "embed_dim: 32")
-    (alone / "config.yaml").write_text(text)
-    assert "belongs to another architecture" in refusal([str(alone)], capsys)
-    weights = alone / "checkpoints" / "step_00000024" / "model.safetensors"
+    (copy / "config.yaml").write_text(text)
+    assert "belongs to another architecture" in refusal([str(copy)], capsys)
+    weights = copy / "checkpoints" / "step_00000024" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    assert "no undamaged checkpoint here" in refusal([str(alone)], capsys)
+    assert "no undamaged checkpoint here" in refusal([str(copy)], capsys)
 
     one_split = write_shards(tmp_path / "one_split", [12])
-    assert "one split alone" in refusal([str(run), "--data", str(one_split)], capsys)
+    assert "a single split; evaluation needs train/ and val/" in refusal([str(run), "--data", str(one_split)], capsys)
 
 
 def test_shards_without_labels_are_one_clean_line(
