@@ -4,12 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.batch import CropBatch
     from pipeline.crops.augment import Augmentation
-    from pipeline.dataset import build_multicrop_dataloader, build_multicrop_dataset
+    from pipeline.dataset import CropBatch, build_multicrop_dataset
+    from pipeline.loader import build_multicrop_dataloader
 
 __all__ = ["Augmentation", "CropBatch", "build_multicrop_dataloader", "build_multicrop_dataset"]
-HOMES = {"Augmentation": "pipeline.crops.augment", "CropBatch": "pipeline.batch"}
+HOMES = {"Augmentation": "pipeline.crops.augment", "build_multicrop_dataloader": "pipeline.loader"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,24 +1,63 @@
-"""The Python interface: build a data set of crops and its loader from plain settings."""
+"""A data set of crops, the batches that are made of it, and their normalisation."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 
 from pipeline import defaults
-from pipeline.batch import Normalization
 from pipeline.crops.augment import Augmentation, ViewRecipe
-from pipeline.crops.graph import ReaderOptions
-from pipeline.loader import MultiCropLoader
-from pipeline.order import BatchSequence, Plan
-from pipeline.quarantine import Quarantine
 from pipeline.shards.cache import CacheSettings
 from pipeline.shards.index import ShardIndex, open_index, split_folder
-from pipeline.shards.storage import resolve_use_mmap
 
 DEFAULT_AUGMENTATION = Augmentation()
+
+
+@dataclass(frozen=True)
+class CropBatch:
+    """All crops of B samples. Unpacks as `crops, labels`.
+
+    `crops`: V tensors `[B, 3, S, S]`, globals first: `float32`, normalised, or `uint8`, 0..255, depending on the loader.
+    `labels`: `[B] int64`, -1 if unlabelled. `boxes`: `[B, V, 4] float32`, y0, x0, y1, x1 of each crop in its source image,
+    0..1. `flips`: `[B, V] bool`, crop mirrored left to right. `positions`: `[B] int64`, positions in the epoch's order. All are
+    on the loader's device.
+    """
+
+    crops: list[torch.Tensor]
+    labels: torch.Tensor
+    boxes: torch.Tensor
+    flips: torch.Tensor
+    positions: torch.Tensor
+
+    def __iter__(self) -> Iterator[list[torch.Tensor] | torch.Tensor]:
+        yield self.crops
+        yield self.labels
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """`[..., 3, S, S] uint8 -> float32`: `(crops / 255 - mean) / std` for each channel."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __call__(self, crops: torch.Tensor) -> torch.Tensor:
+        return (crops - _levels(self.mean, crops.device)).div_(_levels(self.std, crops.device))
+
+    @property
+    def scaling(self) -> np.ndarray:
+        """`[3, 2] float32`: each channel's offset, which is subtracted from its grey levels, and its spread, the divisor."""
+        return 255 * np.array([self.mean, self.std], np.float32).T
+
+
+@cache  # a copy to a GPU would wait for it on every call
+def _levels(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
+    """Return `[3, 1, 1]`, from 0..1 to grey levels."""
+    return 255 * torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -78,53 +117,6 @@ def centre_crop_dataset(
 ) -> MultiCropDataset:
     """Describe one deterministic crop per image, for evaluation: the central square of `crop_ratio` of the shorter side."""
     return MultiCropDataset(index, (ViewRecipe(size, None, centre_ratio=crop_ratio),), mean, std)
-
-
-def build_multicrop_dataloader(
-    dataset: MultiCropDataset,
-    batch_size: int = defaults.BATCH_SIZE,
-    *,
-    seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    shuffle: bool = True,
-    drop_last: bool = True,
-    normalized: bool = True,
-    quarantine: Path | str | None = None,
-    max_bad_share: float = defaults.MAX_BAD_SHARE,
-    device: str = "auto",
-    crop_device: str = "auto",
-    num_workers: int | str = "auto",
-    use_mmap: bool | str = "auto",
-    **options: Any,
-) -> MultiCropLoader:
-    """Build a loader of `CropBatch`: `for crops, labels in loader`.
-
-    `batch_size` is per rank. `normalized`: crops as float32, normalised by the data set's mean and std; False: uint8.
-    `quarantine`: the file that remembers samples which cannot be decoded; the first of them makes it, in a folder that must exist
-    by then. More bad samples than `max_bad_share` of all are an error. `device`, `crop_device`: `gpu`, `cpu`, or `auto` for the
-    GPU if torch sees one. `num_workers`: DALI's CPU threads, `auto` for half of this process's cores. `use_mmap`: `auto` for
-    local disks only. `options`: as in `ReaderOptions`.
-    """
-    index = dataset.index
-    sequence = BatchSequence(
-        index,
-        Plan(index.counts, seed, shuffle),
-        Quarantine(index, Path(quarantine) if quarantine else None, max_bad_share),
-        batch_size,
-        rank,
-        world_size,
-        drop_last,
-    )
-    reader = ReaderOptions(
-        device=resolve_device(device),
-        crop_device=resolve_device(device) if crop_device == "auto" else crop_device,
-        num_threads=default_threads() if num_workers == "auto" else int(num_workers),
-        use_mmap=resolve_use_mmap(use_mmap, index.folder if index.remote is None else index.remote.cache.folder),
-        **options,
-    )
-    normalization = Normalization(dataset.mean, dataset.std) if normalized else None
-    return MultiCropLoader(sequence, dataset.recipes, reader, normalization)
 
 
 def resolve_device(device: str) -> str:

@@ -5,18 +5,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline.batch import CropBatch, Normalization
+from pipeline import defaults
 from pipeline.crops.augment import ViewRecipe
 from pipeline.crops.device import DeviceError, as_device_error, find_faults
 from pipeline.crops.graph import ReaderOptions
-from pipeline.order import BatchSequence, BatchStart
+from pipeline.dataset import CropBatch, MultiCropDataset, Normalization, default_threads, resolve_device
+from pipeline.order import BatchSequence, BatchStart, Plan
+from pipeline.quarantine import Quarantine
 from pipeline.shards.cache import Pins
-from pipeline.shards.storage import allow_open_files
+from pipeline.shards.storage import allow_open_files, resolve_use_mmap
 from pipeline.window import WINDOW_TARS, GraphFailed, Window, WindowBuilder
 
 OPEN_WINDOWS = 6  # of a run: one in use and one prefetched, for training and the two splits of the evaluation
@@ -140,13 +143,14 @@ class MultiCropLoader:
         """
         if self._fetcher is None:
             return
-        here, window = next(self.sequence.iter_batch_starts(BatchStart(self._epoch, self._position))), self._window
-        if window is not None and window.here == here and window.left >= count:
+        here = next(self.sequence.iter_batch_starts(BatchStart(self._epoch, self._position)))
+        if self._window is not None and self._window.here != here:
+            self._window = None  # it is over: its shards make room for the next ones
+        if self._window is not None and self._window.left >= count:
             return
-        if window is not None and window.here != here:
-            self._window = window = None  # it is over: its shards make room for the next ones
         began, self._pins = time.perf_counter(), None
-        shards = self.sequence.rank_shards(list(islice(self.sequence.iter_batch_starts(here), count)))
+        rows = self.sequence.rank_rows(list(islice(self.sequence.iter_batch_starts(here), count)))
+        shards = self.index.samples["shard"][rows]
         self._pins = self._fetcher.wait_for(np.unique(shards).tolist(), cancelled)
         self.store_wait_s += time.perf_counter() - began
 
@@ -167,7 +171,7 @@ class MultiCropLoader:
         began = time.perf_counter()
         window = self._take_ahead()
         if window is None or window.here != here:
-            window = None
+            window = None  # free a prefetched graph of another position before the new one is filled
             window = self._make_window(here, self._num_left())
         # Its waiting for the store in the background, before this moment, cost nothing.
         self.store_wait_s += max(0.0, window.waited[1] - max(window.waited[0], began))
@@ -175,7 +179,10 @@ class MultiCropLoader:
 
     def _take_ahead(self) -> Window | None:
         builder, self._builder = self._builder, None
-        return builder.result() if builder is not None else None
+        if builder is None:
+            return None
+        builder.join()
+        return builder.window
 
     def _set_aside(self, rows: np.ndarray, dali_error: str) -> None:
         """Quarantine the rows that cannot be decoded.
@@ -190,3 +197,44 @@ class MultiCropLoader:
             reason = dali_error.split("encountered:")[-1].strip().splitlines()[0]
             raise ValueError(f"{self.index.folder}: DALI failed on one of {len(unknown)} samples: {reason}") from None
         self.quarantine.add(faults)
+
+
+def build_multicrop_dataloader(
+    dataset: MultiCropDataset,
+    batch_size: int = defaults.BATCH_SIZE,
+    *,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    shuffle: bool = True,
+    drop_last: bool = True,
+    normalized: bool = True,
+    quarantine: Path | str | None = None,
+    max_bad_share: float = defaults.MAX_BAD_SHARE,
+    device: str = "auto",
+    crop_device: str = "auto",
+    num_workers: int | str = "auto",
+    use_mmap: bool | str = "auto",
+    **options: Any,
+) -> MultiCropLoader:
+    """Build a loader of `CropBatch`: `for crops, labels in loader`.
+
+    `batch_size` is per rank. `normalized`: crops as float32, normalised by the data set's mean and std; False: uint8.
+    `quarantine`: the file that remembers samples which cannot be decoded; the first of them makes it, in a folder that must exist
+    by then. More bad samples than `max_bad_share` of all are an error. `device`, `crop_device`: `gpu`, `cpu`, or `auto` for the
+    GPU if torch sees one. `num_workers`: DALI's CPU threads, `auto` for half of this process's cores. `use_mmap`: `auto` for
+    local disks only. `options`: as in `ReaderOptions`.
+    """
+    index = dataset.index
+    device, path = resolve_device(device), Path(quarantine) if quarantine else None
+    bad = Quarantine(index, path, max_bad_share)
+    sequence = BatchSequence(index, Plan(index.counts, seed, shuffle), bad, batch_size, rank, world_size, drop_last)
+    reader = ReaderOptions(
+        device=device,
+        crop_device=device if crop_device == "auto" else crop_device,
+        num_threads=default_threads() if num_workers == "auto" else int(num_workers),
+        use_mmap=resolve_use_mmap(use_mmap, index.folder if index.remote is None else index.remote.cache.folder),
+        **options,
+    )
+    normalization = Normalization(dataset.mean, dataset.std) if normalized else None
+    return MultiCropLoader(sequence, dataset.recipes, reader, normalization)

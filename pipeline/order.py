@@ -126,10 +126,6 @@ class BatchSequence:
         """Return the position of this rank's first sample of the global batch at `start`."""
         return start.position + self.rank * self.batch_size
 
-    def rank_shards(self, starts: list[BatchStart]) -> np.ndarray:
-        """Return `[len(starts), B]`, the shard of each of this rank's samples."""
-        return self.index.samples["shard"][self.rank_rows(starts)]
-
     def rank_rows(self, starts: list[BatchStart]) -> np.ndarray:
         """Return `[len(starts), B] int64`, this rank's index rows; past the end of an epoch its last row is repeated."""
         firsts, epochs = np.array([self.rank_start(start) for start in starts]), np.array(starts)[:, 0]

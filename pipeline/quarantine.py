@@ -15,7 +15,7 @@ SMALL_SET_BAD = 5  # bad samples that a set of fifty or more can have, whatever 
 def allowed_bad(total: int, share: float) -> int:
     """Return how many of `total` samples can be bad: the share or, in a small set, up to five and a tenth; 0 if the share is 0.
 
-    In a set of 50 images one bad image is 2 %; that alone should not stop a run.
+    In a set of 50 images one bad image is already 2 %, which should not stop a run.
     """
     return max(int(share * total), min(SMALL_SET_BAD, total // 10)) if share > 0 else 0
 
@@ -53,9 +53,9 @@ class Quarantine:
                 continue  # cut off by a crash, or about other data
         samples = self.index.samples
         for row in np.flatnonzero(np.isin(samples["offset"], [offset for _, offset in reasons])).tolist():
-            reason = reasons.get((int(samples["shard"][row]), int(samples["offset"][row])))
-            if reason is not None:
-                self.reasons.setdefault(row, reason)
+            key = int(samples["shard"][row]), int(samples["offset"][row])
+            if row not in self.reasons and key in reasons:
+                self.reasons[row] = reasons[key]
         self.rows = np.array(sorted(self.reasons), np.int64)
 
     def add(self, faults: dict[int, str]) -> None:
@@ -69,9 +69,8 @@ class Quarantine:
                 file.writelines(json.dumps(self._entry(row)) + "\n" for row in new)
         allowed = allowed_bad(len(self.index), self.max_share)
         if len(self) > allowed:
-            listed = [
-                f"{self.index.describe(row)} ({reason})" for row, reason in list(self.reasons.items())[-MAX_LISTED:]
-            ]
+            last = list(self.reasons.items())[-MAX_LISTED:]
+            listed = [f"{self.index.describe(row)} ({reason})" for row, reason in last]
             where = f"all are listed in {self.path}" if self.path else f"the last {len(listed)} follow"
             raise ValueError(
                 f"{self.index.folder}: {len(self)} samples cannot be decoded, more than the {allowed} that "

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from nvidia.dali.tensors import TensorListCPU, TensorListGPU
 
-from pipeline.batch import CropBatch
 from pipeline.crops.augment import FLIP, Y0, ViewRecipe, draw_parameters
 from pipeline.crops.graph import ReaderOptions, build_graph, define_graph
+from pipeline.dataset import CropBatch
 from pipeline.order import BatchSequence, BatchStart
 from pipeline.shards.cache import Pins
 from pipeline.shards.fetcher import ShardFetcher
@@ -161,20 +161,19 @@ def as_torch(output: TensorListCPU | TensorListGPU) -> torch.Tensor:
 
 
 class WindowBuilder(threading.Thread):
-    """Builds a window in the background while another one is in use."""
+    """Builds `window` in the background while another one is in use. `window` is valid after `join`.
+
+    After an error it is None: the window is built again in the foreground, where the error can be reported.
+    """
+
+    window: Window | None = None
 
     def __init__(self, make: Callable[[], Window]) -> None:
-        # A daemon: a process that ends does not wait for a window that nobody will read.
+        # A daemon: a process that ends does not wait for a window that nobody will read, as it would for an executor.
         super().__init__(daemon=True)
         self._make = make
-        self._window: Window | None = None
         self.start()
 
     def run(self) -> None:
-        # After an error the window is built again in the foreground, where the error can be reported.
         with suppress(RuntimeError, ValueError, OSError):
-            self._window = self._make()
-
-    def result(self) -> Window | None:
-        self.join()
-        return self._window
+            self.window = self._make()

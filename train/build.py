@@ -16,14 +16,13 @@ from pipeline.crops.augment import Augmentation
 from pipeline.crops.device import DeviceError, check_decoder
 from pipeline.dataset import (
     MultiCropDataset,
-    build_multicrop_dataloader,
     build_multicrop_dataset,
     centre_crop_dataset,
     default_threads,
     own_cores,
     resolve_device,
 )
-from pipeline.loader import MultiCropLoader
+from pipeline.loader import MultiCropLoader, build_multicrop_dataloader
 from pipeline.shards.cache import CacheSettings
 from pipeline.shards.index import open_index, split_folder
 from train.config.schema import Config

@@ -6,8 +6,7 @@ from functools import cache
 import torch
 
 from model.masks import MaskPlan, MultiCropMaskGenerator
-from pipeline.batch import CropBatch
-from pipeline.dataset import MultiCropDataset, resolve_device
+from pipeline.dataset import CropBatch, MultiCropDataset, resolve_device
 from train.build import build_dataset, build_loader, build_masks, build_model, build_schedule
 from train.config.schema import Config
 from train.trainer import step_seed

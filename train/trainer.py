@@ -13,8 +13,7 @@ from torch import nn
 from model.losses import random_directions
 from model.masks import MaskPlan
 from model.teacher import TaughtEncoder
-from pipeline.batch import CropBatch
-from pipeline.dataset import resolve_device
+from pipeline.dataset import CropBatch, resolve_device
 from pipeline.loader import MultiCropLoader
 from pipeline.shards.fetcher import Cancelled
 from train.build import (

@@ -15,16 +15,15 @@ from nvidia.dali import types
 from nvidia.dali.plugin.numba import NumbaFunction
 from nvidia.dali.plugin.numba import address_as_void_pointer as pointer  # type: ignore[attr-defined]
 
-from pipeline.crops import augment, colours, kernels, vectors
+from pipeline.crops import augment, kernels, vectors
 from pipeline.crops.augment import PARAMETERS
-from pipeline.crops.colours import invert_above, twist_colours
-from pipeline.crops.kernels import blur, resize
+from pipeline.crops.kernels import blur, invert_above, resize, twist_colours
 from pipeline.crops.vectors import compiled
 
 NUM_INPUTS, NUM_PARAMETERS = 4, len(PARAMETERS)
 MAX_OUTPUTS = 6  # DALI's limit for an operator of this kind
 # Every file whose code or constants are compiled into the entry points.
-SOURCES = (augment.__file__, colours.__file__, kernels.__file__, vectors.__file__, __file__)
+SOURCES = (augment.__file__, kernels.__file__, vectors.__file__, __file__)
 
 
 @compiled
@@ -169,5 +168,5 @@ def make_crops(
         part = sizes[first : first + MAX_OUTPUTS]
         layout = types.Constant(np.zeros((0, first, *part), np.uint8))
         made = MakeCrops(len(part), scaling is not None)(image, values, layout, scaling_input)
-        crops += made if isinstance(made, list | tuple) else [made]
+        crops += made if isinstance(made, list | tuple) else [made]  # DALI returns a single output bare
     return crops

@@ -1,4 +1,4 @@
-"""Resize and blur of one crop on the CPU, compiled. Colours are in `pipeline/crops/colours.py`.
+"""Resize, blur and colours of one crop on the CPU, compiled.
 
 Crops are planar, in 8 bits. A pass is a weighted sum of vectors in fixed point (`pipeline/crops/vectors.py`): the same input
 gives the same bytes on every machine.
@@ -8,10 +8,16 @@ import math
 
 import numpy as np
 
-from pipeline.crops.vectors import BLOCK, LANES, WEIGHT_BITS, compiled, transpose, weigh, weigh_fast
+from pipeline.crops.augment import GRAY_WEIGHTS
+from pipeline.crops.vectors import BLOCK, LANES, WEIGHT_BITS, brighten, compiled, mix, transpose, weigh, weigh_fast
 
 ONE = 1 << WEIGHT_BITS
 SMALL_KERNEL_TAPS = 13  # of a blur; up to here sums in 16 bits are within 0.02 grey levels of exact ones
+# RGB to YIQ and back, rounded as in DALI, so that both backends turn hues alike.
+TO_YIQ = (GRAY_WEIGHTS, (0.596, -0.274, -0.321), (0.211, -0.523, 0.311))
+FROM_YIQ = ((1.0, 0.956, 0.621), (1.0, -0.272, -0.647), (1.0, -1.107, 1.705))
+MAX_PIXELS = 256 * BLOCK  # of one call of `brighten`, whose sums would overflow beyond
+MAX_INT16 = (1 << 15) - 1
 
 
 @compiled
@@ -60,47 +66,28 @@ def resize(out: np.ndarray, image: np.ndarray, y0: int, x0: int, y1: int, x1: in
     Nothing outside the box is read.
     """
     size, height, width = out.shape[1], y1 - y0, x1 - x0
+    y_starts, y_weights = filter_table(height, size)
+    x_starts, x_weights = filter_table(width, size)
+    y_taps, x_taps = y_weights.shape[1], x_weights.shape[1]
+    y_flat, x_flat = y_weights.reshape(y_weights.size), x_weights.reshape(x_weights.size)
     if width < BLOCK:  # pad a box that is narrower than a vector
         box = np.zeros((height, BLOCK, 3), np.uint8)
         box[:, :width] = image[y0:y1, x0:x1]
         image, y0, x0 = box, 0, 0
-    step = 3 * image.shape[1]
+    step, length = 3 * image.shape[1], 3 * max(width, BLOCK)
     source = image.reshape(image.size)[y0 * step + 3 * x0 :]
-    y_table, x_table = filter_table(height, size), filter_table(width, size)
-    result = np.empty((3, BLOCK, BLOCK), np.uint8) if size < BLOCK else out
-    resize_vectors(result, size, source, step, 3 * max(width, BLOCK), y_table, x_table, flip)
-    if size < BLOCK:
-        out[:] = result[:, :size, :size]
-
-
-@compiled
-def resize_vectors(
-    out: np.ndarray,
-    size: int,
-    source: np.ndarray,
-    step: int,
-    length: int,
-    y_table: tuple[np.ndarray, np.ndarray],
-    x_table: tuple[np.ndarray, np.ndarray],
-    flip: bool,
-) -> None:
-    """Resize rows of `length` bytes, `step` apart in `source`, to the first `size` rows and columns of `out`.
-
-    It makes BLOCK rows at a time. Each is a weighted sum of source rows; then they are transposed, so that one vector holds one
-    column of them all, and a column of the result is a weighted sum of vectors again.
-    """
-    (y_starts, y_weights), (x_starts, x_weights) = y_table, x_table
-    y_taps, x_taps = y_weights.shape[1], x_weights.shape[1]
-    y_flat, x_flat = y_weights.reshape(y_weights.size), x_weights.reshape(x_weights.size)
+    padded = np.empty((3, BLOCK, BLOCK), np.uint8) if size < BLOCK else out
+    stride, result = padded.shape[1], padded.reshape(padded.size)
     rows, columns = np.empty(BLOCK * length, np.int16), np.empty(BLOCK * length, np.int16)
-    made, stride, result = np.empty(out.shape[1] * LANES, np.uint8), out.shape[1], out.reshape(out.size)
+    made = np.empty(stride * LANES, np.uint8)
     for block in range(0, size, BLOCK):
         top = max(min(block, size - BLOCK), 0)  # the last block can overlap the one before it
-        for r in range(BLOCK):
+        for r in range(BLOCK):  # each row is a weighted sum of source rows
             y = min(top + r, size - 1)
             for x in range(0, length, LANES):
                 x = min(x, length - LANES)
                 weigh(rows, r * length + x, source, y_starts[y] * step + x, step, y_flat, y * y_taps, y_taps)
+        # Transposed, a vector holds one column of all rows, and a column of the result is a weighted sum of vectors again.
         for x in range(0, length, BLOCK // 2):
             x = min(x, length - BLOCK // 2)
             transpose(columns, x * BLOCK, BLOCK, rows, x, length)
@@ -111,6 +98,8 @@ def resize_vectors(
             x = max(min(x, size - BLOCK), 0)
             for c in range(3):
                 transpose(result, (c * stride + top) * stride + x, stride, made, x * LANES + c * BLOCK, LANES)
+    if size < BLOCK:
+        out[:] = padded[:, :size, :size]
 
 
 @compiled
@@ -147,7 +136,8 @@ def blur(crop: np.ndarray, sigma: float) -> None:
     flat = crop.reshape(crop.size)
     for c in range(3):
         for y in range(size + 2 * reach):
-            start = (c * size + mirrored(y - reach, size)) * size
+            mirrored = size - 1 - abs(size - 1 - abs(y - reach))
+            start = (c * size + mirrored) * size
             copy(padded[y * width : y * width + size], flat[start : start + size])
         for y in range(size):  # vertically, then mirror the columns
             row = rows[y * step : (y + 1) * step]
@@ -169,6 +159,73 @@ def copy(out: np.ndarray, source: np.ndarray) -> None:
 
 
 @compiled
-def mirrored(i: int, size: int) -> int:
-    """Return the index inside `0..size` that mirrors `i`, which is at most `size - 1` outside."""
-    return -i if i < 0 else i if i < size else 2 * size - 2 - i
+def twist_colours(crop: np.ndarray, brightness: float, contrast: float, saturation: float, hue: float) -> None:
+    """Change `crop` `[3, S, S] uint8` in place: brightness, contrast around the mean gray, saturation, hue (degrees)."""
+    plane = crop.size // 3
+    full = plane - plane % BLOCK
+    # The pixels after the last full vector are padded to one vector of their own.
+    flat, rest = crop.reshape(3, plane), np.zeros((3, BLOCK), np.uint8)
+    rest[:, : plane - full] = flat[:, full:]
+    # Brightness first: contrast pivots on the mean gray of the result.
+    bits = fraction_bits(brightness, 7, 8, 2 * MAX_INT16)
+    factor = min(int(brightness * (1 << bits + 8) + 0.5), 2 * MAX_INT16 + 1)
+    mean = 0.0
+    for c in range(3):
+        total = brighten(rest[c], 0, 1, factor, bits)
+        for first in range(0, full, MAX_PIXELS):
+            total += brighten(flat[c], first, min(MAX_PIXELS, full - first) // BLOCK, factor, bits)
+        mean += GRAY_WEIGHTS[c] * total / plane
+    # Contrast, saturation and hue in one pass, with as many fraction bits as fit an int16.
+    bits = fraction_bits(contrast, 5, 8, MAX_INT16)
+    factor = min(int(contrast * (1 << bits + 8) + 0.5), MAX_INT16)
+    shift = min(max(math.floor(mean * (1 - contrast) * (1 << bits) + 0.5), -MAX_INT16), MAX_INT16)
+    matrix, down = round_matrix(colour_matrix(saturation, hue))
+    rounding = (1 << down >> 1) + 1  # one half, plus 1 because three products were rounded down
+    mix(crop.reshape(crop.size), 0, plane, full // BLOCK, factor, shift, 255 << bits, 7 - bits, matrix, rounding, down)
+    mix(rest.reshape(rest.size), 0, BLOCK, 1, factor, shift, 255 << bits, 7 - bits, matrix, rounding, down)
+    flat[:, full:] = rest[:, : plane - full]
+
+
+@compiled
+def round_matrix(exact: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return `exact` `[3, 3] float64` as `[9] int16`, and how many of the fraction bits a sum of products keeps."""
+    max_sum = 0.0  # of a row, which bounds its sum of products
+    for i in range(3):
+        max_sum = max(max_sum, abs(exact[i, 0]) + abs(exact[i, 1]) + abs(exact[i, 2]))
+    bits = fraction_bits(max_sum, 4, 9, MAX_INT16 - 64)
+    weights = np.empty(9, np.int16)
+    for i in range(9):
+        weight = math.floor(exact[i // 3, i % 3] * (1 << bits + 9) + 0.5)
+        weights[i] = min(max(weight, -MAX_INT16), MAX_INT16)
+    return weights, bits
+
+
+@compiled
+def fraction_bits(value: float, max_bits: int, more: int, limit: int) -> int:
+    """Return the most fraction bits, 1 to `max_bits`, with which `value` times `2 ** (bits + more)` is at most `limit`."""
+    bits = max_bits
+    while bits > 1 and value * (1 << bits + more) > limit:
+        bits -= 1
+    return bits
+
+
+@compiled
+def colour_matrix(saturation: float, hue: float) -> np.ndarray:
+    """Return `[3, 3] float64` over RGB that turns the chroma plane of YIQ by `hue` degrees and scales it by `saturation`."""
+    cosine, sine = saturation * math.cos(math.radians(hue)), saturation * math.sin(math.radians(hue))
+    matrix = np.empty((3, 3))
+    for i in range(3):
+        for j in range(3):
+            in_phase = cosine * TO_YIQ[1][j] + sine * TO_YIQ[2][j]
+            quadrature = cosine * TO_YIQ[2][j] - sine * TO_YIQ[1][j]
+            matrix[i, j] = TO_YIQ[0][j] + FROM_YIQ[i][1] * in_phase + FROM_YIQ[i][2] * quadrature
+    return matrix
+
+
+@compiled
+def invert_above(crop: np.ndarray, threshold: int) -> None:
+    """Solarise `crop` `[3, S, S] uint8` in place: invert the values from `threshold` on."""
+    flat, lowest, white = crop.reshape(crop.size), np.uint8(threshold), np.uint8(255)
+    for i in range(flat.size):
+        value = flat[i]
+        flat[i] = white - value if value >= lowest else value

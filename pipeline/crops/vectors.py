@@ -4,7 +4,9 @@ They are written as LLVM vector instructions of a fixed length, which LLVM lower
 used, so every processor gives the same bytes.
 """
 
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from functools import partialmethod
 from typing import Any
 
 from llvmlite import ir
@@ -16,10 +18,111 @@ BLOCK = 16  # the length of a vector; rows and columns of a transposed block
 LANES = 3 * BLOCK  # outputs of one `weigh`: a column of BLOCK pixels with three channels, or a piece of a row
 # Fraction bits. A weight below 1 fills an int16; a grey level of 8 bits with 7 of fraction does too, between two passes.
 WEIGHT_BITS, SHORT_BITS = 15, 7
-SHORT, WORD = ir.IntType(16), ir.IntType(32)
+BYTE, SHORT, WORD, LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 
 # A check for division by zero would keep loops from being vectorised. Only `cpu_operator` caches machine code on disk.
 compiled = njit(nogil=True, error_model="numpy")
+
+
+class Value:
+    """An LLVM integer, vector of integers or pointer, with Python's operators; an int operand is a constant of the same type."""
+
+    def __init__(self, builder: ir.IRBuilder, raw: ir.Value) -> None:
+        self.builder, self.raw = builder, raw
+
+    def apply(self, instruction: str, other: "Value | int", *options: str) -> "Value":
+        other = self.constant(other) if isinstance(other, int) else other
+        return Value(self.builder, getattr(self.builder, instruction)(*options, self.raw, other.raw))
+
+    __add__ = partialmethod(apply, "add")
+    __mul__ = partialmethod(apply, "mul")
+    __and__ = partialmethod(apply, "and_")
+    __lshift__ = partialmethod(apply, "shl")
+    __rshift__ = partialmethod(apply, "lshr")
+
+    def constant(self, value: int) -> "Value":
+        kind = self.raw.type
+        return Value(
+            self.builder, ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
+        )
+
+    def bound(self, comparison: str, limit: "Value | int") -> "Value":
+        """Return this where `this < limit` or `this > limit` holds, and `limit` elsewhere."""
+        limit = self.constant(limit) if isinstance(limit, int) else limit
+        holds = self.builder.icmp_signed(comparison, self.raw, limit.raw)
+        return Value(self.builder, self.builder.select(holds, self.raw, limit.raw))
+
+    def cast(self, kind: ir.IntType, signed: bool = False) -> "Value":
+        """Truncate or extend to integers of another type."""
+        old = self.raw.type
+        new = ir.VectorType(kind, old.count) if isinstance(old, ir.VectorType) else kind
+        wider = kind.width > getattr(old, "element", old).width
+        instruction = ("sext" if signed else "zext") if wider else "trunc"
+        return Value(self.builder, getattr(self.builder, instruction)(self.raw, new))
+
+    def high_half(self, other: "Value", signed: bool = False) -> "Value":
+        """`self * other >> 16` of vectors of int16, one instruction on most processors."""
+        return (self.cast(WORD, signed) * other.cast(WORD, signed) >> 16).cast(SHORT)
+
+    def shuffle(self, other: "Value", order: Iterable[int]) -> "Value":
+        lanes = ir.Constant(ir.VectorType(WORD, BLOCK), list(order))
+        return Value(self.builder, self.builder.shuffle_vector(self.raw, other.raw, lanes))
+
+    def splat(self) -> "Value":
+        """Return a vector of BLOCK copies."""
+        empty = ir.Constant(ir.VectorType(self.raw.type, BLOCK), ir.Undefined)
+        one = Value(self.builder, self.builder.insert_element(empty, self.raw, WORD(0)))
+        return one.shuffle(one, [0] * BLOCK)
+
+    def load(self, offset: "Value | None" = None, count: int = BLOCK) -> "Value":
+        """Load a vector, `offset` elements after this pointer. `count=1`: a number."""
+        return Value(self.builder, self.builder.load(self._vector(offset, count), align=1))
+
+    def store(self, values: "Value", offset: "Value | None" = None) -> None:
+        """Store a vector there, dropping the high bits that do not fit."""
+        self.builder.store(values.cast(self.raw.type.pointee).raw, self._vector(offset, BLOCK), align=1)
+
+    def _vector(self, offset: "Value | None", count: int) -> ir.Value:
+        first = self.raw if offset is None else self.builder.gep(self.raw, [offset.raw])
+        kind = self.raw.type.pointee if count == 1 else ir.VectorType(self.raw.type.pointee, count)
+        return self.builder.bitcast(first, kind.as_pointer())
+
+
+def variable(start: Value) -> Value:
+    """Return a pointer to a new variable, which loops can change, for a vector like `start`."""
+    pointer = cgutils.alloca_once_value(start.builder, start.raw)
+    return Value(start.builder, start.builder.bitcast(pointer, start.raw.type.element.as_pointer()))
+
+
+def each(count: Value) -> Iterator[Value]:
+    """`for i in each(count)` emits a loop over 0..count; Python runs its body once."""
+    with cgutils.for_range(count.builder, count.raw) as loop:
+        yield Value(count.builder, loop.index)
+
+
+def vectorised(emit: Callable) -> Callable:
+    """Make a function of compiled code from `emit`, which writes its instructions.
+
+    `emit` gets a pointer for each array and an int64 for each number. It returns an int64, or None for 0.
+    """
+
+    def typing(_: Any, *kinds: Any) -> tuple[Any, Callable]:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+            is_array = [isinstance(kind, types.Array) for kind in kinds]
+            raw = [
+                context.make_array(kind)(context, builder, value).data if array else value
+                for array, kind, value in zip(is_array, signature.args, args, strict=True)
+            ]
+            result = emit(*(Value(builder, value) for value in raw))
+            return LONG(0) if result is None else result.raw
+
+        return types.int64(*[kind if isinstance(kind, types.Array) else types.intp for kind in kinds]), generate
+
+    # Numba reads the signature to pass the arguments on, and cannot pass a variable number of them.
+    context = inspect.Parameter("_", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(emit).parameters.values()
+    typing.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
+    return intrinsic(typing)
 
 
 def weighing(exact: bool) -> Callable:
@@ -32,214 +135,100 @@ def weighing(exact: bool) -> Callable:
     each product is rounded down to 1 / 256, half of which is added back, so the sum is right to taps / 512 of a grey level.
     """
 
-    @intrinsic
+    @vectorised
     def weigh(
-        _: Any, out: Any, at: Any, source: Any, first: Any, step: Any, weights: Any, offset: Any, taps: Any
-    ) -> tuple[Any, Callable]:
-        of_bytes = source.dtype.bitwidth == 8
-        shift = WEIGHT_BITS + (-SHORT_BITS if of_bytes else SHORT_BITS)
-        if not exact:
-            shift = 8 - SHORT_BITS if of_bytes else 8
-
-        def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-            out_at, source_at, weights_at = (_pointer(context, builder, signature, args, i) for i in (0, 2, 5))
-            _, at, _, first, step, _, offset, taps = args
-            kind = WORD if exact else SHORT
-            half = kind(1 << shift - 1)
-            if not exact:
-                half = builder.add(half, builder.trunc(builder.lshr(taps, taps.type(1)), SHORT))
-            sums = [_variable(builder, _splat(builder, half)) for _ in range(0, LANES, BLOCK)]
-            with cgutils.for_range(builder, taps) as loop:
-                weight = builder.load(builder.gep(weights_at, [builder.add(offset, loop.index)]))
-                weight = _splat(builder, _scaled_weight(builder, weight, exact))
-                here = builder.add(first, builder.mul(loop.index, step))
-                for j, total in enumerate(sums):
-                    values = _load(builder, source_at, builder.add(here, here.type(BLOCK * j)), BLOCK)
-                    product = _product(builder, values, weight, of_bytes, exact)
-                    builder.store(builder.add(builder.load(total), product), total)
+        out: Value, at: Value, source: Value, first: Value, step: Value, weights: Value, offset: Value, taps: Value
+    ) -> None:
+        source_bits = 0 if source.raw.type.pointee == BYTE else SHORT_BITS
+        shift = (WEIGHT_BITS + source_bits if exact else 8) - (SHORT_BITS - source_bits)
+        half = taps.constant(1 << shift - 1) if exact else (taps >> 1) + (1 << shift - 1)
+        sums = [variable(half.cast(WORD if exact else SHORT).splat()) for _ in range(0, LANES, BLOCK)]
+        for k in each(taps):
+            weight = weights.load(offset + k, 1)
+            # Clearing the sign bit lets LLVM use the instruction that multiplies int16 and adds pairs.
+            weight = (weight.cast(WORD) & (1 << WEIGHT_BITS) - 1 if exact else weight << 1).splat()
             for j, total in enumerate(sums):
-                result = builder.lshr(builder.load(total), _constant(shift, kind))
-                _store(builder, result, out_at, builder.add(at, at.type(BLOCK * j)))
-            return context.get_dummy_value()
-
-        index = types.intp
-        return types.void(out, index, source, index, index, weights, index, index), generate
+                values = source.load(first + k * step + BLOCK * j)
+                if exact:
+                    product = values.cast(WORD, signed=source_bits > 0) * weight
+                else:
+                    product = (values.cast(SHORT) << 8 - source_bits).high_half(weight)
+                total.store(total.load() + product)
+        for j, total in enumerate(sums):
+            out.store(total.load() >> shift, at + BLOCK * j)
 
     return weigh
-
-
-def _scaled_weight(builder: ir.IRBuilder, weight: ir.Value, exact: bool) -> ir.Value:
-    if exact:  # clearing the sign bit lets LLVM use the instruction that multiplies int16 and adds pairs
-        return builder.and_(builder.zext(weight, WORD), WORD((1 << WEIGHT_BITS) - 1))
-    return builder.shl(weight, SHORT(1))
-
-
-def _product(builder: ir.IRBuilder, values: ir.Value, weight: ir.Value, of_bytes: bool, exact: bool) -> ir.Value:
-    if values.type != weight.type:
-        values = (builder.zext if of_bytes else builder.sext)(values, weight.type)
-    if exact:
-        return builder.mul(values, weight)
-    values = builder.shl(values, _constant(8 if of_bytes else 8 - SHORT_BITS, SHORT))
-    return _high_half(builder, builder.zext, values, weight)
 
 
 weigh, weigh_fast = weighing(exact=True), weighing(exact=False)
 
 
-@intrinsic
-def transpose(_: Any, out: Any, at: Any, out_step: Any, source: Any, first: Any, step: Any) -> tuple[Any, Callable]:
+@vectorised
+def transpose(out: Value, at: Value, out_step: Value, source: Value, first: Value, step: Value) -> None:
     """Set `out[at + i * out_step + j] = source[first + j * step + i]` for j in 0..BLOCK, and i in 0..16 (bytes) or 0..8 (uint16).
 
     Pairs of 16-byte registers are interleaved until each holds the values of one column.
     """
-    count = 128 // source.dtype.bitwidth  # values in 16 bytes
+    count = 128 // source.raw.type.pointee.width  # values in 16 bytes
     halves = BLOCK // count
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        out_at, source_at = (_pointer(context, builder, signature, args, i) for i in (0, 3))
-        _, at, out_step, _, first, step = args
-        rows = [_load(builder, source_at, _offset(builder, first, step, j), count) for j in range(BLOCK)]
-        if halves == 2:
-            rows = [_shuffle(builder, rows[j], rows[j + count], range(BLOCK)) for j in range(count)]
-        starts = [half * count + i for half in range(halves) for i in range(count // 2)]
-        low = [lane for i in starts for lane in (i, i + BLOCK)]
-        high = [lane + count // 2 for lane in low]
-        for _ in range(count.bit_length() - 1):
-            pairs = zip(rows[: count // 2], rows[count // 2 :], strict=True)
-            rows = [_shuffle(builder, a, b, order) for a, b in pairs for order in (low, high)]
-        for i, row in enumerate(rows):
-            _store(builder, row, out_at, _offset(builder, at, out_step, i))
-        return context.get_dummy_value()
-
-    index = types.intp
-    return types.void(out, index, index, source, index, index), generate
+    rows = [source.load(first + step * j, count) for j in range(BLOCK)]
+    if halves == 2:
+        rows = [rows[j].shuffle(rows[j + count], range(BLOCK)) for j in range(count)]
+    starts = [half * count + i for half in range(halves) for i in range(count // 2)]
+    low = [lane for i in starts for lane in (i, i + BLOCK)]
+    high = [lane + count // 2 for lane in low]
+    for _ in range(count.bit_length() - 1):
+        pairs = zip(rows[: count // 2], rows[count // 2 :], strict=True)
+        rows = [a.shuffle(b, order) for a, b in pairs for order in (low, high)]
+    for i, row in enumerate(rows):
+        out.store(row, at + out_step * i)
 
 
-@intrinsic
-def brighten(_: Any, line: Any, first: Any, blocks: Any, factor: Any, bits: Any) -> tuple[Any, Callable]:
-    """Multiply `blocks * BLOCK` bytes of `line` by `factor / 2 ** (8 + bits)` in place, clamp to 255, and return their sum.
+@vectorised
+def brighten(pixels: Value, first: Value, blocks: Value, factor: Value, bits: Value) -> Value:
+    """Multiply `blocks * BLOCK` bytes of `pixels` by `factor / 2 ** (8 + bits)` in place, clamp to 255, and return their sum.
 
     `factor` fits 16 bits. At most 256 blocks, or the sums, of 16 bits for each lane, would overflow.
     """
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        pointer = _pointer(context, builder, signature, args, 0)
-        _, first, blocks, factor, bits = args
-        total = _variable(builder, _constant(0, SHORT))
-        factor, bits = (_splat(builder, builder.trunc(value, SHORT)) for value in (factor, bits))
-        half = builder.lshr(builder.shl(_constant(1, SHORT), bits), _constant(1, SHORT))
-        with cgutils.for_range(builder, blocks) as loop:
-            offset = _offset(builder, first, loop.index, BLOCK)
-            value = builder.lshr(builder.add(_scaled_bytes(builder, pointer, offset, factor), half), bits)
-            value = _min(builder, value, _constant(255, SHORT))
-            _store(builder, value, pointer, offset)
-            builder.store(builder.add(builder.load(total), value), total)
-        values = builder.zext(builder.load(total), ir.VectorType(WORD, BLOCK))
-        result = WORD(0)
-        for i in range(BLOCK):
-            result = builder.add(result, builder.extract_element(values, WORD(i)))
-        return builder.zext(result, ir.IntType(64))
-
-    return types.int64(line, *[types.intp] * 4), generate
+    factor, bits = factor.cast(SHORT).splat(), bits.cast(SHORT).splat()
+    half = bits.constant(1) << bits >> 1
+    total = variable(bits.constant(0))
+    for k in each(blocks):
+        offset = first + k * BLOCK
+        value = (scaled_bytes(pixels, offset, factor) + half >> bits).bound("<", 255)
+        pixels.store(value, offset)
+        total.store(total.load() + value)
+    lanes, result = total.load().cast(LONG), first.constant(0)
+    for i in range(BLOCK):
+        result += Value(lanes.builder, lanes.builder.extract_element(lanes.raw, WORD(i)))
+    return result
 
 
-# Indices into the `numbers` of `mix`.
-FACTOR, SHIFT, TOP, RAISE, ROUNDING, LOWER, MATRIX = range(7)
-
-
-@intrinsic
-def mix(_: Any, flat: Any, first: Any, plane: Any, blocks: Any, numbers: Any) -> tuple[Any, Callable]:
+@vectorised
+def mix(
+    flat: Value, first: Value, plane: Value, blocks: Value,
+    factor: Value, shift: Value, top: Value, up: Value, matrix: Value, rounding: Value, down: Value,
+) -> None:  # fmt: skip
     """Apply contrast, then a matrix over the channels, to `blocks * BLOCK` pixels of `flat` in place, planes `plane` bytes apart.
 
-    `numbers` are int16. A byte p becomes x = p * FACTOR >> 8, plus SHIFT, clamped to 0..TOP and shifted left by RAISE. A channel
-    becomes the sum over its row of MATRIX of x * weight >> 16, plus ROUNDING, shifted right by LOWER and clamped to 0..255.
+    All numbers fit int16. A byte p becomes x = p * factor >> 8, plus `shift`, clamped to 0..top and shifted left by `up`. A
+    channel becomes the sum over its row of `matrix`, `[9] int16`, of x * weight >> 16, plus `rounding`, shifted right by `down`
+    and clamped to 0..255.
     """
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        pointer, numbers_at = (_pointer(context, builder, signature, args, i) for i in (0, 4))
-        _, first, plane, blocks, _ = args
-
-        def number(i: int) -> ir.Value:
-            return _splat(builder, builder.load(builder.gep(numbers_at, [ir.IntType(64)(i)])))
-
-        factor, shift, top, up, rounding, down = (number(i) for i in range(MATRIX))
-        matrix = [[number(MATRIX + 3 * i + j) for j in range(3)] for i in range(3)]
-        zero = _constant(0, SHORT)
-        with cgutils.for_range(builder, blocks) as loop:
-            offset = _offset(builder, first, loop.index, BLOCK)
-            offsets = [_offset(builder, offset, plane, c) for c in range(3)]
-            channels = []
-            for here in offsets:
-                value = builder.add(_scaled_bytes(builder, pointer, here, factor), shift)
-                value = _min(builder, _max(builder, value, zero), top)
-                channels.append(builder.shl(value, up))
-            for here, row in zip(offsets, matrix, strict=True):
-                value = rounding
-                for channel, weight in zip(channels, row, strict=True):
-                    value = builder.add(value, _high_half(builder, builder.sext, channel, weight))
-                value = _max(builder, builder.ashr(value, down), zero)
-                _store(builder, _min(builder, value, _constant(255, SHORT)), pointer, here)
-        return context.get_dummy_value()
-
-    return types.void(flat, types.intp, types.intp, types.intp, numbers), generate
+    numbers = (factor, shift, top, up, rounding, down)
+    factor, shift, top, up, rounding, down = (number.cast(SHORT).splat() for number in numbers)
+    weights = [matrix.load(first.constant(i), 1).splat() for i in range(9)]
+    for k in each(blocks):
+        offsets = [first + k * BLOCK + plane * c for c in range(3)]
+        shifted = [scaled_bytes(flat, offset, factor) + shift for offset in offsets]
+        channels = [value.bound(">", 0).bound("<", top) << up for value in shifted]
+        for i, offset in enumerate(offsets):
+            value = rounding
+            for channel, weight in zip(channels, weights[3 * i : 3 * i + 3], strict=True):
+                value += channel.high_half(weight, signed=True)
+            flat.store(value.apply("ashr", down).bound(">", 0).bound("<", 255), offset)
 
 
-def _pointer(context: Any, builder: ir.IRBuilder, signature: Any, args: Any, i: int) -> ir.Value:
-    return context.make_array(signature.args[i])(context, builder, args[i]).data
-
-
-def _offset(builder: ir.IRBuilder, first: ir.Value, step: ir.Value, count: int) -> ir.Value:
-    return builder.add(first, builder.mul(step, step.type(count)))
-
-
-def _scaled_bytes(builder: ir.IRBuilder, pointer: ir.Value, offset: ir.Value, factor: ir.Value) -> ir.Value:
-    """`bytes * factor >> 8`, int16."""
-    values = builder.zext(_load(builder, pointer, offset, BLOCK), factor.type)
-    return _high_half(builder, builder.zext, builder.shl(values, _constant(8, SHORT)), factor)
-
-
-def _constant(value: int, kind: ir.IntType) -> ir.Constant:
-    return ir.Constant(ir.VectorType(kind, BLOCK), [value] * BLOCK)
-
-
-def _variable(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    variable = cgutils.alloca_once(builder, value.type)
-    builder.store(value, variable)
-    return variable
-
-
-def _load(builder: ir.IRBuilder, pointer: ir.Value, offset: ir.Value, count: int) -> ir.Value:
-    vector = ir.VectorType(pointer.type.pointee, count)
-    return builder.load(builder.bitcast(builder.gep(pointer, [offset]), vector.as_pointer()), align=1)
-
-
-def _store(builder: ir.IRBuilder, values: ir.Value, pointer: ir.Value, offset: ir.Value) -> None:
-    """Store a vector of BLOCK values, dropping the high bits that do not fit."""
-    vector = ir.VectorType(pointer.type.pointee, BLOCK)
-    if values.type != vector:
-        values = builder.trunc(values, vector)
-    builder.store(values, builder.bitcast(builder.gep(pointer, [offset]), vector.as_pointer()), align=1)
-
-
-def _splat(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    one = builder.insert_element(ir.Constant(ir.VectorType(value.type, BLOCK), ir.Undefined), value, WORD(0))
-    return _shuffle(builder, one, one, [0] * BLOCK)
-
-
-def _shuffle(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, order: Iterable[int]) -> ir.Value:
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(WORD, BLOCK), list(order)))
-
-
-def _high_half(builder: ir.IRBuilder, extend: Callable, a: ir.Value, b: ir.Value) -> ir.Value:
-    """`a * b >> 16` of int16, one instruction on most processors."""
-    wide = ir.VectorType(WORD, BLOCK)
-    product = builder.mul(extend(a, wide), extend(b, wide))
-    return builder.trunc(builder.lshr(product, _constant(16, WORD)), a.type)
-
-
-def _min(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
-    return builder.select(builder.icmp_signed("<", a, b), a, b)
-
-
-def _max(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
-    return builder.select(builder.icmp_signed(">", a, b), a, b)
+def scaled_bytes(pixels: Value, offset: Value, factor: Value) -> Value:
+    """Return `bytes * factor >> 8` of a block of `pixels`, int16."""
+    return (pixels.load(offset).cast(SHORT) << 8).high_half(factor)

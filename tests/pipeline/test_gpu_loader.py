@@ -9,7 +9,7 @@ import torch
 from nvidia.dali import Pipeline, backend
 
 from pipeline import build_multicrop_dataloader, build_multicrop_dataset, window
-from pipeline.batch import CropBatch
+from pipeline.dataset import CropBatch
 from pipeline.loader import MultiCropLoader
 
 DEVICES = [pytest.param("gpu", marks=pytest.mark.gpu), pytest.param("cpu", marks=pytest.mark.slow)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.batch import Normalization
+from pipeline.dataset import Normalization
 from pipeline.shards.index import open_index
 from tools.preview import main
 from train.build import build_dataset, build_loader

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.hjepa import HJEPA
 from model.masks import STRATEGIES
-from pipeline.batch import CropBatch
+from pipeline.dataset import CropBatch
 from tests.train.test_run import QUICKSTART, command
 from train.build import build_model, crop_sizes
 from train.config.load import load_config

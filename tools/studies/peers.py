@@ -15,7 +15,7 @@ from model.encoder import MultiCropEncoder
 from model.hjepa import join_crops, pool_views
 from model.masks import MaskPlan
 from model.teacher import TaughtEncoder, move_average
-from pipeline.batch import CropBatch
+from pipeline.dataset import CropBatch
 from pipeline.shards.index import UNLABELLED, ShardIndex
 from train.config.schema import Config
 

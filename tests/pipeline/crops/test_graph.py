@@ -11,9 +11,9 @@ from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional as F
 
 from pipeline.crops.augment import BRIGHTNESS, FLIP, HUE, SIGMA, Y0, ViewRecipe, draw_parameters
-from pipeline.dataset import MultiCropDataset, build_multicrop_dataloader
+from pipeline.dataset import MultiCropDataset
 from pipeline.defaults import IMAGENET_MEAN, IMAGENET_STD
-from pipeline.loader import MultiCropLoader
+from pipeline.loader import MultiCropLoader, build_multicrop_dataloader
 from pipeline.shards.index import ShardIndex, open_index
 from tests.conftest import write_shards
 

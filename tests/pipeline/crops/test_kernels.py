@@ -10,12 +10,12 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from pipeline.batch import Normalization
-from pipeline.crops import colours, kernels
 from pipeline.crops import cpu_operator as crop_op
+from pipeline.crops import kernels
 from pipeline.crops.augment import GRAY_WEIGHTS, PARAMETERS, ViewRecipe
-from pipeline.dataset import MultiCropDataset, build_multicrop_dataloader
+from pipeline.dataset import MultiCropDataset, Normalization
 from pipeline.defaults import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.loader import build_multicrop_dataloader
 from pipeline.shards.index import ShardIndex
 
 BOXES = [(0, 0, 90, 120), (3, 5, 83, 95), (10, 20, 12, 23), (40, 0, 41, 120), (0, 60, 90, 61), (1, 2, 65, 66)]
@@ -76,10 +76,10 @@ def test_colours_are_those_of_floating_point_to_one_grey_level(
     bright = np.minimum(np.floor(crop * brightness + 0.5), 255)
     mean = float((bright.mean(axis=(1, 2)) * GRAY_WEIGHTS).sum())
     values = np.clip(mean + contrast * (bright - mean), 0, 255)
-    expected = np.clip(np.tensordot(colours.colour_matrix(saturation, hue), values, 1), 0, 255)
-    colours.twist_colours(crop, *factors)
+    expected = np.clip(np.tensordot(kernels.colour_matrix(saturation, hue), values, 1), 0, 255)
+    kernels.twist_colours(crop, *factors)
     # Where brightness meets a tie, its rounding may go the other way.
-    step = contrast * np.abs(colours.colour_matrix(saturation, hue)).sum(axis=1).max() if brightness != 1 else 0
+    step = contrast * np.abs(kernels.colour_matrix(saturation, hue)).sum(axis=1).max() if brightness != 1 else 0
     assert np.abs(crop - expected).max() <= 0.6 + step
     assert np.abs(crop - expected).mean() <= 0.5
 

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from model.encoder import MultiCropEncoder
 from model.hjepa import default_levels
-from pipeline.dataset import build_multicrop_dataloader, centre_crop_dataset
+from pipeline.dataset import centre_crop_dataset
 from pipeline.defaults import IMAGENET_MEAN, IMAGENET_STD
-from pipeline.loader import MultiCropLoader
+from pipeline.loader import MultiCropLoader, build_multicrop_dataloader
 from pipeline.shards.index import UNLABELLED, ShardIndex
 from train.evaluation import features
 from train.evaluation.features import (

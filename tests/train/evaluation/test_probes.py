@@ -9,8 +9,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.dataset import build_multicrop_dataloader, centre_crop_dataset
-from pipeline.loader import MultiCropLoader
+from pipeline.dataset import centre_crop_dataset
+from pipeline.loader import MultiCropLoader, build_multicrop_dataloader
 from pipeline.shards.index import ShardIndex
 from train.evaluation import probes
 from train.evaluation.features import Features
