@@ -23,7 +23,6 @@ from tools.own_process import die_with_parent
 from tools.shards.catalogue import Catalogue, Source
 from tools.shards.images import ImagePolicy
 from tools.shards.report import finish_split
-from tools.shards.skipped_files import describe_skipped
 from tools.shards.writer import (
     IDENTITY_NAME,
     RECORD_FOLDER,
@@ -74,8 +73,7 @@ class ConvertOptions:
 
 def assign_images(source: Source, folder: Path, split: str, options: ConvertOptions) -> Conversion:
     """Shuffle all images and cut them into shards whose sizes differ by at most one; depends only on the arguments."""
-    total = len(source.catalogue)
-    num_bytes = _num_bytes(source.catalogue, options.policy)
+    total, num_bytes = len(source.catalogue), _num_bytes(source.catalogue, options.policy)
     num_shards = options.num_shards or max(math.ceil(num_bytes / SHARD_BYTES), math.ceil(total / SHARD_SAMPLES))
     num_shards = min(num_shards, total)
     # Raw Philox output, unlike `permutation`, is guaranteed to stay the same in every numpy release.
@@ -208,12 +206,6 @@ def _first_reject(conversion: Conversion) -> str:
         if isinstance(reason := check_row(conversion, row), str):
             return f"; the first: {conversion.source.catalogue.name(row)}: {reason}"
     return ""
-
-
-def describe_source(source: Source) -> list[str]:
-    """Return lines on how the source is read and which files are skipped."""
-    skipped = describe_skipped(source.skipped)
-    return [f"layout   {source.layout} ({'; '.join(source.notes)})", *([skipped] if skipped else [])]
 
 
 def describe_conversion(conversion: Conversion, options: ConvertOptions) -> list[str]:

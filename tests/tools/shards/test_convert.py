@@ -13,6 +13,7 @@ import pytest
 import sources
 from reading import folder_bytes, run_convert, stored_samples
 
+from pipeline.shards.index import open_index
 from tools.make_shards import main
 
 SHARDS = ("--num-shards", "6")
