@@ -38,7 +38,15 @@ def upload_split(folder: Path, url: str) -> int:
     """
     manifest = (folder / MANIFEST_NAME).read_bytes()
     tars = [entry["name"] for entry in json.loads(manifest)["shards"]]
-    if _is_uploaded(url, manifest, tars):
+    stored_sizes = sizes(url) or {}
+    try:
+        stored_manifest = read(join(url, MANIFEST_NAME))
+    except MissingObject:
+        stored_manifest = b""
+    foreign = sorted(name for name in stored_sizes if name.endswith(".tar") and name not in tars)
+    if stored_manifest not in (b"", manifest) or foreign:
+        raise ValueError(f"{url}: holds other shards ({[*foreign, MANIFEST_NAME][0]}): choose another --out")
+    if stored_manifest:
         return 0
     last = (*INDEX_FILES, MANIFEST_NAME)
     side_files = sorted(path.name for path in folder.iterdir() if path.suffix in (".json", ".jsonl"))
@@ -46,7 +54,6 @@ def upload_split(folder: Path, url: str) -> int:
     first = [name for name in first if name not in last]
     log_path = folder / RECORD_FOLDER / UPLOADED_NAME
     uploaded = set(log_path.read_text().splitlines()) if log_path.exists() else set()
-    stored_sizes = sizes(url) or {}
 
     def put(name: str) -> int:
         size = (folder / name).stat().st_size
@@ -63,16 +70,3 @@ def upload_split(folder: Path, url: str) -> int:
     for name in last:
         upload(folder / name, join(url, name), RETRY_S)
     return written + len(last)
-
-
-def _is_uploaded(url: str, manifest: bytes, tars: list[str]) -> bool:
-    """Return True if the complete conversion is in the store. Raises ValueError when other shards are."""
-    try:
-        stored = read(join(url, MANIFEST_NAME))
-    except MissingObject:
-        stored = b""
-    foreign = sorted(name for name in sizes(url) or {} if name.endswith(".tar") and name not in tars)
-    if stored not in (b"", manifest) or foreign:
-        name = foreign[0] if foreign else MANIFEST_NAME
-        raise ValueError(f"{url}: holds other shards ({name}): choose another --out")
-    return stored == manifest

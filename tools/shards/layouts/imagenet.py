@@ -98,7 +98,10 @@ def open_kaggle(path: Path, split: str, spools: Path | None) -> Source | None:
         return None
     images = root / KAGGLE_IMAGES / split
     folders = visible_folders(images) if split == "train" else []
-    classes, class_names = _synset_mapping(root / MAPPING, folders)
+    # A line of the mapping is a wnid and its names in words; the order of the lines is that of the labels.
+    mapping = (root / MAPPING).read_text(encoding="utf-8") if (root / MAPPING).is_file() else ""
+    lines = [line.partition(" ") for line in mapping.splitlines() if line.strip()]
+    classes, class_names = [wnid for wnid, _, _ in lines] or label_order(folders), [words for _, _, words in lines]
     labels = {wnid: label for label, wnid in enumerate(classes)}
     catalogue, skipped = Catalogue([LooseFiles(images)]), Counter[str]()
     for wnid in folders:
@@ -114,15 +117,6 @@ def open_kaggle(path: Path, split: str, spools: Path | None) -> Source | None:
             catalogue.add(0, 0, size, labels[wnid], name)
     notes = (f"Kaggle tree {root}",)
     return Source("kaggle", "imagenet", catalogue, tuple(classes), tuple(class_names), notes=notes, skipped=skipped)
-
-
-def _synset_mapping(mapping: Path, folders: list[str]) -> tuple[list[str], list[str]]:
-    """Return the wnids in label order and their names in words."""
-    if not mapping.is_file():
-        return label_order(folders), []
-    lines = [line.partition(" ") for line in mapping.read_text(encoding="utf-8").splitlines() if line.strip()]
-    wnids = [wnid for wnid, _, _ in lines]
-    return wnids, [words for _, _, words in lines]
 
 
 def _val_solution(path: Path) -> dict[str, str]:
