@@ -4,7 +4,6 @@ import argparse
 import os
 import shutil
 import sys
-import time
 from pathlib import Path
 
 from pipeline.shards.object_store import is_remote
@@ -18,7 +17,6 @@ from tools.shards.layouts.archives import check_official
 from tools.shards.layouts.parquet import delete_spool
 from tools.shards.layouts.source import LAYOUTS, open_source
 from tools.shards.photographs import NUM_SHARDS, photograph_source
-from tools.shards.report import REJECTED_NAME
 from tools.shards.skipped_files import describe_skipped
 from tools.shards.upload import staging_folder, upload_split
 from tools.shards.verify import index_split, split_folders, stats_split, verify_split
@@ -125,16 +123,23 @@ def run_convert(parsed: argparse.Namespace) -> None:
         for split, part in parts.items():
             print("\n".join(describe_conversion(assign_images(part, parsed.out / split, split, options), options)))
         return
-    are_complete = [convert_and_report(part, parsed.out / split, split, options) for split, part in parts.items()]
+    are_complete = []
+    for split, part in parts.items():
+        is_complete, summary = convert(part, parsed.out / split, split, options)
+        print(summary, flush=True)
+        are_complete.append(is_complete)
     if not all(are_complete):
         return
     delete_spool(spools)
-    for split in parts if store else ():
+    if store is None:
+        return
+    for split in parts:
         url = join(store, split)
         num_files = upload_split(parsed.out / split, url)
         print(f"{url}: {plural(num_files, 'file')} uploaded" if num_files else f"{url}: already complete")
-    for split in parts if store and parsed.staging is None else ():
-        shutil.rmtree(parsed.out / split)
+    if parsed.staging is None:
+        for split in parts:
+            shutil.rmtree(parsed.out / split)
 
 
 def check_out_is_outside(source: Source, out: Path) -> None:
@@ -158,23 +163,6 @@ def convert_options(parsed: argparse.Namespace) -> ConvertOptions:
     quality = parsed.quality or ImagePolicy().quality
     policy = ImagePolicy(parsed.verify, parsed.resize, quality, parsed.max_pixels, parsed.max_bytes)
     return ConvertOptions(parsed.seed, parsed.num_shards, policy, fraction, parsed.workers, task, num_tasks)
-
-
-def convert_and_report(source: Source, folder: Path, split: str, options: ConvertOptions) -> bool:
-    """Convert one split and print the outcome; returns True if all its shards exist, including those of other tasks."""
-    start = time.perf_counter()
-    result = convert(source, folder, split, options)
-    seconds = time.perf_counter() - start
-    if not result.changed:
-        print(f"{folder}: already complete, nothing to do")
-    elif not result.complete:
-        print(f"{folder}: this task wrote {plural(result.written, 'shard')}; other tasks have not finished")
-    else:
-        bad = f"{plural(result.left_out, 'bad image')} left out ({folder / REJECTED_NAME})"
-        images = plural(len(source.catalogue) - result.left_out, "image")
-        written = f"{plural(result.written, 'shard')} written in {seconds:.1f} s"
-        print(f"{folder}: {images}, {written}{f', {bad}' if result.left_out else ''}")
-    return result.complete
 
 
 def run_verify(parsed: argparse.Namespace) -> int:
@@ -206,7 +194,7 @@ def run_stats(parsed: argparse.Namespace) -> None:
 def run_sample(parsed: argparse.Namespace) -> None:
     for split, num_shards in NUM_SHARDS.items():
         options = ConvertOptions(num_shards=num_shards, max_bad_fraction=0)
-        convert_and_report(photograph_source(split), parsed.out / split, split, options)
+        print(convert(photograph_source(split), parsed.out / split, split, options)[1], flush=True)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ from pipeline.files import write_atomic
 from pipeline.quarantine import allowed_bad
 from pipeline.shards.index import UNLABELLED
 from pipeline.shards.manifest import read_object
+from pipeline.text import plural
 from tools.own_process import die_with_parent
 from tools.shards.catalogue import Catalogue, Source
 from tools.shards.images import ImagePolicy
-from tools.shards.report import finish_split
+from tools.shards.report import REJECTED_NAME, finish_split
 from tools.shards.writer import (
     IDENTITY_NAME,
     RECORD_FOLDER,
@@ -42,20 +43,6 @@ MAX_PROBED = 64  # images from which a dry run estimates the time
 MB = 1e6
 TAR_OVERHEAD = 3_000  # bytes per image: headers, padding, `cls` and `json`
 IN_WORDS = {"source": "the images, or --val-ratio,", "prefix": "the name of the source"}
-
-
-@dataclass(frozen=True)
-class ConvertResult:
-    """The result of one call of `convert`.
-
-    `complete`: all shards of the split exist, including those of other tasks. `left_out`: bad images, in the entire split
-    when it is complete, else in this task's shards.
-    """
-
-    written: int
-    complete: bool
-    changed: bool
-    left_out: int
 
 
 @dataclass(frozen=True)
@@ -86,12 +73,13 @@ def _num_bytes(catalogue: Catalogue, policy: ImagePolicy) -> int:
     return sum(size for size in catalogue.size if size <= policy.max_bytes)
 
 
-def convert(source: Source, folder: Path, split: str, options: ConvertOptions) -> ConvertResult:
+def convert(source: Source, folder: Path, split: str, options: ConvertOptions) -> tuple[bool, str]:
     """Write the missing shards of a split and, when all exist, the files next to them.
 
-    Raises ValueError when the folder holds another conversion or too many images are bad, OSError when the disk is full.
+    Returns True if all shards exist, including those of other tasks, and a line on what was done. Raises ValueError when the
+    folder holds another conversion or too many images are bad, OSError when the disk is full.
     """
-    conversion = assign_images(source, folder, split, options)
+    conversion, start = assign_images(source, folder, split, options), time.monotonic()
     (folder / RECORD_FOLDER).mkdir(parents=True, exist_ok=True)
     _claim_folder(conversion, options)
     # A killed run leaves partial files; other tasks of a job array are still writing theirs.
@@ -104,9 +92,13 @@ def convert(source: Source, folder: Path, split: str, options: ConvertOptions) -
     _check_rejects(conversion, rejects, options)
     # The task that completes the last shard writes the files of the split.
     if not all(conversion.record_path(shard).exists() for shard in range(conversion.num_shards)):
-        return ConvertResult(written, complete=False, changed=True, left_out=rejects)
-    changed, left_out = finish_split(conversion, split, options.seed)
-    return ConvertResult(written, complete=True, changed=changed or written > 0, left_out=left_out)
+        return False, f"{folder}: this task wrote {plural(written, 'shard')}; other tasks have not finished"
+    changed, rejects = finish_split(conversion, split, options.seed)
+    if not changed and not written:
+        return True, f"{folder}: already complete, nothing to do"
+    done = f"{plural(written, 'shard')} written in {time.monotonic() - start:.1f} s"
+    bad = f", {plural(rejects, 'bad image')} left out ({folder / REJECTED_NAME})" if rejects else ""
+    return True, f"{folder}: {plural(len(source.catalogue) - rejects, 'image')}, {done}{bad}"
 
 
 def _claim_folder(conversion: Conversion, options: ConvertOptions) -> None:
