@@ -108,6 +108,7 @@ def run_convert(parsed: argparse.Namespace) -> None:
     if parsed.official:
         with notify_after(2, f"computing the md5 of {parsed.source} ..."):
             print(f"official md5: {', '.join(check_official(parsed.source))}")
+    # List the images of every split and number their classes. Nothing is written but the spool of parquet files.
     spools = parsed.out / parsed.split / RECORD_FOLDER / "spool"
     with notify_after(2, f"listing the images of {parsed.source} ..."):
         source = open_source(parsed.source, parsed.split, parsed.layout, None if parsed.dry_run else spools)
@@ -123,6 +124,7 @@ def run_convert(parsed: argparse.Namespace) -> None:
         for split, part in parts.items():
             print("\n".join(describe_conversion(assign_images(part, parsed.out / split, split, options), options)))
         return
+    # A job array's other tasks can still be writing; only the task that completes the last split goes on.
     are_complete = []
     for split, part in parts.items():
         is_complete, summary = convert(part, parsed.out / split, split, options)

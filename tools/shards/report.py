@@ -33,6 +33,7 @@ def finish_split(conversion: Conversion, split: str, seed: int) -> tuple[bool, i
         rows = np.concatenate([record.rows for record in records])
         if len(rows) == 0:
             raise ValueError(f"{folder}: every image was rejected, see {RECORD_FOLDER}")
+        # All shards are complete, so no process is writing any more: these are left from killed runs.
         for partial in (*folder.glob(".*.partial"), *(folder / RECORD_FOLDER).glob(".*.partial")):
             partial.unlink(missing_ok=True)
         changed = not _index_holds(folder, names, rows)
@@ -50,6 +51,7 @@ def finish_split(conversion: Conversion, split: str, seed: int) -> tuple[bool, i
             files[REJECTED_NAME] = "".join(json.dumps(bad) + "\n" for bad in rejected).encode()
         else:
             (folder / REJECTED_NAME).unlink(missing_ok=True)
+        # A finished split keeps its files untouched, so that a second run can say that there was nothing to do.
         for name, content in files.items():
             path = folder / name
             if not path.exists() or path.read_bytes() != content:

@@ -12,6 +12,7 @@ from pipeline.shards.object_store import MissingObject, check_prefix, read, sche
 from pipeline.shards.storage import join
 from tools.shards.writer import RECORD_FOLDER
 
+# One stream seldom fills a connection; a store that fails for two minutes needs a person.
 NUM_STREAMS = 4
 RETRY_S = 120.0
 UPLOADED_NAME = "uploaded.txt"
@@ -52,6 +53,7 @@ def upload_split(folder: Path, url: str) -> int:
     side_files = sorted(path.name for path in folder.iterdir() if path.suffix in (".json", ".jsonl"))
     first = [*tars, *(str(Path(name).with_suffix(".idx")) for name in tars), *side_files]
     first = [name for name in first if name not in last]
+    # An object can have the size of a file but the content of an earlier conversion; the log tells what was uploaded.
     log_path = folder / RECORD_FOLDER / UPLOADED_NAME
     uploaded = set(log_path.read_text().splitlines()) if log_path.exists() else set()
 
@@ -65,6 +67,7 @@ def upload_split(folder: Path, url: str) -> int:
             file.write(f"{entry}\n")
         return 1
 
+    # A reader finds the split by its index and manifest: they come last, so that it never reads half a data set.
     with ThreadPoolExecutor(NUM_STREAMS) as pool:
         written = sum(pool.map(put, first))
     for name in last:

@@ -79,6 +79,7 @@ def _verify_shard(path: Path, rows: np.ndarray, sha256: str) -> list[str]:
     idx_path = path.with_suffix(".idx")
     if idx_path.exists() and idx_path.read_bytes() != idx:
         problems.append(f"{idx_path}: does not describe its tar: {INDEX_AGAIN}")
+    # The decoder names an image by its number in a batch, a person finds it by its name in the tar.
     names = {member.offset: member.name for member in tar_members(path)}
     for batch in np.split(scanned, range(BATCH_IMAGES, len(scanned), BATCH_IMAGES)):  # bounds the memory
         sizes = batch["height"].tolist(), batch["width"].tolist()
@@ -141,6 +142,7 @@ def _describe_shard(path: Path, rows: np.ndarray) -> tuple[np.ndarray, np.ndarra
     fingerprints, sums = [], np.zeros(7, np.int64)
     for number, content in enumerate(_contents(path, rows)):
         fingerprints.append(fingerprint(content))
+        # As in a conversion, some of the images are enough for mean and std.
         if number % pixel_stride(len(rows)) == 0:
             try:
                 sums += pixel_sums(content)
