@@ -153,10 +153,10 @@ def _describe_shard(path: Path, rows: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return np.frombuffer(b"".join(fingerprints), "S16"), sums
 
 
-def _in_parallel(workers: int, work: Callable[..., T], *arguments: Iterable[Any]) -> Iterator[T]:
-    """Yield `work` of each shard, computed in `workers` processes. `arguments`: as for `map`."""
-    if workers == 1:
-        yield from map(work, *arguments)
+def _in_parallel(workers: int, work: Callable[..., T], paths: list[Path], *arguments: Iterable[Any]) -> Iterator[T]:
+    """Yield `work(path, ...)` of each shard, computed in at most `workers` processes. `arguments`: as for `map`."""
+    if workers == 1 or len(paths) == 1:
+        yield from map(work, paths, *arguments)
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
-        yield from pool.map(work, *arguments)
+    with ProcessPoolExecutor(min(workers, len(paths)), multiprocessing.get_context("fork")) as pool:
+        yield from pool.map(work, paths, *arguments)

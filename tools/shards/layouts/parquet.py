@@ -6,7 +6,6 @@ copied unchanged into one spool file next to the shards, once; it is deleted whe
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -30,6 +29,7 @@ IMAGE_NAMES = (
     "image", "img", "images", "picture", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "img_bytes", "bytes",
 )  # fmt: skip
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "class_id", "cls", "target", "category", "y")
+BINARY_TYPES = ("binary", "large_binary")
 # pyarrow raises these on damaged files; its own errors derive from them.
 PARQUET_ERRORS = (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 
@@ -177,8 +177,9 @@ def find_columns(path: Path) -> Columns | None:
 def _holds_images(field: Any) -> bool:
     """Return True for a binary column with a usual name, and for a struct with such a field, as `datasets` writes it."""
     if str(field.type).startswith("struct"):
-        return bool(re.search(r"\bbytes: (large_)?binary\b", str(field.type)))
-    return str(field.type) in ("binary", "large_binary") and field.name.lower() in IMAGE_NAMES
+        position = field.type.get_field_index("bytes")
+        return position >= 0 and str(field.type.field(position).type) in BINARY_TYPES
+    return str(field.type) in BINARY_TYPES and field.name.lower() in IMAGE_NAMES
 
 
 def read_column(path: Path, column: str, batch_rows: int) -> Iterator[Any]:
