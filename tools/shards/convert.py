@@ -136,9 +136,8 @@ def _run_workers(conversion: Conversion, shards: range, options: ConvertOptions)
     num_images, start, written = sum(map(conversion.shard_size, shards)), time.monotonic(), 0
     try:
         pending = {pool.submit(_complete_shard, shard) for shard in shards}
-        with ProgressDisplay(
-            Console(stderr=True), conversion.prefix, "image", num_images, transient=True
-        ) as progress:  # fmt: skip
+        display = ProgressDisplay(Console(stderr=True), conversion.prefix, "image", num_images, transient=True)
+        with display as progress:
             while pending:
                 finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
                 written += sum(future.result() for future in finished)
