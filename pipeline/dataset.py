@@ -57,7 +57,7 @@ def build_multicrop_dataset(
 
     Sizes are in pixels, scales are fractions of the image's area, and a jitter strength s means brightness and contrast s,
     saturation s / 2 and hue s / 4. `data_path` is a folder, or a prefix such as `s3://BUCKET/PREFIX`
-    (`pipeline.shards.object_store`), whose shards are cached on a local disk (`MultiCropDataset.cached`).
+    (`pipeline.shards.storage`), whose shards are cached on a local disk (`MultiCropDataset.cached`).
 
     Raises FileNotFoundError if there are no shards, ValueError if they do not match their index, StoreError if the store does not
     answer.

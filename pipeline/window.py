@@ -18,8 +18,8 @@ from pipeline.crops.augment import FLIP, Y0, ViewRecipe, draw_parameters
 from pipeline.crops.graph import ReaderOptions, build_graph, define_graph
 from pipeline.order import BatchSequence, BatchStart
 from pipeline.shards.cache import Pins
-from pipeline.shards.dali_index import write_dali_indices
 from pipeline.shards.fetcher import ShardFetcher
+from pipeline.shards.index import write_dali_indices
 
 # A graph lists its rows in files and opens each of its tars. A larger data set is read by one graph after another; of a small
 # one, a single graph reads many epochs.

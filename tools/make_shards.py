@@ -6,8 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from pipeline.shards.object_store import is_remote
-from pipeline.shards.storage import join
+from pipeline.shards.storage import is_remote, join
 from pipeline.text import notify_after, plural, truncate_list
 from tools.shards.catalogue import LooseFiles, Source, hold_out
 from tools.shards.classes import adopt_classes

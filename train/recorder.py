@@ -13,7 +13,7 @@ from rich.console import Console
 from model.hjepa import HJEPA
 from pipeline.files import write_atomic
 from pipeline.shards.index import UNLABELLED
-from pipeline.shards.object_store import StoreError
+from pipeline.shards.storage import StoreError
 from train.checkpoint import CheckpointWriter, checkpoint_path
 from train.evaluation.online import OnlineEvaluation
 from train.output.display import Display, summary_table

@@ -64,7 +64,7 @@ def find_faults(index: ShardIndex, rows: Iterable[int], device: str) -> dict[int
     for row in rows:
         try:
             encoded = index.encoded(row)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             faults[row] = f"cannot be read: {error}"
             continue
         if message := decode_error(encoded, device):

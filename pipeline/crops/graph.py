@@ -19,7 +19,7 @@ from pipeline.crops import augment
 from pipeline.crops.augment import ViewRecipe
 from pipeline.crops.device import as_device_error
 from pipeline.defaults import HW_DECODER_LOAD, PREFETCH
-from pipeline.shards.dali_index import IMAGE
+from pipeline.shards.index import IMAGE
 from pipeline.text import notify_after
 
 if TYPE_CHECKING:

@@ -1,43 +1,37 @@
-"""A cache of complete shards on a local disk, shared by all processes of a machine.
+"""A bounded cache of complete shards on a local disk, shared by all processes of a machine.
 
 The file system is its only state: a shard in use has a second hard link in a folder of pins, and kernel file locks guard
 downloads, folders of pins and eviction. The kernel drops the locks of a killed process, so nothing needs repair after one.
 """
 
-import errno
 import fcntl
 import hashlib
 import os
-import re
 import shutil
 import tempfile
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.shards.index_file import shard_problem
-from pipeline.shards.object_store import StoreError, download, retry
+from pipeline.shards.storage import StoreError, download, retry
 
 # A process that waited for the download of another one, which failed, retries for at least this long. With the full
 # `retry_s`, eight ranks that wait for each other would try eight times as long as the user asked for.
 MIN_RETRY_S = 10.0
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-# Names of cached shards and of downloads in progress. The folder can hold other files, which the cache leaves alone.
-SHARD_FILE = re.compile(r".+-[0-9a-f]{24}\.tar")
-PARTIAL_FILE = re.compile(r"\.(.+-[0-9a-f]{24}\.tar)\.(\d+)\.partial")
+SHARD_FILES = f"*-{24 * '[0-9a-f]'}.tar"  # the folder can hold other files, which the cache never touches
 
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Where the cache lies, how much it holds, and how it downloads.
+    """`folder`: None for one of this user in the temporary folder. `retry_s`: for which a failing store is retried.
 
-    `folder`: None for a folder of this user in the temporary folder. `retry_s`: how long a failing store is retried. `streams`:
-    parallel downloads per process; with more of them the next shard arrives later, since they share the bandwidth.
+    `streams`: parallel downloads. With more of them the next shard arrives later, since they share the bandwidth.
     """
 
     folder: Path | None = None
@@ -86,6 +80,8 @@ class ShardCache:
         self.folder = settings.folder or Path(tempfile.gettempdir()) / f"multicrop-hjepa-{os.getuid()}"
         self.max_bytes, self.retry_s, self.streams = settings.max_bytes, settings.retry_s, settings.streams
         self._locks, self._pins = self.folder / "locks", self.folder / "pins"
+        # Guards eviction, pinning, and the creation of folders of pins against each other.
+        self._folder_lock = self._locks / ".folder"
 
     def make(self) -> None:
         """Create the folders. Raises ValueError if that fails, or if their file system has no hard links."""
@@ -93,7 +89,7 @@ class ShardCache:
             self._locks.mkdir(parents=True, exist_ok=True)
             self._pins.mkdir(exist_ok=True)
             pins = self.new_pins()
-            os.link(self._locks / ".folder", pins.folder / "trial")
+            os.link(self._folder_lock, pins.folder / "trial")
         except OSError as error:
             reason = f"{self.folder} cannot be made, or has no hard links ({error.strerror})"
             raise ValueError(f"data.cache_dir: {reason}; choose another") from None
@@ -102,17 +98,17 @@ class ShardCache:
         return self.folder / shard.name
 
     def new_pins(self) -> Pins:
-        with self._folder_lock():
+        with _locked(self._folder_lock):
             return Pins(self._pins)
 
     def pin(self, shard: StoredShard, pins: Pins) -> bool:
         """Pin a cached shard and mark it as planned. Returns False if it is not in the cache."""
         path, link = self.path(shard), pins.folder / shard.name
-        with self._folder_lock():
+        with _locked(self._folder_lock):
             try:
                 if not link.exists():
                     size = path.stat().st_size
-                    if size != shard.num_bytes if shard.sha256 else size < shard.num_bytes:
+                    if size < shard.num_bytes or (shard.sha256 and size > shard.num_bytes):
                         return False
                     os.link(path, link)
                 os.utime(link)
@@ -130,82 +126,59 @@ class ShardCache:
             if self.pin(shard, pins):
                 return
             retry_s = max(min(MIN_RETRY_S, self.retry_s), self.retry_s - (time.monotonic() - started))
-            partial = self.folder / f".{shard.name}.{shard.num_bytes}.partial"
+            # Among the pins, so that it goes with them if this process is killed. Its name reserves its bytes.
+            partial = pins.folder / f"{shard.name}.{shard.num_bytes}.partial"
             try:
-                for is_last in (False, True):  # damage in transit does not happen twice
+                for _ in range(2):  # damage in transit does not happen twice
                     retry(lambda fresh: self._download(shard, partial, fresh), shard.url, retry_s)
-                    problem = _content_problem(shard, partial)
-                    if problem is None:
+                    if (problem := _content_problem(shard, partial)) is None:
                         break
-                    if is_last:
-                        raise StoreError(f"{shard.url}: {problem}. Upload it again, with its index and manifest")
-                # Pinned before it appears under its name, so that no process can evict it in between.
-                os.link(partial, pins.folder / shard.name)
-                partial.rename(self.path(shard))
+                else:
+                    raise StoreError(f"{shard.url}: {problem}. Upload it again, with its index and manifest")
+                # It has two links from the start, so that no process evicts it in between.
+                self.path(shard).unlink(missing_ok=True)  # a damaged copy
+                os.link(partial, self.path(shard))
+                partial.rename(pins.folder / shard.name)
             finally:
                 partial.unlink(missing_ok=True)
 
     def _download(self, shard: StoredShard, partial: Path, fresh: bool) -> None:
         self._make_room(shard, partial)
-        try:
-            download(shard.url, partial, fresh)
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-        except OSError as error:
-            if error.errno in DISK_FULL:
-                raise self._full(shard) from None
-            raise
+        download(shard.url, partial, fresh)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
         if (size := partial.stat().st_size) < shard.num_bytes:
             raise OSError(f"ended after {size:,} of {shard.num_bytes:,} bytes")
 
     def _make_room(self, shard: StoredShard, partial: Path) -> None:
-        """Evict shards until this one fits, and reserve its bytes: the name of the partial file holds its final size."""
-        with self._folder_lock():
+        """Evict shards until this one fits, and create `partial`. Raises CacheFullError."""
+        with _locked(self._folder_lock):
             partial.unlink(missing_ok=True)
             for folder in self._pins.iterdir():
-                if not _is_locked(folder):  # its process was killed
-                    shutil.rmtree(folder, ignore_errors=True)
-            evictable, used, free = self._contents()
+                _remove_if_unlocked(folder)
+            disk, used, evictable = os.statvfs(self.folder), 0, []
+            free = disk.f_bavail * disk.f_frsize
+            for path in (*self._pins.glob("*/*.partial"), *self.folder.glob(SHARD_FILES)):
+                try:
+                    status = path.stat()
+                except FileNotFoundError:  # the download has just ended, or a user clears the cache
+                    continue
+                size = int(path.name.split(".")[-2]) if path.suffix == ".partial" else status.st_size
+                used, free = used + size, free - max(0, size - status.st_size)
+                if path.parent == self.folder and status.st_nlink == 1:  # evicting a pinned shard would free nothing
+                    evictable.append((status.st_mtime, size, path))
             for _, size, path in sorted(evictable):
                 if used + shard.num_bytes <= self.max_bytes and shard.num_bytes <= free:
                     break
                 path.unlink(missing_ok=True)
                 used, free = used - size, free + size
             if used + shard.num_bytes > self.max_bytes or shard.num_bytes > free:
-                raise self._full(shard)
+                raise CacheFullError(
+                    f"{shard.url}: no room for its {shard.num_bytes / 1e6:,.1f} MB: shards in use take {used / 1e6:,.1f} MB "
+                    f"of data.cache_size_gb {self.max_bytes / 1e9:g}, and the disk of data.cache_dir {self.folder} has "
+                    f"{free / 1e6:,.1f} MB free. Raise data.cache_size_gb, free disk space, or choose another data.cache_dir"
+                )
             partial.touch()
-
-    def _contents(self) -> tuple[list[tuple[float, int, Path]], int, int]:
-        """(time of planning, size, path) of each unpinned shard; bytes of all shards and downloads; bytes free on the disk."""
-        evictable, used = [], 0
-        disk = os.statvfs(self.folder)
-        free = disk.f_bavail * disk.f_frsize
-        for path in self.folder.iterdir():
-            partial = PARTIAL_FILE.fullmatch(path.name)
-            if partial and not _is_locked(self._locks / partial[1]):  # its process was killed
-                path.unlink(missing_ok=True)
-            elif partial or SHARD_FILE.fullmatch(path.name):
-                try:
-                    status = path.stat()
-                except FileNotFoundError:  # the download has just ended
-                    continue
-                size = int(partial[2]) if partial else status.st_size
-                used, free = used + size, free - max(0, size - status.st_size)
-                if not partial and status.st_nlink == 1:  # evicting a pinned shard would free nothing
-                    evictable.append((status.st_mtime, size, path))
-        return evictable, used, free
-
-    def _full(self, shard: StoredShard) -> CacheFullError:
-        _, used, free = self._contents()
-        return CacheFullError(
-            f"{shard.url}: no room for its {shard.num_bytes / 1e6:,.1f} MB: shards in use take {used / 1e6:,.1f} MB of "
-            f"data.cache_size_gb {self.max_bytes / 1e9:g}, and the disk of data.cache_dir {self.folder} has "
-            f"{free / 1e6:,.1f} MB free. Raise data.cache_size_gb, free disk space, or choose another data.cache_dir"
-        )
-
-    def _folder_lock(self) -> AbstractContextManager[None]:
-        """Guards eviction, pinning, and the creation of folders of pins against each other."""
-        return _locked(self._locks / ".folder")
 
 
 def _content_problem(shard: StoredShard, path: Path) -> str | None:
@@ -228,15 +201,12 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _is_locked(path: Path) -> bool:
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
+def _remove_if_unlocked(folder: Path) -> None:
+    """Remove a folder of pins whose process was killed."""
+    with suppress(FileNotFoundError, BlockingIOError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(descriptor)

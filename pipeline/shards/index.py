@@ -11,25 +11,18 @@ from typing import overload
 import numpy as np
 
 from pipeline.shards import index_file
-from pipeline.shards.cache import CacheSettings, ShardCache, StoredShard
+from pipeline.shards.cache import CacheSettings, Pins, ShardCache, StoredShard
 from pipeline.shards.fetcher import ShardFetcher
 from pipeline.shards.index_file import INDEX_NAME, SAMPLE_DTYPE, UNLABELLED, load_index, save_index
 from pipeline.shards.manifest import read_manifest
-from pipeline.shards.object_store import MissingObject, check_prefix, is_remote, sizes
 from pipeline.shards.samples import scan_shard
-from pipeline.shards.storage import join, read_range
+from pipeline.shards.storage import MissingObject, check_prefix, is_remote, join, read_bytes, sizes
 
 __all__ = [
-    "INDEX_NAME",
-    "SAMPLE_DTYPE",
-    "UNLABELLED",
-    "ShardIndex",
-    "open_index",
-    "save_index",
-    "scan_shard",
-    "split_folder",
-]
+    "INDEX_NAME", "SAMPLE_DTYPE", "UNLABELLED", "ShardIndex", "open_index", "save_index", "scan_shard", "split_folder",
+]  # fmt: skip
 
+IMAGE = "img"  # the component's name in DALI's index files
 # A larger index is mapped, and reading all of it takes minutes: its digest covers evenly spaced rows.
 MAX_DIGEST_ROWS, NUM_SPACED_ROWS = 1 << 21, 1 << 14
 
@@ -103,22 +96,22 @@ class ShardIndex:
         try:
             header = self._read(sample["shard"], int(sample["offset"]) - block, block)
             return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
-        except (OSError, tarfile.TarError):
+        except (OSError, ValueError, tarfile.TarError):
             return "(no readable tar header)"
 
     def encoded(self, row: int) -> bytes:
-        """The image file of one sample. Raises OSError."""
+        """The image file of one sample. Raises OSError, and ValueError for an unreadable tar."""
         sample = self.samples[row]
         return self._read(sample["shard"], int(sample["offset"]), int(sample["size"]))
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
         path = self.shard_path(shard)
         try:
-            return read_range(path, offset, size)
+            return read_bytes(path, offset, size)
         except FileNotFoundError:  # not in the cache
             if self.remote is None:
                 raise
-        return read_range(self.shard_place(shard), offset, size)
+        return read_bytes(self.shard_place(shard), offset, size)
 
     def describe(self, row: int) -> str:
         """One sample for error messages: shard, member name and offset."""
@@ -154,7 +147,7 @@ def _remote_split(prefix: str, split: str) -> str:
     for folder in folders:
         for name in (INDEX_NAME, index_file.OLD_INDEX_NAME):
             try:
-                read_range(join(folder, name), 0, 4)
+                read_bytes(join(folder, name), 0, 4)
                 return folder
             except MissingObject as error:
                 reason = str(error).removeprefix(f"{join(folder, name)}: ")
@@ -191,50 +184,62 @@ def open_index(folder: Path | str) -> ShardIndex:
             f"{folder}: no shards (*.tar) here. Make them with `python tools/make_shards.py convert SOURCE --out {folder}`"
         )
     try:
-        index = ShardIndex(folder, *load_index(folder, rebuild))
+        shards, samples, counts, ends = load_index(folder, rebuild)
     except FileNotFoundError:
         scans = [scan_shard(folder / name, shard) for shard, name in enumerate(names)]
         return ShardIndex(
             folder, tuple(names), np.concatenate(scans), np.array([len(scan) for scan in scans], np.int64)
         )
-    if unlisted := sorted(set(names) - set(index.shards)):
+    if unlisted := sorted(set(names) - set(shards)):
         # Ignoring them would silently train on a part of the data.
         raise ValueError(
-            f"{folder}: the index lists {len(index.shards)} tars, and the folder holds {len(unlisted)} more "
+            f"{folder}: the index lists {len(shards)} tars, and the folder holds {len(unlisted)} more "
             f"({unlisted[0]}, ...). Move them away, or include them. {rebuild}"
         )
-    ends = index_file.first_and_last(index.samples, index.counts, str(folder / INDEX_NAME), rebuild)
-    index_file.check_shards([folder / name for name in index.shards], ends)
-    return index
+    index_file.check_shards([folder / name for name in shards], ends)
+    return ShardIndex(folder, shards, samples, counts)
 
 
 def _open_remote(folder: str) -> ShardIndex:
     """Open a prefix with one request each for the files of the index, the manifest and the listing."""
     remedy = "Upload it again"
-    names, samples, counts = load_index(folder, remedy)
-    ends = index_file.first_and_last(samples, counts, join(folder, INDEX_NAME), remedy)
+    names, samples, counts, ends = load_index(folder, remedy)
     manifest, listed = read_manifest(folder), sizes(folder)
-    described = {shard.name: shard for shard in manifest.shards} if manifest else {}
-    stored: list[StoredShard | None] = [None] * len(names)
-    stops = np.cumsum(counts)
+    entries = {shard.name: shard for shard in manifest.shards if shard.bytes is not None} if manifest else {}
+    stored, stops = list[StoredShard | None]([None] * len(names)), np.cumsum(counts)
     for shard, pair in ends.items():
-        name, url = names[shard], join(folder, names[shard])
-        num_bytes, sha256 = int((pair["offset"] + pair["size"]).max()), ""
-        if (entry := described.get(name)) is not None and entry.bytes is not None:
-            num_bytes, sha256 = entry.bytes, entry.sha256
+        name, url, entry = names[shard], join(folder, names[shard]), entries.get(names[shard])
+        num_bytes = entry.bytes if entry and entry.bytes else int((pair["offset"] + pair["size"]).max())
         if listed is not None and "/" not in name:
-            _check_listed(url, num_bytes, bool(sha256), listed.get(name))
+            size, source = listed.get(name), "manifest" if entry else "index"
+            if size is None:
+                raise ValueError(f"{url}: listed in the index but missing. {remedy}, or rebuild the index")
+            if size < num_bytes or (entry and size != num_bytes):
+                problem = "truncated" if size < num_bytes else "changed"
+                raise ValueError(f"{url}: {problem}: {size:,} bytes, and the {source} needs {num_bytes:,}. {remedy}")
+        sha256 = entry.sha256 if entry else ""
         rows = samples[stops[shard] - counts[shard] : stops[shard]]
         tag = sha256 or hashlib.sha256(rows.tobytes()).hexdigest()
         stored[shard] = StoredShard(url, f"{Path(name).stem}-{tag[:24]}.tar", num_bytes, sha256, pair.copy())
     return ShardIndex(folder, names, samples, counts, RemoteShards(tuple(stored), ShardCache(CacheSettings())))
 
 
-def _check_listed(url: str, num_bytes: int, is_exact: bool, size: int | None) -> None:
-    if size is None:
-        raise ValueError(f"{url}: listed in the index but missing. Upload it again, or rebuild the index")
-    if size < num_bytes or (is_exact and size != num_bytes):
-        raise ValueError(
-            f"{url}: {size:,} bytes, and the {'manifest' if is_exact else 'index'} needs {num_bytes:,}: "
-            f"{'truncated' if size < num_bytes else 'changed'}. Upload it again"
-        )
+def write_dali_indices(
+    index: ShardIndex, rows: np.ndarray, folder: Path, pins: Pins | None = None
+) -> tuple[list[str], list[str]]:
+    """Write rows of the index, in their order, as DALI index files in `folder`.
+
+    Returns the tars and their index files; a tar is listed once for each run of its rows, since an index file can drop, permute
+    and repeat the members of a tar. Tars of a store are read through their links in `pins`.
+    """
+    samples = index.samples[rows]
+    breaks = np.flatnonzero(np.diff(samples["shard"])) + 1
+    tars, paths = list[str](), list[str]()
+    for part, run in zip(np.split(rows, breaks), np.split(samples, breaks), strict=True):
+        members = zip(part.tolist(), run["offset"].tolist(), run["size"].tolist(), strict=True)
+        lines = [f"{IMAGE} {offset} {size} {row}.{IMAGE}\n" for row, offset, size in members]
+        path, tar = folder / f"{len(tars):06d}.idx", index.shard_path(run["shard"][0])
+        path.write_text(f"v1.2 {len(lines)}\n{''.join(lines)}")
+        tars.append(os.fspath(tar if pins is None else pins.folder / tar.name))
+        paths.append(os.fspath(path))
+    return tars, paths

@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field, InstanceOf
 
 from pipeline.files import write_atomic
 from pipeline.shards.manifest import parse_model
-from pipeline.shards.storage import is_remote, join, read_file, read_range
+from pipeline.shards.storage import is_remote, join, read_bytes
 from pipeline.shards.tar import IMAGE_EXTENSIONS, head_kind
 
 INDEX_NAME = "index.json"
@@ -38,7 +38,7 @@ SAMPLE_DTYPE = np.dtype(
 # A larger `index.npy` (two million samples) is mapped: only the rows in use are in memory, and its checksum is not computed.
 MAX_READ_BYTES = 1 << 26
 CHECKSUM_BYTES = 32  # of sha256
-# What numpy and zipfile raise for a damaged `.npz`.
+# The exceptions of numpy and zipfile for a damaged `.npz`.
 DAMAGES = (
     EOFError, LookupError, MemoryError, NotImplementedError, OverflowError, RuntimeError, SyntaxError, TypeError, ValueError,
     tokenize.TokenError, zipfile.BadZipFile, zlib.error,
@@ -82,14 +82,17 @@ def _checksum(shards: dict[str, int], array_file: bytes | memoryview) -> bytes:
     return digest.digest()
 
 
-def load_index(folder: Path | str, remedy: str) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
-    """Return the names of the shards, the samples `[N]` and the number of samples per shard, `[num_shards] int64`.
+def load_index(
+    folder: Path | str, remedy: str
+) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, dict[int, np.ndarray]]:
+    """Return the names of the shards, the samples `[N]`, the number of samples per shard, `[num_shards] int64`, and the ends.
 
-    Raises FileNotFoundError without an index, ValueError that ends with `remedy` for a damaged one, StoreError.
+    The ends are the first and the last sample, `[2]` of SAMPLE_DTYPE, of each shard that has samples. Raises FileNotFoundError
+    without an index, ValueError that ends with `remedy` for a damaged one, StoreError.
     """
     place = join(folder, INDEX_NAME)
     try:
-        content = parse_model(IndexContent, read_file(place), place, remedy)
+        content = parse_model(IndexContent, read_bytes(place), place, remedy)
     except FileNotFoundError:
         place = join(folder, OLD_INDEX_NAME)
         names, samples, counts = _load_old(place, remedy)
@@ -97,18 +100,32 @@ def load_index(folder: Path | str, remedy: str) -> tuple[tuple[str, ...], np.nda
         names, counts = tuple(content.shards), np.array([*content.shards.values()], np.int64)
         place = join(folder, SAMPLES_NAME)
         samples = _load_samples(place, content, remedy)
-    if problem := _problem(names, samples, counts):
+    used, ends, problem = np.flatnonzero(counts), samples, ""
+    if samples.dtype != SAMPLE_DTYPE or samples.ndim != 1:
+        rows = f"expected is one row per sample of {SAMPLE_DTYPE.names}"
+        problem = f"samples is {samples.dtype} {samples.shape}; {rows}"
+    elif counts.sum() != len(samples):
+        problem = f"{len(samples)} samples, but counts of {counts.sum()}"
+    elif len(samples) == 0:
+        problem = "lists no samples"
+    else:
+        stops = np.cumsum(counts)[used]
+        ends = samples[np.stack([stops - counts[used], stops - 1], axis=1)]  # [shards, 2]
+        is_sane = (ends["shard"] == used[:, None]) & (ends["offset"] >= BLOCK) & (ends["offset"] % BLOCK == 0)
+        if not (is_sane & (ends["size"] >= 0)).all():
+            problem = "damaged, or not ordered by shard"
+    if problem:
         raise ValueError(f"{place}: {problem}. {remedy}")
-    return names, samples, counts
+    return names, samples, counts, dict(zip(used.tolist(), ends, strict=True))
 
 
 def _load_samples(place: str, content: IndexContent, remedy: str) -> np.ndarray:
     mapped = False
     try:
         if not is_remote(place) and (mapped := os.path.getsize(place) > MAX_READ_BYTES):
-            checksum = read_range(place, os.path.getsize(place) - CHECKSUM_BYTES, CHECKSUM_BYTES)
+            checksum = read_bytes(place, os.path.getsize(place) - CHECKSUM_BYTES, CHECKSUM_BYTES)
         else:
-            data = read_file(place)
+            data = read_bytes(place)
             checksum = _checksum(content.shards, data[:-CHECKSUM_BYTES])
     except FileNotFoundError:
         raise ValueError(f"{place}: missing, and {INDEX_NAME} is there. {remedy}") from None
@@ -121,44 +138,28 @@ def _load_samples(place: str, content: IndexContent, remedy: str) -> np.ndarray:
 
 
 def _load_old(place: str, remedy: str) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
-    data = read_file(place)
+    data = read_bytes(place)
     try:
         with np.load(io.BytesIO(data)) as arrays:
             shards, samples = arrays["shards"], arrays["samples"]
-            if shards.dtype.kind != "U" or shards.ndim != 1:
-                raise ValueError(f"shards is {shards.dtype} {shards.shape}")
             # The first version has no counts.
             counts = arrays["counts"] if "counts" in arrays else np.bincount(samples["shard"], minlength=len(shards))
-            return tuple(shards.tolist()), samples, counts
+            if (
+                shards.dtype.kind != "U"
+                or shards.ndim != 1
+                or counts.shape != shards.shape
+                or counts.min(initial=0) < 0
+            ):
+                raise ValueError(f"shards is {shards.dtype} {shards.shape}, and counts is {counts.shape}")
+            return tuple(shards.tolist()), samples, counts.astype(np.int64)
     except DAMAGES as error:
         raise ValueError(f"{place}: damaged, or not an index ({error or type(error).__name__}). {remedy}") from None
-
-
-def _problem(names: tuple[str, ...], samples: np.ndarray, counts: np.ndarray) -> str | None:
-    if samples.dtype != SAMPLE_DTYPE or samples.ndim != 1:
-        return f"samples is {samples.dtype} {samples.shape}; expected is one row per sample of {SAMPLE_DTYPE.names}"
-    if counts.shape != (len(names),) or counts.dtype != np.int64 or counts.min(initial=0) < 0:
-        return f"{len(names)} shards, but counts of {len(counts)}"
-    if counts.sum() != len(samples):
-        return f"{len(samples)} samples, but counts of {counts.sum()}"
-    return None if len(samples) else "lists no samples"
-
-
-def first_and_last(samples: np.ndarray, counts: np.ndarray, place: str, remedy: str) -> dict[int, np.ndarray]:
-    """Return `[2]` of SAMPLE_DTYPE for each shard with samples. Raises ValueError for an index not ordered by shard."""
-    used = np.flatnonzero(counts)
-    stops = np.cumsum(counts)[used]
-    ends = samples[np.stack([stops - counts[used], stops - 1], axis=1)]  # [shards, 2]
-    is_sane = (ends["shard"] == used[:, None]) & (ends["offset"] >= BLOCK) & (ends["offset"] % BLOCK == 0)
-    if not (is_sane & (ends["size"] >= 0)).all():
-        raise ValueError(f"{place}: damaged, or not ordered by shard. {remedy}")
-    return dict(zip(used.tolist(), ends, strict=True))
 
 
 def check_shards(paths: Sequence[Path], ends: dict[int, np.ndarray]) -> None:
     """Raise ValueError for the first tar that differs from the index, with the number of others.
 
-    Reads at most the length and three blocks of each tar. `ends`: as from `first_and_last`.
+    Reads at most the length and three blocks of each tar. `ends`: as from `load_index`.
     """
 
     def check(shard: int) -> str | None:
@@ -179,25 +180,25 @@ def check_shards(paths: Sequence[Path], ends: dict[int, np.ndarray]) -> None:
 
 def shard_problem(path: Path, ends: np.ndarray) -> str | None:
     """Return how a tar differs from the index, judged by its length and the headers of its first and last sample."""
-    with path.open("rb") as file:
-        descriptor = file.fileno()
+    with path.open("rb", buffering=0) as file:
+        if (kind := head_kind(file.read(BLOCK))) != "a tar":
+            return kind
+        num_bytes, needed = os.fstat(file.fileno()).st_size, int((ends["offset"] + ends["size"]).max())
+        if num_bytes < needed:
+            return f"truncated: {num_bytes:,} bytes, and the index needs {needed:,}"
         for offset, size in zip(ends["offset"].tolist(), ends["size"].tolist(), strict=True):
-            header = os.pread(descriptor, BLOCK, offset - BLOCK)
+            header = os.pread(file.fileno(), BLOCK, offset - BLOCK)
             if problem := _header_problem(header, size):
-                kind = head_kind(os.pread(descriptor, BLOCK, 0))
-                if kind == "a tar":
-                    kind = "of another data set, or damaged" if any(header) else "zero-filled in part"
-                    kind = kind if header else "truncated"
-                return f"{kind}: {problem} at byte {offset - BLOCK:,}, where the index has a sample"
-        size, needed = os.fstat(descriptor).st_size, int((ends["offset"] + ends["size"]).max())
-    return f"{size:,} bytes, and the index needs {needed:,}: truncated" if size < needed else None
+                reason = "of another data set, or damaged" if any(header) else "zero-filled in part"
+                return f"{reason}: {problem} at byte {offset - BLOCK:,}, where the index has a sample"
+    return None
 
 
 def _header_problem(header: bytes, size: int) -> str | None:
     try:
         member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.TarError:
-        return "nothing" if not header else "zeros" if not any(header) else "no tar header"
+        return "no tar header"
     _, dot, extension = member.name.rpartition("/")[2].rpartition(".")
     is_image = extension.lower() in IMAGE_EXTENSIONS or not dot or len(member.name) >= MAX_USTAR_NAME
     if not member.isreg() or not is_image:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, InstanceOf, StrictInt, ValidationError
 
-from pipeline.shards.storage import join, read_file
+from pipeline.shards.storage import join, read_bytes
 
 MANIFEST_NAME = "manifest.json"
 Text = InstanceOf[str]  # pydantic's own text refuses names of files that are not UTF-8
@@ -15,7 +15,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class ManifestShard(BaseModel):
-    """A tar: `bytes` is its size, None where the file does not say."""
+    """A tar of `bytes` bytes, None where the file does not say."""
 
     name: Text
     sha256: Text
@@ -64,8 +64,7 @@ def parse_model(model: type[Model], text: bytes, place: str, remedy: str) -> Mod
         return model.model_validate(parse_object(text, place, remedy))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        name = ".".join(map(str, first["loc"]))
-        reason = f"{name} is {_short_json(first['input'])} ({first['msg']})"
+        reason = f"{'.'.join(map(str, first['loc']))} is {_short_json(first['input'])} ({first['msg']})"
         raise ValueError(f"{place}: damaged: {reason}. {remedy}") from None
 
 
@@ -76,7 +75,7 @@ def read_manifest(folder: Path | str) -> Manifest | None:
     """
     place = join(folder, MANIFEST_NAME)
     try:
-        text = read_file(place)
+        text = read_bytes(place)
     except FileNotFoundError:
         return None
     remedy = f"Convert {folder} again, or remove the file to use the shards without class names and checksums"

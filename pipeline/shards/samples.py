@@ -7,14 +7,14 @@ import warnings
 import zlib
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from pipeline.shards.index_file import SAMPLE_DTYPE, UNLABELLED
-from pipeline.shards.storage import read_range
+from pipeline.shards.storage import read_bytes
 from pipeline.shards.tar import IMAGE_EXTENSIONS, TarMember, is_hidden, sample_key, tar_kind, tar_members, warn_once
 
 HEAD_BYTES = 1 << 14  # of an image: mostly enough to know its size in pixels
@@ -30,36 +30,32 @@ MAX_LABEL = 1 << 24  # more classes than any set of images has; above it, a labe
 IMAGE_PARTS = ("image", "img", "jpg", "rgb", "input", "photo")
 
 
-@dataclass
 class LabelMembers:
     """The labels of one tar by the key of their member: in the order of the members where a name occurs more than once."""
 
-    cls: dict[str, list[Label]] = field(default_factory=lambda: defaultdict(list))
-    json: dict[str, list[Label]] = field(default_factory=lambda: defaultdict(list))
+    def __init__(self) -> None:
+        self._labels: dict[str, dict[str, list[Label]]] = {"json": {}, "cls": {}}
 
     def add(self, path: Path, member: TarMember) -> None:
         """Take the label of a `cls` or `json` member; other members are passed over."""
         key, extension = sample_key(member.name)
-        if (label := read_label(path, member)) is not None:
-            (self.cls if extension == "cls" else self.json)[key].append(label)
+        if extension in self._labels and (label := read_label(path, member, extension)) is not None:
+            self._labels[extension].setdefault(key, []).append(label)
 
     def by_key(self) -> dict[str, list[Label]]:
-        """A sample with both has its label in `cls`."""
-        return self.json | self.cls
+        """Return all labels; that of a sample with both is the one in `cls`."""
+        return self._labels["json"] | self._labels["cls"]
 
 
-def read_label(path: Path, member: TarMember) -> Label | None:
-    """The label in a `cls` member, or in a `json` member or its `label`: a number, or text that is the name of a class.
+def read_label(path: Path, member: TarMember, extension: str) -> Label | None:
+    """Return the label in a `cls` member, or in a `json` member or its `label`; None where there is none.
 
-    None where there is none. Raises ValueError for one that cannot be parsed.
+    Raises ValueError for one that cannot be parsed.
     """
-    extension = sample_key(member.name)[1]
-    if extension not in ("cls", "json"):
-        return None
     where = f"{path}: {member.name} at byte {member.offset}"
     if member.size > MAX_LABEL_BYTES:
         raise ValueError(f"{where}: a label of {member.size:,} bytes, allowed {MAX_LABEL_BYTES:,}: leave it out")
-    content = read_range(str(path), member.offset, member.size)
+    content = read_bytes(path, member.offset, member.size)
     try:
         value = content.decode("utf-8-sig") if extension == "cls" else json.loads(content)
         value = value.get("label") if isinstance(value, dict) else value
@@ -75,26 +71,20 @@ def read_label(path: Path, member: TarMember) -> Label | None:
 
 
 def label_of(value: float | str) -> Label:
-    """`2`, `2.0` and `"2"` are the label 2, other text is the name of a class. Raises ValueError."""
-    if isinstance(value, str):
-        text = value.strip("\0 \t\r\n")
-        try:
-            number = float(text)
-        except ValueError:
-            if not text or not text.isprintable():
-                raise
-            return text
-    else:
-        number = value
-    if number != number or number in (float("inf"), float("-inf")) or int(number) != number:
-        raise ValueError(f"{value!r} is no whole number")
-    if not -1 <= number < MAX_LABEL:
-        raise ValueError(f"{value!r} is outside -1..{MAX_LABEL - 1:,}")
+    """Return 2 for `2`, `2.0` and `"2"`, and other text, the name of a class, without blanks. Raises ValueError."""
+    text = value.strip("\0 \t\r\n") if isinstance(value, str) else ""
+    try:
+        number = float(text) if isinstance(value, str) else value
+    except ValueError:
+        if not text or not text.isprintable():
+            raise
+        return text
+    if not -1 <= number < MAX_LABEL or number != int(number):
+        raise ValueError(f"{value!r} is no integer of -1..{MAX_LABEL - 1:,}")
     return int(number)
 
 
-@dataclass(frozen=True)
-class Matches:
+class Matches(NamedTuple):
     """`labels`: of each image, None where it has none. `parts`: the images that are a further part of another one's sample.
 
     `orphans`: the keys of labels that belong to no image.
@@ -103,14 +93,6 @@ class Matches:
     labels: list[Label | None]
     parts: set[int]
     orphans: list[str]
-
-    def warn(self, path: Path, images: Sequence[str]) -> None:
-        """Report what is left out of a tar."""
-        if self.parts:
-            first = images[min(self.parts)]
-            warn_once(f"{path}: {len(self.parts):,} images are further parts of samples and left out ({first}, ...)")
-        if self.orphans:
-            warn_once(f"{path}: {orphan_note(len(self.orphans))} (the first: {self.orphans[0]})")
 
 
 def orphan_note(count: int) -> str:
@@ -123,8 +105,8 @@ def match_labels(images: Sequence[str], labels: dict[str, list[Label]], path: Pa
     Where `k.jpg` and `k.seg.png` share a label, the second is a part of the first one's sample. Raises ValueError where it
     is not clear which image is meant, and where one name has several labels.
     """
-    found: list[Label | None] = [None] * len(images)
-    groups: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    assigned: list[Label | None] = [None] * len(images)
+    groups: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))  # the images of a key, by name
     for number, name in enumerate(images if labels else ()):
         if owner := _owner(sample_key(name)[0], labels):
             groups[owner][name].append(number)
@@ -135,27 +117,24 @@ def match_labels(images: Sequence[str], labels: dict[str, list[Label]], path: Pa
         numbers, values = names[chosen], labels[key]
         if len(values) != len(numbers):
             if len(set(values)) > 1:
-                raise ValueError(
-                    f"{path}: {len(values)} labels for {len(numbers)} images with the key {key!r}: remove some"
-                )
+                many = f"{len(values)} labels for {len(numbers)} images"
+                raise ValueError(f"{path}: {many} with the key {key!r}: remove some")
             values = values[:1] * len(numbers)
         for number, value in zip(numbers, values, strict=True):
-            found[number] = value
-    return Matches(found, parts, [key for key in labels if key not in groups])
+            assigned[number] = value
+    return Matches(assigned, parts, [key for key in labels if key not in groups])
 
 
 def _owner(key: str, labels: dict[str, list[Label]]) -> str:
-    """The longest of `a/b.c.d`, `a/b.c`, `a/b` that is the key of a label, or ""."""
-    while key not in labels:
+    """Return the longest of `a/b.c.d`, `a/b.c`, `a/b` that is the key of a label, or ""."""
+    while key and key not in labels:
         shorter = sample_key(key)[0]
-        if shorter.rpartition("/")[2] == "" or shorter == key:
-            return ""
-        key = shorter
+        key = "" if shorter == key or shorter.endswith("/") else shorter
     return key
 
 
 def _image_of(key: str, names: list[str], path: Path) -> str:
-    """The image that the label `key` is for: the one with that very key, else the one that is called an image."""
+    """Return the image that the label `key` is for: the one with that very key, else the one that is called an image."""
     exact = [name for name in names if sample_key(name)[0] == key]
     called = [name for part in IMAGE_PARTS for name in names if sample_key(name)[0] == f"{key}.{part}"]
     candidates = exact or called[:1] or names
@@ -183,30 +162,31 @@ def scan_shard(path: Path, shard: int) -> np.ndarray:
     if not images:
         raise ValueError(f"{path}: {tar_kind(path)}, no jpg, jpeg or png members: not a WebDataset of images")
     names = [member.name for member in images]
-    matches = match_labels(names, members.by_key(), path)
-    matches.warn(path, names)
+    labels, parts, orphans = match_labels(names, members.by_key(), path)
+    if parts:
+        warn_once(f"{path}: {len(parts):,} images are further parts of samples and left out ({names[min(parts)]}, ...)")
+    if orphans:
+        warn_once(f"{path}: {orphan_note(len(orphans))} (the first: {orphans[0]})")
     rows = []
-    for number, (member, label) in enumerate(zip(images, matches.labels, strict=True)):
+    for number, (member, label) in enumerate(zip(images, labels, strict=True)):
         if isinstance(label, str):
             warn_once(
                 f"{path}: labels that are names ({label!r}, ...) are left out: `make_shards.py convert` numbers them"
             )
-        if number not in matches.parts:
+        if number not in parts:
             width, height = _image_size(path, member)
             stored = label if isinstance(label, int) else UNLABELLED
             rows.append((shard, member.offset, member.size, stored, height, width))
-    return np.array(sorted(rows, key=lambda row: row[1]), SAMPLE_DTYPE)  # a link's content lies before it
+    return np.array(rows, SAMPLE_DTYPE)
 
 
 def _image_size(path: Path, member: TarMember) -> tuple[int, int]:
-    """Width and height; the whole image is read only where its head does not tell."""
-    fault: Exception | None = None
-    for num_bytes in (HEAD_BYTES, member.size):
-        try:
-            head = read_range(str(path), member.offset, min(num_bytes, member.size))
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return Image.open(io.BytesIO(head)).size
-        except PILLOW_FAULTS as error:
-            fault = error
-    raise ValueError(f"{path}: {member.name} at byte {member.offset} is not an image ({fault})")
+    """Return width and height. Reads the complete image only where its head does not tell."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for num_bytes in (HEAD_BYTES, member.size):
+            try:
+                return Image.open(io.BytesIO(read_bytes(path, member.offset, min(num_bytes, member.size)))).size
+            except PILLOW_FAULTS as error:
+                reason = str(error)
+    raise ValueError(f"{path}: {member.name} at byte {member.offset} is not an image ({reason})")

@@ -65,7 +65,11 @@ def tar_members(path: Path, start: int = 0, stop: int | None = None) -> Iterator
                         )
                     if info.isreg():
                         yield TarMember(info.name, info.offset_data, info.size)
-                _check_end(file, tar.offset, end)
+                # tarfile takes a damaged header for the end of the tar.
+                if any(os.pread(file.fileno(), min(tarfile.BLOCKSIZE, max(end - tar.offset, 0)), tar.offset)):
+                    raise ValueError(f"no tar header at byte {tar.offset:,}: not a tar, or damaged. Copy it again")
+                if end - tar.offset > MAX_PADDING:
+                    raise ValueError(f"zeros at byte {tar.offset:,} of {end:,}: damaged. Copy it again")
     except tarfile.TarError as error:
         raise ValueError(f"{path}: {tar_kind(path)}, not a readable tar ({error}). Copy it again") from None
     except ValueError as error:
@@ -74,14 +78,6 @@ def tar_members(path: Path, start: int = 0, stop: int | None = None) -> Iterator
         raise ValueError(f"{path}: cannot be read ({error.strerror or error}). Check its permissions") from None
     if skipped:
         warn_once(f"{path}: {len(skipped):,} members without content in this tar are left out, the first: {skipped[0]}")
-
-
-def _check_end(file: BinaryIO, offset: int, end: int) -> None:
-    """tarfile takes a damaged header for the end of the tar."""
-    if any(os.pread(file.fileno(), min(tarfile.BLOCKSIZE, max(end - offset, 0)), offset)):
-        raise ValueError(f"no tar header at byte {offset:,}: not a tar, or damaged. Copy it again")
-    if end - offset > MAX_PADDING:
-        raise ValueError(f"zeros at byte {offset:,} of {end:,}: damaged. Copy it again")
 
 
 def sample_key(name: str) -> tuple[str, str]:
@@ -93,32 +89,31 @@ def sample_key(name: str) -> tuple[str, str]:
 
 def is_hidden(name: str) -> bool:
     """A dot file, or a file in a dot folder or a system's folder: macOS leaves one `._x.jpg` for every `x.jpg` in tars."""
-    parts = name.split("/")
-    return any(part.startswith(".") and part not in (".", "..") for part in parts) or any(
-        part.lower() in SYSTEM_FOLDERS for part in parts
+    return any(
+        part.lower() in SYSTEM_FOLDERS or (part.startswith(".") and part not in (".", "..")) for part in name.split("/")
     )
 
 
 @cache
 def warn_once(message: str) -> None:
-    """A tar is read more than once, and what is wrong with it is said once."""
+    """Log a warning about a tar, which is read more than once, only once."""
     log.warning("%s", message)
 
 
 def tar_kind(path: Path) -> str:
-    """What a file called .tar is, in words."""
+    """Return what a file called .tar is, in words."""
     with path.open("rb") as file:
         return head_kind(file.read(tarfile.BLOCKSIZE))
 
 
 def head_kind(head: bytes) -> str:
-    """The same, from the file's first 512 bytes."""
+    """Return what a file is from its first 512 bytes: "a tar", or what it is instead."""
     if not head:
         return "empty"
     if head.startswith(b"\x1f\x8b"):
         return "compressed with gzip (`gunzip` it)"
     if not any(head):
-        return "zero-filled, whole or at its head"
+        return "zero-filled, at least at its head"
     try:
         tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
     except tarfile.TarError:

@@ -17,8 +17,7 @@ from PIL import Image
 
 from pipeline import build_multicrop_dataloader, build_multicrop_dataset
 from pipeline.order import Plan
-from pipeline.shards.dali_index import write_dali_indices
-from pipeline.shards.index import SAMPLE_DTYPE, open_index, save_index
+from pipeline.shards.index import SAMPLE_DTYPE, open_index, save_index, write_dali_indices
 from pipeline.shards.index_file import SAMPLES_NAME
 from pipeline.window import WINDOW_ROWS
 from tools.benchmarks.measure import resident_bytes, table

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from pipeline.shards.index_file import INDEX_FILES
 from pipeline.shards.manifest import MANIFEST_NAME
-from pipeline.shards.object_store import MissingObject, check_prefix, read, scheme, sizes, upload
-from pipeline.shards.storage import join
+from pipeline.shards.storage import MissingObject, check_prefix, join, read, scheme, sizes, upload
 from tools.shards.writer import RECORD_FOLDER
 
 # One stream seldom fills a connection; a store that fails for two minutes needs a person.

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files import write_atomic
-from pipeline.shards.object_store import is_remote
+from pipeline.shards.storage import is_remote
 from train.config.schema import Config
 from train.evaluation.online import OnlineEvaluation
 from train.output.display import summary_rows

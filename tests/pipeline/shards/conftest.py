@@ -1,4 +1,4 @@
-"""A store on the loopback: moto's S3 server, and a line to it that counts requests and fails on request."""
+"""A store on the loopback: moto's S3 server, and a proxy to it that counts requests and fails on request."""
 
 import hashlib
 import json
@@ -18,12 +18,12 @@ COUNTS = [41, 40, 22, 30, 35]
 
 @dataclass
 class Store:
-    """`local`: a folder with train/ and val/; `url`: the same in the store; `server`: the store without the line."""
+    """`local`: a folder with train/ and val/; `url`: the same in the store; `server`: the store without the proxy."""
 
     local: Path
     url: str
     server: str
-    line: ThrottledProxy
+    proxy: ThrottledProxy
 
     def upload(self, prefix: str, **changed: bytes | None) -> str:
         """Upload the training split; `changed`: other contents of `shard0`, `index`, `samples` or `manifest`, None to omit."""
@@ -49,7 +49,7 @@ def write_manifest(folder: Path, index: ShardIndex) -> None:
 
 
 @pytest.fixture(scope="session")
-def whole_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+def session_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     for package, extra in (("moto", "dev"), ("s3fs", "s3")):
         pytest.importorskip(package, reason=f"{package} is missing: it comes with the extra {extra}")
     local = tmp_path_factory.mktemp("store")
@@ -58,13 +58,13 @@ def whole_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
         index = open_index(folder)
         save_index(folder, list(index.shards), index.samples)
         write_manifest(folder, index)
-    with moto_server() as server, ThrottledProxy(server) as line, environment(line.url):
+    with moto_server() as server, ThrottledProxy(server) as proxy, environment(proxy.url):
         for split in ("train", "val"):
             put_folder(server, local / split, f"set/{split}")
-        yield Store(local, "s3://photos/set", server, line)
+        yield Store(local, "s3://photos/set", server, proxy)
 
 
 @pytest.fixture
-def store(whole_store: Store) -> Iterator[Store]:
-    yield whole_store
-    whole_store.line.fault, whole_store.line.bytes_per_s = no_fault, float("inf")
+def store(session_store: Store) -> Iterator[Store]:
+    yield session_store
+    session_store.proxy.fault, session_store.proxy.bytes_per_s = no_fault, float("inf")

@@ -1,4 +1,4 @@
-"""The cache of shards from a store: whole, bounded, shared, and sound after any failure."""
+"""The cache of shards from a store: complete, bounded, shared, and sound after any failure."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ import pytest
 from pipeline.shards.cache import CacheFullError, CacheSettings, ShardCache, StoredShard
 from pipeline.shards.fetcher import Cancelled
 from pipeline.shards.index import ShardIndex, open_index
-from pipeline.shards.object_store import StoreError
+from pipeline.shards.storage import StoreError
 from tests.pipeline.shards.conftest import COUNTS, Store
 from tools.benchmarks.proxy import no_fault
 
@@ -30,26 +30,26 @@ RETRY_S = 20.0
 def opened(
     store: Store, cache: Path, shards: float = 100, retry_s: float = RETRY_S, url: str | None = None
 ) -> ShardIndex:
-    """The training split with a cache that holds so many of its largest shards."""
+    """Open the training split with a cache that holds `shards` of its largest shards."""
     index = open_index(f"{url or store.url}/train")
     largest = max(shard.num_bytes for shard in index.remote.stored)
     return index.cached(CacheSettings(cache, int(shards * largest), retry_s))
 
 
 def contents(index: ShardIndex) -> dict[str, bytes]:
-    """Of the shards in the cache, by their names in the data set."""
+    """Return the content of each cached shard, by its name in the data set."""
     folder, names = index.remote.cache.folder, {shard.name: shard.url for shard in index.remote.stored}
     return {names[path.name].rpartition("/")[2]: path.read_bytes() for path in folder.glob("*.tar")}
 
 
 def assert_sound(store: Store, index: ShardIndex) -> None:
-    """Every shard in the cache is whole, and nothing else lies beside it."""
+    """Check that every shard in the cache is complete."""
     for name, content in contents(index).items():
         assert content == (store.local / "train" / name).read_bytes()
 
 
 def shard_requests(store: Store) -> list[str]:
-    return [request for request in store.line.requests if ".tar" in request]
+    return [request for request in store.proxy.requests if ".tar" in request]
 
 
 def test_each_shard_is_one_request_however_many_ask(store: Store, tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_the_pins_of_a_killed_process_are_removed(store: Store, tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", ["503", "500", "cut"])
 def test_every_third_request_fails_and_nothing_is_lost(store: Store, tmp_path: Path, kind: str) -> None:
-    store.line.fault = lambda number, _: kind if number % 3 == 0 else ""
+    store.proxy.fault = lambda number, _: kind if number % 3 == 0 else ""
     index = opened(store, tmp_path)
     index.fetcher().wait_for(range(len(COUNTS)))
     assert len(contents(index)) == len(COUNTS)
@@ -139,7 +139,7 @@ def test_every_third_request_fails_and_nothing_is_lost(store: Store, tmp_path: P
 def test_a_store_that_keeps_failing_is_one_line(store: Store, tmp_path: Path, kind: str, words: str) -> None:
     index = opened(store, tmp_path, retry_s=0.6)
     before = len(shard_requests(store))
-    store.line.fault = lambda _, path: kind if ".tar" in path else ""
+    store.proxy.fault = lambda _, path: kind if ".tar" in path else ""
     with pytest.raises(StoreError) as caught:
         index.fetcher().wait_for([1])
     line = str(caught.value)
@@ -149,15 +149,15 @@ def test_a_store_that_keeps_failing_is_one_line(store: Store, tmp_path: Path, ki
     assert "\n" not in line
     assert 2 <= len(shard_requests(store)) - before <= 4  # with pauses that grow
     assert sorted(os.listdir(tmp_path)) == ["locks", "pins"]
-    store.line.fault = lambda *_: ""
+    store.proxy.fault = lambda *_: ""
     index.fetcher().wait_for([1])  # it comes back
     assert_sound(store, index)
 
 
 def test_all_that_wait_for_a_shard_learn_that_it_fails(store: Store, tmp_path: Path) -> None:
-    """A loader waits for its next shard at the same time as the window that is built ahead."""
+    """A loader waits for its next shard at the same time as the prefetched window."""
     fetcher = opened(store, tmp_path, retry_s=0.5).fetcher()
-    store.line.fault = lambda _, path: "503" if ".tar" in path else ""
+    store.proxy.fault = lambda _, path: "503" if ".tar" in path else ""
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(fetcher.wait_for, [1, shard]) for shard in (0, 2, 3, 4)]
         done, _ = wait(waiting, timeout=20)
@@ -167,7 +167,7 @@ def test_all_that_wait_for_a_shard_learn_that_it_fails(store: Store, tmp_path: P
 
 def test_waiting_ends_on_request(store: Store, tmp_path: Path) -> None:
     fetcher = opened(store, tmp_path).fetcher()
-    store.line.fault = lambda _, path: "503" if ".tar" in path else ""
+    store.proxy.fault = lambda _, path: "503" if ".tar" in path else ""
     started = time.monotonic()
     with pytest.raises(Cancelled):
         fetcher.wait_for([1], lambda: True)
@@ -177,7 +177,7 @@ def test_waiting_ends_on_request(store: Store, tmp_path: Path) -> None:
         fetcher.release()
         assert isinstance(waiting.exception(RETRY_S / 2), Cancelled)
     assert time.monotonic() - started < RETRY_S / 2
-    store.line.fault = no_fault
+    store.proxy.fault = no_fault
     fetcher.wait_for([1])
 
 
@@ -192,8 +192,8 @@ def test_a_changed_shard_is_refused(store: Store, tmp_path: Path) -> None:
 
 
 def test_without_a_manifest_a_foreign_shard_is_refused(store: Store, tmp_path: Path) -> None:
-    whole = (store.local / "train" / "photos-000001.tar").read_bytes()
-    url = store.upload("foreign", manifest=None, shard1=bytes(len(whole)))
+    content = (store.local / "train" / "photos-000001.tar").read_bytes()
+    url = store.upload("foreign", manifest=None, shard1=bytes(len(content)))
     fetcher = opened(store, tmp_path, url=url).fetcher()
     fetcher.wait_for([0])
     with pytest.raises(StoreError, match=r"photos-000001.tar: zero-filled"):
@@ -219,11 +219,11 @@ sys.stdin.read()
 
 
 def killed_while_fetching(store: Store, cache: Path, seed: int) -> None:
-    """Kill processes at random moments; what is in the cache is whole each time, and the last one finishes."""
+    """Kill processes at random moments; the cache holds only complete shards each time, and the last one finishes."""
     rng, arguments = np.random.default_rng(seed), [sys.executable, "-c", FETCH_ALL, f"{store.url}/train", str(cache)]
     index = opened(store, cache)
     total = sum(shard.num_bytes for shard in index.remote.stored)
-    store.line.bytes_per_s = total / 1.5
+    store.proxy.bytes_per_s = total / 1.5
     process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
@@ -231,11 +231,11 @@ def killed_while_fetching(store: Store, cache: Path, seed: int) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert_sound(store, index)
-    store.line.bytes_per_s = float("inf")
+    store.proxy.bytes_per_s = float("inf")
     index.fetcher().wait_for(range(len(COUNTS)))
     assert len(contents(index)) == len(COUNTS)
     assert_sound(store, index)
-    assert sorted(path.name for path in cache.glob(".*")) == []
+    assert list(cache.glob("pins/*/*.partial")) == []
 
 
 def test_a_kill_while_fetching_leaves_no_half_shard(store: Store, tmp_path: Path) -> None:
@@ -270,13 +270,13 @@ def num_lines(path: Path) -> int:
 
 @pytest.mark.slow
 def test_a_reader_that_is_killed_twenty_times_has_the_crops_of_one_that_never_was(store: Store, tmp_path: Path) -> None:
-    """From a cache with little room and over a slow line, so that most kills come while it waits or fetches."""
+    """From a cache with little room and over a slow connection, so that most kills come while it waits or fetches."""
     sizes = [path.stat().st_size for path in (store.local / "train").glob("*.tar")]
     found = {}
     for name, place, kills in (("local", store.local, 0), ("store", store.url, 20)):
         done = tmp_path / f"{name}.jsonl"
         arguments = [sys.executable, "-c", READ_ON, str(place), str(tmp_path), str(done), str(4 * max(sizes))]
-        rng, store.line.bytes_per_s = np.random.default_rng(0), sum(sizes) / 6
+        rng, store.proxy.bytes_per_s = np.random.default_rng(0), sum(sizes) / 6
         for count in rng.integers(0, 6, kills).tolist():
             process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE)
             assert process.stdout is not None
@@ -288,7 +288,7 @@ def test_a_reader_that_is_killed_twenty_times_has_the_crops_of_one_that_never_wa
             time.sleep(rng.uniform(0.0, 1.0))
             process.kill()
             assert process.wait() == -signal.SIGKILL, "it was over before the last kill"
-        store.line.bytes_per_s = float("inf")
+        store.proxy.bytes_per_s = float("inf")
         subprocess.run(arguments, cwd=ROOT, check=True, stdout=subprocess.PIPE)
         found[name] = [json.loads(line) for line in done.read_text().splitlines()]
     assert found["store"] == found["local"]

@@ -58,14 +58,14 @@ def tar_of_text(content: bytes) -> bytes:
     return out.getvalue()
 
 
-# What is done to the second tar, and what the line says of it.
+# The damage to the second tar, and words of the error.
 DAMAGE: dict[str, tuple[Callable[[bytes], bytes | None], str]] = {
     "missing": (lambda _: None, "listed in the index but missing"),
     "empty": (lambda _: b"", "empty"),
     "half": (lambda c: c[: len(c) // 2], "truncated"),
     "without its last image's end": (lambda c: c[: len(c.rstrip(b"\0")) - 2000], "truncated"),
     "zero-filled": (lambda c: bytes(len(c)), "zero-filled"),
-    "zero-filled head": (lambda c: zeroed(c, 0, 40_000), "zero-filled, whole or at its head"),
+    "zero-filled head": (lambda c: zeroed(c, 0, 40_000), "zero-filled, at least at its head"),
     "zero-filled second half": (lambda c: zeroed(c, len(c) // 2, len(c)), "zero-filled in part"),
     "noise": (lambda c: np.random.default_rng(0).bytes(len(c)), "not a tar"),
     "text": (lambda c: b"not found\n" * (len(c) // 9), "not a tar"),
@@ -139,7 +139,7 @@ def test_tars_that_the_index_does_not_list_are_not_passed_over(folder: Path) -> 
 
 @pytest.fixture
 def unprivileged() -> Iterator[None]:
-    """Root may read anything: become nobody for a while."""
+    """Become nobody for a while, since root can read anything."""
     if os.geteuid() == 0:
         os.seteuid(65534)
         yield
@@ -149,8 +149,8 @@ def unprivileged() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", [SECOND, *INDEX_FILES, "."])
-def test_what_may_not_be_read_is_named(folder: Path, name: str, request: pytest.FixtureRequest) -> None:
-    with tempfile.TemporaryDirectory() as temporary:  # pytest's own folders are closed to others as a whole
+def test_an_unreadable_file_is_named(folder: Path, name: str, request: pytest.FixtureRequest) -> None:
+    with tempfile.TemporaryDirectory() as temporary:  # pytest's own folders are closed to other users
         os.chmod(temporary, 0o755)
         copy = Path(shutil.copytree(folder, f"{temporary}/train"))
         os.chmod(copy / name, 0o000)
@@ -176,10 +176,10 @@ def remove_index(folder: Path) -> None:
 
 
 def save_old_index(folder: Path, index: ShardIndex, **changes: np.ndarray) -> None:
-    """In place of the index, one of an earlier version of this project."""
+    """Replace the index by one of an earlier version of this project."""
     remove_index(folder)
-    whole = {"shards": np.array(index.shards), "samples": index.samples, "counts": index.counts.astype("<i8")}
-    np.savez(folder / OLD_INDEX_NAME, **(whole | changes))
+    parts = {"shards": np.array(index.shards), "samples": index.samples, "counts": index.counts.astype("<i8")}
+    np.savez(folder / OLD_INDEX_NAME, **(parts | changes))
 
 
 def shifted(index: ShardIndex, **columns: int) -> np.ndarray:
@@ -215,8 +215,8 @@ def test_an_index_that_does_not_fit_is_one_line(folder: Path, index: ShardIndex,
 
 
 @pytest.mark.parametrize("name", [*INDEX_FILES, OLD_INDEX_NAME])
-def test_any_damage_to_the_index_is_told_as_such(name: str, folder: Path, index: ShardIndex) -> None:
-    """Cut off anywhere, or with any one byte changed: noticed, or without effect."""
+def test_any_damage_to_the_index_is_reported_as_damage(name: str, folder: Path, index: ShardIndex) -> None:
+    """Cutting it off anywhere and changing any one byte are noticed, or have no effect."""
     if name == OLD_INDEX_NAME:
         save_old_index(folder, index)
     path, rng = folder / name, np.random.default_rng(0)
@@ -341,8 +341,8 @@ def test_names_too_long_for_a_header_are_no_defect(tmp_path: Path, style: int) -
     assert index.encoded(2) == image.getvalue()
 
 
-def test_the_scan_reads_heads_of_images_alone(tmp_path: Path) -> None:
-    """Of a large image a small part is read: indexing costs little more than walking the headers."""
+def test_the_scan_reads_only_heads_of_images(tmp_path: Path) -> None:
+    """Only a small part of a large image is read: indexing costs little more than walking the headers."""
     folder = tmp_path / "train"
     folder.mkdir()
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (700, 900, 3), np.uint8))
@@ -361,7 +361,7 @@ def test_the_scan_reads_heads_of_images_alone(tmp_path: Path) -> None:
 
 
 def bytes_read() -> int:
-    """By this process, from files."""
+    """Return the number of bytes that this process has read from files."""
     return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
 
 

@@ -34,7 +34,7 @@ def test_bytes_that_are_no_text_are_damage_too(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
-def test_a_whole_manifest_is_read_and_one_of_another_program_is_passed_over(tmp_path: Path) -> None:
+def test_a_manifest_is_read_and_one_of_another_program_is_passed_over(tmp_path: Path) -> None:
     assert read_manifest(tmp_path) is None
     (tmp_path / "manifest.json").write_text(json.dumps({"shards": "shards.txt", "version": 3}))
     assert read_manifest(tmp_path) is None
@@ -58,16 +58,14 @@ def test_labels_without_a_name_are_reported(classes: list[str], enough: bool, tm
 
 
 @pytest.mark.parametrize("part", ["shards", "samples", "counts"])
-def test_an_old_index_with_a_part_missing_is_one_line_and_counts_alone_can_be_done_without(
-    part: str, tmp_path: Path
-) -> None:
+def test_an_old_index_with_a_part_missing_is_one_line_and_only_counts_can_be_missing(part: str, tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "train", [4])
-    whole = open_index(folder)
-    parts = {"shards": np.array(whole.shards), "samples": whole.samples, "counts": whole.counts}
+    index = open_index(folder)
+    parts = {"shards": np.array(index.shards), "samples": index.samples, "counts": index.counts}
     del parts[part]
     np.savez(folder / "index.npz", **parts)
     if part == "counts":
-        assert np.array_equal(open_index(folder).counts, whole.counts)
+        assert np.array_equal(open_index(folder).counts, index.counts)
         return
     with pytest.raises(ValueError, match=rf"index\.npz: damaged.*{part}") as caught:
         open_index(folder)

@@ -1,4 +1,4 @@
-"""How the file system of the shards wants to be read."""
+"""The file system of the shards decides how they are read."""
 
 import resource
 import subprocess
@@ -73,7 +73,7 @@ def test_crops_are_the_same_with_and_without_mappings(data_path: Path) -> None:
         assert all(torch.equal(a, b) for a, b in zip(mapped.crops, plain.crops, strict=True))
 
 
-def test_the_limit_of_open_files_is_raised_as_far_as_needed() -> None:
+def test_the_limit_of_open_files_is_raised_to_what_is_needed() -> None:
     code = (
         "import resource; from pipeline.shards.storage import allow_open_files\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 4000))\n"

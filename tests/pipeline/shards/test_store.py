@@ -21,7 +21,7 @@ from pipeline.loader import MultiCropLoader
 from pipeline.shards.cache import CacheSettings
 from pipeline.shards.index import INDEX_NAME, open_index, split_folder
 from pipeline.shards.index_file import SAMPLES_NAME
-from pipeline.shards.object_store import StoreError, is_remote, read
+from pipeline.shards.storage import StoreError, is_remote, read
 from tests.pipeline.shards.conftest import COUNTS, Store
 from tests.train.test_run import command
 from tools.benchmarks.proxy import Fault, ThrottledProxy, environment, no_fault, put
@@ -75,9 +75,9 @@ def test_a_change_of_the_environment_reaches_the_next_request(store: Store) -> N
     with ThrottledProxy(store.server) as other:
         with environment(other.url):
             assert read(url) == content
-        before = len(store.line.requests)
+        before = len(store.proxy.requests)
         assert read(url) == content
-        assert len(other.requests) == len(store.line.requests) - before == 1
+        assert len(other.requests) == len(store.proxy.requests) - before == 1
 
 
 @pytest.mark.parametrize("room", [100.0, 4.0], ids=["all", "little"])
@@ -109,13 +109,13 @@ def test_it_starts_with_the_first_shard_and_fetches_the_next_ones_in_the_order_o
     store: Store, tmp_path: Path
 ) -> None:
     ours = loader(store.url, tmp_path, batch=8)
-    before = len(store.line.requests)
+    before = len(store.proxy.requests)
     next(iter(ours))
     assert len(set(np.unique(ours._window.shards))) == 1
     order = ours.sequence.plan.shards(0, 0).tolist()
     for _ in ours:
         pass
-    fetched = [request for request in store.line.requests[before:] if ".tar" in request]
+    fetched = [request for request in store.proxy.requests[before:] if ".tar" in request]
     assert fetched[0].endswith(f"{order[0]:06d}.tar")
     assert sorted(fetched) == sorted(f"GET /photos/set/train/photos-{shard:06d}.tar" for shard in order)
     assert ours.store_wait_s > 0
@@ -132,8 +132,8 @@ def test_a_store_that_fails_ends_the_run_with_a_checkpoint_from_which_it_continu
     )  # fmt: skip
 
     def saved_when_it_fails(fault: Fault) -> list[str]:
-        """The checkpoints of a run whose credentials expire."""
-        store.line.fault = fault
+        """Return the checkpoints of a run whose credentials expire."""
+        store.proxy.fault = fault
         assert main(arguments) == 2
         last = capsys.readouterr().out.splitlines()[-1]
         assert last.startswith(f"{store.url}/")
@@ -154,14 +154,14 @@ def test_a_store_that_fails_ends_the_run_with_a_checkpoint_from_which_it_continu
         return "403" if "/train/photos" in path and num_fetched() > first + 3 else ""
 
     def num_fetched() -> int:
-        return sum("/train/photos" in request for request in store.line.requests)
+        return sum("/train/photos" in request for request in store.proxy.requests)
 
     validation = open_index(f"{store.url}/val").remote.stored[0].name
     assert saved_when_it_fails(in_the_evaluation) == ["step_00000010"]
     shutil.rmtree(cache)
     first = num_fetched()
     assert len(saved_when_it_fails(in_the_epoch)) == 2
-    store.line.fault = no_fault
+    store.proxy.fault = no_fault
     assert main(arguments) == 0
     assert json.loads((out / "summary.json").read_text())["store_wait_percent"] > 0
     assert "of it for the store" in (out / "report.md").read_text()
@@ -180,9 +180,13 @@ def test_a_damaged_sample_is_replaced_and_named(store: Store, tmp_path: Path) ->
 
 
 def test_a_missing_or_short_object_is_found_at_the_start(store: Store) -> None:
-    whole = (store.local / "train" / "photos-000001.tar").read_bytes()
-    for content, words in ((None, "missing"), (whole[: len(whole) // 2], "truncated"), (whole + bytes(512), "changed")):
-        url = store.upload("broken" + words, shard1=content)
+    content = (store.local / "train" / "photos-000001.tar").read_bytes()
+    for changed, words in (
+        (None, "missing"),
+        (content[: len(content) // 2], "truncated"),
+        (content + bytes(512), "changed"),
+    ):
+        url = store.upload("broken" + words, shard1=changed)
         with pytest.raises(ValueError, match=rf"^{url}/train/photos-000001.tar: .*{words}") as caught:
             open_index(f"{url}/train")
         assert "\n" not in str(caught.value)
@@ -217,13 +221,13 @@ def test_a_damaged_index_is_one_line(store: Store) -> None:
 
 
 def test_a_prefix_with_an_index_of_an_earlier_version_opens(store: Store) -> None:
-    whole = open_index(store.local / "train")
+    current = open_index(store.local / "train")
     file = io.BytesIO()
-    np.savez(file, shards=np.array(whole.shards), samples=whole.samples, counts=whole.counts)
+    np.savez(file, shards=np.array(current.shards), samples=current.samples, counts=current.counts)
     url = store.upload("old", index=None, samples=None)
     put(store.server, "photos/old/train/index.npz", file.getvalue())
     old = open_index(split_folder("custom", url, "train"))
-    assert (old.digest, old.shards) == (whole.digest, whole.shards)
+    assert (old.digest, old.shards) == (current.digest, current.shards)
 
 
 @pytest.mark.parametrize(
@@ -235,14 +239,14 @@ def test_a_prefix_with_an_index_of_an_earlier_version_opens(store: Store) -> Non
     ],
     ids=["prefix", "bucket", "name"],
 )
-def test_a_place_that_is_not_there_is_one_line(store: Store, place: str, words: str) -> None:
+def test_a_missing_prefix_is_one_line(store: Store, place: str, words: str) -> None:
     with pytest.raises((OSError, ValueError), match=words) as caught:
         split_folder("custom", place, "train")
     assert "\n" not in str(caught.value)
 
 
 def test_expired_credentials_are_named(store: Store) -> None:
-    store.line.fault = lambda *_: "403"
+    store.proxy.fault = lambda *_: "403"
     with pytest.raises(StoreError, match=r"ExpiredToken.*AWS_ACCESS_KEY_ID"):
         read(f"{store.url}/train/{INDEX_NAME}", retry_s=0.3)
 
@@ -259,7 +263,7 @@ def test_a_web_server_serves_shards_as_well(store: Store, tmp_path: Path) -> Non
         server.shutdown()
 
 
-def test_of_a_store_few_whole_shards_are_evaluated(store: Store) -> None:
+def test_an_evaluation_reads_few_complete_shards_of_a_store(store: Store) -> None:
     index = open_index(f"{store.url}/train")
     for most, shards in ((30, 1), (60, 2), (100, 3), (1000, 5)):
         some = subsample_evenly(index, most)

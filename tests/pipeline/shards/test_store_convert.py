@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.shards.index import INDEX_NAME, open_index, split_folder
-from pipeline.shards.object_store import read
+from pipeline.shards.storage import read
 from tests.conftest import photographs
 from tests.pipeline.shards.conftest import Store
 from tools.make_shards import main
@@ -30,14 +30,14 @@ def test_the_store_gets_the_files_of_a_local_conversion_and_the_manifest_last(
 ) -> None:
     url, staging = "s3://photos/converted", ("--staging", str(tmp_path / "staging"))
     assert convert(source, str(tmp_path / "local")) == 0
-    before = len(store.line.requests)
+    before = len(store.proxy.requests)
     assert convert(source, url, *staging) == 0
     local = tmp_path / "local" / "train"
     names = [path.name for path in local.iterdir() if path.is_file()]
     assert len(names) >= 3 + 3 + 3
     for name in names:
         assert read(f"{url}/train/{name}") == (local / name).read_bytes(), name
-    written = [request.rpartition("/")[2] for request in store.line.requests[before:] if request.startswith("PUT")]
+    written = [request.rpartition("/")[2] for request in store.proxy.requests[before:] if request.startswith("PUT")]
     assert written[-2:] == [INDEX_NAME, "manifest.json"]
     assert open_index(split_folder("custom", url, "train")).shards == open_index(local).shards
     capsys.readouterr()
@@ -50,14 +50,14 @@ def test_an_upload_that_fails_is_continued_and_cannot_be_read_before(
 ) -> None:
     monkeypatch.setattr("tools.shards.upload.RETRY_S", 0.3)
     url, staging = "s3://photos/continued", ("--staging", str(tmp_path / "staging"))
-    store.line.fault = lambda _, path: "503" if "000002.tar" in path else ""
+    store.proxy.fault = lambda _, path: "503" if "000002.tar" in path else ""
     assert convert(source, url, *staging) == 2
     with pytest.raises(FileNotFoundError):
         split_folder("custom", url, "train")
-    store.line.fault = lambda *_: ""
-    before = len(store.line.requests)
+    store.proxy.fault = lambda *_: ""
+    before = len(store.proxy.requests)
     assert convert(source, url, *staging) == 0
-    written = [request for request in store.line.requests[before:] if request.startswith("PUT") and ".tar" in request]
+    written = [request for request in store.proxy.requests[before:] if request.startswith("PUT") and ".tar" in request]
     assert len(written) == 1
     assert len(open_index(split_folder("custom", url, "train"))) == 24
 
