@@ -1,7 +1,27 @@
 """Files that appear whole or not at all."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
+
+BUFFER_BYTES = 1 << 20  # fewer and larger writes, which network disks need
+
+
+@contextmanager
+def partial_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
+    """Open a file for writing that gets its name only when it is complete; on an error it is removed."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb", BUFFER_BYTES) as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, content: str | bytes | memoryview, durable: bool = True) -> None:
@@ -10,14 +30,5 @@ def write_atomic(path: Path, content: str | bytes | memoryview, durable: bool = 
     `durable` flushes to disk first; files that a later write repeats, such as a heartbeat, do without. Raises OSError, and then
     leaves no temporary file behind.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    with partial_file(path, durable) as file:
+        file.write(content.encode() if isinstance(content, str) else content)

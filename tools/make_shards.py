@@ -4,28 +4,19 @@ import argparse
 import os
 import shutil
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 from pipeline.shards.storage import is_remote, join
-from pipeline.text import notify_after, plural
+from pipeline.text import notify_after, plural, truncate_list
 from tools.shards.catalogue import LooseFiles, Source, hold_out
 from tools.shards.classes import adopt_classes
-from tools.shards.convert import (
-    ConvertOptions,
-    ConvertResult,
-    assign_images,
-    convert,
-    describe_conversion,
-    describe_source,
-)
+from tools.shards.convert import ConvertOptions, assign_images, convert, describe_conversion
 from tools.shards.images import VERIFY_LEVELS, ImagePolicy
 from tools.shards.layouts.archives import check_official
 from tools.shards.layouts.parquet import delete_spool
 from tools.shards.layouts.source import LAYOUTS, open_source
 from tools.shards.photographs import NUM_SHARDS, photograph_source
-from tools.shards.report import REJECTED_NAME
+from tools.shards.skipped_files import describe_skipped
 from tools.shards.upload import staging_folder, upload_split
 from tools.shards.verify import index_split, split_folders, stats_split, verify_split
 from tools.shards.writer import RECORD_FOLDER
@@ -116,6 +107,7 @@ def run_convert(parsed: argparse.Namespace) -> None:
     if parsed.official:
         with notify_after(2, f"computing the md5 of {parsed.source} ..."):
             print(f"official md5: {', '.join(check_official(parsed.source))}")
+    # List the images of every split and number their classes. Nothing is written but the spool of parquet files.
     spools = parsed.out / parsed.split / RECORD_FOLDER / "spool"
     with notify_after(2, f"listing the images of {parsed.source} ..."):
         source = open_source(parsed.source, parsed.split, parsed.layout, None if parsed.dry_run else spools)
@@ -124,25 +116,30 @@ def run_convert(parsed: argparse.Namespace) -> None:
         if parsed.val_ratio:
             parts["train"], parts["val"] = hold_out(source, parsed.val_ratio, parsed.seed)
         parts = {split: adopt_classes(part, parsed.out, split) for split, part in parts.items()}
-    print("\n".join(describe_source(parts[parsed.split])), flush=True)
+    print(f"layout   {source.layout} ({'; '.join(parts[parsed.split].notes)})", flush=True)
+    if skipped := describe_skipped(source.skipped):
+        print(skipped, flush=True)
     if parsed.dry_run:
         for split, part in parts.items():
             print("\n".join(describe_conversion(assign_images(part, parsed.out / split, split, options), options)))
         return
-    results = [convert_and_report(part, parsed.out / split, split, options) for split, part in parts.items()]
-    if all(result.complete for result in results):
-        delete_spool(spools)
-        if store:
-            upload_and_report(parsed, store, list(parts))
-
-
-def upload_and_report(parsed: argparse.Namespace, store: str, splits: list[str]) -> None:
-    for split in splits:
+    # A job array's other tasks can still be writing; only the task that completes the last split goes on.
+    are_complete = []
+    for split, part in parts.items():
+        is_complete, summary = convert(part, parsed.out / split, split, options)
+        print(summary, flush=True)
+        are_complete.append(is_complete)
+    if not all(are_complete):
+        return
+    delete_spool(spools)
+    if store is None:
+        return
+    for split in parts:
         url = join(store, split)
         num_files = upload_split(parsed.out / split, url)
         print(f"{url}: {plural(num_files, 'file')} uploaded" if num_files else f"{url}: already complete")
     if parsed.staging is None:
-        for split in splits:
+        for split in parts:
             shutil.rmtree(parsed.out / split)
 
 
@@ -169,22 +166,6 @@ def convert_options(parsed: argparse.Namespace) -> ConvertOptions:
     return ConvertOptions(parsed.seed, parsed.num_shards, policy, fraction, parsed.workers, task, num_tasks)
 
 
-def convert_and_report(source: Source, folder: Path, split: str, options: ConvertOptions) -> ConvertResult:
-    start = time.perf_counter()
-    result = convert(source, folder, split, options)
-    seconds = time.perf_counter() - start
-    if not result.changed:
-        print(f"{folder}: already complete, nothing to do")
-    elif not result.complete:
-        print(f"{folder}: this task wrote {plural(result.written, 'shard')}; other tasks have not finished")
-    else:
-        bad = f"{plural(result.left_out, 'bad image')} left out ({folder / REJECTED_NAME})"
-        images = plural(len(source.catalogue) - result.left_out, "image")
-        written = f"{plural(result.written, 'shard')} written in {seconds:.1f} s"
-        print(f"{folder}: {images}, {written}{f', {bad}' if result.left_out else ''}")
-    return result
-
-
 def run_verify(parsed: argparse.Namespace) -> int:
     code = 0
     for folder in split_folders(parsed.folder):
@@ -205,21 +186,16 @@ def run_stats(parsed: argparse.Namespace) -> None:
     for folder in split_folders(parsed.folder):
         print(f"{folder}:")
         for name, value in stats_split(folder, parsed.workers).items():
-            print(f"  {name:16} {one_line(value)}")
-
-
-def one_line(value: Any) -> str:
-    """Format a number, or the first numbers of a dictionary."""
-    if not isinstance(value, dict):
-        return str(value)
-    parts = [f"{key} {number}" for key, number in value.items() if key != "first_groups"]
-    return ", ".join(parts[:MAX_ITEMS]) + (f", ... ({len(parts)} in total)" if len(parts) > MAX_ITEMS else "")
+            if isinstance(value, dict):
+                entries = [f"{key} {number}" for key, number in value.items() if key != "first_groups"]
+                value = truncate_list(entries, MAX_ITEMS)
+            print(f"  {name:16} {value}")
 
 
 def run_sample(parsed: argparse.Namespace) -> None:
     for split, num_shards in NUM_SHARDS.items():
         options = ConvertOptions(num_shards=num_shards, max_bad_fraction=0)
-        convert_and_report(photograph_source(split), parsed.out / split, split, options)
+        print(convert(photograph_source(split), parsed.out / split, split, options)[1], flush=True)
 
 
 if __name__ == "__main__":

@@ -144,6 +144,7 @@ def hold_out(source: Source, ratio: float, seed: int) -> tuple[Source, Source]:
     Raises ValueError when one of them would be empty.
     """
     total = len(source.catalogue)
+    # Sort by class, then at random, and take the images at which the running share of R passes a whole number.
     draws = np.random.Philox(key=[seed, 1]).random_raw(total)
     by_class = np.lexsort((draws, np.asarray(source.catalogue.label)))
     steps = np.floor(np.arange(total + 1) * ratio)

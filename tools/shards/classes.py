@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.shards.index import UNLABELLED, open_index
-from pipeline.shards.manifest import read_manifest, read_object
+from pipeline.shards.manifest import Manifest, parse_model, read_manifest
 from pipeline.shards.samples import Label
 from pipeline.text import truncate_list
 from tools.shards.catalogue import Source, normalized_name
@@ -18,7 +18,6 @@ from tools.shards.writer import IDENTITY_NAME, RECORD_FOLDER
 
 INTEGER = re.compile(r"-?[0-9]{1,18}")
 OTHER_SPLIT = {"train": "val", "val": "train"}
-Classes = tuple[tuple[str, ...], tuple[str, ...]]  # identifiers, and the same in words
 
 
 def are_integers(names: Iterable[str]) -> bool:
@@ -56,7 +55,7 @@ def adopt_classes(source: Source, out: Path, split: str) -> Source:
     used = np.unique(labels[labels != UNLABELLED]).tolist()
     if known is None or not used:
         return source
-    names, _ = known
+    names = known.classes
     # Both splits have names: each class takes the label that it has in the other split.
     if names and source.classes:
         targets = _labels_of(source.classes, names)
@@ -82,15 +81,13 @@ def adopt_classes(source: Source, out: Path, split: str) -> Source:
     return source
 
 
-def _classes_of(folder: Path) -> Classes | None:
-    """Return the classes of a finished split or of an unfinished conversion. Raises ValueError for a damaged manifest."""
-    if (manifest := read_manifest(folder)) is not None:
-        return tuple(manifest.classes), tuple(manifest.class_names)
+def _classes_of(folder: Path) -> Manifest | None:
+    """Return the manifest of a finished split, or the classes of an unfinished conversion. Raises ValueError for damage."""
     identity = folder / RECORD_FOLDER / IDENTITY_NAME
-    if not identity.exists():
-        return None
-    classes = read_object(identity, f"Remove {folder} and convert again").get("classes")
-    return (tuple(map(str, classes)), ()) if classes and isinstance(classes, list) else None
+    if (manifest := read_manifest(folder)) is not None or not identity.exists():
+        return manifest
+    unfinished = parse_model(Manifest, identity.read_bytes(), str(identity), f"Remove {folder} and convert again")
+    return unfinished if unfinished.classes else None
 
 
 def _labels_of(names: Sequence[str], known: Sequence[str]) -> list[int]:
@@ -116,9 +113,9 @@ def _refuse_unknown(unknown: list[str], other: Path, split: str) -> None:
     raise ValueError(f"{lacks}: {truncate_list(unknown)}. {remedy}")
 
 
-def _relabel(source: Source, targets: dict[int, int], known: Classes, note: str) -> Source:
+def _relabel(source: Source, targets: dict[int, int], known: Manifest, note: str) -> Source:
     """Replace each label by its target; a label without one stays."""
     catalogue = copy.copy(source.catalogue)
     catalogue.label = array("i", (targets.get(label, label) for label in source.catalogue.label))
     notes = (*source.notes, note) if note else source.notes
-    return replace(source, catalogue=catalogue, classes=known[0], class_names=known[1], notes=notes)
+    return replace(source, catalogue=catalogue, classes=known.classes, class_names=known.class_names, notes=notes)

@@ -19,11 +19,11 @@ from pipeline.files import write_atomic
 from pipeline.quarantine import allowed_bad
 from pipeline.shards.index import UNLABELLED
 from pipeline.shards.manifest import read_object
+from pipeline.text import plural
 from tools.own_process import die_with_parent
 from tools.shards.catalogue import Catalogue, Source
 from tools.shards.images import ImagePolicy
-from tools.shards.report import finish_split
-from tools.shards.skipped_files import describe_skipped
+from tools.shards.report import REJECTED_NAME, finish_split
 from tools.shards.writer import (
     IDENTITY_NAME,
     RECORD_FOLDER,
@@ -46,20 +46,6 @@ IN_WORDS = {"source": "the images, or --val-ratio,", "prefix": "the name of the 
 
 
 @dataclass(frozen=True)
-class ConvertResult:
-    """The result of one call of `convert`.
-
-    `complete`: all shards of the split exist, including those of other tasks. `left_out`: bad images, in the entire split
-    when it is complete, else in this task's shards.
-    """
-
-    written: int
-    complete: bool
-    changed: bool
-    left_out: int
-
-
-@dataclass(frozen=True)
 class ConvertOptions:
     """How to convert. `num_shards` 0: about 256 MiB or 10,000 images each. Task i of n writes every n-th shard."""
 
@@ -74,8 +60,7 @@ class ConvertOptions:
 
 def assign_images(source: Source, folder: Path, split: str, options: ConvertOptions) -> Conversion:
     """Shuffle all images and cut them into shards whose sizes differ by at most one; depends only on the arguments."""
-    total = len(source.catalogue)
-    num_bytes = _num_bytes(source.catalogue, options.policy)
+    total, num_bytes = len(source.catalogue), _num_bytes(source.catalogue, options.policy)
     num_shards = options.num_shards or max(math.ceil(num_bytes / SHARD_BYTES), math.ceil(total / SHARD_SAMPLES))
     num_shards = min(num_shards, total)
     # Raw Philox output, unlike `permutation`, is guaranteed to stay the same in every numpy release.
@@ -88,12 +73,13 @@ def _num_bytes(catalogue: Catalogue, policy: ImagePolicy) -> int:
     return sum(size for size in catalogue.size if size <= policy.max_bytes)
 
 
-def convert(source: Source, folder: Path, split: str, options: ConvertOptions) -> ConvertResult:
+def convert(source: Source, folder: Path, split: str, options: ConvertOptions) -> tuple[bool, str]:
     """Write the missing shards of a split and, when all exist, the files next to them.
 
-    Raises ValueError when the folder holds another conversion or too many images are bad, OSError when the disk is full.
+    Returns True if all shards exist, including those of other tasks, and a line on what was done. Raises ValueError when the
+    folder holds another conversion or too many images are bad, OSError when the disk is full.
     """
-    conversion = assign_images(source, folder, split, options)
+    conversion, start = assign_images(source, folder, split, options), time.monotonic()
     (folder / RECORD_FOLDER).mkdir(parents=True, exist_ok=True)
     _claim_folder(conversion, options)
     # A killed run leaves partial files; other tasks of a job array are still writing theirs.
@@ -106,9 +92,13 @@ def convert(source: Source, folder: Path, split: str, options: ConvertOptions) -
     _check_rejects(conversion, rejects, options)
     # The task that completes the last shard writes the files of the split.
     if not all(conversion.record_path(shard).exists() for shard in range(conversion.num_shards)):
-        return ConvertResult(written, complete=False, changed=True, left_out=rejects)
-    changed, left_out = finish_split(conversion, split, options.seed)
-    return ConvertResult(written, complete=True, changed=changed or written > 0, left_out=left_out)
+        return False, f"{folder}: this task wrote {plural(written, 'shard')}; other tasks have not finished"
+    changed, rejects = finish_split(conversion, split, options.seed)
+    if not changed and not written:
+        return True, f"{folder}: already complete, nothing to do"
+    done = f"{plural(written, 'shard')} written in {time.monotonic() - start:.1f} s"
+    bad = f", {plural(rejects, 'bad image')} left out ({folder / REJECTED_NAME})" if rejects else ""
+    return True, f"{folder}: {plural(len(source.catalogue) - rejects, 'image')}, {done}{bad}"
 
 
 def _claim_folder(conversion: Conversion, options: ConvertOptions) -> None:
@@ -146,9 +136,8 @@ def _run_workers(conversion: Conversion, shards: range, options: ConvertOptions)
     num_images, start, written = sum(map(conversion.shard_size, shards)), time.monotonic(), 0
     try:
         pending = {pool.submit(_complete_shard, shard) for shard in shards}
-        with ProgressDisplay(
-            Console(stderr=True), conversion.prefix, "image", num_images, transient=True
-        ) as progress:  # fmt: skip
+        display = ProgressDisplay(Console(stderr=True), conversion.prefix, "image", num_images, transient=True)
+        with display as progress:
             while pending:
                 finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
                 written += sum(future.result() for future in finished)
@@ -208,12 +197,6 @@ def _first_reject(conversion: Conversion) -> str:
         if isinstance(reason := check_row(conversion, row), str):
             return f"; the first: {conversion.source.catalogue.name(row)}: {reason}"
     return ""
-
-
-def describe_source(source: Source) -> list[str]:
-    """Return lines on how the source is read and which files are skipped."""
-    skipped = describe_skipped(source.skipped)
-    return [f"layout   {source.layout} ({'; '.join(source.notes)})", *([skipped] if skipped else [])]
 
 
 def describe_conversion(conversion: Conversion, options: ConvertOptions) -> list[str]:

@@ -16,9 +16,7 @@ import logging
 import struct
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -33,14 +31,22 @@ logging.getLogger("PIL").propagate = False
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 HEIC_IS_READ = find_spec("pillow_heif") is not None
+if HEIC_IS_READ:
+    import_module("pillow_heif").register_heif_opener()
 AVIF_IS_READ = "avif" in features.modules and bool(features.check("avif"))  # Pillow 11.3 and later, in most builds
-JPEG_EXTENSIONS, HEIC_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), (".heic", ".heif")
-EXTENSIONS = (
-    *(*JPEG_EXTENSIONS, ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"),
-    *((".avif",) if AVIF_IS_READ else ()),
-    *(HEIC_EXTENSIONS if HEIC_IS_READ else ()),
-)
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", *(("AVIF",) if AVIF_IS_READ else ()))
+# Pillow's name of each format that is read, and its extensions. The first one stands for the format in messages.
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png",),
+    "GIF": (".gif",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm"),
+    **({"AVIF": (".avif",)} if AVIF_IS_READ else {}),
+    **({"HEIF": (".heic", ".heif")} if HEIC_IS_READ else {}),
+}
+EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in extensions)
 
 VERIFY_LEVELS = ("none", "header", "full")
 JPEG_QUALITY = 95  # of JPEGs that are encoded again at their own size
@@ -113,17 +119,28 @@ def check_image(content: bytes, name: str, policy: ImagePolicy, with_sums: bool 
 
 
 def _check(content: bytes, name: str, policy: ImagePolicy, with_sums: bool) -> CheckedImage:
+    """Apply the policy to one file. Every error that Pillow raises on damage becomes a RejectedImageError."""
     size = _plain_jpeg_size(content)
-    if size and size[0] * size[1] <= policy.max_pixels and (not policy.resize or min(size) <= policy.resize):
-        misnamed = () if name.lower().endswith(JPEG_EXTENSIONS) or "." not in name else ("misnamed",)
-        image = CheckedImage(content, "jpg", *size, misnamed)
-    else:
-        image = _check_with_pillow(content, name, policy)
-    return replace(image, sums=pixel_sums(image.content)) if with_sums else image
+    try:
+        if size and size[0] * size[1] <= policy.max_pixels and (not policy.resize or min(size) <= policy.resize):
+            misnamed = () if name.lower().endswith(FORMATS["JPEG"]) or "." not in name else ("misnamed",)
+            image = CheckedImage(content, "jpg", *size, misnamed)
+        else:
+            image = _check_with_pillow(content, name, policy)
+        return replace(image, sums=pixel_sums(image.content)) if with_sums else image
+    except RejectedImageError:
+        raise
+    except Image.UnidentifiedImageError:
+        is_iso_media = content[4:8] == b"ftyp"  # HEIC and AVIF use the box format of MP4 (ISO/IEC 14496-12)
+        hint = "; it may be HEIC: pip install pillow-heif adds support" if is_iso_media and not HEIC_IS_READ else ""
+        raise RejectedImageError(f"not an image (allowed: {', '.join(FORMATS)}){hint}") from None
+    except PILLOW_FAULTS as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RejectedImageError(f"does not decode: {reason}") from None
 
 
 def _check_with_pillow(content: bytes, name: str, policy: ImagePolicy) -> CheckedImage:
-    with _rejecting_damage(), _open(content) as image:
+    with Image.open(io.BytesIO(content), formats=tuple(FORMATS)) as image:
         width, height = image.size
         if width * height > policy.max_pixels:
             raise RejectedImageError(f"{width}x{height} pixels, allowed {policy.max_pixels:,} (--max-pixels)")
@@ -133,40 +150,11 @@ def _check_with_pillow(content: bytes, name: str, policy: ImagePolicy) -> Checke
         return _rewrite(image, changes, policy)
 
 
-def _open(content: bytes) -> Image.Image:
-    is_iso_media = content[4:8] == b"ftyp"  # HEIC and AVIF use the box format of MP4 (ISO/IEC 14496-12)
-    formats = (*FORMATS, _heic_format()) if HEIC_IS_READ and is_iso_media else FORMATS
-    try:
-        return Image.open(io.BytesIO(content), formats=formats)
-    except Image.UnidentifiedImageError:
-        hint = "; it may be HEIC: pip install pillow-heif adds support" if is_iso_media and not HEIC_IS_READ else ""
-        raise RejectedImageError(f"not an image (allowed: {', '.join(formats)}){hint}") from None
-
-
-@contextmanager
-def _rejecting_damage() -> Iterator[None]:
-    """Turn every error that Pillow raises on damage into a RejectedImageError with the reason."""
-    try:
-        yield
-    except RejectedImageError:
-        raise
-    except PILLOW_FAULTS as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RejectedImageError(f"does not decode: {reason}") from None
-
-
-@cache
-def _heic_format() -> str:
-    """Register the opener of HEIC and return Pillow's name for the format."""
-    import_module("pillow_heif").register_heif_opener()
-    return "HEIF"
-
-
 def _needed_changes(image: Image.Image, content: bytes, name: str, policy: ImagePolicy) -> list[str]:
     """Return what keeps the file from being stored as it is; nothing but "misnamed" leaves its bytes alone."""
-    changes, extension = [], name.lower()
+    changes, lower = [], name.lower()
     is_jpeg, is_png = image.format in ("JPEG", "MPO"), image.format == "PNG"
-    if (extension.endswith(JPEG_EXTENSIONS) and not is_jpeg) or (extension.endswith(".png") and not is_png):
+    if (lower.endswith(FORMATS["JPEG"]) and not is_jpeg) or (lower.endswith(".png") and not is_png):
         changes.append("misnamed")
     if not is_jpeg and not is_png:
         changes.append(str(image.format).lower())
@@ -247,9 +235,9 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
 def pixel_sums(content: bytes) -> np.ndarray:
     """Return `[7] int64`: the number of pixels, the sum of each RGB channel, the sum of each channel's squares.
 
-    Raises RejectedImageError when the image does not decode.
+    Raises one of PILLOW_FAULTS when the image does not decode.
     """
-    with _rejecting_damage(), Image.open(io.BytesIO(content)) as image:
+    with Image.open(io.BytesIO(content)) as image:
         histogram = np.array(image.convert("RGB").histogram(), np.int64).reshape(3, 256)
     values = np.arange(256)
     return np.concatenate([histogram[0].sum(keepdims=True), histogram @ values, histogram @ values**2])
@@ -279,20 +267,17 @@ def _plain_jpeg_size(content: bytes) -> tuple[int, int] | None:
 def _without_metadata(content: bytes) -> bytes:
     """Remove the JPEG segments or PNG chunks that the pixels do not need."""
     if content.startswith(PNG_SIGNATURE):
-        return b"".join([PNG_SIGNATURE, *_critical_chunks(content)])
+        kept, start = [PNG_SIGNATURE], len(PNG_SIGNATURE)
+        while start + 12 <= len(content):  # length, kind, data, checksum
+            size, kind = struct.unpack_from(">I4s", content, start)
+            if kind in CRITICAL_CHUNKS:
+                kept.append(content[start : start + 12 + size])
+            start += 12 + size
+        return b"".join(kept)
     if scan := _scan_start(content):
         kept = [content[start:stop] for kind, start, stop in _jpeg_segments(content) if kind not in METADATA]
         return b"".join([content[:2], *kept, content[scan:]])
     return content
-
-
-def _critical_chunks(content: bytes) -> Iterator[bytes]:
-    start = len(PNG_SIGNATURE)
-    while start + 12 <= len(content):
-        size, kind = struct.unpack_from(">I4s", content, start)
-        if kind in CRITICAL_CHUNKS:
-            yield content[start : start + 12 + size]
-        start += 12 + size
 
 
 def _jpeg_segments(content: bytes) -> Iterator[tuple[int, int, int]]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def finish_split(conversion: Conversion, split: str, seed: int) -> tuple[bool, i
         rows = np.concatenate([record.rows for record in records])
         if len(rows) == 0:
             raise ValueError(f"{folder}: every image was rejected, see {RECORD_FOLDER}")
+        # All shards are complete, so no process is writing any more: these are left from killed runs.
         for partial in (*folder.glob(".*.partial"), *(folder / RECORD_FOLDER).glob(".*.partial")):
             partial.unlink(missing_ok=True)
         changed = not _index_holds(folder, names, rows)
@@ -39,18 +41,17 @@ def finish_split(conversion: Conversion, split: str, seed: int) -> tuple[bool, i
             save_index(folder, names, rows)
         rejected = [bad for record in records for bad in record.rejected]
         fingerprints = np.concatenate([record.fingerprints for record in records])
-        stats = describe_rows(rows, conversion.source.classes)
-        stats["duplicates"] = find_duplicates(folder, names, rows, fingerprints)
-        stats |= mean_and_std([np.concatenate(record.pixels) for record in records])
+        sums = [np.concatenate(record.pixels) for record in records]
         files = {
             INFO_NAME: timm_info(conversion.source.name, split, names, [len(record.rows) for record in records]),
             MANIFEST_NAME: dump(_manifest(conversion, split, seed, names, records)),
-            STATS_NAME: dump(stats),
+            STATS_NAME: dump(describe_images(folder, names, rows, conversion.source.classes, fingerprints, sums)),
         }
         if rejected:
             files[REJECTED_NAME] = "".join(json.dumps(bad) + "\n" for bad in rejected).encode()
         else:
             (folder / REJECTED_NAME).unlink(missing_ok=True)
+        # A finished split keeps its files untouched, so that a second run can say that there was nothing to do.
         for name, content in files.items():
             path = folder / name
             if not path.exists() or path.read_bytes() != content:
@@ -61,11 +62,13 @@ def finish_split(conversion: Conversion, split: str, seed: int) -> tuple[bool, i
 
 def _index_holds(folder: Path, names: list[str], rows: np.ndarray) -> bool:
     """Return True if the index has this content; an index that is missing or damaged has not."""
+    if not (folder / INDEX_NAME).exists():
+        return False  # `open_index` scans all tars then
     try:
-        index = open_index(folder) if (folder / INDEX_NAME).exists() else None
+        index = open_index(folder)
     except ValueError:
         return False
-    return index is not None and index.shards == tuple(names) and np.array_equal(index.samples, rows)
+    return index.shards == tuple(names) and np.array_equal(index.samples, rows)
 
 
 def dump(value: dict[str, Any]) -> bytes:
@@ -82,13 +85,7 @@ def _manifest(
     conversion: Conversion, split: str, seed: int, names: list[str], records: list[ShardRecord]
 ) -> dict[str, Any]:
     source, policy = conversion.source, conversion.policy
-    changes: Counter[str] = Counter()
-    for record in records:
-        changes.update(record.changes)
-    shards = [
-        {"name": name, "sha256": record.sha256, "bytes": record.num_bytes, "samples": len(record.rows)}
-        for name, record in zip(names, records, strict=True)
-    ]
+    changes = sum((Counter(record.changes) for record in records), Counter())
     return {
         "format_version": FORMAT_VERSION,
         "tool": f"multicrop-hjepa {version('multicrop-hjepa')}",
@@ -106,12 +103,22 @@ def _manifest(
         "classes": list(source.classes),
         "class_names": list(source.class_names),
         "attributions": list(source.attributions),
-        "shards": shards,
+        "shards": [
+            {"name": name, "sha256": record.sha256, "bytes": record.num_bytes, "samples": len(record.rows)}
+            for name, record in zip(names, records, strict=True)
+        ],
     }
 
 
-def describe_rows(rows: np.ndarray, classes: tuple[str, ...]) -> dict[str, Any]:
-    """Return the statistics that the index gives: counts, sizes in pixels and bytes, images per class."""
+def describe_images(
+    folder: Path,
+    names: Sequence[str],
+    rows: np.ndarray,
+    classes: tuple[str, ...],
+    fingerprints: np.ndarray,
+    sums: Sequence[np.ndarray],
+) -> dict[str, Any]:
+    """Return the content of STATS_NAME: counts, sizes in pixels and bytes, images per class, duplicates, mean and std."""
     shorter = np.minimum(rows["height"], rows["width"])
     counts = np.histogram(shorter, SIZE_EDGES)[0].tolist()
     histogram = {f"{low}-{high - 1}": n for low, high, n in zip(SIZE_EDGES, SIZE_EDGES[1:], counts, strict=False) if n}
@@ -126,10 +133,12 @@ def describe_rows(rows: np.ndarray, classes: tuple[str, ...]) -> dict[str, Any]:
         "shorter_side": histogram,
         **spreads,
         "per_class": {classes[label] if classes else str(label): int(n) for label, n in enumerate(labels)},
+        "duplicates": _find_duplicates(folder, names, rows, fingerprints),
+        **_mean_and_std(sums),
     }
 
 
-def mean_and_std(sums: list[np.ndarray]) -> dict[str, Any]:
+def _mean_and_std(sums: Sequence[np.ndarray]) -> dict[str, Any]:
     """Return mean and std per channel, in 0..1, from `pixel_sums`: exact, so the order of the shards does not matter."""
     count, *totals = np.sum(sums, axis=0).tolist()
     mean = [total / max(count, 1) / 255 for total in totals[:3]]
@@ -138,7 +147,7 @@ def mean_and_std(sums: list[np.ndarray]) -> dict[str, Any]:
     return {"mean": [round(m, 6) for m in mean], "std": [round(s, 6) for s in std], "mean_std_pixels": count}
 
 
-def find_duplicates(folder: Path, names: list[str], rows: np.ndarray, fingerprints: np.ndarray) -> dict[str, Any]:
+def _find_duplicates(folder: Path, names: Sequence[str], rows: np.ndarray, fingerprints: np.ndarray) -> dict[str, Any]:
     """Count images with the same bytes: found by fingerprint, confirmed by their bytes."""
     _, inverse, counts = np.unique(fingerprints, return_inverse=True, return_counts=True)
     groups: dict[bytes, list[int]] = {}

@@ -3,8 +3,8 @@
 from collections import Counter
 from pathlib import Path
 
-from pipeline.text import plural
-from tools.shards.images import FORMATS, HEIC_EXTENSIONS, HEIC_IS_READ
+from pipeline.text import plural, truncate_list
+from tools.shards.images import FORMATS
 
 QUIET = "texts, lists or hidden files"  # counted, but reported only when the source has no image at all
 QUIET_NAMES = frozenset({"thumbs.db", "desktop.ini", "readme", "license", "licence", "copying", "makefile"})
@@ -43,7 +43,7 @@ def describe_skipped(counts: Counter[str]) -> str:
     listed = _list(Counter({kind: number for kind, number in counts.items() if kind != QUIET}))
     if not listed:
         return ""
-    formats = ", ".join((*FORMATS, *(("HEIC",) if HEIC_IS_READ else ()))).lower().replace("jpeg", "jpg")
+    formats = ", ".join(extensions[0].removeprefix(".") for extensions in FORMATS.values())
     why = f": unsupported formats (supported: {formats})" if any(kind.startswith(".") for kind in counts) else ""
     return f"left out: {listed}{why}{_advice(counts)}"
 
@@ -58,14 +58,13 @@ def describe_no_images(counts: Counter[str]) -> str:
 
 def _list(counts: Counter[str]) -> str:
     parts = [f"{number:,} {kind}" for kind, number in counts.most_common() if number > 0]
-    more = len(parts) - MAX_KINDS
-    return ", ".join(parts[:MAX_KINDS]) + (f" and {more} more kinds" if more > 0 else "")
+    return truncate_list(parts, MAX_KINDS)
 
 
 def _advice(counts: Counter[str]) -> str:
     packed = sorted(kind for kind in counts if kind.endswith(PACKED_EXTENSIONS))
     advice = {
-        "pip install pillow-heif adds .heic": any(counts[extension] for extension in HEIC_EXTENSIONS),
+        "pip install pillow-heif adds .heic": counts[".heic"] or counts[".heif"],
         "pip install -U pillow adds .avif": counts[".avif"],
         f"unpack {', '.join(packed)} first": packed,
         "convert a .tar itself, or the folder that contains it": counts[".tar"],

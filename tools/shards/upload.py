@@ -11,6 +11,7 @@ from pipeline.shards.manifest import MANIFEST_NAME
 from pipeline.shards.storage import MissingObject, check_prefix, join, read, scheme, sizes, upload
 from tools.shards.writer import RECORD_FOLDER
 
+# One stream seldom fills a connection; a store that fails for two minutes needs a person.
 NUM_STREAMS = 4
 RETRY_S = 120.0
 UPLOADED_NAME = "uploaded.txt"
@@ -37,15 +38,23 @@ def upload_split(folder: Path, url: str) -> int:
     """
     manifest = (folder / MANIFEST_NAME).read_bytes()
     tars = [entry["name"] for entry in json.loads(manifest)["shards"]]
-    if _is_uploaded(url, manifest, tars):
+    stored_sizes = sizes(url) or {}
+    try:
+        stored_manifest = read(join(url, MANIFEST_NAME))
+    except MissingObject:
+        stored_manifest = b""
+    foreign = sorted(name for name in stored_sizes if name.endswith(".tar") and name not in tars)
+    if stored_manifest not in (b"", manifest) or foreign:
+        raise ValueError(f"{url}: holds other shards ({[*foreign, MANIFEST_NAME][0]}): choose another --out")
+    if stored_manifest:
         return 0
     last = (*INDEX_FILES, MANIFEST_NAME)
     side_files = sorted(path.name for path in folder.iterdir() if path.suffix in (".json", ".jsonl"))
     first = [*tars, *(str(Path(name).with_suffix(".idx")) for name in tars), *side_files]
     first = [name for name in first if name not in last]
+    # An object can have the size of a file but the content of an earlier conversion; the log tells what was uploaded.
     log_path = folder / RECORD_FOLDER / UPLOADED_NAME
     uploaded = set(log_path.read_text().splitlines()) if log_path.exists() else set()
-    stored_sizes = sizes(url) or {}
 
     def put(name: str) -> int:
         size = (folder / name).stat().st_size
@@ -57,21 +66,9 @@ def upload_split(folder: Path, url: str) -> int:
             file.write(f"{entry}\n")
         return 1
 
+    # A reader finds the split by its index and manifest: they come last, so that it never reads half a data set.
     with ThreadPoolExecutor(NUM_STREAMS) as pool:
         written = sum(pool.map(put, first))
     for name in last:
         upload(folder / name, join(url, name), RETRY_S)
     return written + len(last)
-
-
-def _is_uploaded(url: str, manifest: bytes, tars: list[str]) -> bool:
-    """Return True if the complete conversion is in the store. Raises ValueError when other shards are."""
-    try:
-        stored = read(join(url, MANIFEST_NAME))
-    except MissingObject:
-        stored = b""
-    foreign = sorted(name for name in sizes(url) or {} if name.endswith(".tar") and name not in tars)
-    if stored not in (b"", manifest) or foreign:
-        name = foreign[0] if foreign else MANIFEST_NAME
-        raise ValueError(f"{url}: holds other shards ({name}): choose another --out")
-    return stored == manifest

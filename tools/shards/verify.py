@@ -1,45 +1,29 @@
 """Checks, indexes and describes existing shards, ours or from another writer."""
 
-import hashlib
 import logging
 import multiprocessing
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from pipeline.files import write_atomic
 from pipeline.shards.index import INDEX_NAME, ShardIndex, open_index, save_index, scan_shard
-from pipeline.shards.manifest import MANIFEST_NAME, check_class_count, read_manifest, read_object
+from pipeline.shards.manifest import MANIFEST_NAME, Manifest, check_class_count, read_manifest, read_object
+from pipeline.shards.samples import PILLOW_FAULTS
 from pipeline.shards.tar import is_hidden, sample_key, tar_members
-from tools.shards.images import RejectedImageError, pixel_sums
-from tools.shards.report import INFO_NAME, STATS_NAME, describe_rows, find_duplicates, mean_and_std, timm_info
-from tools.shards.writer import BATCH_IMAGES, IdxMember, fingerprint, idx_content, pixel_stride
+from tools.shards.images import pixel_sums
+from tools.shards.report import INFO_NAME, STATS_NAME, describe_images, timm_info
+from tools.shards.writer import BATCH_IMAGES, IdxMember, file_checksum, fingerprint, idx_content, pixel_stride
 
 log = logging.getLogger(__name__)
 
 BLANKS = re.compile(r"\s")
+T = TypeVar("T")
 INDEX_AGAIN = "run `make_shards.py index` on its folder"
-
-
-@dataclass(frozen=True)
-class ShardTask:
-    """One shard to read. `rows`: its rows in the index. `sha256`: from the manifest, "" without one."""
-
-    path: Path
-    shard: int
-    rows: np.ndarray
-    sha256: str = ""
-
-    def images(self) -> Iterator[bytes]:
-        with self.path.open("rb") as file:
-            for row in self.rows:
-                file.seek(int(row["offset"]))
-                yield file.read(int(row["size"]))
 
 
 def split_folders(folder: Path) -> list[Path]:
@@ -56,64 +40,67 @@ def split_folders(folder: Path) -> list[Path]:
 def verify_split(folder: Path, workers: int) -> list[str]:
     """Check sums, index and .idx against the tars, and decode every image; returns the problems, one line each."""
     try:
-        manifest = read_manifest(folder)
-        checksums = manifest.checksums if manifest else {}
-        if missing := [name for name in checksums if not (folder / name).exists()]:
+        manifest = read_manifest(folder) or Manifest()
+        if missing := [name for name in manifest.checksums if not (folder / name).exists()]:
             return [f"{folder / name}: listed in {MANIFEST_NAME} but missing" for name in missing]
         index = open_index(folder)
-        if manifest:
-            check_class_count(folder, index.samples["label"], manifest)
+        check_class_count(folder, index.samples["label"], manifest)
     except ValueError as error:
         return [str(error)]
+    checksums = manifest.checksums
     foreign = set(checksums) ^ set(index.shards) if checksums else set()
     problems = [f"{folder / name}: in only one of {MANIFEST_NAME} and {INDEX_NAME}" for name in sorted(foreign)]
-    expected = manifest.num_samples if manifest else None
-    if expected not in (None, len(index)):
-        problems.append(f"{folder / INDEX_NAME}: {len(index)} samples, but {MANIFEST_NAME} says {expected}")
-    return problems + [
-        line for lines in _in_parallel(_verify_shard, _tasks(index, checksums), workers) for line in lines
-    ]
+    if manifest.num_samples not in (None, len(index)):
+        problems.append(f"{folder / INDEX_NAME}: {len(index)} samples, but {MANIFEST_NAME} says {manifest.num_samples}")
+    expected = [checksums.get(name, "") for name in index.shards]
+    for found in _in_parallel(workers, _verify_shard, *_paths_and_rows(index), expected):
+        problems += found
+    return problems
 
 
-def _tasks(index: ShardIndex, checksums: dict[str, str]) -> list[ShardTask]:
-    rows = np.split(index.samples, np.cumsum(index.counts)[:-1])
-    return [
-        ShardTask(index.shard_path(shard), shard, rows[shard], checksums.get(name, ""))
-        for shard, name in enumerate(index.shards)
-    ]
+def _paths_and_rows(index: ShardIndex) -> tuple[list[Path], list[np.ndarray]]:
+    paths = [index.shard_path(shard) for shard in range(len(index.shards))]
+    return paths, np.split(index.samples, np.cumsum(index.counts)[:-1])
 
 
-def _verify_shard(task: ShardTask) -> list[str]:
+def _verify_shard(path: Path, rows: np.ndarray, sha256: str) -> list[str]:
+    """Return the problems of one tar. `rows`: its part of the index. `sha256`: from the manifest, "" without one."""
     from tools.shards.decode_check import decode_errors  # DALI takes a second to import
 
     problems = []
-    with task.path.open("rb") as file:
-        if task.sha256 and hashlib.file_digest(file, "sha256").hexdigest() != task.sha256:
-            problems.append(f"{task.path}: sha256 differs from {MANIFEST_NAME}: damaged, or another conversion")
+    if sha256 and file_checksum(path) != sha256:
+        problems.append(f"{path}: sha256 differs from {MANIFEST_NAME}: damaged, or another conversion")
     try:
-        rows, idx = scan_shard(task.path, task.shard), scan_idx(task.path)
+        scanned, idx = scan_shard(path, rows["shard"].max(initial=0)), scan_idx(path)
     except ValueError as error:
         return [*problems, str(error)]
-    if not np.array_equal(rows, task.rows):
-        problems.append(f"{task.path}: {INDEX_NAME} does not describe this tar: {INDEX_AGAIN}")
-    idx_path = task.path.with_suffix(".idx")
+    if not np.array_equal(scanned, rows):
+        problems.append(f"{path}: {INDEX_NAME} does not describe this tar: {INDEX_AGAIN}")
+    idx_path = path.with_suffix(".idx")
     if idx_path.exists() and idx_path.read_bytes() != idx:
         problems.append(f"{idx_path}: does not describe its tar: {INDEX_AGAIN}")
-    names = {member.offset: member.name for member in tar_members(task.path)}
-    for start in range(0, len(rows), BATCH_IMAGES):  # bounds the memory
-        batch = rows[start : start + BATCH_IMAGES]
-        contents = ShardTask(task.path, task.shard, batch).images()
-        errors = decode_errors(list(zip(contents, batch["height"].tolist(), batch["width"].tolist(), strict=True)))
-        faulty = zip(batch["offset"].tolist(), errors, strict=True)
-        problems += [f"{task.path}: {names[offset]}: {reason}" for offset, reason in faulty if reason]
+    # The decoder names an image by its number in a batch, a person finds it by its name in the tar.
+    names = {member.offset: member.name for member in tar_members(path)}
+    for batch in np.split(scanned, range(BATCH_IMAGES, len(scanned), BATCH_IMAGES)):  # bounds the memory
+        sizes = batch["height"].tolist(), batch["width"].tolist()
+        errors = decode_errors(list(zip(_contents(path, batch), *sizes, strict=True)))
+        bad = [(offset, error) for offset, error in zip(batch["offset"].tolist(), errors, strict=True) if error]
+        problems += [f"{path}: {names[offset]}: {reason}" for offset, reason in bad]
     return problems
+
+
+def _contents(path: Path, rows: np.ndarray) -> Iterator[bytes]:
+    """Yield the images of some rows of one tar."""
+    with path.open("rb") as file:
+        for row in rows:
+            file.seek(int(row["offset"]))
+            yield file.read(int(row["size"]))
 
 
 def index_split(folder: Path, workers: int) -> int:
     """Write the index, each tar's .idx and timm's info file by scanning headers; returns the number of samples."""
     tars = sorted(folder.glob("*.tar"))
-    tasks = [ShardTask(tar, shard, np.empty(0)) for shard, tar in enumerate(tars)]
-    scans = list(_in_parallel(_index_shard, tasks, workers))
+    scans = list(_in_parallel(workers, _index_shard, tars, range(len(tars))))
     names, lengths = [tar.name for tar in tars], [len(rows) for rows in scans]
     save_index(folder, names, np.concatenate(scans))
     if not (folder / INFO_NAME).exists():
@@ -121,9 +108,9 @@ def index_split(folder: Path, workers: int) -> int:
     return sum(lengths)
 
 
-def _index_shard(task: ShardTask) -> np.ndarray:
-    rows = scan_shard(task.path, task.shard)
-    write_atomic(task.path.with_suffix(".idx"), scan_idx(task.path))
+def _index_shard(path: Path, shard: int) -> np.ndarray:
+    rows = scan_shard(path, shard)
+    write_atomic(path.with_suffix(".idx"), scan_idx(path))
     return rows
 
 
@@ -146,27 +133,30 @@ def stats_split(folder: Path, workers: int) -> dict[str, Any]:
     if (folder / STATS_NAME).exists():
         return read_object(folder / STATS_NAME, "Remove it, and it is computed from the tars")
     index = open_index(folder)
-    fingerprints, sums = zip(*_in_parallel(_describe_shard, _tasks(index, {}), workers), strict=True)
-    duplicates = find_duplicates(folder, list(index.shards), index.samples, np.concatenate(fingerprints))
-    return describe_rows(index.samples, ()) | mean_and_std(list(sums)) | {"duplicates": duplicates}
+    fingerprints, sums = zip(*_in_parallel(workers, _describe_shard, *_paths_and_rows(index)), strict=True)
+    return describe_images(folder, index.shards, index.samples, (), np.concatenate(fingerprints), sums)
 
 
-def _describe_shard(task: ShardTask) -> tuple[np.ndarray, np.ndarray]:
+def _describe_shard(path: Path, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the fingerprints of the images in one tar, and the sum of the `pixel_sums` of some of them."""
     fingerprints, sums = [], np.zeros(7, np.int64)
-    for number, content in enumerate(task.images()):
+    for number, content in enumerate(_contents(path, rows)):
         fingerprints.append(fingerprint(content))
-        if number % pixel_stride(len(task.rows)) == 0:
+        # As in a conversion, some of the images are enough for mean and std.
+        if number % pixel_stride(len(rows)) == 0:
             try:
                 sums += pixel_sums(content)
-            except RejectedImageError as error:
-                where = f"{task.path}: the image at byte {task.rows[number]['offset']}"
-                log.warning("%s %s: left out of mean and std", where, error)
+            except PILLOW_FAULTS as error:
+                log.warning(
+                    "%s: the image at byte %d: %s: left out of mean and std", path, rows[number]["offset"], error
+                )
     return np.frombuffer(b"".join(fingerprints), "S16"), sums
 
 
-def _in_parallel(work: Callable[[ShardTask], Any], tasks: list[ShardTask], workers: int) -> Iterator[Any]:
-    if workers == 1 or len(tasks) == 1:
-        yield from map(work, tasks)
+def _in_parallel(workers: int, work: Callable[..., T], paths: list[Path], *arguments: Iterable[Any]) -> Iterator[T]:
+    """Yield `work(path, ...)` of each shard, computed in at most `workers` processes. `arguments`: as for `map`."""
+    if workers == 1 or len(paths) == 1:
+        yield from map(work, paths, *arguments)
         return
-    with ProcessPoolExecutor(min(workers, len(tasks)), multiprocessing.get_context("fork")) as pool:
-        yield from pool.map(work, tasks)
+    with ProcessPoolExecutor(min(workers, len(paths)), multiprocessing.get_context("fork")) as pool:
+        yield from pool.map(work, paths, *arguments)

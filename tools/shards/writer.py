@@ -4,7 +4,6 @@ import fcntl
 import hashlib
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from pipeline.files import write_atomic
+from pipeline.files import partial_file, write_atomic
 from pipeline.shards.index import SAMPLE_DTYPE, UNLABELLED
 from pipeline.shards.index_file import DAMAGES
 from tools.shards.catalogue import Source
@@ -26,7 +25,6 @@ RECORD_FOLDER, IDENTITY_NAME = ".records", "plan.json"
 # Mean and std come from every 128th image, because decoding all would cost more than the conversion; small sets use at least 256.
 PIXEL_STRIDE, MIN_PIXEL_IMAGES = 128, 256
 BATCH_IMAGES = 32  # as many as DALI decodes at once with --verify full
-WRITE_BUFFER = 1 << 20
 IdxMember = tuple[str, int, int, str]  # extension, offset, size, name
 
 
@@ -84,20 +82,6 @@ class ShardRecord:
         except DAMAGES as error:
             remedy = "Remove it and run the same command again, which writes its shard again"
             raise ValueError(f"{path}: damaged ({error or type(error).__name__}). {remedy}") from None
-
-
-@contextmanager
-def partial_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that gets its name only when it is complete and on disk."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb", WRITE_BUFFER) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -174,11 +158,10 @@ class ShardBuilder:
             self._write(tar_header(member, len(content)), content, bytes(-len(content) % BLOCKSIZE))
         self.fingerprints.append(fingerprint(checked.content))
         self.changes.update(checked.changes)
-        if checked.sums is not None:
-            self.pixels += checked.sums
+        self.pixels += 0 if checked.sums is None else checked.sums
 
     def finish(self) -> ShardRecord:
-        self._write(bytes(2 * BLOCKSIZE))
+        self._write(bytes(2 * BLOCKSIZE))  # the end of a tar
         return ShardRecord(
             rows=np.array(self.rows, SAMPLE_DTYPE),
             fingerprints=np.frombuffer(b"".join(self.fingerprints), "S16"),
@@ -203,12 +186,11 @@ class SharedCounts:
     def __init__(self, context: BaseContext) -> None:
         self.totals, self.stop = context.Array("q", 3), context.Event()
 
-    def add(self, *more: int) -> None:
+    def add(self, images: int, num_bytes: int, rejects: int) -> None:
         if self.stop.is_set():
             raise InterruptedError("stopped")
         with self.totals.get_lock():
-            for place, number in enumerate(more):
-                self.totals[place] += number
+            self.totals[:] = np.add(self.totals[:], (images, num_bytes, rejects)).tolist()
 
 
 def write_shard(conversion: Conversion, shard: int, counts: SharedCounts) -> None:
@@ -258,10 +240,12 @@ def shard_is_complete(conversion: Conversion, shard: int) -> bool:
     path = conversion.folder / conversion.shard_name(shard)
     try:
         record = ShardRecord.load(conversion.record_path(shard))
-        with path.open("rb") as file, path.with_suffix(".idx").open("rb") as idx:
-            if os.fstat(file.fileno()).st_size != record.num_bytes:
-                return False
-            same_idx = hashlib.file_digest(idx, "sha256").hexdigest() == record.idx_sha256
-            return same_idx and hashlib.file_digest(file, "sha256").hexdigest() == record.sha256
+        checksums = file_checksum(path), file_checksum(path.with_suffix(".idx"))
     except (OSError, ValueError):
         return False
+    return checksums == (record.sha256, record.idx_sha256)
+
+
+def file_checksum(path: Path, kind: str = "sha256") -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()

@@ -1,12 +1,13 @@
 """Small compressed archives, unpacked into memory under a limit; and the checksums of the official downloads."""
 
 import gzip
-import hashlib
 import io
 import tarfile
 import zlib
 from collections.abc import Container
 from pathlib import Path
+
+from tools.shards.writer import file_checksum
 
 MAX_UNPACKED = 512 << 20  # three times the largest archive that is read this way, CIFAR
 
@@ -58,9 +59,7 @@ def check_official(path: Path) -> list[str]:
         expected = OFFICIAL_MD5.get(file.name)
         if expected is None:
             raise ValueError(f"{file}: --official supports only {', '.join(OFFICIAL_MD5)}")
-        with file.open("rb") as stream:
-            actual = hashlib.file_digest(stream, "md5").hexdigest()
-        if actual != expected:
+        if (actual := file_checksum(file, "md5")) != expected:
             raise ValueError(f"{file}: wrong archive, md5 {actual}, expected {expected}: download it again")
     if not files:
         raise ValueError(f"{path}: --official needs one of {', '.join(OFFICIAL_MD5)}")

@@ -66,6 +66,9 @@ def open_imagenet_val(path: Path, split: str, spools: Path | None) -> Source | N
 
 def _read_devkit(folder: Path) -> tuple[dict[int, str], list[int]]:
     """Return the wnid of each leaf class by its ILSVRC2012_ID, and the ID of every validation image in order."""
+    from scipy.io import loadmat  # takes half a second, and nothing else needs it
+    from scipy.io.matlab import MatReadError
+
     archive, unpacked, names = folder / f"{DEVKIT}.tar.gz", folder / DEVKIT / "data", (META, GROUND_TRUTH)
     if archive.is_file():
         files = read_tgz(archive, names)
@@ -76,23 +79,15 @@ def _read_devkit(folder: Path) -> tuple[dict[int, str], list[int]]:
     if len(files) < len(names):
         raise ValueError(f"{archive}: holds no {META} or no {GROUND_TRUTH}: download it again")
     truth = [int(line) for line in files[GROUND_TRUTH].split()]
-    wnids = _read_synsets(files[META], str(archive))
+    try:
+        synsets = loadmat(io.BytesIO(files[META]), variable_names=["synsets"], squeeze_me=True)["synsets"]
+        leaves = [synset for synset in np.atleast_1d(synsets) if not int(synset["num_children"])]
+        wnids = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in leaves}
+    except (*SCIPY_ERRORS, MatReadError) as error:
+        raise ValueError(f"{archive}: {META} is not the devkit's MATLAB file ({error}): download it again") from None
     if unknown := sorted(set(truth) - wnids.keys()):
         raise ValueError(f"{archive}: {GROUND_TRUTH} uses ILSVRC2012_ID {unknown[0]}, not in {META}: wrong devkit")
     return wnids, truth
-
-
-def _read_synsets(content: bytes, where: str) -> dict[int, str]:
-    """Return the wnid of each synset without children by its ILSVRC2012_ID."""
-    from scipy.io import loadmat  # takes half a second, and nothing else needs it
-    from scipy.io.matlab import MatReadError
-
-    try:
-        synsets = loadmat(io.BytesIO(content), variable_names=["synsets"], squeeze_me=True)["synsets"]
-        leaves = [synset for synset in np.atleast_1d(synsets) if not int(synset["num_children"])]
-        return {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in leaves}
-    except (*SCIPY_ERRORS, MatReadError) as error:
-        raise ValueError(f"{where}: {META} is not the devkit's MATLAB file ({error}): download it again") from None
 
 
 def open_kaggle(path: Path, split: str, spools: Path | None) -> Source | None:
@@ -103,7 +98,10 @@ def open_kaggle(path: Path, split: str, spools: Path | None) -> Source | None:
         return None
     images = root / KAGGLE_IMAGES / split
     folders = visible_folders(images) if split == "train" else []
-    classes, class_names = _synset_mapping(root / MAPPING, folders)
+    # A line of the mapping is a wnid and its names in words; the order of the lines is that of the labels.
+    mapping = (root / MAPPING).read_text(encoding="utf-8") if (root / MAPPING).is_file() else ""
+    lines = [line.partition(" ") for line in mapping.splitlines() if line.strip()]
+    classes, class_names = [wnid for wnid, _, _ in lines] or label_order(folders), [words for _, _, words in lines]
     labels = {wnid: label for label, wnid in enumerate(classes)}
     catalogue, skipped = Catalogue([LooseFiles(images)]), Counter[str]()
     for wnid in folders:
@@ -119,15 +117,6 @@ def open_kaggle(path: Path, split: str, spools: Path | None) -> Source | None:
             catalogue.add(0, 0, size, labels[wnid], name)
     notes = (f"Kaggle tree {root}",)
     return Source("kaggle", "imagenet", catalogue, tuple(classes), tuple(class_names), notes=notes, skipped=skipped)
-
-
-def _synset_mapping(mapping: Path, folders: list[str]) -> tuple[list[str], list[str]]:
-    """Return the wnids in label order and their names in words."""
-    if not mapping.is_file():
-        return label_order(folders), []
-    lines = [line.partition(" ") for line in mapping.read_text(encoding="utf-8").splitlines() if line.strip()]
-    wnids = [wnid for wnid, _, _ in lines]
-    return wnids, [words for _, _, words in lines]
 
 
 def _val_solution(path: Path) -> dict[str, str]:

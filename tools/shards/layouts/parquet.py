@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.files import partial_file
 from pipeline.shards.index import UNLABELLED
 from pipeline.shards.samples import Label, label_of
 from pipeline.shards.tar import is_hidden
@@ -21,13 +22,14 @@ from pipeline.text import plural, truncate_list
 from tools.shards.catalogue import Catalogue, FileRanges, Source
 from tools.shards.classes import number_labels
 from tools.shards.layouts.splits import files_of_split, plain_name
-from tools.shards.writer import folder_lock, partial_file
+from tools.shards.writer import folder_lock
 
 IMAGE_ROWS, LABEL_ROWS = 64, 1 << 16  # rows that are decoded at once; bounds the memory
 IMAGE_NAMES = (
     "image", "img", "images", "picture", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "img_bytes", "bytes",
 )  # fmt: skip
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "class_id", "cls", "target", "category", "y")
+BINARY_TYPES = ("binary", "large_binary")
 # pyarrow raises these on damaged files; its own errors derive from them.
 PARQUET_ERRORS = (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 
@@ -41,35 +43,33 @@ class Columns:
     names: tuple[str, ...]
 
 
-class SpooledImages:
+class SpooledImages(FileRanges):
     """The images of all files, copied to one spool file in `folder` on first use."""
 
     def __init__(self, files: list[Path], column: str, folder: Path) -> None:
-        self.files, self.column = files, column
         key = hashlib.sha256(str([(path.name, path.stat().st_size) for path in files]).encode()).hexdigest()[:16]
-        self.spool = folder / f"{key}.spool"
-        self._ranges: FileRanges | None = None
+        super().__init__(folder / f"{key}.spool")
+        self.files, self.column = files, column
 
     def read(self, offset: int, size: int, name: str) -> bytes:
-        if self._ranges is None:
+        if self._descriptor < 0:
             self._fill()
-            self._ranges = FileRanges(self.spool)
-        return self._ranges.read(offset, size, name)
+        return super().read(offset, size, name)
 
     def sizes(self) -> list[list[int]]:
         """Return the size of each image, one list per file; copies the images unless that was done before."""
-        path = self.spool.with_suffix(".npz")
+        path = self.path.with_suffix(".npz")
         if not path.exists():
             self._fill()
         with np.load(path, allow_pickle=False) as arrays:
             return [arrays[name].tolist() for name in arrays.files]
 
     def _fill(self) -> None:
-        with folder_lock(self.spool.parent):  # one process copies, the others wait for it
-            if not self.spool.exists():
-                with partial_file(self.spool) as file:
+        with folder_lock(self.path.parent):  # one process copies, the others wait for it
+            if not self.path.exists():
+                with partial_file(self.path) as file:
                     sizes = [np.array(list(map(file.write, self._contents(path))), np.int64) for path in self.files]
-                    with partial_file(self.spool.with_suffix(".npz")) as sizes_file:
+                    with partial_file(self.path.with_suffix(".npz")) as sizes_file:
                         np.savez(sizes_file, *sizes)
 
     def _contents(self, path: Path) -> Iterator[bytes]:
@@ -151,7 +151,10 @@ def open_file(path: Path) -> Any:
 def find_columns(path: Path) -> Columns | None:
     """Choose the columns by type and usual name. None where no column holds images, as in tables that describe other files."""
     schema = open_file(path).schema_arrow
-    features = _features(schema.metadata or {})
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]  # of the library `datasets`
+    except (LookupError, TypeError, ValueError):
+        features = {}
     images = [field.name for field in schema if _holds_images(field)]
     if not images:
         return None
@@ -160,30 +163,23 @@ def find_columns(path: Path) -> Columns | None:
         raise ValueError(
             f"{path}: the columns {', '.join(images)} all hold images: keep one, or call one of them image"
         )
-    classes = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
+    # Class names by column. A file from outside can hold anything here.
+    names_of = {
+        name: tuple(map(str, feature["names"]))
+        for name, feature in (features.items() if isinstance(features, dict) else ())
+        if isinstance(feature, dict) and isinstance(feature.get("names"), list)
+    }
+    classes = [name for name in schema.names if name in names_of]
     label = next((name for name in LABEL_NAMES if name in schema.names), classes[0] if len(classes) == 1 else "")
-    names = features.get(label, {}).get("names", [])
-    return Columns(image, label, tuple(str(name) for name in names) if isinstance(names, list) else ())
-
-
-def _features(metadata: dict[bytes, bytes]) -> dict[str, Any]:
-    """Return what `datasets` stores about each column."""
-    try:
-        features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-        return {name: value for name, value in features.items() if isinstance(value, dict)}
-    except (ValueError, AttributeError):
-        return {}
+    return Columns(image, label, names_of.get(label, ()))
 
 
 def _holds_images(field: Any) -> bool:
-    if field.type.num_fields:  # a struct of `bytes` and `path`
-        inner = [field.type.field(number) for number in range(field.type.num_fields)]
-        return str(field.type).startswith("struct") and any(f.name == "bytes" and _is_binary(f) for f in inner)
-    return _is_binary(field) and field.name.lower() in IMAGE_NAMES
-
-
-def _is_binary(field: Any) -> bool:
-    return str(field.type) in ("binary", "large_binary")
+    """Return True for a binary column with a usual name, and for a struct with such a field, as `datasets` writes it."""
+    if str(field.type).startswith("struct"):
+        position = field.type.get_field_index("bytes")
+        return position >= 0 and str(field.type.field(position).type) in BINARY_TYPES
+    return str(field.type) in BINARY_TYPES and field.name.lower() in IMAGE_NAMES
 
 
 def read_column(path: Path, column: str, batch_rows: int) -> Iterator[Any]:

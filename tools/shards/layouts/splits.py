@@ -14,6 +14,7 @@ SPLIT_NAMES = {
     "test": ("test", "testing"),
 }
 _ANY = "|".join(f"(?P<{split}>{'|'.join(names)})" for split, names in SPLIT_NAMES.items())
+SPLIT_WORD = re.compile(rf"(?<![a-z])(?:{_ANY})(?![a-z])", re.IGNORECASE)
 _NOUN = "set|split|data|images?|imgs?"
 # `Training`, `val2017`, `training_set`, `test-images`, `seg_train`
 SPLIT_FOLDER = re.compile(rf"(?:(?:seg|{_NOUN})[-_ ]?)?(?:{_ANY})(?:[-_ ]?(?:{_NOUN}|\d{{4}}))?", re.IGNORECASE)
@@ -70,14 +71,9 @@ def files_of_split(files: list[Path], split: str, root: Path) -> list[Path]:
 
     The names of the folders between `root` and a file count too.
     """
-    named = {file: _splits_in(str(file.relative_to(root))) for file in files}
+    named = {file: {word.lastgroup for word in SPLIT_WORD.finditer(str(file.relative_to(root)))} for file in files}
     ours = [file for file in files if split in named[file]]
     return ours or [file for file in files if not named[file]]
-
-
-def _splits_in(name: str) -> set[str]:
-    matches = re.finditer(rf"(?<![a-z])(?:{_ANY})(?![a-z])", name, re.IGNORECASE)
-    return {str(match.lastgroup) for match in matches}
 
 
 def check_no_splits(names: Iterable[str], start: int, where: str) -> None:

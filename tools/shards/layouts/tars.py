@@ -32,8 +32,6 @@ from tools.shards.layouts.splits import (
 )
 from tools.shards.skipped_files import QUIET, describe_compression, file_kind
 
-Labelling = tuple[tuple[str, ...], str]  # the classes, and a note on how the images are labelled
-
 
 @dataclass
 class Listing:
@@ -117,9 +115,11 @@ def _list_members(listing: Listing, container: int, tar: Path, inner: TarMember 
     prefix = f"{sample_key(inner.name)[0]}/" if inner else ""
     start, stop = (inner.offset, inner.offset + inner.size) if inner else (0, None)
     images: list[TarMember] = []
+    names: list[str] = []
     labels, tars = LabelMembers(), []
     for member in tar_members(tar, start, stop):
-        is_ours = _image_name(prefix, member).startswith(listing.below)
+        name = prefix + member.name.removeprefix("./")  # a tar can hold both forms, and the folder "." is no class
+        is_ours = name.startswith(listing.below)
         if is_hidden(member.name):
             listing.skipped[QUIET] += 1
         elif sample_key(member.name)[1] == "tar":
@@ -130,23 +130,18 @@ def _list_members(listing: Listing, container: int, tar: Path, inner: TarMember 
             listing.skipped[file_kind(member.name)] += 1
         elif is_ours:
             images.append(member)
+            names.append(name)
         else:
             listing.elsewhere += 1
     matches = match_labels([member.name for member in images], labels.by_key(), tar)
     listing.orphans += len(matches.orphans)
-    for number, (member, label) in enumerate(zip(images, matches.labels, strict=True)):
+    for number, (member, name, label) in enumerate(zip(images, names, matches.labels, strict=True)):
         if number in matches.parts:
-            listing.parts[member.name.rpartition("/")[2].partition(".")[2]] += 1
+            listing.parts[name.rpartition("/")[2].partition(".")[2]] += 1
         else:
-            name = _image_name(prefix, member)
             listing.catalogue.add(container, member.offset, member.size, UNLABELLED, name)
             listing.labels.append(UNLABELLED if label is None else label)
     return tars
-
-
-def _image_name(prefix: str, member: TarMember) -> str:
-    """Return a member's name without `./`: a tar can hold both forms, and the folder "." is no class."""
-    return prefix + member.name.removeprefix("./")
 
 
 def _label_images(listing: Listing, tars: list[Path], name: str) -> tuple[str, tuple[str, ...], str]:
@@ -174,7 +169,8 @@ def _label_images(listing: Listing, tars: list[Path], name: str) -> tuple[str, t
     return own_name, (), note
 
 
-def _label_by_inner_tar(listing: Listing, stems: list[str], where: str) -> Labelling:
+def _label_by_inner_tar(listing: Listing, stems: list[str], where: str) -> tuple[tuple[str, ...], str]:
+    """Label the images by the tar that they lie in; returns the classes and a note."""
     check_class_names(stems, where)
     classes = label_order(stems) if are_wnids(stems) else class_order(stems)
     labels = {stem: label for label, stem in enumerate(classes)}
@@ -185,7 +181,8 @@ def _label_by_inner_tar(listing: Listing, stems: list[str], where: str) -> Label
     return tuple(classes), note + (f"; {num_loose:,} images next to those have no label" if num_loose else "")
 
 
-def _label_by_folder(catalogue: Catalogue, where: str, unlabelled: str) -> Labelling:
+def _label_by_folder(catalogue: Catalogue, where: str, unlabelled: str) -> tuple[tuple[str, ...], str]:
+    """Label the images by the first folder below their common one; returns the classes, () where there are none, and a note."""
     names = catalogue.names()
     common = _common_folder(names)
     folders = [_first_folder(name[common:]) for name in names]
