@@ -15,8 +15,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from model.encoder import MultiCropEncoder
 from model.hjepa import HJEPA
 from model.masks import MaskPlan, MultiCropMaskGenerator, level_grid
-from pipeline.dataset import CropBatch
-from pipeline.dataset import MultiCropDataset
+from pipeline.dataset import CropBatch, MultiCropDataset
 from pipeline.shards.index import UNLABELLED
 from train.build import build_loader
 from train.config.schema import Config
