@@ -11,7 +11,7 @@ from model.hjepa import HJEPA, Level, default_levels
 from model.losses import LossWeights
 from model.masks import MultiCropMaskGenerator
 from model.predictor import Predictor
-from model.teacher import TaughtEncoder
+from model.teacher import StudentTeacher
 from pipeline.crops.augment import Augmentation
 from pipeline.crops.device import DeviceError, check_decoder
 from pipeline.dataset import (
@@ -197,7 +197,7 @@ def build_levels(config: Config, depth: int) -> tuple[Level, ...]:
     return tuple(levels)
 
 
-def build_masks(config: Config, model: TaughtEncoder, device: torch.device) -> MultiCropMaskGenerator:
+def build_masks(config: Config, model: StudentTeacher, device: torch.device) -> MultiCropMaskGenerator:
     """Build the generator of masks for any model with the config's encoder."""
     (num_global, num_local), crops, patch = config.data.crop_counts, config.data.multicrop, model.encoder.patch_size
     levels = build_levels(config, model.encoder.depth) if config.loss.prediction_weight > 0 else ()

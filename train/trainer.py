@@ -12,7 +12,7 @@ from torch import nn
 
 from model.losses import random_directions
 from model.masks import MaskPlan
-from model.teacher import TaughtEncoder
+from model.teacher import StudentTeacher
 from pipeline.batch import CropBatch
 from pipeline.dataset import resolve_device
 from pipeline.loader import MultiCropLoader
@@ -74,14 +74,14 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, ranks: Ranks = SINGLE_PROCESS, *, model: TaughtEncoder | None = None,
+        self, config: Config, ranks: Ranks = SINGLE_PROCESS, *, model: StudentTeacher | None = None,
         loss_fn: LossFunction | None = None, quarantine: Path | None = None,
     ) -> None:  # fmt: skip
         config = with_crop_device(config)
         self.config, self.ranks, self.device = config, ranks, ranks.device(resolve_device(config.device))
         training, self.folder = config.training, run_folder(config)
         self.dataset = build_dataset(config)
-        self.model: TaughtEncoder = build_model(config, self.device) if model is None else model
+        self.model: StudentTeacher = build_model(config, self.device) if model is None else model
         self.masks = build_masks(config, self.model, self.device)
         self.loader = build_training_loader(config, self.dataset, ranks, quarantine=quarantine)
         self.schedule = build_schedule(config, len(self.loader))

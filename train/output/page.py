@@ -11,7 +11,7 @@ import yaml
 
 from pipeline.files import write_atomic
 from pipeline.shards.manifest import read_object
-from train.config.changes import flatten
+from train.config.yaml12 import flatten
 from train.output.chart import LEFT, RIGHT, WIDTH, line_chart
 from train.output.display import KNN_NAMES, summary_rows
 from train.output.log import read_metrics
