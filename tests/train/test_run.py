@@ -271,7 +271,7 @@ def test_without_data_one_line_says_what_is_missing_and_which_command_makes_it(t
             "device: gpu, but torch sees no GPU here",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
-        ("data.crop_device=gpu", "data.crop_device=gpu: gpu needs device: gpu"),
+        ("data.crop_device=gpu", "data.crop_device: gpu needs device: gpu"),
         ("masking.context_ratio=0.01", "0 context and 8 query tokens of 16"),
         ("model.levels=[{layer: 5, stride: 1, weight: 1.0}]", "the encoder has 2 blocks"),
         pytest.param(

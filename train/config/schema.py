@@ -26,7 +26,8 @@ PositiveFraction = Annotated[StrictFloat, Field(gt=0, le=1)]
 JitterStrength = Annotated[StrictFloat, Field(ge=0, le=2)]
 PerGlobalCrop = Fraction | tuple[Fraction, ...]
 Scalar = StrictBool | StrictInt | StrictFloat | str | None
-Name = PathText = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]  # without control characters
+Name = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]  # without control characters
+PathText = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]
 FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$")]
 
 
