@@ -25,9 +25,6 @@ class StudentTeacher(nn.Module):
         move_average(self.target, self.encoder, momentum, skip)
 
 
-TaughtEncoder = StudentTeacher
-
-
 @torch.no_grad()
 def move_average(target: nn.Module, student: nn.Module, momentum: float, skip: Tensor | None) -> None:
     """Apply the equation of `StudentTeacher.update_target` to any two modules with the same parameters."""

@@ -11,7 +11,7 @@ from model.hjepa import HJEPA, Level, default_levels
 from model.losses import LossWeights
 from model.masks import MultiCropMaskGenerator
 from model.predictor import Predictor
-from model.teacher import TaughtEncoder
+from model.teacher import StudentTeacher
 from pipeline.crops.augment import Augmentation
 from pipeline.crops.device import DeviceError, check_decoder
 from pipeline.dataset import (
@@ -22,6 +22,7 @@ from pipeline.dataset import (
     own_cores,
     resolve_device,
 )
+from pipeline.defaults import HW_DECODER_LOAD
 from pipeline.loader import MultiCropLoader, build_multicrop_dataloader
 from pipeline.shards.cache import CacheSettings
 from pipeline.shards.index import open_index, split_folder
@@ -79,25 +80,16 @@ def cache_settings(config: Config) -> CacheSettings:
 
 
 def build_loader(
-    config: Config, dataset: MultiCropDataset, batch_size: int, ranks: Ranks = SINGLE_PROCESS, **changes: Any
+    config: Config, dataset: MultiCropDataset, batch_size: int, ranks: Ranks = SINGLE_PROCESS, **options: Any
 ) -> MultiCropLoader:
-    """Build a loader with the run's device, seed and threads; `changes` override single arguments."""
+    """Build a loader with the run's device, seed and threads; `options` are more arguments of `build_multicrop_dataloader`."""
     data = config.data
-    arguments: dict[str, Any] = {
-        "seed": config.seed,
-        "device": config.device,
-        "device_id": ranks.local_rank,
-        "crop_device": data.crop_device,
-        "num_workers": data.num_workers,
-        "prefetch": data.prefetch,
-        "use_mmap": data.use_mmap,
-        "max_bad_share": data.max_bad_share,
-        "rank": ranks.rank,
-        "world_size": ranks.world_size,
-    }
-    if data.hw_decoder_load != "auto":
-        arguments["hw_decoder_load"] = data.hw_decoder_load
-    return build_multicrop_dataloader(dataset, batch_size, **(arguments | changes))
+    return build_multicrop_dataloader(
+        dataset, batch_size, seed=config.seed, device=config.device, device_id=ranks.local_rank, crop_device=data.crop_device,
+        num_workers=data.num_workers, prefetch=data.prefetch, use_mmap=data.use_mmap, max_bad_share=data.max_bad_share,
+        hw_decoder_load=HW_DECODER_LOAD if data.hw_decoder_load == "auto" else data.hw_decoder_load,
+        rank=ranks.rank, world_size=ranks.world_size, **options,
+    )  # fmt: skip
 
 
 def build_training_loader(
@@ -195,7 +187,7 @@ def build_levels(config: Config, depth: int) -> tuple[Level, ...]:
     return tuple(levels)
 
 
-def build_masks(config: Config, model: TaughtEncoder, device: torch.device) -> MultiCropMaskGenerator:
+def build_masks(config: Config, model: StudentTeacher, device: torch.device) -> MultiCropMaskGenerator:
     """Build the generator of masks for any model with the config's encoder."""
     (num_global, num_local), crops, patch = config.data.crop_counts, config.data.multicrop, model.encoder.patch_size
     levels = build_levels(config, model.encoder.depth) if config.loss.prediction_weight > 0 else ()

@@ -60,7 +60,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
         for name, tensors in ((MODEL, snapshot.model), (OPTIMIZER, snapshot.optimizer)):
             save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, temporary / name)
         (temporary / STATE).write_text(json.dumps(snapshot.state, indent=1))
-        (temporary / MANIFEST).write_text(_manifest(_checksums(temporary)))
+        (temporary / MANIFEST).write_text(_manifest(temporary))
         for path in (*temporary.iterdir(), temporary):
             _flush(path)
         shutil.rmtree(final, ignore_errors=True)
@@ -132,23 +132,19 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def verify_checkpoint(path: Path) -> None:
     """Raise DamagedCheckpointError unless the manifest is, to the byte, that of the files."""
     try:
-        written, checksums = (path / MANIFEST).read_bytes(), _checksums(path)
+        written, expected = (path / MANIFEST).read_bytes(), _manifest(path).encode()
     except OSError as error:
         raise DamagedCheckpointError(f"{path}: unreadable ({error})") from None
-    if written != _manifest(checksums).encode():
-        wrong = [name for name, checksum in checksums.items() if checksum.encode() not in written]
+    if written != expected:
+        wrong = [name for name, checksum in json.loads(expected)["sha256"].items() if checksum.encode() not in written]
         raise DamagedCheckpointError(f"{path}: damaged: {', '.join(wrong or [MANIFEST])}")
 
 
-def _checksums(folder: Path) -> dict[str, str]:
+def _manifest(folder: Path) -> str:
     checksums = {}
     for name in (MODEL, OPTIMIZER, STATE):
         with (folder / name).open("rb") as file:
             checksums[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return checksums
-
-
-def _manifest(checksums: dict[str, str]) -> str:
     return json.dumps({"format": 1, "sha256": checksums}, indent=1)
 
 

@@ -1,23 +1,25 @@
-"""Records a run: metrics, progress, heartbeat, measurements, checkpoints and the report."""
+"""Records a run: metrics, progress, heartbeat, measurements, checkpoints and the report; or only describes it, with --dry-run."""
 
 import json
 import logging
 import os
 import time
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import cast
 
+import torch
 from rich.console import Console
 
 from model.hjepa import HJEPA
 from pipeline.files import write_atomic
 from pipeline.shards.index import UNLABELLED
 from pipeline.shards.storage import StoreError
-from train.checkpoint import CheckpointWriter, checkpoint_path
+from train.checkpoint import CheckpointWriter, checkpoint_path, list_checkpoints
 from train.evaluation.online import OnlineEvaluation
+from train.monitor import memory_metrics
 from train.output.display import Display
-from train.output.folder import open_run_folder
+from train.output.folder import check_run_folder, open_run_folder
 from train.output.log import MetricsLog, open_wandb
 from train.output.pictures import NEIGHBOURS, QUERIES, draw_run
 from train.output.report import advice, stop_setting, summary_table, write_page, write_report, write_summary
@@ -28,10 +30,11 @@ log = logging.getLogger(__name__)
 NOT_WRITTEN = 4  # exit code: the disk refused the last checkpoint or the summary
 STATUSES = {0: "complete", STOPPED: "stopped", DIVERGED: "diverged"}  # other exit codes: failed
 HEARTBEAT_S = 5.0
+GIB = 2**30
 
 
-def open_recorder(trainer: Trainer, console: Console) -> "Recorder":
-    """Open the run's folder, restore the checkpoint that `checkpoint.resume` names, and return what records the run."""
+def open_recorder(trainer: Trainer, console: Console) -> "Recorder | None":
+    """Open the run's folder, restore the checkpoint that `checkpoint.resume` names, and return rank 0's Recorder."""
     config, ranks = trainer.config, trainer.ranks
     evaluation = OnlineEvaluation(config, trainer.folder, cast(HJEPA, trainer.model)) if ranks.is_first else None
     if evaluation is not None:
@@ -46,7 +49,7 @@ def open_recorder(trainer: Trainer, console: Console) -> "Recorder":
     if trainer.complete:
         limit = stop_setting(config, trainer.schedule.total_steps)
         log.info(f"this run is complete: to continue, raise {limit}; checkpoint.resume=none starts over")
-    return Recorder() if evaluation is None else RunRecorder(trainer, evaluation, console)
+    return None if evaluation is None else Recorder(trainer, evaluation, console)
 
 
 def log_description(trainer: Trainer) -> None:
@@ -70,37 +73,29 @@ def log_description(trainer: Trainer) -> None:
     )
 
 
+def dry_run(trainer: Trainer) -> None:
+    """Take one step, log what it used and write nothing. Raises ValueError or FileNotFoundError as the run would."""
+    config, device = trainer.config, trainer.device
+    log_description(trainer)
+    before, started = memory_metrics(device), time.perf_counter()
+    trainer.train_step()  # also waits for the device: it reads the first loss
+    seconds, after = time.perf_counter() - started, memory_metrics(device)
+    peak = after["peak_memory_bytes"] / GIB
+    used = f"raised the memory of this process from {before['peak_memory_bytes'] / GIB:.2f} to {peak:.2f} GiB"
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory / GIB
+        used = f"took {peak:.2f} GiB in torch; {after['device_memory_bytes'] / GIB:.2f} of {total:.1f} GiB of {device} are in use"
+    crops = f"{config.data.batch_size} images with {sum(config.data.crop_counts)} crops"
+    log.info(f"step: {crops} on each rank took {seconds:.1f} s, including the start of the loader, and {used}")
+    OnlineEvaluation(config, trainer.folder, cast(HJEPA, trainer.model))  # reports problems of the validation split
+    check_run_folder(config, trainer.dataset.index.digest)
+    resume = config.checkpoint.resume
+    checkpoints = list_checkpoints(trainer.folder / "checkpoints")
+    begin = f"continue from {checkpoints[-1].name}" if resume == "auto" and checkpoints else "start at step 0"
+    log.info(f"folder: {trainer.folder}; would {begin if resume in ('auto', 'none') else f'continue from {resume}'}")
+
+
 class Recorder:
-    """Records nothing, for all ranks but the first."""
-
-    def display(self) -> AbstractContextManager[object]:
-        """Show the progress while open."""
-        return nullcontext()
-
-    def log(self, line: dict[str, float]) -> None:
-        """Record a step; `line` is empty except at logging steps."""
-
-    def evaluate(self) -> None:
-        """Measure the target encoder."""
-
-    def save(self) -> None:
-        """Write a checkpoint in the background, unless the run has diverged."""
-
-    def wait(self) -> None:
-        """Wait until the checkpoint is on disk, or was refused by it."""
-
-    def rewind(self) -> None:
-        """Drop what was logged after the step to which the trainer has gone back."""
-
-    def report(self) -> int:
-        """Measure the trained encoder, draw, and write summary.json, report.md and report.html. Returns an exit code."""
-        return 0
-
-    def close(self, code: int) -> None:
-        """Note how the run ended, given its exit code."""
-
-
-class RunRecorder(Recorder):
     """Writes the run of `trainer` into its folder, and shows it on `console`; for rank 0.
 
     `heartbeat.json` holds `{status, step, total_steps, time, pid}`, with the time in seconds since 1970. Its status is training,
@@ -112,7 +107,7 @@ class RunRecorder(Recorder):
         self._trainer, self._evaluation, self._console = trainer, evaluation, console
         self._writer = CheckpointWriter(self._checkpoints, config.checkpoint.keep_last_n, config.checkpoint.keep_best_n)
         steps = (trainer.state.step, trainer.schedule.total_steps, trainer.steps_per_epoch)
-        self._display = Display(console, config.logging.run_name, *steps)
+        self.display = Display(console, config.logging.run_name, *steps)
         wandb = config.logging.wandb
         self._wandb = open_wandb(wandb.project, self._folder, config.resolved) if wandb.enabled else None
         self._opened = ExitStack()
@@ -124,13 +119,11 @@ class RunRecorder(Recorder):
         tensorboard, step = self._trainer.config.logging.tensorboard, self._trainer.state.step
         return self._opened.enter_context(MetricsLog(self._folder, tensorboard, step, self._wandb))
 
-    def display(self) -> AbstractContextManager[object]:
-        return self._display
-
     def log(self, line: dict[str, float]) -> None:
+        """Record a step; `line` is empty except at logging steps."""
         if line:
             self._metrics.write(self._trainer.state.step, line)
-        self._display.update(self._trainer.state)
+        self.display.update(self._trainer.state)
         if time.monotonic() - self._heartbeat_at >= HEARTBEAT_S:
             self._write_heartbeat("training")
 
@@ -142,6 +135,7 @@ class RunRecorder(Recorder):
             write_atomic(self._folder / "heartbeat.json", json.dumps(content) + "\n", durable=False)
 
     def evaluate(self) -> None:
+        """Measure the target encoder and draw."""
         state = self._trainer.state
         try:
             values = self._evaluation.online()
@@ -163,6 +157,7 @@ class RunRecorder(Recorder):
         return paths
 
     def save(self) -> None:
+        """Write a checkpoint in the background, unless the run has diverged."""
         state = self._trainer.state
         # Checkpoints are ranked by the k-NN of their step or, in a run that measures none, by the loss.
         score = None if state.loss_last is None else -state.loss_last
@@ -172,13 +167,16 @@ class RunRecorder(Recorder):
             self._writer.write(self._trainer.snapshot(score))
 
     def wait(self) -> None:
+        """Wait until the checkpoint is on disk, or was refused by it."""
         self._writer.wait()
 
     def rewind(self) -> None:
+        """Drop what was logged after the step to which the trainer has gone back."""
         self._opened.close()
         self._metrics = self._open_metrics()
 
     def report(self) -> int:
+        """Measure the trained encoder, draw, and write summary.json, report.md and report.html. Returns an exit code."""
         folder, state, config = self._folder, self._trainer.state, self._trainer.config
         self._console.print("evaluating and drawing ...", style="dim")
         self._write_heartbeat("evaluating")
@@ -203,6 +201,7 @@ class RunRecorder(Recorder):
         return NOT_WRITTEN
 
     def close(self, code: int) -> None:
+        """Note how the run ended, given its exit code."""
         self._opened.close()
         self._write_heartbeat(STATUSES.get(code, "failed"))
         if self._wandb is not None:

@@ -9,6 +9,7 @@ from model.masks import MaskPlan, MultiCropMaskGenerator
 from pipeline.dataset import CropBatch, MultiCropDataset, resolve_device
 from train.build import build_dataset, build_loader, build_masks, build_model, build_schedule
 from train.config.schema import Config
+from train.distributed import Ranks
 from train.trainer import step_seed
 
 
@@ -44,7 +45,7 @@ def replay(config: Config, epoch: int, position: int, count: int, world_size: in
         if value < 1:
             raise ValueError(f"{option} {value}: must be at least 1")
     dataset, batch_size, parts = build_dataset(config), config.data.batch_size, config.training.accumulation_steps
-    loader = build_loader(config, dataset, batch_size, world_size=world_size)
+    loader = build_loader(config, dataset, batch_size, Ranks(world_size=world_size))
     num_used = len(loader) // parts * parts * loader.global_batch
     check_position(epoch, position, config.training.epochs, num_used, len(dataset))
     positions = range(position, min(position + count, num_used))

@@ -7,7 +7,8 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -100,9 +101,8 @@ def execute(config: Config, console: Console, is_dry_run: bool) -> int:
     from pipeline.dataset import resolve_device
     from train.build import torch_threads
     from train.distributed import process_group, ranks_from_environment, use_device
-    from train.dry_run import dry_run, out_of_memory_explained
     from train.output.folder import run_folder
-    from train.recorder import open_recorder
+    from train.recorder import dry_run, open_recorder
     from train.trainer import Trainer, train
 
     ranks, kind = ranks_from_environment(), resolve_device(config.device)
@@ -126,10 +126,30 @@ def execute(config: Config, console: Console, is_dry_run: bool) -> int:
                 traceback.print_exc()
                 print(f"rank {ranks.rank}: lost the others at step {trainer.state.step}", file=sys.stderr)
                 code = LOST
-        if code == 0:
+        if code == 0 and recorder:
             code = recorder.report()  # rank 0 evaluates after the others have left
-    recorder.close(code)
+    if recorder:
+        recorder.close(code)
     return code
+
+
+@contextmanager
+def out_of_memory_explained(config: Config, device: object) -> Iterator[None]:
+    """Turn the out-of-memory errors of torch, DALI and CUDA into a ValueError that names the settings to change, in order."""
+    from pipeline.crops.device import is_out_of_memory  # loads torch
+
+    try:
+        yield
+    except (RuntimeError, ValueError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        crops, checkpointing = config.data.multicrop, str(config.model.grad_checkpointing).lower()
+        raise ValueError(
+            f"out of memory: a step does not fit the memory of {device}. Lower, in this order, "
+            f"data.multicrop.num_local_crops (now {crops.num_local_crops}), data.batch_size (now {config.data.batch_size}) or "
+            f"data.multicrop.local_crop_size (now {crops.local_crop_size}); then set model.grad_checkpointing=true (now "
+            f"{checkpointing}), which takes more time. --dry-run prints what a step uses"
+        ) from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from model.losses import random_directions
 from model.masks import MaskPlan
-from model.teacher import TaughtEncoder
+from model.teacher import StudentTeacher
 from pipeline.dataset import CropBatch, resolve_device
 from pipeline.loader import MultiCropLoader
 from pipeline.shards.fetcher import Cancelled
@@ -73,14 +74,14 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, ranks: Ranks = SINGLE_PROCESS, *, model: TaughtEncoder | None = None,
+        self, config: Config, ranks: Ranks = SINGLE_PROCESS, *, model: StudentTeacher | None = None,
         loss_fn: LossFunction | None = None, quarantine: Path | None = None,
     ) -> None:  # fmt: skip
         config = with_crop_device(config)
         self.config, self.ranks, self.device = config, ranks, ranks.device(resolve_device(config.device))
         training, self.folder = config.training, run_folder(config)
         self.dataset = build_dataset(config)
-        self.model: TaughtEncoder = build_model(config, self.device) if model is None else model
+        self.model: StudentTeacher = build_model(config, self.device) if model is None else model
         self.masks = build_masks(config, self.model, self.device)
         self.loader = build_training_loader(config, self.dataset, ranks, quarantine=quarantine)
         self.schedule = build_schedule(config, len(self.loader))
@@ -158,7 +159,7 @@ class Trainer:
         return self.store_error is None and not cancelled()
 
     def train_step(self) -> dict[str, float]:
-        """Take one optimiser step. Returns its line of metrics.jsonl at a logging step, else an empty dict."""
+        """Take one optimiser step. Returns its entry of metrics.jsonl at a logging step, else an empty dict."""
         config, ranks, state, started = self.config, self.ranks, self.state, time.perf_counter()
         parts = config.training.accumulation_steps
         lr, momentum = self.schedule.lr(state.step), self.schedule.momentum(state.step)
@@ -213,31 +214,36 @@ class Trainer:
         return {**means, "lr": lr, "ema_momentum": momentum, **self._monitor.end_interval(), "epoch": epoch}
 
 
-def train(trainer: Trainer, recorder: "Recorder", stop: StopSignal) -> int:
-    """Train to the end of the schedule. Returns 0, STOPPED, STORE_FAILED or DIVERGED."""
+def train(trainer: Trainer, recorder: "Recorder | None", stop: StopSignal) -> int:
+    """Train to the end of the schedule; only rank 0 has a recorder. Returns 0, STOPPED, STORE_FAILED or DIVERGED."""
     config, ranks = trainer.config, trainer.ranks
     eval_steps, rolled_back_to = config.evaluation.eval_frequency * trainer.steps_per_epoch, None
-    with recorder.display(), Watchdog(ranks, config.training.timeout_s) as watchdog:
+    with recorder.display if recorder else nullcontext(), Watchdog(ranks, config.training.timeout_s) as watchdog:
         # Stop all ranks before the same step: when one of them is asked to, or cannot get its shards.
         while not trainer.complete and ranks.all(trainer.fetch_shards(lambda: stop.asked)):
-            recorder.log(trainer.train_step())
+            line = trainer.train_step()
+            if recorder:
+                recorder.log(line)
 
             # Evaluate. Rank 0 may take minutes while the others wait for it: they do not hang.
             is_evaluated = trainer.is_due(eval_steps) and not trainer.complete
             if is_evaluated:
                 watchdog.pause()
-                recorder.evaluate()
+                if recorder:
+                    recorder.evaluate()
                 ranks.barrier()
 
             # Save. Every rank reads the counts, so that all agree on `diverged`.
             has_score = is_evaluated and config.checkpoint.keep_best_n > 0
             if trainer.is_due(config.checkpoint.save_frequency) or has_score or trainer.complete:
                 trainer.read_counts()
-                recorder.save()
+                if recorder:
+                    recorder.save()
 
             # Roll back a run that diverges, but not twice to the same checkpoint.
             if trainer.diverged:
-                recorder.wait()
+                if recorder:
+                    recorder.wait()
                 checkpoint, skipped = trainer.newest_checkpoint(), trainer.state.skipped_in_a_row
                 bad = f"step {trainer.state.step}: {skipped} steps in a row without a finite loss and gradient"
                 if checkpoint is None or checkpoint == rolled_back_to:
@@ -246,14 +252,16 @@ def train(trainer: Trainer, recorder: "Recorder", stop: StopSignal) -> int:
                 log.warning(f"{bad}; going back to the last checkpoint")
                 rolled_back_to = checkpoint
                 trainer.restore(checkpoint)
-                recorder.rewind()
+                if recorder:
+                    recorder.rewind()
             watchdog.beat()
 
     # Leave with a checkpoint. torchrun kills the others half a minute after one rank has left, so all wait for rank 0's.
-    if not trainer.complete:
-        trainer.read_counts()
-        recorder.save()
-    recorder.wait()
+    trainer.read_counts()
+    if recorder:
+        if not trainer.complete:
+            recorder.save()
+        recorder.wait()
     ranks.barrier()
     if trainer.complete:
         return 0

@@ -14,6 +14,7 @@ from tools.preview import main
 from train.build import build_dataset, build_loader
 from train.config.load import load_config
 from train.config.schema import Config
+from train.distributed import Ranks
 from train.replay import replay
 from train.trainer import Trainer
 
@@ -81,7 +82,7 @@ def test_on_several_ranks_a_position_has_the_masks_of_the_rank_that_gets_it(data
     config = load_config(CONFIG, settings(data_path))
     dataset = build_dataset(config)
     single, second = replay(config, 0, 9, 1), replay(config, 0, 9, 1, world_size=2)
-    loader = build_loader(config, dataset, BATCH, rank=1, world_size=2)
+    loader = build_loader(config, dataset, BATCH, Ranks(1, 2))
     assert next(iter(loader)).positions[1] == 9
     assert "step 0 (rank 1, image 1 of its batch)" in second.captions[0]
     assert "step 1 (rank 0, image 1 of its batch)" in single.captions[0]

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.train.test_run import QUICKSTART, command
 from train import build
 from train.config.load import load_config
 
@@ -35,9 +36,9 @@ def test_evaluation_decodes_on_the_cpu_where_the_gpu_cannot(data_path: Path, cap
 
 
 def test_without_prediction_there_is_no_predictor_and_every_trained_weight_has_a_gradient(data_path: Path) -> None:
-    settings = [f"data.data_path={data_path}", "data.dataset=custom", "device=cpu", "loss.prediction_weight=0"]
+    path, *settings = command(QUICKSTART, data_path, Path("runs"), "loss.prediction_weight=0")
     for strategy in ("global_only", "none"):
-        config = load_config(ROOT / "configs" / "quickstart.yaml", [*settings, f"masking.strategy={strategy}"])
+        config = load_config(Path(path), [*settings, f"masking.strategy={strategy}"])
         model = build.build_model(config, torch.device("cpu"))
         masks = build.build_masks(config, model, torch.device("cpu"))
         assert model.predictor is None

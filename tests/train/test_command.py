@@ -14,8 +14,7 @@ from tests.train.test_run import QUICKSTART, command
 from train.build import build_masks, build_model
 from train.config.load import load_config, load_config_with_origins
 from train.config.rules import DATASETS
-from train.dry_run import out_of_memory_explained
-from train.run import main
+from train.run import main, out_of_memory_explained
 
 DALI_SAYS = ("Can't allocate %zu bytes on device %d.", "CUDA allocation failed", "cudaErrorMemoryAllocation")
 

@@ -196,6 +196,7 @@ def test_the_alarm_rings_on_a_toy_that_collapses_and_is_silent_on_the_same_with_
     print("\nRankMe at the end, without guards and with:", falling[-1]["rankme"], healthy[-1]["rankme"])
 
 
+@pytest.mark.slow
 def test_the_alarm_is_silent_on_the_quickstart(
     data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from model.encoder import MultiCropEncoder
 from model.hjepa import join_crops, pool_views
 from model.masks import MaskPlan
-from model.teacher import TaughtEncoder, move_average
+from model.teacher import StudentTeacher, move_average
 from pipeline.dataset import CropBatch
 from pipeline.shards.index import UNLABELLED, ShardIndex
 from train.config.schema import Config
@@ -28,7 +28,7 @@ def encode_views(encoder: MultiCropEncoder, crops: Sequence[torch.Tensor], num_g
     return pool_views([out.tokens for out in encoder([(part, None) for part in groups])], len(crops[0]))
 
 
-class Dino(TaughtEncoder):
+class Dino(StudentTeacher):
     """DINO (arXiv 2104.14294): each view of the student matches the centred, sharpened teacher outputs of the other globals.
 
     Head and loss are lightly's; the moving average is the run's. Crops are those of `HJEPA.forward`.
@@ -62,7 +62,7 @@ class Dino(TaughtEncoder):
         move_average(self.target_head, self.head, momentum, skip)
 
 
-class Supervised(TaughtEncoder):
+class Supervised(StudentTeacher):
     """Cross-entropy of a linear classifier of every view: an upper bound rather than a competitor."""
 
     def __init__(self, encoder: MultiCropEncoder, num_global: int, classes: int) -> None:
@@ -79,7 +79,7 @@ def peer_losses(replica: nn.Module, batch: CropBatch, _: MaskPlan, __: torch.Ten
     return replica(batch.crops, batch.labels)
 
 
-def build_peer(variant: str, config: Config, encoder: MultiCropEncoder, index: ShardIndex) -> TaughtEncoder | None:
+def build_peer(variant: str, config: Config, encoder: MultiCropEncoder, index: ShardIndex) -> StudentTeacher | None:
     """Return the method of that name, or None for settings of ours. Raises ValueError for labels that are missing."""
     num_global = config.data.crop_counts[0]
     if variant == "dino":

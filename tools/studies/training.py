@@ -14,9 +14,9 @@ from tools.own_process import run_in_subprocess
 from tools.studies.grid import BASE, Base
 from tools.studies.peers import build_peer, peer_losses
 from train.build import build_dataset, build_evaluation_loaders, build_model, build_training_loader
-from train.config.changes import changed_settings
 from train.config.load import load_config
 from train.config.schema import Config
+from train.config.yaml12 import changed_settings
 from train.evaluation.features import Extractor, colour_histogram, pixels, pooled_features
 from train.evaluation.measure import measure
 from train.trainer import Trainer

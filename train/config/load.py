@@ -1,18 +1,19 @@
 """Reads a YAML file and `section.key=value` overrides into a Config, and reports all errors at once."""
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
-from train.config.changes import flatten
 from train.config.rules import DATASETS, broken_rules, merge
-from train.config.schema import Config
-from train.config.yaml12 import ConfigError, KeyPath, dotted, parse, printable
+from train.config.schema import Config, Section
+from train.config.yaml12 import ConfigError, KeyPath, dotted, flatten, parse, printable
 
 SHORT_FLAGS = {
     "batch_size": "data.batch_size",
@@ -22,10 +23,8 @@ SHORT_FLAGS = {
     "resume": "checkpoint.resume",
 }
 MAX_BYTES = 100_000  # a shard passed by mistake is not read to its end
+MAX_SHOWN = 60  # characters of a wrong value in a message
 COMMAND_LINE = "command line"
-Schema = dict[str, Any]
-_KINDS = {"boolean": "true or false", "integer": "an integer", "number": "a number", "string": "text", "null": "null"}
-_BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -35,20 +34,20 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def load_config_with_origins(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
     """Return the Config and the origin of each dotted key: `file:line`, `command line` or `default`. Raises ConfigError."""
-    written: dict[str, str] = {}
-    values = parse(_read(path), str(path), written)
+    origins: dict[str, str] = {}
+    values = parse(_read(path), str(path), origins)
     if not isinstance(values, dict):
         problem = "not a mapping" if values else "the file is empty"
-        raise ConfigError(f"{written.get('', f'{path}:1')}: {problem}; expected sections such as data: and training:")
-    for n, override in enumerate(overrides):
-        _apply(override, overrides[:n], values, written)
-    config = _validate(values, written)
-    dataset_defaults = flatten(DATASETS.get(config.data.dataset, {}))
-    origins = {}
-    for key in flatten(config.resolved):
-        default = f"default of {config.data.dataset}" if key in dataset_defaults else "default"
-        origins[key] = written.get(key, default)
-    return config, origins
+        raise ConfigError(f"{origins.get('', f'{path}:1')}: {problem}; expected sections such as data: and training:")
+    for override in overrides:
+        _apply(override, values, origins)
+    data = values.get("data")
+    dataset = str(data.get("dataset")) if isinstance(data, dict) else ""
+    defaults = DATASETS.get(dataset, {})
+    config = _validate(merge(defaults, values), origins)
+    implied = dict.fromkeys(flatten(config.resolved), "default")
+    implied |= dict.fromkeys(implied.keys() & flatten(defaults).keys(), f"default of {dataset}")
+    return config, {key: origins.get(key, default) for key, default in implied.items()}
 
 
 def _read(path: Path) -> str:
@@ -66,74 +65,73 @@ def _read(path: Path) -> str:
     return text
 
 
-def _apply(override: str, earlier: Sequence[str], values: dict[str, Any], written: dict[str, str]) -> None:
-    """Set the value of `section.key=value` in `values`, and its origin in `written`. Raises ConfigError."""
+def _apply(override: str, values: dict[str, Any], origins: dict[str, str]) -> None:
+    """Set the value of `section.key=value` in `values`, and its origin in `origins`. Raises ConfigError."""
     key, equals, text = override.partition("=")
+    replaced = [old for old in origins if old == key or old.startswith((f"{key}.", f"{key}["))]
     problem = "" if equals else "expected section.key=value"
-    if "$ref" in all_keys().get(key, {}):
+    if _is_section(all_keys().get(key)):
         problem = "is a section; set its keys one by one"
-    if any(f"{other.partition('=')[0]}.".startswith(f"{key}.") for other in earlier):
+    if any(origins[old] == COMMAND_LINE for old in replaced):
         problem = "given twice; remove one"
     if problem:
         raise ConfigError(printable(f"{COMMAND_LINE}: {override}: {problem}"))
-    for old in [old for old in written if old == key or old.startswith((f"{key}.", f"{key}["))]:
-        del written[old]
+    for old in replaced:
+        del origins[old]
     *sections, name = path = tuple(key.split("."))
     for n, section in enumerate(sections, 1):
         if not isinstance(values.get(section), dict):
             values[section] = {}
-            written[dotted(path[:n])] = COMMAND_LINE
+            origins[dotted(path[:n])] = COMMAND_LINE
         values = values[section]
-    written[key] = COMMAND_LINE
-    values[name] = parse(text, COMMAND_LINE, written, path)
+    origins[key] = COMMAND_LINE
+    values[name] = parse(text, COMMAND_LINE, origins, path)
 
 
-def _validate(values: dict[str, Any], written: dict[str, str]) -> Config:
+def _validate(values: dict[str, Any], origins: dict[str, str]) -> Config:
     """Return the Config. Raises ConfigError: the rules between keys are checked once every value is valid."""
-    data = values.get("data")
-    dataset = data.get("dataset") if isinstance(data, dict) else None
     try:
-        config = Config.model_validate(merge(DATASETS.get(str(dataset), {}), values))
+        config = Config.model_validate(values)
     except ValidationError as error:
-        first: dict[KeyPath, str] = {}  # pydantic reports a value once for each type of a union
-        for problem in error.errors(include_url=False):
-            path: KeyPath = problem["loc"] if _is_missing(problem) else _written_part(problem["loc"], written)
-            first.setdefault(path, _explain(problem, ".".join(part for part in path if isinstance(part, str))))
-        problems = list(first.items())
+        problems = _explain_all(error, origins)
     else:
         problems = [(tuple(key.split(".")), message) for key, message in broken_rules(config)]
         if not problems:
             return config
-    order = list(written)  # as in the file, and then as on the command line
-    lines = [(order.index(dotted(_written_part(path, written))), dotted(path), text) for path, text in problems]
-    raise ConfigError("\n".join(printable(f"{written[order[n]]}: {key}: {text}") for n, key, text in sorted(lines)))
+    order = list(origins)  # as in the file, and then as on the command line
+    lines = [(order.index(dotted(_written_part(path, origins))), dotted(path), text) for path, text in problems]
+    raise ConfigError("\n".join(printable(f"{origins[order[n]]}: {key}: {text}") for n, key, text in sorted(lines)))
 
 
-def _is_missing(problem: Any) -> bool:
-    """Return True if a key is missing; pydantic uses the same word for a missing entry of a list."""
-    return problem["type"] == "missing" and isinstance(problem["loc"][-1], str)
-
-
-def _written_part(path: KeyPath, written: dict[str, str]) -> KeyPath:
+def _written_part(path: KeyPath, origins: dict[str, str]) -> KeyPath:
     """Return the longest beginning of `path` that the user wrote."""
-    return next(path[:n] for n in range(len(path), -1, -1) if dotted(path[:n]) in written)
+    return next(path[:n] for n in range(len(path), -1, -1) if dotted(path[:n]) in origins)
 
 
-def _explain(problem: Any, key: str) -> str:
-    """Return the message for pydantic's `problem` with the value of `key`."""
-    if problem["type"] == "extra_forbidden":
-        return _unknown_key(key)
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    schema, value = all_keys().get(key, {}), problem["input"]
-    expected = allowed(schema) if schema else "a plain value"
-    if _is_missing(problem):
-        return f"missing and has no default; allowed: {expected}"
-    if value == "":
-        return f"has no value; allowed: {expected}"
-    found = ("text " if isinstance(value, str) else "") + json.dumps(value, ensure_ascii=False)
-    hint = "; put it in quotes" if "allowed" in schema and isinstance(value, int | float) else ""
-    return f"found {found if len(found) <= 60 else found[:57] + '...'}; allowed: {expected}{hint}"
+def _explain_all(error: ValidationError, origins: dict[str, str]) -> list[tuple[KeyPath, str]]:
+    """Return each wrong key with a message. Where a key has several types, pydantic reports each of them."""
+    by_path: dict[KeyPath, list[ErrorDetails]] = {}
+    for problem in error.errors(include_url=False):
+        is_missing_key = problem["type"] == "missing" and isinstance(problem["loc"][-1], str)
+        path = problem["loc"] if is_missing_key else _written_part(problem["loc"], origins)
+        by_path.setdefault(path, []).append(problem)
+    return [(path, _explain(path, problems)) for path, problems in by_path.items()]
+
+
+def _explain(path: KeyPath, problems: list[ErrorDetails]) -> str:
+    kind, value = problems[0]["type"], problems[0]["input"]
+    if kind == "extra_forbidden":
+        return _unknown_key(".".join(part for part in path if isinstance(part, str)))
+    if kind == "value_error":
+        return str(problems[0]["ctx"]["error"])
+    if kind == "missing":
+        return "missing and has no default" if path == problems[0]["loc"] else "the list has too few entries"
+    expected = " or ".join(dict.fromkeys(re.sub(r"^\w+ should ", "", problem["msg"]) for problem in problems))
+    expected = re.sub(r"a valid dictionary.*", "a mapping", expected)
+    found = "no value" if value == "" else json.dumps(value, ensure_ascii=False)
+    found = found if len(found) <= MAX_SHOWN else f"{found[: MAX_SHOWN - 3]}..."
+    hint = "; put it in quotes" if kind == "string_type" and isinstance(value, int | float) else ""
+    return f"found {found}; it should {expected}{hint}"
 
 
 def _unknown_key(key: str) -> str:
@@ -156,30 +154,19 @@ def meant_keys(key: str) -> list[str]:
 
 
 @cache
-def all_keys() -> dict[str, Schema]:
-    """Return every dotted key with its JSON Schema; list positions are left out: `model.levels.layer`."""
-    schema = Config.model_json_schema()
-    return _keys_of(schema, schema["$defs"], "")
+def all_keys() -> dict[str, Any]:
+    """Return every dotted key with its type; list positions are left out: `model.levels.layer`."""
+    return dict(_keys_of(Config, ""))
 
 
-def _keys_of(node: Schema, definitions: Schema, prefix: str) -> dict[str, Schema]:
-    node = definitions[node["$ref"].rpartition("/")[2]] if "$ref" in node else node
-    keys: dict[str, Schema] = {}
-    for inner in (*node.get("anyOf", ()), *filter(None, [node.get("items")])):
-        keys |= _keys_of(inner, definitions, prefix)
-    for name, inner in node.get("properties", {}).items():
-        keys |= {prefix + name: inner} | _keys_of(inner, definitions, f"{prefix}{name}.")
-    return keys
+def _keys_of(annotation: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    if _is_section(annotation):
+        for name, field in annotation.model_fields.items():
+            yield prefix + name, field.annotation
+            yield from _keys_of(field.annotation, f"{prefix}{name}.")
+    for argument in get_args(annotation):
+        yield from _keys_of(argument, prefix)
 
 
-def allowed(schema: Schema) -> str:
-    """Return in words what a JSON Schema accepts."""
-    if options := schema.get("enum") or [allowed(option) for option in schema.get("anyOf", ())]:
-        return f"{', '.join(options[:-1])} or {options[-1]}"
-    if items := schema.get("prefixItems"):
-        return f"a list of {len(items)}, each {allowed(items[0])}"
-    if "items" in schema:
-        return f"a list, each {allowed(schema['items'])}"
-    kind = schema.get("allowed") or schema.get("const") or _KINDS.get(schema.get("type", ""), "a mapping")
-    bounds = " and ".join(f"{sign} {schema[key]:g}" for key, sign in _BOUNDS.items() if key in schema)
-    return f"{kind} {bounds}".rstrip()
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)

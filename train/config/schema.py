@@ -26,17 +26,9 @@ PositiveFraction = Annotated[StrictFloat, Field(gt=0, le=1)]
 JitterStrength = Annotated[StrictFloat, Field(ge=0, le=2)]
 PerGlobalCrop = Fraction | tuple[Fraction, ...]
 Scalar = StrictBool | StrictInt | StrictFloat | str | None
-
-
-def _text(allowed: str, pattern: str = r"^[^\x00-\x1f\x7f]+$") -> Any:
-    """Return the constraint of text that matches `pattern`, by default without control characters; errors say `allowed`."""
-    return Field(pattern=pattern, json_schema_extra={"allowed": allowed})
-
-
-Name = Annotated[str, _text("a name")]
-PathText = Annotated[str, _text("a path")]
-_FOLDER_NAME = "a folder name of letters, digits, . _ - (not starting with . or -)"
-FolderName = Annotated[str, _text(_FOLDER_NAME, r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$")]
+Name = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]  # without control characters
+PathText = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]
+FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$")]
 
 
 def _check_order(pair: tuple[float, float]) -> tuple[float, float]:

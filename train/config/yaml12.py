@@ -1,11 +1,11 @@
-"""YAML 1.2 on top of PyYAML: values with the origin of each key, and text that reads back equal.
+"""Settings as YAML 1.2 text, on top of PyYAML, and by dotted key.
 
 PyYAML follows YAML 1.1: it reads 1e-4 as text, 010 as 8, 1:30 as 90 and `on` as true, and keeps the last of two equal keys.
 """
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -79,6 +79,27 @@ def _plain_value(text: str) -> bool | int | float | str | None:
 def dotted(path: KeyPath) -> str:
     """Return `model.levels[0].layer` for `("model", "levels", 0, "layer")`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values by dotted key; an empty section counts as a value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return flat
+
+
+def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any], free: Sequence[str]) -> list[str]:
+    """Return `key: old -> new` for each dotted key that differs and does not start with one of `free`.
+
+    Both are `Config.resolved`.
+    """
+    old, new = flatten(before), flatten(after)
+    return [
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(tuple(free))
+    ]
 
 
 def printable(text: str) -> str:

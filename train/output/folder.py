@@ -15,8 +15,8 @@ import yaml
 
 from pipeline.files import write_atomic
 from train.checkpoint import data_of, list_checkpoints
-from train.config.changes import changed_settings, flatten
 from train.config.schema import Config
+from train.config.yaml12 import changed_settings, flatten
 
 log = logging.getLogger(__name__)
 
