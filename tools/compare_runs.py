@@ -10,7 +10,7 @@ import yaml
 
 from pipeline.shards.manifest import read_object
 from train.command import run_command
-from train.config.changes import flatten
+from train.config.yaml12 import flatten
 from train.output.log import draw_curves, read_metrics
 from train.output.report import REMEDY, html_table, line_charts, summary_rows, write_html
 
