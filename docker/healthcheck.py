@@ -10,9 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-MAX_AGE_S = float(
-    os.environ.get("HEARTBEAT_MAX_AGE_S", "900")
-)  # the default of training.timeout_s, after which ranks give up
+MAX_AGE_S = float(os.environ.get("HEARTBEAT_MAX_AGE_S", "900"))  # the default of training.timeout_s, after which ranks give up
 # A run that is evaluating or has ended writes no more heartbeats.
 BEATING = "training"
 

@@ -44,9 +44,7 @@ class MultiCropEncoder(nn.Module):
     pixel_mean: Tensor
     pixel_std: Tensor
 
-    def __init__(
-        self, name: str, crop_sizes: Sequence[int], /, *, mean: Channels, std: Channels, **timm_kwargs: object
-    ) -> None:
+    def __init__(self, name: str, crop_sizes: Sequence[int], /, *, mean: Channels, std: Channels, **timm_kwargs: object) -> None:
         super().__init__()
         self.grad_checkpointing = False
         self.vit = create_vit(name, **timm_kwargs)
@@ -64,9 +62,7 @@ class MultiCropEncoder(nn.Module):
             table = self.vit.rope.get_embed((size // self.patch_size,) * 2)
             self.register_buffer(f"rope_{size}", table, persistent=False)
 
-    def forward(
-        self, groups: Sequence[tuple[Tensor, Tensor | None]], layers: Sequence[int] = ()
-    ) -> list[EncoderOutput]:
+    def forward(self, groups: Sequence[tuple[Tensor, Tensor | None]], layers: Sequence[int] = ()) -> list[EncoderOutput]:
         """Encode groups of `(crops [n, 3, S, S] uint8 or float, keep [n, K] int64, or None for all tokens)`.
 
         `layers` are block numbers, counted from 0; `EncoderOutput.layers` follows their order.
@@ -83,10 +79,7 @@ class MultiCropEncoder(nn.Module):
             if number in layers:
                 outputs[number] = self._unpack(packed, shapes)
         tokens = self._unpack(self.vit.norm(packed), shapes)
-        return [
-            EncoderOutput(tokens[group], tuple(outputs[number][group] for number in layers))
-            for group in range(len(groups))
-        ]
+        return [EncoderOutput(tokens[group], tuple(outputs[number][group] for number in layers)) for group in range(len(groups))]
 
     def _embed(self, crops: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return a group's tokens, prefix tokens first, `[n, prefix + K, D]`, and the rotary table of its patch tokens."""

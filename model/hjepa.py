@@ -95,9 +95,7 @@ class HJEPA(StudentTeacher):
         # 1. Student: one packed pass over the context of the globals and, if a term below uses them, all tokens of the locals.
         global_crops = join_crops(crops[: self.num_global])
         context = plan.context.flatten(0, 1)
-        groups = [
-            (global_crops, None if context.shape[1] == self.grid**2 else context)
-        ]  # None: keeping all needs no gather
+        groups = [(global_crops, None if context.shape[1] == self.grid**2 else context)]  # None: keeping all needs no gather
         if len(crops) > self.num_global and (self.projector is not None or plan.partners is not None):
             groups.append((join_crops(crops[self.num_global :]), None))
         student = [output.tokens for output in self.encoder(groups)]

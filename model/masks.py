@@ -105,8 +105,7 @@ class MultiCropMaskGenerator:
     def _check_rectangles(self) -> None:
         if self.num_masks < 1 or min(self.mask_scale) <= 0 or min(self.aspect_ratio) <= 0:
             raise ValueError(
-                f"num_masks {self.num_masks}, mask_scale {self.mask_scale}, aspect_ratio {self.aspect_ratio}: "
-                "all must be above 0"
+                f"num_masks {self.num_masks}, mask_scale {self.mask_scale}, aspect_ratio {self.aspect_ratio}: all must be above 0"
             )
         area = max(self.mask_scale) * self.grid**2
         height, width = (area * max(self.aspect_ratio)) ** 0.5, (area / min(self.aspect_ratio)) ** 0.5

@@ -35,9 +35,7 @@ class Predictor(nn.Module):
         self.grad_checkpointing = False
         head_width, rest = divmod(width, num_heads)
         if rest or head_width % 4:
-            raise ValueError(
-                f"predictor width {width} over {num_heads} heads: the width of a head must be a multiple of 4"
-            )
+            raise ValueError(f"predictor width {width} over {num_heads} heads: the width of a head must be a multiple of 4")
         self.enter = nn.Linear(encoder_width, width)
         self.query = nn.Parameter(torch.empty(num_levels, width))
         self.size_embed = nn.Linear(2, width)

@@ -134,11 +134,7 @@ def plan_window(sequence: BatchSequence, start: BatchStart, limit: int | None) -
 
 
 def feed(
-    sequence: BatchSequence,
-    recipes: tuple[ViewRecipe, ...],
-    starts: list[BatchStart],
-    rows: np.ndarray,
-    fed: deque[Fed],
+    sequence: BatchSequence, recipes: tuple[ViewRecipe, ...], starts: list[BatchStart], rows: np.ndarray, fed: deque[Fed]
 ) -> Iterator[np.ndarray]:
     """Yield the parameters `[B, V, P]` of each batch, noting the batch in `fed`. DALI takes them as it prefetches.
 
@@ -146,9 +142,9 @@ def feed(
     """
     for start, batch_rows in zip(starts, rows, strict=True):
         first, samples = sequence.rank_start(start), sequence.index.samples[batch_rows]
-        drawn = draw_parameters(
-            recipes, sequence.plan.seed, start.epoch, first, samples["height"], samples["width"]
-        ).swapaxes(0, 1)
+        drawn = draw_parameters(recipes, sequence.plan.seed, start.epoch, first, samples["height"], samples["width"]).swapaxes(
+            0, 1
+        )
         fed.append((batch_rows, first, drawn))
         yield np.ascontiguousarray(drawn)
 

@@ -77,9 +77,7 @@ def pictures(folder: Path) -> Path:
     for number in range(60):
         height, width = (int(side) for side in rng.integers(20, 90, 2))
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
-        mode, suffix = [("RGB", "jpg"), ("RGB", "png"), ("L", "png"), ("P", "png"), ("CMYK", "jpg"), ("RGB", "webp")][
-            number % 6
-        ]
+        mode, suffix = [("RGB", "jpg"), ("RGB", "png"), ("L", "png"), ("P", "png"), ("CMYK", "jpg"), ("RGB", "webp")][number % 6]
         path = folder / f"class {number % 3}" / f"{number:03d}.{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         exif = Image.Exif()
@@ -106,9 +104,7 @@ def shards_of(name: str, folder: Path) -> None:
     for split in sorted(path for path in folder.iterdir() if path.is_dir()):
         tars = {path.name: sha(path.read_bytes()) for path in sorted(split.glob("*.tar"))}
         index = open_index(split)
-        print(
-            f"shards {name}/{split.name}: {len(index)} samples, index {index.digest}, tars {sha(json.dumps(tars).encode())}"
-        )
+        print(f"shards {name}/{split.name}: {len(index)} samples, index {index.digest}, tars {sha(json.dumps(tars).encode())}")
         classes = json.loads((split / "manifest.json").read_text()).get("classes")
         print(f"  classes {sha(json.dumps(classes).encode())}", flush=True)
 

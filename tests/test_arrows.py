@@ -15,23 +15,10 @@ FOLDERS = ("pipeline", "model", "train", "tools")
 MAY_IMPORT = {
     "pipeline": {"pipeline"},
     "pipeline.shards": {"pipeline.shards", "pipeline.files", "pipeline.text"},
-    "pipeline.crops": {
-        "pipeline.crops",
-        "pipeline.shards",
-        "pipeline.order",
-        "pipeline.defaults",
-        "pipeline.text",
-    },
+    "pipeline.crops": {"pipeline.crops", "pipeline.shards", "pipeline.order", "pipeline.defaults", "pipeline.text"},
     "model": {"model"},
     "train": {"pipeline", "model", "train"},
-    "train.config": {
-        "train.config",
-        "train.command",
-        "pipeline.defaults",
-        "pipeline.text",
-        "pipeline.files",
-        "model.defaults",
-    },
+    "train.config": {"train.config", "train.command", "pipeline.defaults", "pipeline.text", "pipeline.files", "model.defaults"},
     "tools": {"pipeline", "model", "train", "tools"},
     "tools.shards": {"pipeline", "tools.shards", "tools.own_process", "train.command", "train.output.display"},
 }

@@ -24,12 +24,7 @@ CORES = len(os.sched_getaffinity(0))
 ROUNDS = "Rounds; medians are printed."
 # (commands, flag, default or type, help): all options are here, so that `--help` imports no torch and no DALI.
 OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
-    (
-        "gpu pipeline store",
-        "shards",
-        Path,
-        "Read these shards instead of temporary ones of photographs of about 100 KB.",
-    ),
+    ("gpu pipeline store", "shards", Path, "Read these shards instead of temporary ones of photographs of about 100 KB."),
     ("gpu step", "device", "auto", "auto, cpu or gpu; `gpu --device cpu` is a rehearsal with small sizes."),
     ("gpu pipeline", "threads", CORES, "DALI threads, or worker processes of a DataLoader."),
     ("gpu", "minutes", 8.0, "Time limit for all parts together."),

@@ -44,9 +44,7 @@ def compare(folders: Sequence[Path], out: Path, page: Path | None) -> None:
     named: dict[str, Path] = {}
     for folder in folders:
         if not read_metrics(folder):
-            raise ValueError(
-                f"{folder}: no metrics.jsonl with a line in it; give the folders of runs, such as runs/quickstart"
-            )
+            raise ValueError(f"{folder}: no metrics.jsonl with a line in it; give the folders of runs, such as runs/quickstart")
         named[folder.name if folder.name not in named else str(folder)] = folder
     if page is None:
         draw_curves(out, {name: read_metrics(folder) for name, folder in named.items()})

@@ -128,9 +128,7 @@ def tour(data: Path | None, out: Path, steps: int, image: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="example", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="example", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, default = parser.add_argument, "The default is %(default)s."
     add("--data", type=Path, metavar="FOLDER", help="A folder with train/*.tar. The default is photographs.")
     add("--out", type=Path, default=Path("example"), help=f"The folder of the pictures. {default}")

@@ -81,8 +81,7 @@ def use_device(ranks: Ranks, kind: str) -> torch.device:
             )
         if ranks.local_world_size > count:
             raise ValueError(
-                f"torchrun: {ranks.local_world_size} ranks on this machine, which has {count} GPUs. "
-                f"Use --nproc_per_node={count}"
+                f"torchrun: {ranks.local_world_size} ranks on this machine, which has {count} GPUs. Use --nproc_per_node={count}"
             )
         torch.cuda.set_device(ranks.local_rank)
     return ranks.device(kind)
@@ -137,9 +136,7 @@ class Watchdog:
     def __enter__(self) -> Self:
         if self._ranks.world_size > 1:  # the dump itself names neither the rank nor the setting
             limit = f"{self._timeout_s:g} s without a step (training.timeout_s)"
-            print(
-                f"rank {self._ranks.rank}, process {os.getpid()}: ends with its stacks after {limit}", file=sys.stderr
-            )
+            print(f"rank {self._ranks.rank}, process {os.getpid()}: ends with its stacks after {limit}", file=sys.stderr)
         self.beat()
         return self
 

@@ -73,9 +73,7 @@ class StepMonitor:
     def end_interval(self) -> dict[str, float]:
         """Return what metrics.jsonl records next to the losses, and begin the next interval."""
         signals, before, now = {}, self._before, self._state
-        features = torch.cat(
-            [features[features.isfinite().all(dim=1)] for features in self._features or [torch.empty(0, 1)]]
-        )
+        features = torch.cat([features[features.isfinite().all(dim=1)] for features in self._features or [torch.empty(0, 1)]])
         if len(features) > 1:
             signals = {"rankme": rankme(features), "feature_std": feature_std(features)}
             watch_for_collapse(now, signals["rankme"], signals["feature_std"], min(features.shape))

@@ -86,9 +86,7 @@ def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
     return x.to(matrices.dtype)
 
 
-def build_optimizer(
-    model: nn.Module, weight_decay: float, betas: tuple[float, float], name: str = "adamw"
-) -> MuonAdamW:
+def build_optimizer(model: nn.Module, weight_decay: float, betas: tuple[float, float], name: str = "adamw") -> MuonAdamW:
     """Group the trainable parameters: no weight decay on norms, biases, scales and single tokens. `lr` is set at each step.
 
     `name`: `adamw`, or `muon` for Muon on the weights of the blocks' linear layers and AdamW on all others. The groups hold

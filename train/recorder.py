@@ -64,9 +64,7 @@ def log_description(trainer: Trainer) -> None:
         f"{model.grid}x{model.grid} tokens in a global crop, {len(model.levels)} levels"
     )
     images, schedule = trainer.loader.global_batch * config.training.accumulation_steps, trainer.schedule
-    left_out = (
-        f"; each epoch leaves out {len(index) % images} images, which fill no step" if len(index) % images else ""
-    )
+    left_out = f"; each epoch leaves out {len(index) % images} images, which fill no step" if len(index) % images else ""
     log.info(
         f"run: {schedule.total_steps:,} steps of {images:,} images on {trainer.ranks.world_size} rank(s), "
         f"{trainer.steps_per_epoch:,} steps an epoch, {schedule.warmup_steps:,} of warm-up{left_out}"

@@ -78,8 +78,7 @@ def check_position(epoch: int, position: int, epochs: int, num_used: int, total:
     if not 0 <= position < num_used:
         dropped = f" (the last {total - num_used} fill no step and are dropped)" if num_used <= position < total else ""
         raise ValueError(
-            f"--position {position}: an epoch trains on {num_used:,} of {total:,} samples, "
-            f"allowed are 0..{num_used - 1}{dropped}"
+            f"--position {position}: an epoch trains on {num_used:,} of {total:,} samples, allowed are 0..{num_used - 1}{dropped}"
         )
 
 

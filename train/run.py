@@ -39,9 +39,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[Path, list[str], a
     for flag, key in SHORT_FLAGS.items():
         short.add_argument(f"--{flag}", metavar="VALUE", help=f"Set {key}. By default the file decides.")
     trial = parser.add_argument_group("look before you train")
-    trial.add_argument(
-        "--print-config", action="store_true", help="Print every setting and where it comes from, and exit."
-    )
+    trial.add_argument("--print-config", action="store_true", help="Print every setting and where it comes from, and exit.")
     trial.add_argument(
         "--dry-run", action="store_true",
         help="Print the settings, take one step, print the memory that it used, and exit. Nothing is written.",
@@ -67,9 +65,7 @@ def check_settings(config: Config) -> None:
             f"checkpoint.resume: {resume} is not a checkpoint; give a folder runs/NAME/checkpoints/step_*, auto or none"
         )
     if config.logging.wandb.enabled and find_spec("wandb") is None:
-        raise ValueError(
-            "logging.wandb.enabled: the package wandb is not installed; `pip install wandb`, or set it to false"
-        )
+        raise ValueError("logging.wandb.enabled: the package wandb is not installed; `pip install wandb`, or set it to false")
 
 
 def launch(options: argparse.Namespace, path: Path, overrides: list[str]) -> int:

@@ -26,14 +26,7 @@ from train.build import (
     build_training_loader,
     with_crop_device,
 )
-from train.checkpoint import (
-    Snapshot,
-    checkpoint_path,
-    checkpoint_step,
-    load_checkpoint,
-    newest_checkpoint,
-    take_snapshot,
-)
+from train.checkpoint import Snapshot, checkpoint_path, checkpoint_step, load_checkpoint, newest_checkpoint, take_snapshot
 from train.command import StopSignal
 from train.config.schema import Config
 from train.distributed import SINGLE_PROCESS, Ranks, Watchdog, no_sync_if, replicated

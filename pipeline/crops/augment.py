@@ -120,9 +120,7 @@ def _draw_views(recipe: ViewRecipe, u: np.ndarray, heights: np.ndarray, widths: 
     box = (_central_boxes if recipe.scale is None else _random_boxes)(recipe, u, heights, widths)
     jittered, grayed = jitter < recipe.jitter_prob, gray < recipe.gray_prob
     strengths = (recipe.brightness, recipe.contrast, recipe.saturation)
-    colours = [
-        np.where(jittered, _between(max(1 - s, 0), 1 + s, f), 1.0) for s, f in zip(strengths, factors, strict=True)
-    ]
+    colours = [np.where(jittered, _between(max(1 - s, 0), 1 + s, f), 1.0) for s, f in zip(strengths, factors, strict=True)]
     colours[2][grayed] = 0.0
     hues = np.where(jittered, 360 * recipe.hue * (2 * hue - 1), 0.0)
     sigmas = np.where(blur < recipe.blur_prob, _between(*recipe.blur_sigma, sigma), 0.0)
@@ -134,9 +132,7 @@ def _between(low: float, high: float, u: np.ndarray) -> np.ndarray:
     return low + (high - low) * u
 
 
-def _central_boxes(
-    recipe: ViewRecipe, _: np.ndarray, heights: np.ndarray, widths: np.ndarray
-) -> tuple[np.ndarray, ...]:
+def _central_boxes(recipe: ViewRecipe, _: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, ...]:
     """Return y0, x0, y1, x1 of the central square whose side is `centre_ratio` of the shorter side."""
     side = np.maximum(np.rint(np.minimum(heights, widths) * recipe.centre_ratio), 1)
     y, x = (heights - side) // 2, (widths - side) // 2

@@ -34,9 +34,7 @@ def make_crop(out: np.ndarray, image: np.ndarray, values: np.ndarray) -> None:
     y0, x0 = min(int(values[augment.Y0]), y1 - 1), min(int(values[augment.X0]), x1 - 1)
     resize(out, image, y0, x0, y1, x1, values[augment.FLIP] != 0)
     if values[augment.TWIST] != 0:
-        twist_colours(
-            out, values[augment.BRIGHTNESS], values[augment.CONTRAST], values[augment.SATURATION], values[augment.HUE]
-        )
+        twist_colours(out, values[augment.BRIGHTNESS], values[augment.CONTRAST], values[augment.SATURATION], values[augment.HUE])
     if values[augment.SIGMA] > 0:
         blur(out, values[augment.SIGMA])
     if values[augment.SOLARIZE] != 0:
@@ -92,9 +90,7 @@ def crop_entry(sources: str) -> Any:
         for v in range(num_outs):
             size, drawn = layout[2 + v], values[layout[1] + v]
             # One call of each function, because the compiler inlines every call.
-            crop = (
-                np.empty((3, size, size), np.uint8) if scaled else carray(pointer(crops[v]), (3, size, size), np.uint8)
-            )
+            crop = np.empty((3, size, size), np.uint8) if scaled else carray(pointer(crops[v]), (3, size, size), np.uint8)
             make_crop(crop, image, drawn)
             if scaled:
                 out = carray(pointer(crops[v]), (3, size, size), np.float32)

@@ -34,9 +34,7 @@ def as_device_error(dali_error: str, device: str) -> Exception | None:
     """Return DALI's message about the device as an `OutOfMemoryError` or DeviceError of one line; None if it is not about it."""
     reason = " ".join(dali_error.split("encountered:")[-1].replace(BOILERPLATE, "").split())[:300].rstrip(".")
     if NO_MEMORY.search(dali_error):
-        return torch.OutOfMemoryError(
-            f"DALI is out of memory on {device}: {reason}. Lower data.batch_size or data.prefetch"
-        )
+        return torch.OutOfMemoryError(f"DALI is out of memory on {device}: {reason}. Lower data.batch_size or data.prefetch")
     if NO_DEVICE.search(dali_error):
         return DeviceError(
             f"DALI cannot use {device}: {reason}. Check the driver with nvidia-smi and python tools/doctor.py, or set device=cpu"

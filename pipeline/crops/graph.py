@@ -59,13 +59,9 @@ class ReaderOptions:
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES or self.crop_device not in DEVICES:
-            raise ValueError(
-                f"device {self.device}, crop_device {self.crop_device}: allowed are {' and '.join(DEVICES)}"
-            )
+            raise ValueError(f"device {self.device}, crop_device {self.crop_device}: allowed are {' and '.join(DEVICES)}")
         if (self.device, self.crop_device) == ("cpu", "gpu"):
-            raise ValueError(
-                "crop_device gpu needs device gpu: crops are not copied back from a GPU. Use crop_device cpu"
-            )
+            raise ValueError("crop_device gpu needs device gpu: crops are not copied back from a GPU. Use crop_device cpu")
 
 
 def define_graph(

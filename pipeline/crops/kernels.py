@@ -103,9 +103,7 @@ def resize(out: np.ndarray, image: np.ndarray, y0: int, x0: int, y1: int, x1: in
 
 
 @compiled
-def weigh_values(
-    out: np.ndarray, at: int, source: np.ndarray, first: int, step: int, length: int, weights: np.ndarray
-) -> None:
+def weigh_values(out: np.ndarray, at: int, source: np.ndarray, first: int, step: int, length: int, weights: np.ndarray) -> None:
     """Apply `weigh` to `length` values, at least LANES. The last vector can overlap the one before it."""
     taps = len(weights)
     for block in range(0, length, LANES):

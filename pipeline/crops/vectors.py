@@ -42,9 +42,7 @@ class Value:
 
     def constant(self, value: int) -> "Value":
         kind = self.raw.type
-        return Value(
-            self.builder, ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
-        )
+        return Value(self.builder, ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value))
 
     def bound(self, comparison: str, limit: "Value | int") -> "Value":
         """Return this where `this < limit` or `this > limit` holds, and `limit` elsewhere."""

@@ -187,9 +187,7 @@ def open_index(folder: Path | str) -> ShardIndex:
         shards, samples, counts, ends = load_index(folder, rebuild)
     except FileNotFoundError:
         scans = [scan_shard(folder / name, shard) for shard, name in enumerate(names)]
-        return ShardIndex(
-            folder, tuple(names), np.concatenate(scans), np.array([len(scan) for scan in scans], np.int64)
-        )
+        return ShardIndex(folder, tuple(names), np.concatenate(scans), np.array([len(scan) for scan in scans], np.int64))
     if unlisted := sorted(set(names) - set(shards)):
         # Ignoring them would silently train on a part of the data.
         raise ValueError(

@@ -82,9 +82,7 @@ def _checksum(shards: dict[str, int], array_file: bytes | memoryview) -> bytes:
     return digest.digest()
 
 
-def load_index(
-    folder: Path | str, remedy: str
-) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, dict[int, np.ndarray]]:
+def load_index(folder: Path | str, remedy: str) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, dict[int, np.ndarray]]:
     """Return the names of the shards, the samples `[N]`, the number of samples per shard, `[num_shards] int64`, and the ends.
 
     The ends are the first and the last sample, `[2]` of SAMPLE_DTYPE, of each shard that has samples. Raises FileNotFoundError
@@ -144,12 +142,7 @@ def _load_old(place: str, remedy: str) -> tuple[tuple[str, ...], np.ndarray, np.
             shards, samples = arrays["shards"], arrays["samples"]
             # The first version has no counts.
             counts = arrays["counts"] if "counts" in arrays else np.bincount(samples["shard"], minlength=len(shards))
-            if (
-                shards.dtype.kind != "U"
-                or shards.ndim != 1
-                or counts.shape != shards.shape
-                or counts.min(initial=0) < 0
-            ):
+            if shards.dtype.kind != "U" or shards.ndim != 1 or counts.shape != shards.shape or counts.min(initial=0) < 0:
                 raise ValueError(f"shards is {shards.dtype} {shards.shape}, and counts is {counts.shape}")
             return tuple(shards.tolist()), samples, counts.astype(np.int64)
     except DAMAGES as error:

@@ -170,9 +170,7 @@ def scan_shard(path: Path, shard: int) -> np.ndarray:
     rows = []
     for number, (member, label) in enumerate(zip(images, labels, strict=True)):
         if isinstance(label, str):
-            warn_once(
-                f"{path}: labels that are names ({label!r}, ...) are left out: `make_shards.py convert` numbers them"
-            )
+            warn_once(f"{path}: labels that are names ({label!r}, ...) are left out: `make_shards.py convert` numbers them")
         if number not in parts:
             width, height = _image_size(path, member)
             stored = label if isinstance(label, int) else UNLABELLED

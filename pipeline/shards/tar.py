@@ -89,9 +89,7 @@ def sample_key(name: str) -> tuple[str, str]:
 
 def is_hidden(name: str) -> bool:
     """A dot file, or a file in a dot folder or a system's folder: macOS leaves one `._x.jpg` for every `x.jpg` in tars."""
-    return any(
-        part.lower() in SYSTEM_FOLDERS or (part.startswith(".") and part not in (".", "..")) for part in name.split("/")
-    )
+    return any(part.lower() in SYSTEM_FOLDERS or (part.startswith(".") and part not in (".", "..")) for part in name.split("/"))
 
 
 @cache

@@ -21,10 +21,7 @@ def srun(arguments: list[str]) -> int:
     if any(word.startswith("--container-image=") for word in options):
         command = [str(ENTRYPOINT), *command]
     count = int(os.environ["SLURM_JOB_NUM_NODES"])
-    nodes = [
-        subprocess.Popen(command, env={**os.environ, "SLURM_NODEID": str(i)}, start_new_session=True)
-        for i in range(count)
-    ]
+    nodes = [subprocess.Popen(command, env={**os.environ, "SLURM_NODEID": str(i)}, start_new_session=True) for i in range(count)]
     (FOLDER / "nodes").write_text(" ".join(str(node.pid) for node in nodes))
     left, code = {node.pid: node for node in nodes}, 0
     while left:

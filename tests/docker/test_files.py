@@ -90,9 +90,7 @@ def test_compose_and_kubernetes_use_commands_and_settings_that_exist() -> None:
             settings = [sys.executable, "-m", "train.run", *words[1:], "--print-config"]
             subprocess.run(settings, cwd=ROOT, check=True, capture_output=True)
     for service in services.values():
-        assert {volume.rsplit(":/", 1)[1].split(":")[0] for volume in service["volumes"]} <= {
-            p[1:] for p in MOUNT_POINTS
-        }
+        assert {volume.rsplit(":/", 1)[1].split(":")[0] for volume in service["volumes"]} <= {p[1:] for p in MOUNT_POINTS}
         assert service["read_only"]
         assert service["user"] == "${RUN_AS:-10001:10001}"
 

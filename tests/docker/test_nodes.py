@@ -83,9 +83,7 @@ def test_after_the_loss_of_a_machine_a_restart_ends_with_the_weights_of_an_undis
     assert_same_checkpoint(undisturbed, tmp_path / "quickstart" / "checkpoints" / undisturbed.name)
 
 
-def test_the_slurm_job_survives_a_lost_machine_and_its_time_limit(
-    undisturbed: Path, data_path: Path, tmp_path: Path
-) -> None:
+def test_the_slurm_job_survives_a_lost_machine_and_its_time_limit(undisturbed: Path, data_path: Path, tmp_path: Path) -> None:
     tools, slurm = tmp_path / "bin", tmp_path / "slurm"
     tools.mkdir()
     slurm.mkdir()

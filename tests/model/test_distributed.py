@@ -76,9 +76,7 @@ def ranks(case: dict, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", ["all cells", "excluding"])
-def test_two_ranks_have_the_losses_and_gradients_of_one_on_the_joined_batch(
-    case: dict, ranks: list[dict], name: str
-) -> None:
+def test_two_ranks_have_the_losses_and_gradients_of_one_on_the_joined_batch(case: dict, ranks: list[dict], name: str) -> None:
     model = case["models"][name]
     whole = model(**case["inputs"])
     whole["loss"].backward()

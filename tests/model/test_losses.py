@@ -18,14 +18,9 @@ def test_sigreg_equals_a_plain_loop_over_views_directions_and_knots() -> None:
     for view in range(3):
         for direction in range(5):
             samples = (projections[:, view] @ directions[:, direction]).double().numpy()
-            error = [
-                (np.cos(t * samples).mean() - math.exp(-t * t / 2)) ** 2 + np.sin(t * samples).mean() ** 2
-                for t in knots
-            ]
+            error = [(np.cos(t * samples).mean() - math.exp(-t * t / 2)) ** 2 + np.sin(t * samples).mean() ** 2 for t in knots]
             statistics.append(20 * 2 * np.trapezoid(np.array(error) * np.exp(-(knots**2) / 2), knots))
-    torch.testing.assert_close(
-        float(SIGReg(17)(projections, directions)), float(np.mean(statistics)), rtol=1e-4, atol=0
-    )
+    torch.testing.assert_close(float(SIGReg(17)(projections, directions)), float(np.mean(statistics)), rtol=1e-4, atol=0)
 
 
 def test_sigreg_is_small_for_a_gaussian_and_large_for_collapse_and_other_shapes() -> None:

@@ -14,9 +14,7 @@ def generator(
 
 
 @pytest.mark.parametrize(("grid", "context", "query"), [(14, 0.4, 0.4), (4, 0.5, 0.5), (16, 0.3, 0.6), (7, 0.1, 0.2)])
-def test_there_are_exactly_k_context_and_m_query_tokens_and_none_is_both(
-    grid: int, context: float, query: float
-) -> None:
+def test_there_are_exactly_k_context_and_m_query_tokens_and_none_is_both(grid: int, context: float, query: float) -> None:
     masks = generator(grid=grid, context_ratio=context, query_ratio=query, strides=(1, 2, 4))
     tokens = grid * grid
     for seed in range(5):
@@ -162,9 +160,7 @@ def drawn_frequency(masks: MultiCropMaskGenerator) -> torch.Tensor:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_context_frequencies_of_four_rectangles_are_the_enumerated_ones(strategy: str) -> None:
     """All 9^4 placements of four 2x2 rectangles on a 4x4 grid."""
-    masks = generator(
-        strategy, 8, 2, grid=4, num_masks=4, mask_scale=(0.25, 0.25), aspect_ratio=(1.0, 1.0), local_grid=2
-    )
+    masks = generator(strategy, 8, 2, grid=4, num_masks=4, mask_scale=(0.25, 0.25), aspect_ratio=(1.0, 1.0), local_grid=2)
     one = rectangles(4, 2, 2)
     unions = torch.stack([one[list(four)].any(dim=0) for four in itertools.product(range(9), repeat=4)])
     expected = frequency_of_context(masks, unions, torch.full((len(unions),), 9**-4.0))

@@ -83,8 +83,7 @@ def test_the_step_never_waits_for_the_gpu(make_model: Maker, make_inputs: Inputs
 
 # Tracing takes seconds: by default only the strategy with padding, partners and excluded cells, which meets every branch.
 @pytest.mark.parametrize(
-    "strategy",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name != "cross_crop_prediction")) for name in STRATEGIES],
+    "strategy", [pytest.param(name, marks=[pytest.mark.slow] * (name != "cross_crop_prediction")) for name in STRATEGIES]
 )
 def test_the_step_is_one_graph_compiled_once_and_normalises_bytes_in_it(
     make_model: Maker, make_inputs: Inputs, strategy: str
@@ -95,8 +94,7 @@ def test_the_step_is_one_graph_compiled_once_and_normalises_bytes_in_it(
     for seed in range(3):
         inputs = make_inputs(strategy, seed=seed)
         inputs["crops"] = [
-            torch.randint_like(crop, 256).byte().contiguous(memory_format=torch.channels_last)
-            for crop in inputs["crops"]
+            torch.randint_like(crop, 256).byte().contiguous(memory_format=torch.channels_last) for crop in inputs["crops"]
         ]
         expected, losses = plain(**inputs), compiled(**inputs)
         assert losses.keys() == expected.keys()

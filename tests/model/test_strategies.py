@@ -51,9 +51,7 @@ def errors_of_one(model: HJEPA, inputs: dict, strategy: str, sample: int, target
         wanted.append(target_map[0, cells])
     sources = torch.arange(features.shape[1])[None, None]
     predicted = model.predictor(features, Cells(centres, sizes), asked, sources)
-    return [
-        F.smooth_l1_loss(part[0], goal, reduction="none").mean(-1) for part, goal in zip(predicted, wanted, strict=True)
-    ]
+    return [F.smooth_l1_loss(part[0], goal, reduction="none").mean(-1) for part, goal in zip(predicted, wanted, strict=True)]
 
 
 def inside_of_one(model: HJEPA, inputs: dict, strategy: str, sample: int, target: int) -> list[torch.Tensor]:
@@ -145,9 +143,7 @@ def test_a_prediction_depends_on_the_pixels_of_its_sources_and_on_no_others(
             assert torch.equal(by_token > 0, expected)
 
 
-def test_without_covered_or_without_uncovered_cells_nothing_is_divided_by_zero(
-    make_model: Maker, make_inputs: Inputs
-) -> None:
+def test_without_covered_or_without_uncovered_cells_nothing_is_divided_by_zero(make_model: Maker, make_inputs: Inputs) -> None:
     inputs = make_inputs("global_with_local_context")
     model = make_model(exclude_covered=True)
     inputs["boxes"][:, 2:] = torch.tensor([0.0, 0.0, 1.01, 1.01])  # every local is the complete image

@@ -47,10 +47,7 @@ def test_its_gradient_reaches_the_whole_encoder_and_not_the_target(
     model(**inputs)["loss"].backward()
     parts = {"encoder": model.encoder, "summary": model.summary}
     without = [
-        f"{part}.{name}"
-        for part, module in parts.items()
-        for name, value in module.named_parameters()
-        if value.grad is None
+        f"{part}.{name}" for part, module in parts.items() for name, value in module.named_parameters() if value.grad is None
     ]
     assert without == []
     assert all(value.grad is None for value in model.target.parameters())

@@ -37,9 +37,7 @@ def checksums(data_path: Path, device: str, num_batches: int, busy: bool) -> lis
     return torch.stack(sums[:num_batches]).cpu().tolist()
 
 
-@pytest.mark.parametrize(
-    ("device", "num_batches"), [("cpu", 10), pytest.param("gpu", 200, marks=pytest.mark.gpu, id="gpu-200")]
-)
+@pytest.mark.parametrize(("device", "num_batches"), [("cpu", 10), pytest.param("gpu", 200, marks=pytest.mark.gpu, id="gpu-200")])
 def test_a_busy_device_changes_no_crop(data_path: Path, device: str, num_batches: int) -> None:
     quiet = checksums(data_path, device, num_batches, busy=False)
     assert checksums(data_path, device, num_batches, busy=True) == quiet

@@ -61,9 +61,7 @@ def test_all_ranks_together_see_every_position_once(dataset: MultiCropDataset, w
     assert sorted(seen) == list(range(whole * 4 * world_size))
 
 
-def test_a_global_batch_is_the_same_crops_for_any_world_size(
-    dataset: MultiCropDataset, epoch: list[torch.Tensor]
-) -> None:
+def test_a_global_batch_is_the_same_crops_for_any_world_size(dataset: MultiCropDataset, epoch: list[torch.Tensor]) -> None:
     for rank in range(3):
         for batch in loader_of(dataset, 4, rank=rank, world_size=3):
             for v, crop in enumerate(batch.crops):
@@ -124,9 +122,7 @@ def test_set_epoch_goes_to_the_start_of_that_epoch(dataset: MultiCropDataset) ->
 
 
 def test_too_small_a_data_set_is_refused_with_the_numbers(dataset: MultiCropDataset) -> None:
-    with pytest.raises(
-        ValueError, match=r"103 samples are fewer than one global batch of 128 \(batch_size 64 x 2 ranks\)"
-    ):
+    with pytest.raises(ValueError, match=r"103 samples are fewer than one global batch of 128 \(batch_size 64 x 2 ranks\)"):
         loader_of(dataset, 64, world_size=2)
 
 
@@ -144,9 +140,7 @@ def test_a_defective_shard_is_one_clear_error_at_start(data_path: Path, tmp_path
     if defect == "missing":
         shard.unlink()
     else:
-        shard.write_bytes(
-            {"truncated": content[: len(content) // 2], "zeroed": bytes(len(content)), "empty": b""}[defect]
-        )
+        shard.write_bytes({"truncated": content[: len(content) // 2], "zeroed": bytes(len(content)), "empty": b""}[defect])
     with pytest.raises(ValueError, match=r"photos-000001\.tar") as caught:
         open_index(folder)
     assert "\n" not in str(caught.value)

@@ -229,9 +229,7 @@ def add_broken_shard(folder: Path, count: int) -> None:
             file.write(bytes(int(row["size"])))
 
 
-def test_a_shard_of_nothing_but_damage_is_survived(
-    tmp_path: Path, pictures: tuple[list[bytes], list[tuple[int, int]]]
-) -> None:
+def test_a_shard_of_nothing_but_damage_is_survived(tmp_path: Path, pictures: tuple[list[bytes], list[tuple[int, int]]]) -> None:
     write_raw(tmp_path / "train", *pictures)
     add_broken_shard(tmp_path / "train", 40)
     loader = loader_of(tmp_path, max_bad_share=0.2)
@@ -262,8 +260,7 @@ def test_training_on_all_this_damage_completes_with_the_exact_list(
 
 
 @pytest.mark.parametrize(
-    ("total", "share", "allowed"),
-    [(9, 0.01, 0), (24, 0.01, 2), (60, 0.01, 5), (1000, 0.01, 10), (24, 0.5, 12), (24, 0.0, 0)],
+    ("total", "share", "allowed"), [(9, 0.01, 0), (24, 0.01, 2), (60, 0.01, 5), (1000, 0.01, 10), (24, 0.5, 12), (24, 0.0, 0)]
 )
 def test_a_small_set_may_have_a_few_bad_samples(total: int, share: float, allowed: int) -> None:
     assert allowed_bad(total, share) == allowed
@@ -284,9 +281,7 @@ def test_the_folder_of_the_file_can_be_made_after_the_quarantine(index: ShardInd
     assert Quarantine(index, path).reasons == {5: "empty file"}
 
 
-def test_lines_about_a_data_set_whose_tars_have_the_same_names_are_passed_over(
-    index: ShardIndex, tmp_path: Path
-) -> None:
+def test_lines_about_a_data_set_whose_tars_have_the_same_names_are_passed_over(index: ShardIndex, tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     Quarantine(index, path).add({5: "empty file"})
     assert Quarantine(index, path).reasons == {5: "empty file"}
@@ -326,9 +321,7 @@ def test_an_error_of_the_device_puts_no_sample_in_quarantine(data_path: Path, tm
     assert not (tmp_path / "q.jsonl").exists()
 
 
-def test_what_dali_says_of_damaged_images_is_no_error_of_a_device(
-    pictures: tuple[list[bytes], list[tuple[int, int]]],
-) -> None:
+def test_what_dali_says_of_damaged_images_is_no_error_of_a_device(pictures: tuple[list[bytes], list[tuple[int, int]]]) -> None:
     for defect in DEFECTS.values():
         message = decode_error(defect(pictures[0][1]), "cpu")
         assert message

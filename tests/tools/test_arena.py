@@ -27,9 +27,7 @@ def test_a_peer_takes_two_steps_with_gradients_in_every_weight_of_the_encoder(ba
     gradients: set[str] = set()
     for name, value in model.named_parameters():
         if value.requires_grad:
-            value.register_post_accumulate_grad_hook(
-                lambda p, name=name: gradients.add(name) if p.grad.abs().sum() > 0 else None
-            )
+            value.register_post_accumulate_grad_hook(lambda p, name=name: gradients.add(name) if p.grad.abs().sum() > 0 else None)
     start = {name: value.clone() for name, value in model.encoder.state_dict().items()}
     training.run_to(2)
     assert len(losses) == 2
@@ -81,9 +79,7 @@ def test_evaluations_neither_count_nor_change_the_training(base: Path) -> None:
     assert [row["steps"] for row in often] == [2, 4]
     assert [row["images"] for row in often] == [16, 32]
     assert [row["cpu_s"] for row in often] == sorted(row["cpu_s"] for row in often)
-    assert [often[-1][key] for key in ("knn", "linear", "rankme")] == [
-        once[0][key] for key in ("knn", "linear", "rankme")
-    ]
+    assert [often[-1][key] for key in ("knn", "linear", "rankme")] == [once[0][key] for key in ("knn", "linear", "rankme")]
 
 
 def test_every_variant_is_compared_at_equal_time_and_at_equal_images_seed_by_seed() -> None:
@@ -107,11 +103,7 @@ def test_every_variant_is_compared_at_equal_time_and_at_equal_images_seed_by_see
     ],
 )
 def test_options_that_make_no_sense_give_one_line(
-    base: Path,
-    tmp_path: Path,
-    options: list[str],
-    fact: str,
-    capsys: pytest.CaptureFixture[str],
+    base: Path, tmp_path: Path, options: list[str], fact: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     assert study.main([str(base), *options, "--out", str(out)]) == 2
@@ -129,17 +121,10 @@ def test_dino_without_lightly_is_refused(base: Path, tmp_path: Path, capsys: pyt
 
 @pytest.mark.parametrize(
     ("record", "fact"),
-    [
-        ({"budget_s": 5.0, "points": 5}, "budget_s: 5.0 -> 6.0"),
-        ({"budget_s": 6.0, "points": 2}, "points: 2 -> 5"),
-    ],
+    [({"budget_s": 5.0, "points": 5}, "budget_s: 5.0 -> 6.0"), ({"budget_s": 6.0, "points": 2}, "points: 2 -> 5")],
 )
 def test_an_arena_made_for_other_options_is_not_continued(
-    base: Path,
-    tmp_path: Path,
-    record: dict,
-    fact: str,
-    capsys: pytest.CaptureFixture[str],
+    base: Path, tmp_path: Path, record: dict, fact: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "tiny_arena_calibration.json").write_text(json.dumps({**record, "step_cpu_ms": {}, "steps": {}}))
     assert study.main([str(base), "--variants", "lejepa", "--out", str(tmp_path), "--budget", "6"]) == 2

@@ -21,10 +21,7 @@ QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 def shards(data_path: Path, tmp_path: Path) -> Path:
     """Good shards with index and manifest, to be damaged."""
     data.opened.cache_clear()
-    assert (
-        make_shards.main(["convert", str(data_path / "train"), "--out", str(tmp_path / "shards"), "--split", "train"])
-        == 0
-    )
+    assert make_shards.main(["convert", str(data_path / "train"), "--out", str(tmp_path / "shards"), "--split", "train"]) == 0
     return tmp_path / "shards"
 
 
@@ -36,9 +33,7 @@ def plant_package(folder: Path, name: str, version: str, monkeypatch: pytest.Mon
     """Write what a wrong `pip install` leaves behind: metadata of another version, which comes first on the path."""
     place = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     place.mkdir(parents=True)
-    (place / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Dist: torch (==9.9)\n"
-    )
+    (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Dist: torch (==9.9)\n")
     monkeypatch.syspath_prepend(str(folder))
 
 

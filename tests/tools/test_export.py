@@ -61,9 +61,7 @@ def test_the_model_card_holds_figures_settings_and_licence(run: Path, tmp_path: 
     assert export(arguments) == 0  # its own files may be written again
 
 
-def test_what_cannot_be_exported_is_one_clean_line(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_exported_is_one_clean_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
     for arguments, message in (

@@ -90,9 +90,7 @@ def test_on_several_ranks_a_position_has_the_masks_of_the_rank_that_gets_it(data
     assert not torch.equal(single.masks.context, second.masks.context)
 
 
-def test_the_command_names_each_sample_and_draws_it(
-    data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_names_each_sample_and_draws_it(data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "sheet.png"
     arguments = [str(CONFIG), "--epoch", "1", "--position", "37", "--out", str(out), *settings(data_path)]
     assert main(arguments) == 0

@@ -18,11 +18,7 @@ from train.config.load import load_config
 # The quickstart predicts tokens and has no summary, so that two variants are its base.
 @pytest.mark.parametrize(
     ("config", "same"),
-    [
-        ("quickstart", {BASE, "global_only", "tokens, no summary"}),
-        ("study_fashion_mnist", {BASE}),
-        ("study_emoji", {BASE}),
-    ],
+    [("quickstart", {BASE, "global_only", "tokens, no summary"}), ("study_fashion_mnist", {BASE}), ("study_emoji", {BASE})],
 )
 def test_every_variant_is_a_valid_config_that_differs_from_all_others(config: str, same: set[str]) -> None:
     base = Base(str(ROOT / "configs" / f"{config}.yaml"), ("training.lr=1e-3",))
@@ -58,9 +54,7 @@ def test_one_training_measures_time_memory_and_accuracy_of_its_variant(base: Pat
         assert row["cpu_s"] >= 0
         assert 0 <= row["knn"] <= 100
     again = run_trial(Base(str(base)), "2+6", 0, 2)[-1]
-    assert [again[key] for key in ("knn", "linear", "rankme")] == [
-        rows["2+6"][key] for key in ("knn", "linear", "rankme")
-    ]
+    assert [again[key] for key in ("knn", "linear", "rankme")] == [rows["2+6"][key] for key in ("knn", "linear", "rankme")]
     baselines = run_baselines(Base(str(base)), 0)
     assert set(baselines) == {"raw pixels", "colour histogram", "random initialisation"}
 
@@ -72,15 +66,7 @@ def test_the_interval_is_students() -> None:
 
 
 def made_up_rows() -> list[dict[str, str]]:
-    rows = [
-        {
-            **dict.fromkeys((*study.FIELDS, "step_mib"), ""),
-            "variant": "raw pixels",
-            "seed": "0",
-            "knn": "50",
-            "linear": "50",
-        }
-    ]
+    rows = [{**dict.fromkeys((*study.FIELDS, "step_mib"), ""), "variant": "raw pixels", "seed": "0", "knn": "50", "linear": "50"}]
     for variant, knn, rate, memory in (("1+0", 60, 1400, 10), ("2+0", 62, 1200, 15), ("2+6", 64, 1000, 16)):
         for seed, shift in enumerate((-1, 0, 1)):
             row = {
@@ -105,18 +91,14 @@ def test_the_tables_hold_means_intervals_and_the_claims(tmp_path: Path) -> None:
     assert "| time of an image | 1.4x | 1.40x | 1.20x |" in claims
 
 
-def test_a_study_of_another_budget_is_not_continued(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_study_of_another_budget_is_not_continued(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "tiny_calibration.json").write_text('{"budget_s": 5.0, "step_cpu_ms": {}, "steps": {}}')
     assert study.main([str(base), "--out", str(tmp_path), "--budget", "6"]) == 2
     assert "budget_s: 5.0 -> 6.0" in capsys.readouterr().err
     assert study.main([str(tmp_path / "none.yaml"), "--out", str(tmp_path)]) == 2
 
 
-def test_a_study_of_other_settings_is_not_continued(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_study_of_other_settings_is_not_continued(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of another file or folder of images it is, as both may be moved."""
     settings = load_config(base).resolved
     ready = {"budget_s": 6.0, "points": 1, "overrides": [], "step_cpu_ms": {}, "steps": dict.fromkeys(VARIANTS, 1)}
@@ -129,9 +111,7 @@ def test_a_study_of_other_settings_is_not_continued(
     assert not (tmp_path / "tiny.csv").exists()
 
 
-def test_a_table_without_its_first_line_is_not_continued(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_table_without_its_first_line_is_not_continued(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ready = {"budget_s": 6.0, "points": 1, "overrides": [], "step_cpu_ms": {}, "steps": dict.fromkeys(VARIANTS, 1)}
     (tmp_path / "tiny_calibration.json").write_text(json.dumps(ready))
     line = "2+6,time,0,7,56,0.5\n"
@@ -148,16 +128,7 @@ def test_rows_keep_the_columns_of_an_older_table(tmp_path: Path) -> None:
     assert path.read_text().splitlines()[-1] == "2+6,time,1,,65"
 
 
-ARENA = [
-    "--variants",
-    "lejepa,2+0,one level,ijepa,dino,supervised",
-    "--budget",
-    "150",
-    "--points",
-    "3",
-    "--equal",
-    "time",
-]
+ARENA = ["--variants", "lejepa,2+0,one level,ijepa,dino,supervised", "--budget", "150", "--points", "3", "--equal", "time"]
 
 
 @pytest.mark.parametrize(
@@ -180,9 +151,7 @@ def test_the_finished_studies_only_write_their_tables_again(config: str, options
             assert (out / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_a_variant_that_comes_later_is_calibrated_against_the_known_step_of_the_base(
-    base: Path, tmp_path: Path
-) -> None:
+def test_a_variant_that_comes_later_is_calibrated_against_the_known_step_of_the_base(base: Path, tmp_path: Path) -> None:
     path, known = tmp_path / "calibration.json", {"step_cpu_ms": {BASE: 100.0}, "steps": {BASE: 7}}
     path.write_text(json.dumps({"budget_s": 0.7, "points": 1, "overrides": [], **known}))
     steps = calibrate(path, Base(str(base)), 0.7, 1, [BASE, "2+0"])

@@ -12,8 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    ("cores", "width", "threads"),
-    [(1, 64, 1), (1, 384, 1), (2, 64, 1), (2, 128, 2), (3, 64, 2), (8, 64, 4), (8, 768, 4)],
+    ("cores", "width", "threads"), [(1, 64, 1), (1, 384, 1), (2, 64, 1), (2, 128, 2), (3, 64, 2), (8, 64, 4), (8, 768, 4)]
 )
 def test_a_wide_encoder_gets_two_threads_where_there_are_two_cores(
     cores: int, width: int, threads: int, monkeypatch: pytest.MonkeyPatch

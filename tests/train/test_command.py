@@ -19,19 +19,8 @@ from train.run import main, out_of_memory_explained
 DALI_SAYS = ("Can't allocate %zu bytes on device %d.", "CUDA allocation failed", "cudaErrorMemoryAllocation")
 
 
-def test_the_printed_settings_name_their_origins_and_read_back_equal(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    overrides = [
-        "--config",
-        str(QUICKSTART),
-        "--epochs",
-        "3",
-        "--dataset=cifar10",
-        "--resume",
-        "none",
-        "training.lr=1e-3",
-    ]
+def test_the_printed_settings_name_their_origins_and_read_back_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["--config", str(QUICKSTART), "--epochs", "3", "--dataset=cifar10", "--resume", "none", "training.lr=1e-3"]
     assert main([*overrides, "--print-config"]) == 0
     printed = capsys.readouterr().out
     (tmp_path / "again.yaml").write_text(printed)
@@ -56,17 +45,13 @@ def test_a_file_that_names_its_data_set_alone_makes_a_model_and_masks_for_it(nam
         assert build_masks(config, model, torch.device("cpu"))(2).context.shape[0] == 2
 
 
-def test_a_dry_run_takes_a_step_and_writes_nothing(
-    data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_takes_a_step_and_writes_nothing(data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command(QUICKSTART, data_path, tmp_path / "runs"), "--dry-run", "training.epochs=26"]) == 0
     said = capsys.readouterr().out
     assert "data: 103 images (103 labelled) in 3 shards" in said
     assert "4x4 tokens in a global crop, 3 levels" in said
     assert "run: 312 steps of 8 images on 1 rank(s), 12 steps an epoch" in said
-    assert re.search(
-        r"step: 8 images with 8 crops on each rank took \d+\.\d s.* raised the memory of this process", said
-    )
+    assert re.search(r"step: 8 images with 8 crops on each rank took \d+\.\d s.* raised the memory of this process", said)
     assert not (tmp_path / "runs").exists()
     assert main([*command(QUICKSTART, data_path, tmp_path / "runs"), "--dry-run", "model.encoder=resnet18"]) == 2
 
@@ -110,10 +95,7 @@ REMEDIES = (
 @pytest.mark.parametrize(
     "error",
     [
-        *(
-            RuntimeError(f"Error in GPU operator `nvidia.dali.fn.resize`: {text.replace('%zu', '64')}")
-            for text in DALI_SAYS
-        ),
+        *(RuntimeError(f"Error in GPU operator `nvidia.dali.fn.resize`: {text.replace('%zu', '64')}") for text in DALI_SAYS),
         ValueError("shards/train: DALI failed on one of 8 samples: Can't allocate 64 bytes on device 0."),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("CUDA error: out of memory"),

@@ -43,9 +43,7 @@ class Waits(TorchDispatchMode):
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
         self.count += 1
         tensors = [value for value in args if isinstance(value, torch.Tensor)]
-        masked = name.startswith("index") and any(
-            index is not None and index.dtype == torch.bool for index in _indices(args)
-        )
+        masked = name.startswith("index") and any(index is not None and index.dtype == torch.bool for index in _indices(args))
         if name in HOST_READS or masked:
             self.seen.append(name)
         out = func(*args, **kwargs)
@@ -130,11 +128,7 @@ def take_steps(strategy: str, device: torch.device, data_path: Path) -> tuple[Wa
         with Waits() as waits:
             for _ in range(2):
                 assert trainer.train_step() == {}
-        left = {
-            **dict(trainer.model.named_parameters()),
-            **trainer._monitor._sums,
-            "skipped": trainer._monitor._skipped,
-        }
+        left = {**dict(trainer.model.named_parameters()), **trainer._monitor._sums, "skipped": trainer._monitor._skipped}
         for name, parameter in trainer.model.named_parameters():
             left |= {f"{name}/{key}": value for key, value in trainer.optimizer.state[parameter].items()}
         with Waits() as reading, pytest.raises(DataDependentOutputException):

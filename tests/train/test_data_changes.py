@@ -266,9 +266,7 @@ def test_damaged_settings_of_a_run_are_one_line_with_the_remedy_that_works(
     assert train(command(QUICKSTART, shards, runs, *SHORT)) == 0
 
 
-def test_a_finished_run_names_the_setting_that_ended_it(
-    copied: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finished_run_names_the_setting_that_ended_it(copied: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     shards, runs = copied
     assert train(command(QUICKSTART, shards, runs, *SHORT)) == 0
     assert "to continue, raise training.max_steps, now 2;" in capsys.readouterr().out

@@ -126,9 +126,7 @@ def _torch_as_before() -> Iterator[None]:
 
 @on_each_device
 @pytest.mark.usefixtures("_torch_as_before")
-def test_all_probes_measure_on_the_device_what_they_measure_on_the_cpu(
-    device: str, data_path: Path, tmp_path: Path
-) -> None:
+def test_all_probes_measure_on_the_device_what_they_measure_on_the_cpu(device: str, data_path: Path, tmp_path: Path) -> None:
     assert main(arguments(device, "auto", data_path, tmp_path, "training.max_steps=2")) == 0
     reports = {}
     for place in {device, "cpu"}:

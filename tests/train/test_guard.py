@@ -42,9 +42,7 @@ def poison(model: HJEPA, kind: str) -> None:
     """Make the loss, or else one gradient, not a number at the steps of BAD."""
     calls = 0
 
-    def spoil_loss(
-        _module: torch.nn.Module, _inputs: object, losses: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+    def spoil_loss(_module: torch.nn.Module, _inputs: object, losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         nonlocal calls
         calls += 1
         return {**losses, "loss": losses["loss"] * (math.nan if kind == "loss" and calls - 1 in BAD else 1.0)}
@@ -197,9 +195,7 @@ def test_the_alarm_rings_on_a_toy_that_collapses_and_is_silent_on_the_same_with_
 
 
 @pytest.mark.slow
-def test_the_alarm_is_silent_on_the_quickstart(
-    data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_alarm_is_silent_on_the_quickstart(data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its own model and settings; only the photographs are those of the tests."""
     paths = ["data.dataset=custom", f"data.data_path={data_path}", f"logging.run_dir={tmp_path}"]
     steps = ["training.epochs=60", "training.max_steps=60", "logging.log_frequency=20"]
@@ -212,9 +208,7 @@ def test_the_alarm_is_silent_on_the_quickstart(
     assert "collapse alarm" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("count", "width", "rank"), [(512, 384, 384), (64, 384, 64), (300, 64, 7), (40, 40, 1), (2, 8, 2)]
-)
+@pytest.mark.parametrize(("count", "width", "rank"), [(512, 384, 384), (64, 384, 64), (300, 64, 7), (40, 40, 1), (2, 8, 2)])
 def test_rankme_equals_its_definition_by_singular_values(count: int, width: int, rank: int) -> None:
     rng = np.random.default_rng(0)
     features = rng.normal(size=(count, rank)) @ (rng.normal(size=(rank, width)) * rng.uniform(0.1, 3, (rank, 1)))

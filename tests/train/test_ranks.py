@@ -22,14 +22,7 @@ HANGS_S = 900  # only ends a hang: processes that share one busy core take minut
 
 
 def torchrun(arguments: list[str], ranks: int = 2) -> subprocess.Popen[str]:
-    line = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nproc_per_node={ranks}",
-        "--master_port=0",
-        "--standalone",
-    ]
+    line = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0", "--standalone"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*line, "-m", "train.run", *arguments], cwd=ROOT, env=environment, text=True,
@@ -113,9 +106,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_run_and_the_others_say_where_they_st
     if trouble == signal.SIGKILL:
         assert "rank 0: lost the others at step" in said
     else:
-        assert re.search(
-            r"rank 0, process \d+: ends with its stacks after 60 s without a step \(training.timeout_s\)", said
-        )
+        assert re.search(r"rank 0, process \d+: ends with its stacks after 60 s without a step \(training.timeout_s\)", said)
         assert "Timeout (0:01:00)!" in said
     assert "trainer.py" in said
 
@@ -129,12 +120,8 @@ def test_the_watchdog_shows_the_stack_of_a_process_that_stands_still_and_ends_it
         "    print('awake', flush=True)\n"
         "    asleep_at_the_wheel()\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
-    )
+    result = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert (result.returncode, result.stdout) == (1, "awake\n")
-    assert re.match(
-        r"rank 3, process \d+: ends with its stacks after 1 s without a step \(training.timeout_s\)\n", result.stderr
-    )
+    assert re.match(r"rank 3, process \d+: ends with its stacks after 1 s without a step \(training.timeout_s\)\n", result.stderr)
     assert "Timeout (0:00:01)!" in result.stderr
     assert "asleep_at_the_wheel" in result.stderr

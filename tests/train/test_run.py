@@ -27,9 +27,7 @@ from train.run import main
 from train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
-TINY_ENCODER = (
-    "{img_size: 32, patch_size: 8, embed_dim: 16, depth: 2, num_heads: 2, init_values: 0.1, num_reg_tokens: 1}"
-)
+TINY_ENCODER = "{img_size: 32, patch_size: 8, embed_dim: 16, depth: 2, num_heads: 2, init_values: 0.1, num_reg_tokens: 1}"
 TINY = [
     "device=cpu", "data.dataset=custom", "data.batch_size=8", "data.num_workers=1",
     "data.multicrop.global_crop_size=32", "data.multicrop.local_crop_size=16",
@@ -86,9 +84,7 @@ def test_a_complete_run_is_reported_with_pictures_and_is_not_trained_again(compl
     assert checkpoint.stat().st_mtime_ns == before
 
 
-def test_a_folder_of_another_run_is_not_continued(
-    complete: Path, data_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_of_another_run_is_not_continued(complete: Path, data_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(QUICKSTART, data_path, complete.parent, "training.max_steps=2", "masking.num_masks=2")) == 2
     assert "masking.num_masks: 4 -> 2" in capsys.readouterr().err
 
@@ -121,9 +117,7 @@ def test_images_without_labels_get_neighbours_and_rankme_and_no_accuracies(
 
 
 @pytest.mark.parametrize("strategy", ["global_with_local_context", "cross_crop_prediction"])
-def test_every_strategy_trains_and_reports_what_its_other_crops_cover(
-    strategy: str, data_path: Path, tmp_path: Path
-) -> None:
+def test_every_strategy_trains_and_reports_what_its_other_crops_cover(strategy: str, data_path: Path, tmp_path: Path) -> None:
     changes = [f"masking.strategy={strategy}", "masking.exclude_covered=true", "logging.log_frequency=2"]
     path, *overrides = command(QUICKSTART, data_path, tmp_path, *changes)
     trainer = Trainer(load_config(Path(path), overrides))
@@ -158,9 +152,7 @@ def test_a_run_stopped_at_random_steps_and_resumed_ends_with_the_same_weights_bi
     count: int, data_path: Path, tmp_path: Path
 ) -> None:
     settings = [f"training.epochs={5 if count == 2 else 8}", "checkpoint.save_frequency=7", "logging.log_frequency=1"]
-    whole, parts = (
-        command(QUICKSTART, data_path, tmp_path, *settings, f"logging.run_name={n}") for n in ("whole", "parts")
-    )
+    whole, parts = (command(QUICKSTART, data_path, tmp_path, *settings, f"logging.run_name={n}") for n in ("whole", "parts"))
     assert main(whole) == 0
     for first, last, number in STOPS[:count]:
         step = random.randint(first, last)

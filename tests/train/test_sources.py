@@ -7,21 +7,8 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("pipeline", "model", "train", "tools")
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # The object collectives of torch.distributed pickle too, and TorchScript and torch.package archives hold pickles.
-CALLS = {
-    "torch.load",
-    "torch.jit.load",
-    "torch.hub.load",
-    "torch.package.PackageImporter",
-    "yaml.load",
-    "yaml.unsafe_load",
-}
-OBJECT_COLLECTIVES = (
-    "gather_object",
-    "broadcast_object_list",
-    "scatter_object_list",
-    "send_object_list",
-    "recv_object_list",
-)
+CALLS = {"torch.load", "torch.jit.load", "torch.hub.load", "torch.package.PackageImporter", "yaml.load", "yaml.unsafe_load"}
+OBJECT_COLLECTIVES = ("gather_object", "broadcast_object_list", "scatter_object_list", "send_object_list", "recv_object_list")
 
 
 def unsafe(tree: ast.AST) -> list[str]:

@@ -21,16 +21,7 @@ import torch
 
 from pipeline.dataset import resolve_device
 from tools.benchmarks.loaders import decode_only, ours
-from tools.benchmarks.measure import (
-    Loader,
-    LoaderSetup,
-    choose,
-    cpu_seconds,
-    error_line,
-    seconds_per_image,
-    synchronize,
-    table,
-)
+from tools.benchmarks.measure import Loader, LoaderSetup, choose, cpu_seconds, error_line, seconds_per_image, synchronize, table
 from tools.benchmarks.photographs import benchmark_shards
 from tools.benchmarks.step import CONFIG, ENCODERS, MASKED_IMAGES, measure_rows
 from tools.checks.machine import driver_version
@@ -76,9 +67,7 @@ class Result:
 
     @property
     def text(self) -> str:
-        figures = (
-            f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}" for unit, value in self.figures.items()
-        )
+        figures = (f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}" for unit, value in self.figures.items())
         return f"FAILED: {self.error}" if self.error else ", ".join(figures)
 
 

@@ -74,14 +74,10 @@ def _graph(setup: LoaderSetup, make_outputs: Callable[["types.DataNode"], list["
         return tuple(make_outputs(fn.decoders.image(encoded, device=device, output_type=types.RGB)))
 
     device_id = 0 if setup.device == "gpu" else None
-    return graph(
-        batch_size=setup.batch_size, num_threads=setup.threads, device_id=device_id, prefetch_queue_depth=2, seed=1
-    )
+    return graph(batch_size=setup.batch_size, num_threads=setup.threads, device_id=device_id, prefetch_queue_depth=2, seed=1)
 
 
-def _native_crop(
-    image: "types.DataNode", recipe: ViewRecipe, offset: list[float], scale: list[float]
-) -> "types.DataNode":
+def _native_crop(image: "types.DataNode", recipe: ViewRecipe, offset: list[float], scale: list[float]) -> "types.DataNode":
     crop = fn.random_resized_crop(
         image,
         size=(recipe.size, recipe.size),

@@ -96,9 +96,7 @@ def full_batches(images: int, setup: LoaderSetup) -> int:
     return -(-images // (setup.batch_size * setup.threads)) * setup.threads
 
 
-def seconds_per_image(
-    loader: Loader, setup: LoaderSetup, images: int, limit_s: float = math.inf
-) -> tuple[float, float]:
+def seconds_per_image(loader: Loader, setup: LoaderSetup, images: int, limit_s: float = math.inf) -> tuple[float, float]:
     """Return wall and CPU seconds per image in the middle of a loader's stream: over `images` of them, or for `limit_s`.
 
     The clocks start after as many batches as fill every worker's queue, and the stream does not end with them: the same
@@ -157,8 +155,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) 
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     rule = [("-" * width + "--") if i < left else ("-" * width + "-:") for i, width in enumerate(widths)]
     lines = [
-        "| " + " | ".join(f"{cell:{'<' if i < left else '>'}{widths[i]}}" for i, cell in enumerate(row)) + " |"
-        for row in cells
+        "| " + " | ".join(f"{cell:{'<' if i < left else '>'}{widths[i]}}" for i, cell in enumerate(row)) + " |" for row in cells
     ]
     return "\n".join([lines[0], "|" + "|".join(rule) + "|", *lines[1:]])
 

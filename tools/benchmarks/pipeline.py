@@ -56,9 +56,7 @@ def run_benchmark(options: argparse.Namespace) -> list[dict[str, Any]]:
         return print_rows(measure_loaders(work, options.rounds))
 
 
-def measure_loaders(
-    work: dict[str, tuple[Loader, LoaderSetup, int]], rounds: int
-) -> dict[str, list[tuple[float, float]]]:
+def measure_loaders(work: dict[str, tuple[Loader, LoaderSetup, int]], rounds: int) -> dict[str, list[tuple[float, float]]]:
     """Return `seconds_per_image` of each loader in every round. Raises ValueError with the name of a loader that fails."""
 
     def measured(name: str, submit: Callable[..., Any]) -> tuple[float, float]:

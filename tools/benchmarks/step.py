@@ -77,9 +77,7 @@ def print_rows(rows: dict[str, dict[str, Any]], device: torch.device) -> None:
 
 def make_steps(encoder: str, batch: int, device: torch.device) -> dict[str, Step]:
     """Return what each row runs: a draw of masks, or forward, backward and target update on the same images and weights."""
-    configs = {
-        name: load_config(CONFIG, [f"model.encoder={encoder}", f"masking.strategy={name}"]) for name in STRATEGIES
-    }
+    configs = {name: load_config(CONFIG, [f"model.encoder={encoder}", f"masking.strategy={name}"]) for name in STRATEGIES}
     model = build_model(configs["global_only"], device)
     masks = {name: build_masks(config, model, device) for name, config in configs.items()}
     all_crops, plan = draw_batch(batch, 6, device), masks["global_only"](batch)

@@ -62,9 +62,7 @@ def run_benchmark(options: argparse.Namespace) -> list[dict[str, Any]]:
 def read_epoch(place: Path | str, batch_size: int, proxy: ThrottledProxy, cache: CacheSettings) -> dict[str, float]:
     """Read one epoch, including the time to open the data set."""
     before, started = len(proxy.requests), time.perf_counter()
-    dataset = build_multicrop_dataset(
-        "custom", place, num_global_crops=1, num_local_crops=0, global_crop_size=64
-    ).cached(cache)
+    dataset = build_multicrop_dataset("custom", place, num_global_crops=1, num_local_crops=0, global_crop_size=64).cached(cache)
     loader = build_multicrop_dataloader(dataset, batch_size, device="cpu", normalized=False, drop_last=False)
     images = sum(len(batch.labels) for batch in loader)
     seconds = time.perf_counter() - started
@@ -89,9 +87,7 @@ def print_rows(measured: dict[str, list[dict[str, float]]], network: float, num_
     rates = {name: [figures["images_per_s"] for figures in rounds] for name, rounds in measured.items()}
     slower, cold = [min(network, rate) for rate in rates["local"]], medians["cold"]
     print(target("images_per_s warm / local", median_ratio(rates["warm"], rates["local"]), ">=", MIN_WARM))
-    print(
-        target("images_per_s cold / slower of network and local", median_ratio(rates["cold"], slower), ">=", MIN_COLD)
-    )
+    print(target("images_per_s cold / slower of network and local", median_ratio(rates["cold"], slower), ">=", MIN_COLD))
     per_64_mb = cold["shard_requests"] / (num_bytes / BYTES_PER_REQUEST)
     print(target("requests for each 64 MB of shards, cold", per_64_mb, "<=", 1.0))
     return [{"name": name, **figures} for name, figures in medians.items()]

@@ -14,10 +14,7 @@ from tools.checks.check import INSTALL, Case, Check, Finding, fail, ok, sees_gpu
 
 PROJECT = "multicrop-hjepa"
 # By DALI package: its decoder and CUDA's major version.
-FLAVOURS = {
-    "nvidia-dali-cuda120": ("nvidia-nvimgcodec-cu12", 12),
-    "nvidia-dali-cuda130": ("nvidia-nvimgcodec-cu13", 13),
-}
+FLAVOURS = {"nvidia-dali-cuda120": ("nvidia-nvimgcodec-cu12", 12), "nvidia-dali-cuda130": ("nvidia-nvimgcodec-cu13", 13)}
 
 
 def installed(name: str) -> str | None:

@@ -152,9 +152,7 @@ def hold_out(source: Source, ratio: float, seed: int) -> tuple[Source, Source]:
     is_val[by_class] = steps[1:] > steps[:-1]
     if is_val.all() or not is_val.any():
         raise ValueError(f"--val-ratio {ratio} of {total:,} images leaves a split empty: choose another, or add images")
-    train, val = (
-        replace(source, catalogue=source.catalogue.subset(np.flatnonzero(rows).tolist())) for rows in (~is_val, is_val)
-    )
+    train, val = (replace(source, catalogue=source.catalogue.subset(np.flatnonzero(rows).tolist())) for rows in (~is_val, is_val))
     return train, val
 
 

@@ -38,9 +38,7 @@ def number_labels(labels: list[Label], where: str) -> tuple[list[int], tuple[str
     names = class_order({label for label in labels if isinstance(label, str)})
     numbers = (label for label in labels if isinstance(label, int) and label != UNLABELLED)
     if names and (number := next(numbers, None)) is not None:
-        raise ValueError(
-            f"{where}: labels are numbers ({number}) as well as names ({names[0]!r}): use one of them for all"
-        )
+        raise ValueError(f"{where}: labels are numbers ({number}) as well as names ({names[0]!r}): use one of them for all")
     number_of: dict[Label, int] = {name: number for number, name in enumerate(names)}
     return [int(number_of.get(label, label)) for label in labels], tuple(names)
 

@@ -54,9 +54,7 @@ ORIENTATION_TAG = 0x0112
 # Not ImageOps.exif_transpose: it rewrites the EXIF block too, and fails on a damaged one although the pixels are sound.
 TURNS = "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"
 TRANSPOSE = {orientation: Image.Transpose[name] for orientation, name in enumerate(TURNS, 2)}
-MODE_CHANGES = {"F": "float", "I": "32-bit", "P": "palette", "1": "1-bit"} | dict.fromkeys(
-    ("RGBA", "LA", "PA"), "alpha"
-)
+MODE_CHANGES = {"F": "float", "I": "32-bit", "P": "palette", "1": "1-bit"} | dict.fromkeys(("RGBA", "LA", "PA"), "alpha")
 
 PNG_SIGNATURE, PNG_DEPTH_BYTE = b"\x89PNG\r\n\x1a\n", 24
 CRITICAL_CHUNKS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})

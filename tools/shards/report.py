@@ -81,9 +81,7 @@ def timm_info(name: str, split: str, names: list[str], lengths: list[int]) -> by
     return dump({"name": name, "splits": {split: entry}})
 
 
-def _manifest(
-    conversion: Conversion, split: str, seed: int, names: list[str], records: list[ShardRecord]
-) -> dict[str, Any]:
+def _manifest(conversion: Conversion, split: str, seed: int, names: list[str], records: list[ShardRecord]) -> dict[str, Any]:
     source, policy = conversion.source, conversion.policy
     changes = sum((Counter(record.changes) for record in records), Counter())
     return {

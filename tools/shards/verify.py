@@ -147,9 +147,7 @@ def _describe_shard(path: Path, rows: np.ndarray) -> tuple[np.ndarray, np.ndarra
             try:
                 sums += pixel_sums(content)
             except PILLOW_FAULTS as error:
-                log.warning(
-                    "%s: the image at byte %d: %s: left out of mean and std", path, rows[number]["offset"], error
-                )
+                log.warning("%s: the image at byte %d: %s: left out of mean and std", path, rows[number]["offset"], error)
     return np.frombuffer(b"".join(fingerprints), "S16"), sums
 
 

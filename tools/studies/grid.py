@@ -24,9 +24,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "global_only": (GLOBAL_ONLY, *MASKED),
     "global_with_local_context": ("masking.strategy=global_with_local_context", *MASKED),
     "cross_crop_prediction": ("masking.strategy=cross_crop_prediction", *MASKED),
-    "summary, a quarter masked": (
-        *(GLOBAL_ONLY, NO_PREDICTION, "masking.context_ratio=0.75", "masking.query_ratio=0.25"),
-    ),
+    "summary, a quarter masked": (*(GLOBAL_ONLY, NO_PREDICTION, "masking.context_ratio=0.75", "masking.query_ratio=0.25"),),
     "tokens, no summary": (GLOBAL_ONLY, NO_SUMMARY, *MASKED),
     "one level": (ONE_LEVEL,),
     "no view term": (NO_VIEW,),
@@ -78,10 +76,7 @@ def same_run(variant: str, equal: str) -> tuple[str, str]:
 def study_trials(seeds: Sequence[int]) -> list[Trial]:
     """Return all trainings of the study, seed by seed in each experiment."""
     planned = (
-        Trial(*same_run(variant, equal), seed)
-        for _, variants, equal in EXPERIMENTS
-        for seed in seeds
-        for variant in variants
+        Trial(*same_run(variant, equal), seed) for _, variants, equal in EXPERIMENTS for seed in seeds for variant in variants
     )
     return list(dict.fromkeys(planned))
 

@@ -94,9 +94,7 @@ def claim_lines(rows: Sequence[Row]) -> list[str]:
 
 def measured_titles(rows: Sequence[Row]) -> dict[str, str]:
     """Return those of `TITLES` that have a training; equal time if there is none yet."""
-    return {
-        equal: title for equal, title in TITLES.items() if equal == TIME or any(row["equal"] == equal for row in rows)
-    }
+    return {equal: title for equal, title in TITLES.items() if equal == TIME or any(row["equal"] == equal for row in rows)}
 
 
 def lead_lines(rows: Sequence[Row], variants: Sequence[str]) -> list[str]:
@@ -107,8 +105,7 @@ def lead_lines(rows: Sequence[Row], variants: Sequence[str]) -> list[str]:
         cells = []
         for equal, score in columns:
             ours, theirs = (
-                {row["seed"]: float(row[score]) for row in of_variant(rows, *same_run(name, equal))}
-                for name in (BASE, variant)
+                {row["seed"]: float(row[score]) for row in of_variant(rows, *same_run(name, equal))} for name in (BASE, variant)
             )
             cells.append(format_cell([ours[seed] - theirs[seed] for seed in ours if seed in theirs], "+.1f"))
         if any(cells):
@@ -142,8 +139,7 @@ def write_arena(
         "Mean over seeds ± half of the 95% interval (Student's t)."
     )
     sections = {
-        f"At {title}": [same_run(variant, equal) for variant in variants]
-        for equal, title in measured_titles(rows).items()
+        f"At {title}": [same_run(variant, equal) for variant in variants] for equal, title in measured_titles(rows).items()
     }
     write_tables(path, rows, intro, sections, lead_lines(rows, variants))
 
@@ -169,10 +165,7 @@ def write_tables(
 
 
 def draw_points(
-    path: Path,
-    xlabel: str,
-    rows: Sequence[tuple[str, Sequence[float], float, float | None]],
-    baselines: dict[str, float],
+    path: Path, xlabel: str, rows: Sequence[tuple[str, Sequence[float], float, float | None]], baselines: dict[str, float]
 ) -> None:
     """Draw a row of points for each (label, values, mean, half of an interval), and a vertical line for each baseline."""
     figure, axis = plt.subplots(figsize=(8, 1.6 + 0.42 * len(rows)), layout="constrained")

@@ -126,9 +126,7 @@ def calibrate(path: Path, base: Base, budget: float, points: int, variants: Sequ
     record: dict[str, Any] = {**options, "settings": settings, "step_cpu_ms": {}, "steps": {}, **saved}
     before = {**record["settings"], **{key: record[key] for key in options}}
     if changes := changed_settings(before, {**settings, **options}, FREE_KEYS):
-        raise ValueError(
-            f"{path}: belongs to another study ({'; '.join(changes)}); choose another --out, or move its files away"
-        )
+        raise ValueError(f"{path}: belongs to another study ({'; '.join(changes)}); choose another --out, or move its files away")
     if missing := [name for name in variants if name not in record["steps"]]:
         timed = [BASE, *(name for name in missing if name != BASE)]
         seconds = run_in_subprocess(step_seconds, base, timed, budget)

@@ -63,9 +63,7 @@ def _crop_rules(config: Config) -> Iterator[Problem]:
     for key in ("global_blur_prob", "solarize_prob"):
         values = getattr(data.augmentation, key)
         if isinstance(values, tuple) and len(values) < num_global:
-            problem = (
-                f"has {len(values)} values for {num_global} global crops; give {num_global}, or one number for all"
-            )
+            problem = f"has {len(values)} values for {num_global} global crops; give {num_global}, or one number for all"
             yield f"data.augmentation.{key}", problem
     for kind in ("global", "local") if num_local else ("global",):
         size: int = getattr(data.multicrop, f"{kind}_crop_size")
@@ -86,9 +84,7 @@ def _masking_rules(config: Config) -> Iterator[Problem]:
         problem = "none leaves nothing to predict; write loss.prediction_weight: 0, or choose global_only"
         yield "masking.strategy", problem
     if strategy not in ("none", "global_only") and weight == 0:
-        problem = (
-            f"0 builds no predictor, and {strategy} differs only in what it sees; choose strategy global_only or none"
-        )
+        problem = f"0 builds no predictor, and {strategy} differs only in what it sees; choose strategy global_only or none"
         yield "loss.prediction_weight", problem
     num_other = {"global_with_local_context": num_local, "cross_crop_prediction": num_global + num_local - 1}
     if num_other.get(strategy) == 0:

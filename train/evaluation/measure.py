@@ -130,11 +130,7 @@ def knn_accuracies(
     """
     similarity, rows = nearest_neighbours(train, test, max(ks), device)
     classes = num_classes(train_labels, test_labels)
-    labels, weights, correct = (
-        train_labels.to(device)[rows],
-        torch.exp(similarity / KNN_TEMPERATURE),
-        dict.fromkeys(ks, 0),
-    )
+    labels, weights, correct = (train_labels.to(device)[rows], torch.exp(similarity / KNN_TEMPERATURE), dict.fromkeys(ks, 0))
     chunks = (part.split(TEST_CHUNK) for part in (labels, weights, test_labels.to(device)))
     for label, weight, truth in zip(*chunks, strict=True):
         for k in ks:
@@ -226,9 +222,7 @@ def linear_heads(
     return heads
 
 
-def linear_probe(
-    train: Features, test: Features, names: Sequence[str], epochs: int, device: torch.device
-) -> tuple[float, str]:
+def linear_probe(train: Features, test: Features, names: Sequence[str], epochs: int, device: torch.device) -> tuple[float, str]:
     """Return the accuracy on `test` and the best setting of the grid `names` of features x LINEAR_RATES: `last, lr 0.1`."""
     held_out, classes = is_held_out(torch.arange(len(train.labels))), num_classes(train.labels, test.labels)
     trials: list[Trial] = []

@@ -158,9 +158,7 @@ def pooled_figures(probe: str, name: str, scores: Scores, device: torch.device) 
             yield figure(probe, name, f"{shots} per class", *accuracies)
 
 
-def attentive_figures(
-    config: Config, model: HJEPA, initial: MultiCropEncoder, device: torch.device
-) -> Iterator[dict[str, Any]]:
+def attentive_figures(config: Config, model: HJEPA, initial: MultiCropEncoder, device: torch.device) -> Iterator[dict[str, Any]]:
     patch = model.target.patch_size
     rows = {
         "pixels": (pixel_tokens(patch), 3 * patch**2),

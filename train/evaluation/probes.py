@@ -91,9 +91,7 @@ class AttentiveProbe(nn.Module):
         return self.classify(attention.out_proj(values))
 
 
-def attentive_probe(
-    train: TokenStream, test: TokenStream, width: int, classes: int, device: torch.device
-) -> tuple[float, str]:
+def attentive_probe(train: TokenStream, test: TokenStream, width: int, classes: int, device: torch.device) -> tuple[float, str]:
     """Return the accuracy on `test` and the best of ATTENTIVE_RATES. `width`: D of the tokens; all labels are below `classes`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -143,9 +141,7 @@ def logistic_regression(
     return weight.detach(), bias.detach()
 
 
-def lowshot_accuracies(
-    train: Features, test: Features, shots: int, seeds: Sequence[int], device: torch.device
-) -> list[float]:
+def lowshot_accuracies(train: Features, test: Features, shots: int, seeds: Sequence[int], device: torch.device) -> list[float]:
     """Return the accuracy on `test` of a logistic regression on `shots` images per class, for each seed that draws them.
 
     Features are standardized over all training images and divided by the square root of their width, so that the

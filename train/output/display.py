@@ -22,9 +22,7 @@ class ProgressDisplay:
     A `transient` display clears its bar at the end, and short work leaves no plain line at all.
     """
 
-    def __init__(
-        self, console: Console, name: str, unit: str, total: int, start: int = 0, transient: bool = False
-    ) -> None:
+    def __init__(self, console: Console, name: str, unit: str, total: int, start: int = 0, transient: bool = False) -> None:
         self._console, self._unit, self._total, self._transient = console, unit, total, transient
         self._plain_at, self._printed = time.monotonic() if transient else 0.0, start
         # Where space is short, the details are cut: steps and ETA always show.

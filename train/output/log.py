@@ -159,9 +159,7 @@ def draw_curves(path: Path, runs: Mapping[str, MetricLines]) -> None:
         axis = figure.add_subplot(rows, columns, number)
         for colour, (name, points) in enumerate(curves.items()):
             marker = "o" if len(points) < MIN_POINTS_FOR_LINE else None
-            axis.plot(
-                *zip(*points, strict=True), color=f"C{colour}", linewidth=1.2, marker=marker, markersize=4, label=name
-            )
+            axis.plot(*zip(*points, strict=True), color=f"C{colour}", linewidth=1.2, marker=marker, markersize=4, label=name)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.grid(alpha=0.3)

@@ -157,10 +157,7 @@ def feature_rows(views: Views, colours: np.ndarray) -> list[list[Image.Image]]:
     """Return the first global crop of each image, and below them their tokens' features as colours, `[n, g, g, 3]`."""
     crops = [to_picture(views.pixels(0, i)) for i in range(len(colours))]
     rows = {"crop": crops, "features: 3 principal components": [to_picture(colour) for colour in colours]}
-    return [
-        [tile(picture, "" if i else caption, GLOBAL_SIDE) for i, picture in enumerate(row)]
-        for caption, row in rows.items()
-    ]
+    return [[tile(picture, "" if i else caption, GLOBAL_SIDE) for i, picture in enumerate(row)] for caption, row in rows.items()]
 
 
 def feature_colours(encoder: MultiCropEncoder, crops: torch.Tensor) -> np.ndarray:
@@ -209,9 +206,7 @@ def _font() -> Any:
     return ImageFont.load_default(FONT_SIZE)
 
 
-def tile(
-    picture: Image.Image, caption: str, side: int, colour: str = "black", outlines: Iterable[Outline] = ()
-) -> Image.Image:
+def tile(picture: Image.Image, caption: str, side: int, colour: str = "black", outlines: Iterable[Outline] = ()) -> Image.Image:
     """Return the picture, fitted into a square of `side` pixels, under its caption."""
     picture = _fit(picture, side)
     canvas = ImageDraw.Draw(picture)

@@ -41,9 +41,7 @@ PAGE = Path(__file__).with_name("page.html")
 REMEDY = "Run the training command again: it writes the file again"
 
 
-def write_summary(
-    folder: Path, config: Config, state: RunState, probe: "OnlineEvaluation", width: int
-) -> dict[str, Any]:
+def write_summary(folder: Path, config: Config, state: RunState, probe: "OnlineEvaluation", width: int) -> dict[str, Any]:
     """Evaluate the trained encoder, write summary.json and return its content. Percentages are 0..100."""
     trained = probe.measure()
     knn = None if trained is None or probe.baselines is None else {**probe.baselines, "trained": trained}
@@ -179,9 +177,7 @@ def line_charts(runs: Mapping[str, MetricLines]) -> str:
     for title, curves in curves_by_panel(runs).items():
         kept = {name: thin_out(curve) for name, curve in curves.items()}
         if any(kept.values()):
-            charts.append(
-                f'<figure class="chart" title="{escape(title)}" data-lines="{escape(json.dumps(kept))}"></figure>'
-            )
+            charts.append(f'<figure class="chart" title="{escape(title)}" data-lines="{escape(json.dumps(kept))}"></figure>')
     return f'<h2>Curves</h2><div class="charts">{"".join(charts)}</div>'
 
 

@@ -19,9 +19,7 @@ def drawn() -> np.ndarray:
     return draw_parameters((RECIPE,), 0, 0, 0, np.full(COUNT, 300), np.full(COUNT, 500))[0]
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "scale"), [(300, 500, (0.05, 0.4)), (64, 48, (0.4, 1.0)), (20, 400, (0.3, 1.0))]
-)
+@pytest.mark.parametrize(("height", "width", "scale"), [(300, 500, (0.05, 0.4)), (64, 48, (0.4, 1.0)), (20, 400, (0.3, 1.0))])
 def test_boxes_follow_torchvisions_distribution(height: int, width: int, scale: tuple[float, float]) -> None:
     recipe = ViewRecipe(32, scale)
     ours = draw_parameters((recipe,), 1, 0, 0, np.full(COUNT, height), np.full(COUNT, width))[0, :, Y0:FLIP]

@@ -52,9 +52,7 @@ def test_each_shipped_config_makes_a_legal_graph(config: Path, crop_device: str,
 
 def test_no_operator_launches_a_kernel_for_each_sample() -> None:
     """On a GPU color_space_conversion does."""
-    graph = defined(
-        (ViewRecipe(32, (0.1, 1.0), jitter_prob=0.8, gray_prob=0.2, blur_prob=0.5, solarize_prob=0.5),), "gpu"
-    )
+    graph = defined((ViewRecipe(32, (0.1, 1.0), jitter_prob=0.8, gray_prob=0.2, blur_prob=0.5, solarize_prob=0.5),), "gpu")
     assert operators(graph, "BrightnessContrast") == ["gpu", "gpu"]
     assert operators(graph, "ColorSpaceConversion") == []
 

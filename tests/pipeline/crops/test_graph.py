@@ -62,17 +62,9 @@ JITTER = {**BASE, "jitter_prob": 1.0}
 CASES = {
     "crop and resize": (ViewRecipe(**BASE), lambda crop, _: crop, 0.5),
     "flip": (ViewRecipe(**BASE, flip_prob=0.5), lambda crop, d: F.horizontal_flip(crop) if d["flip"] else crop, 0.5),
-    "brightness": (
-        ViewRecipe(**JITTER, brightness=0.4),
-        lambda crop, d: F.adjust_brightness(crop, d["colour"][0]),
-        1.5,
-    ),
+    "brightness": (ViewRecipe(**JITTER, brightness=0.4), lambda crop, d: F.adjust_brightness(crop, d["colour"][0]), 1.5),
     "contrast": (ViewRecipe(**JITTER, contrast=0.4), lambda crop, d: F.adjust_contrast(crop, d["colour"][1]), 1.5),
-    "saturation": (
-        ViewRecipe(**JITTER, saturation=0.4),
-        lambda crop, d: F.adjust_saturation(crop, d["colour"][2]),
-        1.5,
-    ),
+    "saturation": (ViewRecipe(**JITTER, saturation=0.4), lambda crop, d: F.adjust_saturation(crop, d["colour"][2]), 1.5),
     "brightness, then contrast": (
         ViewRecipe(**JITTER, brightness=0.4, contrast=0.4),
         lambda crop, d: F.adjust_contrast(F.adjust_brightness(crop, d["colour"][0]), d["colour"][1]),

@@ -36,14 +36,10 @@ def cut(image: np.ndarray, box: tuple[int, int, int, int], size: int, flip: bool
 
 @pytest.mark.parametrize("size", [1, 2, 7, 32, 96, 224])
 @pytest.mark.parametrize("box", BOXES)
-def test_a_resize_is_torchvisions_to_one_grey_level(
-    image: np.ndarray, box: tuple[int, int, int, int], size: int
-) -> None:
+def test_a_resize_is_torchvisions_to_one_grey_level(image: np.ndarray, box: tuple[int, int, int, int], size: int) -> None:
     y0, x0, y1, x1 = box
     whole = torch.from_numpy(image).permute(2, 0, 1)
-    expected = F.resized_crop(
-        whole.float(), y0, x0, y1 - y0, x1 - x0, [size, size], InterpolationMode.BILINEAR, antialias=True
-    )
+    expected = F.resized_crop(whole.float(), y0, x0, y1 - y0, x1 - x0, [size, size], InterpolationMode.BILINEAR, antialias=True)
     ours = torch.from_numpy(cut(image, box, size)).float()
     assert float((ours - expected).abs().max()) <= 0.51  # the rounding alone
     assert np.array_equal(cut(image, box, size, flip=True), cut(image, box, size)[:, :, ::-1])
@@ -65,9 +61,7 @@ def test_a_blur_is_torchvisions_to_one_grey_level(image: np.ndarray, sigma: floa
 
 
 @pytest.mark.parametrize("size", [1, 5, 16, 33])
-@pytest.mark.parametrize(
-    "factors", [(1.0, 1.0, 1.0, 0.0), (1.3, 0.7, 1.4, 30.0), (0.6, 1.4, 0.0, 0.0), (3.0, 3.0, 2.0, -180.0)]
-)
+@pytest.mark.parametrize("factors", [(1.0, 1.0, 1.0, 0.0), (1.3, 0.7, 1.4, 30.0), (0.6, 1.4, 0.0, 0.0), (3.0, 3.0, 2.0, -180.0)])
 def test_colours_are_those_of_floating_point_to_one_grey_level(
     image: np.ndarray, size: int, factors: tuple[float, float, float, float]
 ) -> None:
@@ -140,13 +134,10 @@ def test_machine_code_is_kept_for_the_sources_that_it_was_made_from_and_for_no_o
 
 
 def test_normalised_crops_are_the_crops_normalised(index: ShardIndex) -> None:
-    recipes = (ViewRecipe(33, (0.4, 1.0), blur_prob=0.5),) + (
-        ViewRecipe(17, (0.05, 0.4), jitter_prob=0.5, hue=0.1),
-    ) * 8
+    recipes = (ViewRecipe(33, (0.4, 1.0), blur_prob=0.5),) + (ViewRecipe(17, (0.05, 0.4), jitter_prob=0.5, hue=0.1),) * 8
     dataset = MultiCropDataset(index, recipes, IMAGENET_MEAN, IMAGENET_STD)
     scaled, plain = (
-        next(iter(build_multicrop_dataloader(dataset, 16, device="cpu", normalized=normalized)))
-        for normalized in (True, False)
+        next(iter(build_multicrop_dataloader(dataset, 16, device="cpu", normalized=normalized))) for normalized in (True, False)
     )
     assert [crop.shape for crop in plain.crops] == [(16, 3, 33, 33)] + [(16, 3, 17, 17)] * 8
     for ours, crop in zip(scaled.crops, plain.crops, strict=True):

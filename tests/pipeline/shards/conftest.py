@@ -42,8 +42,7 @@ class Store:
 def write_manifest(folder: Path, index: ShardIndex) -> None:
     contents = {name: (folder / name).read_bytes() for name in index.shards}
     entries = [
-        {"name": name, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-        for name, content in contents.items()
+        {"name": name, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)} for name, content in contents.items()
     ]
     (folder / "manifest.json").write_text(json.dumps({"format_version": 1, "shards": entries}))
 

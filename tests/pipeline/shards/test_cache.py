@@ -27,9 +27,7 @@ ROOT = Path(__file__).parents[3]
 RETRY_S = 20.0
 
 
-def opened(
-    store: Store, cache: Path, shards: float = 100, retry_s: float = RETRY_S, url: str | None = None
-) -> ShardIndex:
+def opened(store: Store, cache: Path, shards: float = 100, retry_s: float = RETRY_S, url: str | None = None) -> ShardIndex:
     """Open the training split with a cache that holds `shards` of its largest shards."""
     index = open_index(f"{url or store.url}/train")
     largest = max(shard.num_bytes for shard in index.remote.stored)
@@ -333,11 +331,7 @@ def test_a_full_disk_makes_room_or_is_one_line(store: Store, small_disk: Path) -
     fill(small_disk / "other.bin")
     with pytest.raises(CacheFullError, match=r"the disk of data.cache_dir .* has .* MB free"):
         cache.fetch(shards[0], cache.new_pins())
-    assert sorted(path.name for path in small_disk.iterdir()) == [
-        "locks",
-        "other.bin",
-        "pins",
-    ]  # what is not ours stays
+    assert sorted(path.name for path in small_disk.iterdir()) == ["locks", "other.bin", "pins"]  # what is not ours stays
 
 
 def test_a_new_upload_is_another_shard_of_the_cache(store: Store, tmp_path: Path) -> None:

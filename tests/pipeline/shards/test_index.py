@@ -223,11 +223,7 @@ def test_any_damage_to_the_index_is_reported_as_damage(name: str, folder: Path, 
     content, said = path.read_bytes(), []
     for trial in range(150):
         place = int(rng.integers(len(content)))
-        changed = (
-            content[:place]
-            if trial % 3 == 0
-            else content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :]
-        )
+        changed = content[:place] if trial % 3 == 0 else content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :]
         path.write_bytes(changed)
         try:
             found = open_index(folder)

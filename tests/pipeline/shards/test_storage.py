@@ -66,8 +66,7 @@ def test_names_join_to_paths_and_urls() -> None:
 def test_crops_are_the_same_with_and_without_mappings(data_path: Path) -> None:
     dataset = build_multicrop_dataset("custom", data_path, global_crop_size=32, local_crop_size=16)
     loaders = [
-        build_multicrop_dataloader(dataset, 16, device="cpu", num_workers=1, use_mmap=use_mmap)
-        for use_mmap in (True, False)
+        build_multicrop_dataloader(dataset, 16, device="cpu", num_workers=1, use_mmap=use_mmap) for use_mmap in (True, False)
     ]
     for mapped, plain in zip(*loaders, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mapped.crops, plain.crops, strict=True))

@@ -34,9 +34,7 @@ SIZES = {"global_crop_size": 32, "local_crop_size": 16}
 TOTAL = sum(COUNTS)
 
 
-def loader(
-    place: Path | str, cache: Path, batch: int = 16, max_bytes: int = 10**9, **options: object
-) -> MultiCropLoader:
+def loader(place: Path | str, cache: Path, batch: int = 16, max_bytes: int = 10**9, **options: object) -> MultiCropLoader:
     dataset = build_multicrop_dataset("custom", place, **SIZES).cached(CacheSettings(cache, max_bytes, 20))
     return build_multicrop_dataloader(dataset, batch, device="cpu", num_workers=1, **options)
 
@@ -80,9 +78,7 @@ def test_a_change_of_the_environment_reaches_the_next_request(store: Store) -> N
 
 
 @pytest.mark.parametrize("room", [100.0, 4.0], ids=["all", "little"])
-def test_two_epochs_have_the_crops_of_local_files_and_every_sample_once(
-    store: Store, tmp_path: Path, room: float
-) -> None:
+def test_two_epochs_have_the_crops_of_local_files_and_every_sample_once(store: Store, tmp_path: Path, room: float) -> None:
     largest = max(path.stat().st_size for path in (store.local / "train").glob("*.tar"))
     ours = loader(store.url, tmp_path, max_bytes=int(room * largest), drop_last=False)
     theirs = loader(store.local, tmp_path, drop_last=False)
@@ -104,9 +100,7 @@ def test_resumed_on_other_ranks_it_goes_on_where_it_stopped(store: Store, tmp_pa
     assert sorted(seen) == list(range(TOTAL // 16 * 16))
 
 
-def test_it_starts_with_the_first_shard_and_fetches_the_next_ones_in_the_order_of_the_plan(
-    store: Store, tmp_path: Path
-) -> None:
+def test_it_starts_with_the_first_shard_and_fetches_the_next_ones_in_the_order_of_the_plan(store: Store, tmp_path: Path) -> None:
     ours = loader(store.url, tmp_path, batch=8)
     before = len(store.proxy.requests)
     next(iter(ours))
@@ -180,11 +174,7 @@ def test_a_damaged_sample_is_replaced_and_named(store: Store, tmp_path: Path) ->
 
 def test_a_missing_or_short_object_is_found_at_the_start(store: Store) -> None:
     content = (store.local / "train" / "photos-000001.tar").read_bytes()
-    for changed, words in (
-        (None, "missing"),
-        (content[: len(content) // 2], "truncated"),
-        (content + bytes(512), "changed"),
-    ):
+    for changed, words in ((None, "missing"), (content[: len(content) // 2], "truncated"), (content + bytes(512), "changed")):
         url = store.upload("broken" + words, shard1=changed)
         with pytest.raises(ValueError, match=rf"^{url}/train/photos-000001.tar: .*{words}") as caught:
             open_index(f"{url}/train")
@@ -201,9 +191,7 @@ def test_the_class_names_of_two_splits_in_a_store_are_compared(store: Store) -> 
         check_classes(*indices)
 
 
-@pytest.mark.parametrize(
-    ("content", "words"), [(b"{", "no JSON"), (b'{"classes": [], "shards": [1]}', r"shards\.0 is 1")]
-)
+@pytest.mark.parametrize(("content", "words"), [(b"{", "no JSON"), (b'{"classes": [], "shards": [1]}', r"shards\.0 is 1")])
 def test_a_damaged_manifest_is_one_line(store: Store, content: bytes, words: str) -> None:
     url = store.upload(f"unnamed{len(content)}", manifest=content)
     with pytest.raises(ValueError, match=rf"^{url}/train/manifest.json: damaged.*{words}") as caught:

@@ -69,9 +69,7 @@ def hangs(case: GpuCase) -> list[Result]:
         (hangs, 2, "stopped after 2 s"),
     ],
 )
-def test_a_measurement_that_fails_is_one_row_with_the_reason(
-    measurement: Measurement, seconds: float, error: str
-) -> None:
+def test_a_measurement_that_fails_is_one_row_with_the_reason(measurement: Measurement, seconds: float, error: str) -> None:
     start_server()
     assert run_limited("a", measurement, CASE, seconds) == [Result("a", error=error)]
 

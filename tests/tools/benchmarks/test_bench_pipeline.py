@@ -70,9 +70,7 @@ def statistics_of(view: torch.Tensor, data_path: Path) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", ["dali-native", "torchvision-pil", "torchvision-v2"])
-def test_every_loader_makes_the_same_kind_of_crops(
-    name: str, crops: dict[str, list[torch.Tensor]], data_path: Path
-) -> None:
+def test_every_loader_makes_the_same_kind_of_crops(name: str, crops: dict[str, list[torch.Tensor]], data_path: Path) -> None:
     assert len(crops[name]) == len(crops["ours"]) == 8
     for view, reference in zip(crops[name], crops["ours"], strict=True):
         assert view.shape == reference.shape

@@ -10,9 +10,7 @@ from tests.conftest import write_shards
 from tools.bench import main
 
 
-def test_each_row_has_its_requests_and_each_target_a_verdict(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_each_row_has_its_requests_and_each_target_a_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for package in ("moto", "s3fs"):
         pytest.importorskip(package)
     out, folder = tmp_path / "rows.json", write_shards(tmp_path / "train", [20, 20])

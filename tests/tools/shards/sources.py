@@ -112,9 +112,7 @@ def cifar_archive(root: Path, hundred: bool, binary: bool) -> tuple[Path, np.nda
             key = "fine_labels" if hundred else "labels"
             members.append((f"c/{base}", pickle.dumps({"data": planes, key: mine, "batch_label": "x"}, protocol=2)))
     if binary:
-        members.append(
-            ("c/fine_label_names.txt" if hundred else "c/batches.meta.txt", "\n".join([*names, ""]).encode())
-        )
+        members.append(("c/fine_label_names.txt" if hundred else "c/batches.meta.txt", "\n".join([*names, ""]).encode()))
     else:
         meta = pickle.dumps({"fine_label_names" if hundred else "label_names": names}, protocol=2)
         members.append(("c/meta" if hundred else "c/batches.meta", meta))

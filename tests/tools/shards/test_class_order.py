@@ -109,9 +109,7 @@ def test_a_name_in_another_case_or_unicode_form_is_the_same_class(tmp_path: Path
     assert_colours_tell_labels(run_convert(val, tmp_path / "out", "--split", "val"), 9)
 
 
-def test_unknown_classes_are_refused_whichever_split_comes_first(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unknown_classes_are_refused_whichever_split_comes_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small, large = folders(tmp_path / "small", ["ant", "cat"]), folders(tmp_path / "large", ["ant", "bee", "cat"])
     (small / "dog").mkdir()  # without images: no class of this split
     run_convert(small, tmp_path / "out")
@@ -122,9 +120,7 @@ def test_unknown_classes_are_refused_whichever_split_comes_first(
     assert "convert train first" in refused(capsys, large, tmp_path / "other", "train")
 
 
-def test_numbers_next_to_names_are_places_in_the_list_and_it_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_numbers_next_to_names_are_places_in_the_list_and_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = run_convert(folders(tmp_path / "in", ["ant", "bee", "cat"]), tmp_path / "out")
     capsys.readouterr()
     val = run_convert(labelled_tar(tmp_path / "v.tar", [2, 0, 1]), tmp_path / "out", "--split", "val")

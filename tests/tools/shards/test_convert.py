@@ -47,31 +47,16 @@ def test_any_number_of_workers_writes_the_same_bytes(
     assert folder_bytes(run_convert(source, tmp_path, *SHARDS, "--workers", workers)) == reference
 
 
-def test_a_job_array_writes_the_same_bytes_in_any_order(
-    source: Path, reference: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_a_job_array_writes_the_same_bytes_in_any_order(source: Path, reference: dict[str, bytes], tmp_path: Path) -> None:
     for index in (2, 0, 1):
         assert not (tmp_path / "train/manifest.json").exists()
         run_convert(source, tmp_path, *SHARDS, "--num-tasks", "3", "--task-index", str(index))
     assert folder_bytes(tmp_path / "train") == reference
 
 
-def kill_and_finish(
-    source: Path, out: Path, moments: list[float], options: tuple[str, ...]
-) -> tuple[int, dict[str, bytes]]:
+def kill_and_finish(source: Path, out: Path, moments: list[float], options: tuple[str, ...]) -> tuple[int, dict[str, bytes]]:
     """Start a conversion again and again, kill -9 the parent that long after it began to write, then let one run end."""
-    command = [
-        sys.executable,
-        "-m",
-        "tools.make_shards",
-        "convert",
-        str(source),
-        "--out",
-        str(out),
-        "--workers",
-        "2",
-        *options,
-    ]
+    command = [sys.executable, "-m", "tools.make_shards", "convert", str(source), "--out", str(out), "--workers", "2", *options]
     unfinished = 0
     for moment in moments:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -135,9 +120,7 @@ def test_a_finished_conversion_is_left_alone(
 def test_each_image_is_stored_once_in_equal_shards_and_mixed(source: Path, converted: Path, tmp_path: Path) -> None:
     folder = converted
     samples = stored_samples(folder)
-    assert sorted(sample.name for sample in samples) == sorted(
-        str(path.relative_to(source)) for path in source.rglob("*.JPEG")
-    )
+    assert sorted(sample.name for sample in samples) == sorted(str(path.relative_to(source)) for path in source.rglob("*.JPEG"))
     assert all(sample.content == (source / sample.name).read_bytes() for sample in samples)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert [shard["samples"] for shard in manifest["shards"]] == [20] * 6
@@ -205,9 +188,7 @@ def test_another_conversion_is_not_mixed_in(source: Path, tmp_path: Path, capsys
     assert "another conversion (the images, or --val-ratio, differ)" in capsys.readouterr().err
 
 
-def test_a_dry_run_prints_the_plan_and_writes_nothing(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_prints_the_plan_and_writes_nothing(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(source), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
     words = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert words == ["layout", "images", "shards", "time", "disk"]

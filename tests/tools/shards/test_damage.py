@@ -151,9 +151,7 @@ RAMP = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
 EXPECTED = np.rint(RAMP * 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize(
-    "values", [RAMP, RAMP * 255, (RAMP * 65535).astype(np.int32), (RAMP * 65535).astype(np.uint16)], ids=str
-)
+@pytest.mark.parametrize("values", [RAMP, RAMP * 255, (RAMP * 65535).astype(np.int32), (RAMP * 65535).astype(np.uint16)], ids=str)
 def test_wide_pixels_are_scaled_by_one_rule(values: np.ndarray) -> None:
     checked = check_image(encode(Image.fromarray(values), "TIFF"), "x.tif", ImagePolicy())
     assert np.abs(pixels_of(checked)[..., 0].astype(int) - EXPECTED).max() <= 1
@@ -184,15 +182,7 @@ def test_warnings_of_pillow_do_not_reach_the_user(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.png").write_bytes(encode(palette, "PNG", transparency=bytes(range(16))))
     (tmp_path / "in/b.jpg").write_bytes(broken_scan())
-    command = [
-        sys.executable,
-        "-m",
-        "tools.make_shards",
-        "convert",
-        str(tmp_path / "in"),
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    command = [sys.executable, "-m", "tools.make_shards", "convert", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
     options = ["--workers", "1", "--max-bad-fraction", "0.5"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
     assert "Warning" not in done.stderr

@@ -38,12 +38,7 @@ def hostile_tar(path: Path) -> None:
             content = sources.picture(1, len(name))
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-        for name, kind in (
-            ("s", tarfile.SYMTYPE),
-            ("l", tarfile.LNKTYPE),
-            ("c", tarfile.CHRTYPE),
-            ("p", tarfile.FIFOTYPE),
-        ):
+        for name, kind in (("s", tarfile.SYMTYPE), ("l", tarfile.LNKTYPE), ("c", tarfile.CHRTYPE), ("p", tarfile.FIFOTYPE)):
             info = tarfile.TarInfo(f"{name}.jpg")
             info.type, info.linkname, info.devmajor = kind, "/etc/passwd", 1
             tar.addfile(info)
@@ -72,16 +67,7 @@ def test_a_hostile_tar_does_no_harm_within_a_gigabyte(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     hostile_tar(tmp_path / "in/x.tar")
     before = sorted(path.name for path in tmp_path.parent.iterdir())
-    command = [
-        "convert",
-        str(tmp_path / "in"),
-        "--out",
-        str(tmp_path / "out"),
-        "--max-bad-fraction",
-        "0.5",
-        "--verify",
-        "full",
-    ]
+    command = ["convert", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--max-bad-fraction", "0.5", "--verify", "full"]
     code = (
         # Its own peak from /proc: ru_maxrss of a process still counts the parent that it was forked from, here the tests.
         "import re, resource, sys; from tools.make_shards import main; code = main(sys.argv[1:]);"
@@ -155,9 +141,7 @@ def test_a_truncated_archive_and_a_wrong_md5_are_named(tmp_path: Path, capsys: p
     assert "truncated or forged" in capsys.readouterr().err
 
 
-def test_a_val_archive_without_its_devkit_says_what_is_missing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_val_archive_without_its_devkit_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (sources.imagenet_archives(tmp_path / "in") / "ILSVRC2012_devkit_t12.tar.gz").unlink()
     assert main(["convert", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--split", "val"]) == 2
     assert "put it next to the tar" in capsys.readouterr().err
@@ -167,9 +151,7 @@ def test_a_val_archive_without_its_devkit_says_what_is_missing(
 def test_a_damaged_meta_mat_is_one_clean_line(damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = sources.imagenet_archives(tmp_path / "in")
     whole = sources.meta_mat()
-    meta = {"empty": b"", "text": b"no matrix" * 100, "cut": whole[: len(whole) // 2]}.get(
-        damage, whole[:128] + bytes(64)
-    )
+    meta = {"empty": b"", "text": b"no matrix" * 100, "cut": whole[: len(whole) // 2]}.get(damage, whole[:128] + bytes(64))
     members = [("meta.mat", meta), ("ILSVRC2012_validation_ground_truth.txt", b"2\n3\n1\n1\n2\n")]
     (root / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(sources.tar_bytes(members, "w:gz"))
     assert main(["convert", str(root), "--out", str(tmp_path / "out"), "--split", "val"]) == 2

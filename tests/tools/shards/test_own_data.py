@@ -63,19 +63,7 @@ def test_what_lies_next_to_the_folder_of_a_split_is_named(
 
 
 FOREIGN = ("a.HEIF", "b.heif", "c.CR2", "d.mp4", "e", "f.tar.gz")
-QUIET = (
-    ".DS_Store",
-    "._a.jpg",
-    "Thumbs.db",
-    "desktop.ini",
-    "g.txt",
-    "h.json",
-    "i.XML",
-    "j.csv",
-    "k.md",
-    "l.idx",
-    "LICENSE",
-)
+QUIET = (".DS_Store", "._a.jpg", "Thumbs.db", "desktop.ini", "g.txt", "h.json", "i.XML", "j.csv", "k.md", "l.idx", "LICENSE")
 
 
 @pytest.mark.skipif(HEIC_IS_READ, reason="pillow-heif is installed, so .heif is read")
@@ -102,16 +90,12 @@ def test_files_that_are_not_images_are_reported_by_kind(
     assert "unpack .tar.gz first" in rest
 
 
-def test_class_folders_without_images_and_a_single_one_are_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_class_folders_without_images_and_a_single_one_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = sources.class_folders(tmp_path / "in/mine")
     (root / "dog").mkdir()
     assert "4 class folders in" in (line := said(capsys, root, tmp_path / "a"))
     assert "without images: dog)" in line
-    assert f"all images have one label: if the folders in {root} are the classes" in said(
-        capsys, tmp_path / "in", tmp_path / "b"
-    )
+    assert f"all images have one label: if the folders in {root} are the classes" in said(capsys, tmp_path / "in", tmp_path / "b")
 
 
 def test_nothing_is_said_of_texts_and_hidden_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

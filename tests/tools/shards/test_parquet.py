@@ -53,9 +53,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_columns_are_found_by_type_and_usual_names(
-    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_columns_are_found_by_type_and_usual_names(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "in/0.parquet", FORMS[form])
     folder = run_convert(path, tmp_path / "out")
     assert assert_colours_tell_labels(folder, 6) == [0, 1, 2]
@@ -68,13 +66,7 @@ def test_columns_are_found_by_type_and_usual_names(
         assert json.loads((folder / "manifest.json").read_text())["classes"] == ["ant", "bee", "cat"]
 
 
-BAD_LABELS = {
-    "list": [[0]] * 6,
-    "struct": [{"id": 0}] * 6,
-    "fraction": [0.5] * 6,
-    "huge": [10**12] * 6,
-    "negative": [-2] * 6,
-}
+BAD_LABELS = {"list": [[0]] * 6, "struct": [{"id": 0}] * 6, "fraction": [0.5] * 6, "huge": [10**12] * 6, "negative": [-2] * 6}
 
 
 @pytest.mark.parametrize("kind", BAD_LABELS)

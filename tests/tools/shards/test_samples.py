@@ -44,10 +44,7 @@ def test_labels_in_every_usual_form_come_out_of_convert_and_index(form: str, tmp
     image, label, text = FORMS[form]
     members, labels = [], [n % 3 for n in range(9)]
     for k, n in enumerate(labels):
-        members += [
-            (image.format(k=f"{k:04d}"), sources.picture(n, k)),
-            (label.format(k=f"{k:04d}"), text.format(n=n).encode()),
-        ]
+        members += [(image.format(k=f"{k:04d}"), sources.picture(n, k)), (label.format(k=f"{k:04d}"), text.format(n=n).encode())]
     tar = write_tar(tmp_path / "in/0.tar", members)
     assert assert_colours_tell_labels(run_convert(tar, tmp_path / "out"), 9) == [0, 1, 2]
     assert index_labels(tmp_path / "in") == labels
@@ -81,10 +78,7 @@ def test_labels_that_are_names_become_classes_in_their_order(tmp_path: Path, cap
     members = []
     for k in range(9):
         label = sorted(names).index(names[k % 3])
-        members += [
-            (f"{k}.jpg", sources.picture(label, k)),
-            (f"{k}.json", json.dumps({"label": names[k % 3]}).encode()),
-        ]
+        members += [(f"{k}.jpg", sources.picture(label, k)), (f"{k}.json", json.dumps({"label": names[k % 3]}).encode())]
     folder = run_convert(write_tar(tmp_path / "in/0.tar", members), tmp_path / "out")
     assert assert_colours_tell_labels(folder, 9) == [0, 1, 2]
     assert json.loads((folder / "manifest.json").read_text())["classes"] == ["ant", "bee", "cat"]
@@ -159,10 +153,7 @@ def test_links_in_a_tar_are_left_out_with_a_warning(tmp_path: Path, caplog: pyte
                 content, info = sources.picture(label, n), tarfile.TarInfo(f"./{name}/{n}.jpg")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
-        for kind, name, target in (
-            (tarfile.LNKTYPE, "a.jpg", "./bee/0.jpg"),
-            (tarfile.SYMTYPE, "b.jpg", "/etc/passwd"),
-        ):
+        for kind, name, target in ((tarfile.LNKTYPE, "a.jpg", "./bee/0.jpg"), (tarfile.SYMTYPE, "b.jpg", "/etc/passwd")):
             link = tarfile.TarInfo(name)
             link.type, link.linkname = kind, target
             tar.addfile(link)
@@ -180,9 +171,7 @@ def test_hidden_and_system_members_are_passed_over_by_convert_and_index(tmp_path
     assert index_labels(tmp_path / "in") == [1]
 
 
-def test_long_pax_records_and_names_that_are_no_text_are_read(
-    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
-) -> None:
+def test_long_pax_records_and_names_that_are_no_text_are_read(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     (tmp_path / "in").mkdir()
     names = ["caf\udce9 1/a b.jpg", "caf\udce9 2/\udcff.jpg"]
     with tarfile.open(tmp_path / "in/0.tar", "w", format=tarfile.PAX_FORMAT, errors="surrogateescape") as tar:

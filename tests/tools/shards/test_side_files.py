@@ -49,9 +49,7 @@ def test_a_damaged_file_next_to_the_shards_is_named_and_a_second_conversion_repa
     assert folder_bytes(folder) == before
 
 
-@pytest.mark.parametrize(
-    ("classes", "says"), [(5, "classes is 5"), (None, "classes is null"), (["ant"], "names 1 classes")]
-)
+@pytest.mark.parametrize(("classes", "says"), [(5, "classes is 5"), (None, "classes is null"), (["ant"], "names 1 classes")])
 def test_verify_and_a_conversion_of_the_shards_name_a_wrong_class_list(
     classes: object, says: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -65,9 +63,7 @@ def test_verify_and_a_conversion_of_the_shards_name_a_wrong_class_list(
 
 
 @pytest.mark.parametrize("text", ["", "null", "{"])
-def test_a_damaged_plan_is_one_line(
-    text: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_plan_is_one_line(text: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / ".records/plan.json").write_text(text)
     error = refused(capsys, "convert", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--num-shards", "2")
     assert "plan.json: damaged" in error

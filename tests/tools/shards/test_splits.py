@@ -73,9 +73,7 @@ def test_a_split_that_is_not_there_is_not_made_of_the_others(
     form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = tree(tmp_path / "in", form, {"Training": 2, "Testing": 2})
-    assert "no val images: the folders in it are Testing, Training" in refused(
-        capsys, source, tmp_path / "out", "--split", "val"
-    )
+    assert "no val images: the folders in it are Testing, Training" in refused(capsys, source, tmp_path / "out", "--split", "val")
     assert assert_colours_tell_labels(run_convert(source, tmp_path / "out"), 6) == [0, 1, 2]
     if form == "folders":
         folder = run_convert(source / "Testing", tmp_path / "out", "--split", "val")
@@ -84,9 +82,7 @@ def test_a_split_that_is_not_there_is_not_made_of_the_others(
 
 @pytest.mark.parametrize("form", ["folders", "tar"])
 @pytest.mark.parametrize("inside", ["ant/test", "ant/Training/deep"])
-def test_splits_inside_a_class_are_refused(
-    inside: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_splits_inside_a_class_are_refused(inside: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tree(tmp_path / "in", form, {inside: 1, "bee/x": 1})
     assert "named after a split" in refused(capsys, source, tmp_path / "out")
 
@@ -117,9 +113,7 @@ def test_detection_data_have_no_classes(form: str, tmp_path: Path) -> None:
     assert classes_of(folder) == []
 
 
-def test_masks_are_left_out_and_classes_below_images_are_found(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_masks_are_left_out_and_classes_below_images_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = sources.class_folders(tmp_path / "in/images").parent
     (root / "Masks").mkdir()
     (root / "Masks/0.png").write_bytes(sources.picture(0, 0, image_format="PNG"))
@@ -149,9 +143,7 @@ def test_a_tar_next_to_class_folders_does_not_hide_them(tmp_path: Path, capsys: 
 
 
 def test_one_label_for_all_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    members = [
-        (f"{n}.{end}", sources.picture(3, n) if end == "jpg" else b"3") for n in range(3) for end in ("jpg", "cls")
-    ]
+    members = [(f"{n}.{end}", sources.picture(3, n) if end == "jpg" else b"3") for n in range(3) for end in ("jpg", "cls")]
     (tmp_path / "x.tar").write_bytes(sources.tar_bytes(members))
     run_convert(tmp_path / "x.tar", tmp_path / "out")
     assert "all images have one label, 3" in capsys.readouterr().out

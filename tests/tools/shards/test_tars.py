@@ -35,9 +35,7 @@ def test_tars_in_a_tar_are_classes_wherever_they_lie(
     assert (tmp_path / "out/train/my-set-train-000000.tar").exists()
 
 
-def test_class_tars_named_by_wnids_are_imagenet_under_any_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_class_tars_named_by_wnids_are_imagenet_under_any_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     members = [(f"{wnid}.tar", class_tar(sources.WNID_LABELS[wnid])) for wnid in sources.WNIDS]
     converted(tmp_path, capsys, "subset.tar", sources.tar_bytes(members))
     assert assert_colours_tell_labels(tmp_path / "out/train", 12) == [0, 230, 278]
@@ -60,9 +58,7 @@ def test_shards_in_a_tar_keep_their_own_labels(kind: str, tmp_path: Path, capsys
 @pytest.mark.parametrize("common", ["", "./", "mydata/", "a/b/"])
 def test_folders_in_a_tar_are_classes(common: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = [
-        (f"{common}{name}/day {n % 2}/{n}.jpg", sources.picture(label, n))
-        for n in range(4)
-        for label, name in enumerate(CLASSES)
+        (f"{common}{name}/day {n % 2}/{n}.jpg", sources.picture(label, n)) for n in range(4) for label, name in enumerate(CLASSES)
     ]
     line = converted(tmp_path, capsys, "x.tar", sources.tar_bytes(images))
     assert "3 classes named by the folders in it: ant, bee, cat" in line
@@ -93,9 +89,7 @@ def test_folders_of_splits_in_a_tar_are_no_classes(tmp_path: Path, capsys: pytes
         (["IMG_1.jpg", "IMG_1.png"], "2 images without labels)"),
     ],
 )
-def test_a_tar_without_labels_says_so(
-    names: list[str], note: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_tar_without_labels_says_so(names: list[str], note: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = sources.tar_bytes((name, sources.picture(0, n)) for n, name in enumerate(names))
     assert note in converted(tmp_path, capsys, "x.tar", content)
     assert {sample.label for sample in stored_samples(tmp_path / "out/train")} == {-1}
@@ -124,9 +118,7 @@ def test_images_and_other_tars_next_to_the_tars_of_a_split_are_counted(
     assert len(stored_samples(tmp_path / "out/train")) == 8
 
 
-def test_our_own_shards_are_read_again_under_their_name_and_classes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_our_own_shards_are_read_again_under_their_name_and_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = run_convert(sources.class_folders(tmp_path / "animals"), tmp_path / "first", "--num-shards", "2")
     capsys.readouterr()
     again = run_convert(first, tmp_path / "again")
@@ -138,10 +130,7 @@ def test_our_own_shards_are_read_again_under_their_name_and_classes(
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        (
-            [("a.tar", sources.tar_bytes([("b.tar", class_tar(0))]))],
-            "a.tar contains a tar itself (b.tar)",
-        ),
+        ([("a.tar", sources.tar_bytes([("b.tar", class_tar(0))]))], "a.tar contains a tar itself (b.tar)"),
         ([("a/x.tar", class_tar(0)), ("b/X.tar", class_tar(1))], "two classes with one name, 'x' and 'X'"),
         ([("A/1.jpg", b"x"), ("a /1.jpg", b"x")], "two classes with one name, 'A' and 'a '"),
         ([("a.tar", b"no tar" * 1000)], "no tar header at byte 512"),

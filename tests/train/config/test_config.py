@@ -40,17 +40,7 @@ def test_a_shipped_config_written_out_reads_back_equal(path, write):
 
 
 def test_text_that_looks_like_a_number_survives_writing_and_reading_by_any_reader(write):
-    kwargs = {
-        "a": "010",
-        "b": "1e4",
-        "c": "on",
-        "d": "null",
-        "e": "q\"'\\ü\n # x",
-        "f": "",
-        "g": 1,
-        "h": 1e-30,
-        "i": None,
-    }
+    kwargs = {"a": "010", "b": "1e4", "c": "on", "d": "null", "e": "q\"'\\ü\n # x", "f": "", "g": 1, "h": 1e-30, "i": None}
     values = {"data": {"data_path": "12"}, "logging": {"run_name": "1e4"}, "model": {"encoder_kwargs": kwargs}}
     config = Config.model_validate(values)
     assert load_config(write(config.to_yaml({"model.encoder_kwargs.e": "here"}))) == config
@@ -82,10 +72,7 @@ def test_origins_name_the_line_the_command_line_or_the_default():
     [
         *[("1e-4", 1e-4), ("-2E3", -2e3), (".5", 0.5), ("1.", 1.0), ("1e100", 1e100), ("12", 12), ("+3", 3), ("-0", 0)],
         *[("true", True), ("false", False), ("null", None), ("~", None), ("'12'", "12"), ("9" * 18, int("9" * 18))],
-        *[
-            (text, text)
-            for text in ("shards/x", "nullo", "2024-01-01", "010", "0x1f", "1:30", "1_000", ".inf", "9" * 5000)
-        ],
+        *[(text, text) for text in ("shards/x", "nullo", "2024-01-01", "010", "0x1f", "1:30", "1_000", ".inf", "9" * 5000)],
         *[(text, text) for text in ("on", "off", "yes", "True")],
     ],
 )
@@ -245,10 +232,7 @@ training: {{epochs: 9}}
         (["masking.exclude_covered=true"], "masking.exclude_covered"),
         (["device=cpu", "data.crop_device=gpu"], "data.crop_device"),
         (["masking.strategy=none"], "masking.strategy"),
-        (
-            ["masking.strategy=none", "loss.prediction_weight=0", "masking.exclude_covered=true"],
-            "masking.exclude_covered",
-        ),
+        (["masking.strategy=none", "loss.prediction_weight=0", "masking.exclude_covered=true"], "masking.exclude_covered"),
         (["masking.strategy=cross_crop_prediction", "loss.prediction_weight=0"], "loss.prediction_weight"),
         (["loss.prediction_weight=0", "loss.view_weight=0", "loss.sigreg_weight=0"], "loss.prediction_weight"),
     ],
@@ -331,7 +315,5 @@ def test_suggestions_for_an_unknown_key_come_from_any_section(key, meant):
 
 
 def test_the_schema_command_prints_a_json_schema_with_every_key():
-    printed = subprocess.run(
-        [sys.executable, "-m", "train.config", "--schema"], capture_output=True, text=True, check=True
-    )
+    printed = subprocess.run([sys.executable, "-m", "train.config", "--schema"], capture_output=True, text=True, check=True)
     assert json.loads(printed.stdout) == Config.model_json_schema()

@@ -42,9 +42,7 @@ def encoder() -> MultiCropEncoder:
     return MultiCropEncoder("vit_small_patch16_dinov3", [32], mean=IMAGENET_MEAN, std=IMAGENET_STD, **TINY).eval()
 
 
-def test_stored_features_are_those_of_each_image_alone_whatever_the_batch(
-    index: ShardIndex, encoder: MultiCropEncoder
-) -> None:
+def test_stored_features_are_those_of_each_image_alone_whatever_the_batch(index: ShardIndex, encoder: MultiCropEncoder) -> None:
     extractors = {"pixels": pixels, "trained": pooled_features(encoder)}
     found = extract(centre_loader(index, 40), extractors)
     again = extract(centre_loader(index, 7), extractors)

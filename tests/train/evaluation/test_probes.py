@@ -70,9 +70,7 @@ def test_the_linear_probe_reaches_scikit_learns_accuracy_and_prefers_features_th
     train, test = blobs(2000, 0), blobs(1000, 1)
     noise = {"last": torch.randn(2000, 6), "last4": train.values["last"]}
     test_noise = {"last": torch.randn(1000, 6), "last4": test.values["last"]}
-    score, setting = linear_probe(
-        Features(noise, train.labels), Features(test_noise, test.labels), ["last", "last4"], 10, CPU
-    )
+    score, setting = linear_probe(Features(noise, train.labels), Features(test_noise, test.labels), ["last", "last4"], 10, CPU)
     assert setting.startswith("last4, lr ")
     standard = Standardizer(train.values["last"], CPU)
     reference = LogisticRegression(max_iter=1000).fit(standard(train.values["last"]), train.labels)
@@ -81,9 +79,7 @@ def test_the_linear_probe_reaches_scikit_learns_accuracy_and_prefers_features_th
     assert (score, setting) == linear_probe(
         Features(noise, train.labels), Features(test_noise, test.labels), ["last", "last4"], 10, CPU
     )
-    assert torch.equal(
-        before, torch.get_rng_state()
-    )  # measured during a run, it must not move the run's random numbers
+    assert torch.equal(before, torch.get_rng_state())  # measured during a run, it must not move the run's random numbers
 
 
 def test_logistic_regression_equals_scikit_learn() -> None:

@@ -109,10 +109,7 @@ def test_a_chart_leaves_out_what_is_no_number_and_is_absent_without_points(tmp_p
 def test_a_browser_opens_the_pages_without_an_error_and_asks_for_nothing_else(tmp_path: Path) -> None:
     """The page's policy refuses every request, and a refusal is an error in the console."""
     folder = run_folder(tmp_path / "shown")
-    pages = [
-        write_page(folder),
-        write_comparison({"a": folder, "b": run_folder(tmp_path / "other")}, tmp_path / "both.html"),
-    ]
+    pages = [write_page(folder), write_comparison({"a": folder, "b": run_folder(tmp_path / "other")}, tmp_path / "both.html")]
     spoiled = tmp_path / "spoiled.html"
     spoiled.write_text(pages[0].read_text().replace("</main>", '<img src="http://127.0.0.1:9/a.png"></main>'))
     for page, sound in [(pages[0], True), (pages[1], True), (spoiled, False)]:

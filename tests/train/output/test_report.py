@@ -23,9 +23,7 @@ ROOT = Path(__file__).parents[3]
         (1.0, 1000, None, 13, []),
     ],
 )
-def test_each_trouble_has_its_line(
-    wait: float, steps: int, trained: float | None, images: int, begins: list[str]
-) -> None:
+def test_each_trouble_has_its_line(wait: float, steps: int, trained: float | None, images: int, begins: list[str]) -> None:
     config = load_config(ROOT / "configs" / "quickstart.yaml", [])
     knn = None if trained is None else {"trained": trained, "random_init": 40.0}
     lines = advice(config, {"data_wait_percent": wait, "steps": steps, "knn": knn, "validation_images": images})

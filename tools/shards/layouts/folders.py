@@ -11,14 +11,7 @@ from pipeline.text import plural, truncate_list
 from tools.shards.catalogue import Catalogue, LooseFiles, Source
 from tools.shards.classes import class_order
 from tools.shards.images import is_image
-from tools.shards.layouts.splits import (
-    check_no_splits,
-    choose_split,
-    mixed_splits,
-    plain_name,
-    split_of,
-    visible_folders,
-)
+from tools.shards.layouts.splits import check_no_splits, choose_split, mixed_splits, plain_name, split_of, visible_folders
 from tools.shards.skipped_files import file_kind
 
 # Folders of images and of what belongs to them, as in detection and segmentation data; they are no classes.

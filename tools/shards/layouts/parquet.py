@@ -160,9 +160,7 @@ def find_columns(path: Path) -> Columns | None:
         return None
     usual = (name for known in IMAGE_NAMES for name in images if name.lower() == known)
     if not (image := next(usual, images[0] if len(images) == 1 else "")):
-        raise ValueError(
-            f"{path}: the columns {', '.join(images)} all hold images: keep one, or call one of them image"
-        )
+        raise ValueError(f"{path}: the columns {', '.join(images)} all hold images: keep one, or call one of them image")
     # Class names by column. A file from outside can hold anything here.
     names_of = {
         name: tuple(map(str, feature["names"]))

@@ -13,14 +13,7 @@ from pipeline.text import plural, truncate_list
 from tools.shards.catalogue import Source, check_class_names
 from tools.shards.images import is_image
 from tools.shards.layouts.cifar import open_cifar
-from tools.shards.layouts.folders import (
-    folders_are_classes,
-    image_folders,
-    image_root,
-    open_flat,
-    open_folders,
-    walk_images,
-)
+from tools.shards.layouts.folders import folders_are_classes, image_folders, image_root, open_flat, open_folders, walk_images
 from tools.shards.layouts.idx import open_idx
 from tools.shards.layouts.imagenet import open_imagenet_val, open_kaggle
 from tools.shards.layouts.parquet import open_parquet

@@ -8,11 +8,7 @@ from pathlib import Path
 from pipeline.shards.tar import is_hidden
 from pipeline.text import truncate_list
 
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "dev", "eval"),
-    "test": ("test", "testing"),
-}
+SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev", "eval"), "test": ("test", "testing")}
 _ANY = "|".join(f"(?P<{split}>{'|'.join(names)})" for split, names in SPLIT_NAMES.items())
 SPLIT_WORD = re.compile(rf"(?<![a-z])(?:{_ANY})(?![a-z])", re.IGNORECASE)
 _NOUN = "set|split|data|images?|imgs?"
@@ -45,9 +41,7 @@ def choose_split(folders: Collection[str], split: str, where: str) -> tuple[str,
     `folders` hold images; "" stands for images outside of folders. Raises ValueError when the split has no folder among those
     of other splits.
     """
-    splits, others = (
-        sorted(name for name in folders if bool(split_of(name)) == is_split) for is_split in (True, False)
-    )
+    splits, others = (sorted(name for name in folders if bool(split_of(name)) == is_split) for is_split in (True, False))
     ours = folder_of_split(splits, split, where)
     if splits and not ours and not others:
         raise ValueError(
