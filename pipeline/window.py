@@ -142,9 +142,8 @@ def feed(
     """
     for start, batch_rows in zip(starts, rows, strict=True):
         first, samples = sequence.rank_start(start), sequence.index.samples[batch_rows]
-        drawn = draw_parameters(recipes, sequence.plan.seed, start.epoch, first, samples["height"], samples["width"]).swapaxes(
-            0, 1
-        )
+        seed, sides = sequence.plan.seed, (samples["height"], samples["width"])
+        drawn = draw_parameters(recipes, seed, start.epoch, first, *sides).swapaxes(0, 1)
         fed.append((batch_rows, first, drawn))
         yield np.ascontiguousarray(drawn)
 
