@@ -2,6 +2,7 @@
 
 import ctypes
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -10,9 +11,14 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def die_with_parent() -> None:
-    """Have Linux kill this process when its parent dies, so that no orphan keeps writing (prctl PR_SET_PDEATHSIG)."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Have Linux kill this process when its parent dies, so that no orphan keeps writing (prctl PR_SET_PDEATHSIG).
+
+    `parent`: the process id of the parent, for a forked process. A parent that died before the request would go unnoticed.
+    """
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
 
 
 def isolated_executor(preload: str) -> ProcessPoolExecutor:

@@ -80,6 +80,7 @@ def survive(kills: int, steps: int, data_path: Path, tmp_path: Path) -> None:
     assert [step for step, _, _ in seen[1]] == list(range(1, steps + 1))
 
 
+@pytest.mark.slow
 def test_a_run_killed_three_times_ends_as_if_it_had_been_left_alone(data_path: Path, tmp_path: Path) -> None:
     survive(3, 80, data_path, tmp_path)
 

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import multiprocessing
+import os
 import shutil
 import signal
 import time
@@ -132,7 +133,7 @@ def _run_workers(conversion: Conversion, shards: range, options: ConvertOptions)
     """Complete each shard; returns how many had to be written."""
     context = multiprocessing.get_context("fork")  # the workers inherit the catalogue instead of reading it again
     counts, workers = SharedCounts(context), max(1, min(options.workers, len(shards)))
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (conversion, counts))
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (conversion, counts, os.getpid()))
     num_images, start, written = sum(map(conversion.shard_size, shards)), time.monotonic(), 0
     try:
         pending = {pool.submit(_complete_shard, shard) for shard in shards}
@@ -162,9 +163,9 @@ def _run_workers(conversion: Conversion, shards: range, options: ConvertOptions)
 _WORK: list[tuple[Conversion, SharedCounts]] = []  # set once in each worker process
 
 
-def _start_worker(conversion: Conversion, counts: SharedCounts) -> None:
+def _start_worker(conversion: Conversion, counts: SharedCounts, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    die_with_parent()
+    die_with_parent(parent)
     _WORK.append((conversion, counts))
 
 

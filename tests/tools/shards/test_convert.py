@@ -72,6 +72,11 @@ def kill_and_finish(source: Path, out: Path, moments: list[float], options: tupl
     return unfinished, folder_bytes(out / "train")
 
 
+def test_a_worker_whose_parent_died_before_it_could_ask_to_die_with_it_ends() -> None:
+    code = "import os; from tools.own_process import die_with_parent; die_with_parent(os.getppid()); die_with_parent(1 << 30)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 1
+
+
 def test_three_kills_end_in_the_same_bytes(source: Path, reference: dict[str, bytes], tmp_path: Path) -> None:
     unfinished, found = kill_and_finish(source, tmp_path, [0.01, 0.02, 0.03], SHARDS)
     assert unfinished

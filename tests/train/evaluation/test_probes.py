@@ -159,7 +159,10 @@ def test_tokens_are_the_same_whether_kept_or_made_again_for_each_epoch(
         assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(one, other, new, strict=True))
 
 
-def test_the_attentive_probe_learns_what_it_can_and_repeats_itself(streams: tuple[TokenStream, TokenStream]) -> None:
+def test_the_attentive_probe_learns_what_it_can_and_repeats_itself(
+    streams: tuple[TokenStream, TokenStream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probes, "MIN_STEPS", 400)
     torch.manual_seed(5)
     before = torch.get_rng_state()
     found = attentive_probe(*streams, 3, 2, CPU)
