@@ -20,3 +20,8 @@ BATCH_SIZE = 64  # images per rank
 PREFETCH = 2  # batches
 HW_DECODER_LOAD = 0.65  # DALI's own default
 MAX_BAD_SHARE = 0.01  # of all samples
+
+# Shards in an object store.
+CACHE_SIZE_GB = 100.0
+STORE_STREAMS = 2  # more of them make the next shard arrive later: they share the bandwidth
+STORE_RETRY_S = 120.0

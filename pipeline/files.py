@@ -1,5 +1,6 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and their checksums."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,3 +33,9 @@ def write_atomic(path: Path, content: str | bytes | memoryview, durable: bool = 
     """
     with partial_file(path, durable) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def file_checksum(path: Path, kind: str = "sha256") -> str:
+    """Return the hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()

@@ -14,7 +14,7 @@ FOLDERS = ("pipeline", "model", "train", "tools")
 # applies to it.
 MAY_IMPORT = {
     "pipeline": {"pipeline"},
-    "pipeline.shards": {"pipeline.shards", "pipeline.files", "pipeline.text"},
+    "pipeline.shards": {"pipeline.shards", "pipeline.files", "pipeline.text", "pipeline.defaults"},
     "pipeline.crops": {"pipeline.crops", "pipeline.shards", "pipeline.order", "pipeline.defaults", "pipeline.text"},
     "model": {"model"},
     "train": {"pipeline", "model", "train"},

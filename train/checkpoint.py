@@ -1,6 +1,5 @@
 """Checkpoints: folders of safetensors and JSON with checksums, written under another name and renamed. Nothing is unpickled."""
 
-import hashlib
 import json
 import logging
 import os
@@ -14,6 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from pipeline.files import file_checksum
 
 log = logging.getLogger(__name__)
 
@@ -141,10 +142,7 @@ def verify_checkpoint(path: Path) -> None:
 
 
 def _manifest(folder: Path) -> str:
-    checksums = {}
-    for name in (MODEL, OPTIMIZER, STATE):
-        with (folder / name).open("rb") as file:
-            checksums[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    checksums = {name: file_checksum(folder / name) for name in (MODEL, OPTIMIZER, STATE)}
     return json.dumps({"format": 1, "sha256": checksums}, indent=1)
 
 

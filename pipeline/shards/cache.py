@@ -5,7 +5,6 @@ downloads, folders of pins and eviction. The kernel drops the locks of a killed 
 """
 
 import fcntl
-import hashlib
 import os
 import shutil
 import tempfile
@@ -18,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.defaults import CACHE_SIZE_GB, STORE_RETRY_S, STORE_STREAMS
+from pipeline.files import file_checksum
 from pipeline.shards.index_file import shard_problem
 from pipeline.shards.storage import StoreError, download, retry
 
@@ -35,9 +36,9 @@ class CacheSettings:
     """
 
     folder: Path | None = None
-    max_bytes: int = 100 * 10**9
-    retry_s: float = 120.0
-    streams: int = 2
+    max_bytes: int = int(CACHE_SIZE_GB * 1e9)
+    retry_s: float = STORE_RETRY_S
+    streams: int = STORE_STREAMS
 
 
 @dataclass(frozen=True)
@@ -185,9 +186,8 @@ def _content_problem(shard: StoredShard, path: Path) -> str | None:
     """Compare a complete download with the manifest or, without one, with the index."""
     if not shard.sha256:
         return shard_problem(path, shard.ends)
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256:
-            return None
+    if file_checksum(path) == shard.sha256:
+        return None
     return "its sha256 is not that of manifest.json: changed in the store, or damaged"
 
 

@@ -99,7 +99,7 @@ def test_a_study_of_another_budget_is_not_continued(base: Path, tmp_path: Path, 
 
 
 def test_a_study_of_other_settings_is_not_continued(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of another file or folder of images it is, as both may be moved."""
+    """A study of another path for its config or its images is continued, since both can be moved."""
     settings = load_config(base).resolved
     ready = {"budget_s": 6.0, "points": 1, "overrides": [], "step_cpu_ms": {}, "steps": dict.fromkeys(VARIANTS, 1)}
     path = tmp_path / "tiny_calibration.json"

@@ -1,11 +1,11 @@
 """Checks of the shards, of the data a run was trained on, and of the pipeline's rate against the model's."""
 
-import hashlib
 import random
 import time
 from collections.abc import Callable
 from functools import cache
 
+from pipeline.files import file_checksum
 from pipeline.shards.index import ShardIndex, open_index, split_folder
 from pipeline.shards.manifest import MANIFEST_NAME, check_class_count, read_manifest
 from tools.checks.check import Case, Check, Finding, fail, ok, sees_gpu, skip, warn
@@ -65,9 +65,8 @@ def check_manifest(_: Case, index: ShardIndex) -> Finding:
     count = len(index.shards)
     sampled = [index.shard_path(shard) for shard in random.sample(range(count), min(SAMPLED_SHARDS, count))]
     path = min(sampled, key=lambda path: path.stat().st_size)
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != manifest.checksums[path.name]:
-            return fail(f"{path}: sha256 differs from {MANIFEST_NAME}", COPY_AGAIN)
+    if file_checksum(path) != manifest.checksums[path.name]:
+        return fail(f"{path}: sha256 differs from {MANIFEST_NAME}", COPY_AGAIN)
     return ok(f"{text}; {path.name} has its checksum")
 
 

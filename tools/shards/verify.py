@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from pipeline.files import write_atomic
+from pipeline.files import file_checksum, write_atomic
 from pipeline.shards.index import INDEX_NAME, ShardIndex, open_index, save_index, scan_shard
 from pipeline.shards.manifest import MANIFEST_NAME, Manifest, check_class_count, read_manifest, read_object
 from pipeline.shards.samples import PILLOW_FAULTS
 from pipeline.shards.tar import is_hidden, sample_key, tar_members
 from tools.shards.images import pixel_sums
 from tools.shards.report import INFO_NAME, STATS_NAME, describe_images, timm_info
-from tools.shards.writer import BATCH_IMAGES, IdxMember, file_checksum, fingerprint, idx_content, pixel_stride
+from tools.shards.writer import BATCH_IMAGES, IdxMember, fingerprint, idx_content, pixel_stride
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from pipeline.files import partial_file, write_atomic
+from pipeline.files import file_checksum, partial_file, write_atomic
 from pipeline.shards.index import SAMPLE_DTYPE, UNLABELLED
 from pipeline.shards.index_file import DAMAGES
 from tools.shards.catalogue import Source
@@ -244,8 +244,3 @@ def shard_is_complete(conversion: Conversion, shard: int) -> bool:
     except (OSError, ValueError):
         return False
     return checksums == (record.sha256, record.idx_sha256)
-
-
-def file_checksum(path: Path, kind: str = "sha256") -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, kind).hexdigest()

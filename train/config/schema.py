@@ -80,11 +80,11 @@ class Data(Section):
     """Folder, or prefix of an object store (s3://, gs://, az://, hf://, https://), that holds the shards in train/ and val/."""
     cache_dir: PathText | None = None
     """Folder for shards downloaded from a store; it should be on a local disk. null: a folder of your own in $TMPDIR."""
-    cache_size_gb: PositiveFloat = 100.0
+    cache_size_gb: PositiveFloat = defaults.CACHE_SIZE_GB
     """Size limit of cache_dir; the shards that were planned least recently are removed first."""
-    store_streams: PositiveInt = 2
+    store_streams: PositiveInt = defaults.STORE_STREAMS
     """Concurrent downloads per rank; raise it if a single connection is slower than the network."""
-    store_retry_s: NonNegativeFloat = 120.0
+    store_retry_s: NonNegativeFloat = defaults.STORE_RETRY_S
     """Seconds during which requests to a failing store are retried; then the run saves a checkpoint and stops."""
     batch_size: PositiveInt = defaults.BATCH_SIZE
     """Images per rank."""

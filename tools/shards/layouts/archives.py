@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Container
 from pathlib import Path
 
-from tools.shards.writer import file_checksum
+from pipeline.files import file_checksum
 
 MAX_UNPACKED = 512 << 20  # three times the largest archive that is read this way, CIFAR
 
