@@ -188,7 +188,7 @@ class Recorder:
             log.error(f"{folder}: the summary could not be written ({error}); the same command tries again")
             return NOT_WRITTEN
         self._console.print(summary_table(summary))
-        for line in (*hints, f"report: {page}, pictures: {folder / 'figures'}"):
+        for line in (*hints, f"report: {page}" + (f", pictures: {folder / 'figures'}" if pictures else "")):
             log.info(line)
         if checkpoint_path(self._checkpoints, state.step).exists():
             return 0
