@@ -9,40 +9,30 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pipeline.shards.cache import CacheSettings
 from train.command import run_command
 
 COMMANDS = {
-    "convert": "Images per second of make_shards, against webdataset.ShardWriter and a plain copy of the same files.",
     "gpu": "Everything that only a GPU can tell, as one table for the README.",
     "pipeline": "Images per second and CPU time per image, against torchvision and a hand-written DALI pipeline.",
     "scale": "Start-up time and memory at the size of ImageNet.",
     "step": "Time, memory and FLOPs of one training step, against a loop over crops and against unmasked crops.",
-    "store": "Images per second and requests of shards in an S3 store, against the same shards on a local disk.",
 }
 CORES = len(os.sched_getaffinity(0))
-ROUNDS = "Rounds; medians are printed."
 # (commands, flag, default or type, help): all options are here, so that `--help` imports no torch and no DALI.
 OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
-    ("gpu pipeline store", "shards", Path, "Read these shards instead of temporary ones of photographs of about 100 KB."),
+    ("gpu pipeline", "shards", Path, "Read these shards instead of temporary ones of photographs of about 100 KB."),
     ("gpu step", "device", "auto", "auto, cpu or gpu; `gpu --device cpu` is a rehearsal with small sizes."),
     ("gpu pipeline", "threads", CORES, "DALI threads, or worker processes of a DataLoader."),
     ("gpu", "minutes", 8.0, "Time limit for all parts together."),
     ("gpu", "parts", str, "Run only these, separated by commas: images/s, step, training."),
     ("pipeline", "rows", str, "Run only these: ours, torchvision-pil, torchvision-v2, dali-native, decode-only."),
     ("pipeline", "images", 256, "Images per row and round."),
-    ("convert", "images", 4096, "Images to convert, of 500x375 pixels and about 100 KB."),
-    ("store", "images", 4320, "Images to make, at 720 per shard."),
-    ("pipeline store", "batch", 32, "Images per batch."),
+    ("pipeline", "batch", 32, "Images per batch."),
     ("scale", "batch", 64, "Images per batch."),
     ("step", "batch", 4, "Images per batch, each with 2 + 6 crops."),
-    ("pipeline step", "rounds", 5, ROUNDS),
-    ("convert store", "rounds", 3, ROUNDS),
-    ("convert", "workers", CORES, "Processes."),
+    ("pipeline step", "rounds", 5, "Rounds; medians are printed."),
     ("scale", "samples", 1_281_167, "Samples in the data set."),
     ("step", "model", "small", "The encoder, small or tiny."),
-    ("store", "bandwidth", 10, "Bandwidth of the store in MB/s."),
-    ("store", "streams", CacheSettings.streams, "Concurrent downloads."),
 )
 CHOICES = {"device": ("auto", "cpu", "gpu"), "model": ("small", "tiny")}
 

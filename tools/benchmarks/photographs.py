@@ -17,24 +17,20 @@ from tools.shards.photographs import PHOTOGRAPHS, photograph_path
 WIDTH, HEIGHT = 500, 375  # the usual ImageNet photograph
 QUALITY = 97  # makes the median file about 100 KB, the weight of ImageNet's
 NUM_CLASSES = 16
-MEMORY_DISK = Path("/dev/shm")
-
-
-def memory_folder() -> Path | None:
-    """Return a folder in memory if there is one: the speed of a shared disk varies from run to run."""
-    return MEMORY_DISK if os.access(MEMORY_DISK, os.W_OK) else None
+NUM_SHARDS = 4
+MEMORY_DISK = Path("/dev/shm")  # if there is one: the speed of a shared disk varies from run to run
 
 
 @contextmanager
-def benchmark_shards(folder: Path | None, num_images: int, workers: int, num_shards: int = 4) -> Iterator[Path]:
+def benchmark_shards(folder: Path | None, num_images: int, workers: int) -> Iterator[Path]:
     """Yield the folder of the training shards in `folder` or, without it, of temporary ones with `num_images` photographs."""
     if folder:
         yield Path(split_folder("custom", folder, "train"))
         return
-    with tempfile.TemporaryDirectory(dir=memory_folder()) as temporary:
+    with tempfile.TemporaryDirectory(dir=MEMORY_DISK if os.access(MEMORY_DISK, os.W_OK) else None) as temporary:
         source, shards = Path(temporary, "source"), Path(temporary, "shards")
         write_photographs(source, num_images)
-        convert(open_source(source, "train"), shards, "train", ConvertOptions(workers=workers, num_shards=num_shards))
+        convert(open_source(source, "train"), shards, "train", ConvertOptions(workers=workers, num_shards=NUM_SHARDS))
         yield shards
 
 

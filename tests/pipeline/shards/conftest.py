@@ -11,7 +11,7 @@ import pytest
 from pipeline.shards.index import INDEX_NAME, ShardIndex, open_index, save_index
 from pipeline.shards.index_file import SAMPLES_NAME
 from tests.conftest import write_shards
-from tools.benchmarks.proxy import ThrottledProxy, environment, moto_server, no_fault, put, put_folder
+from tests.pipeline.shards.proxy import ThrottledProxy, environment, moto_server, no_fault, put, put_folder
 
 COUNTS = [41, 40, 22, 30, 35]
 

@@ -21,7 +21,7 @@ from pipeline.shards.fetcher import Cancelled
 from pipeline.shards.index import ShardIndex, open_index
 from pipeline.shards.storage import StoreError
 from tests.pipeline.shards.conftest import COUNTS, Store
-from tools.benchmarks.proxy import no_fault
+from tests.pipeline.shards.proxy import no_fault
 
 ROOT = Path(__file__).parents[3]
 RETRY_S = 20.0

@@ -23,8 +23,8 @@ from pipeline.shards.index import INDEX_NAME, open_index, split_folder
 from pipeline.shards.index_file import SAMPLES_NAME
 from pipeline.shards.storage import StoreError, is_remote, read
 from tests.pipeline.shards.conftest import COUNTS, Store
+from tests.pipeline.shards.proxy import Fault, ThrottledProxy, environment, no_fault, put
 from tests.train.test_run import command
-from tools.benchmarks.proxy import Fault, ThrottledProxy, environment, no_fault, put
 from train.evaluation.features import check_classes, subsample_evenly
 from train.run import main
 

@@ -12,7 +12,7 @@ from typing import Self
 from unittest.mock import patch
 from urllib.request import Request, urlopen
 
-from pipeline.shards.index_file import INDEX_FILES, INDEX_NAME
+from pipeline.shards.index_file import INDEX_FILES
 from pipeline.shards.manifest import MANIFEST_NAME
 
 CHUNK_BYTES = 1 << 16
@@ -53,9 +53,7 @@ def put(endpoint: str, name: str, content: bytes = b"") -> None:
 
 
 def put_folder(endpoint: str, folder: Path, prefix: str) -> str:
-    """Upload a folder's tars, index and manifest, and return its URL. Raises ValueError if there is no index."""
-    if not (folder / INDEX_NAME).exists():
-        raise ValueError(f"{folder}: no {INDEX_NAME}. Write it with `python tools/make_shards.py index {folder}`")
+    """Upload a folder's tars, index and manifest, and return its URL."""
     for path in sorted(folder.iterdir()):
         if path.suffix == ".tar" or path.name in (*INDEX_FILES, MANIFEST_NAME):
             put(endpoint, f"photos/{prefix}/{path.name}", path.read_bytes())
