@@ -9,6 +9,7 @@ from model.masks import MaskPlan, MultiCropMaskGenerator
 from pipeline.dataset import CropBatch, MultiCropDataset, resolve_device
 from train.build import build_dataset, build_loader, build_masks, build_model, build_schedule
 from train.config.schema import Config
+from train.config.yaml12 import printable
 from train.distributed import Ranks
 from train.trainer import step_seed
 
@@ -115,5 +116,5 @@ def describe(dataset: MultiCropDataset, row: int, epoch: int, position: int, slo
     index, sample = dataset.index, dataset.index.samples[row]
     return (
         f"epoch {epoch}, position {position}, step {slot.step} (rank {slot.rank}, image {slot.image} of its batch): "
-        f"shard {index.shards[sample['shard']]}, member {index.key(row)}, label {sample['label']}"
+        f"shard {index.shards[sample['shard']]}, {printable(index.name(row))}, label {sample['label']}"
     )

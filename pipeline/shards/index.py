@@ -1,6 +1,7 @@
 """The shard index: where every sample lies, how large it is and what it is labelled."""
 
 import hashlib
+import json
 import os
 import tarfile
 from dataclasses import dataclass, field, replace
@@ -15,14 +16,16 @@ from pipeline.shards.cache import CacheSettings, Pins, ShardCache, StoredShard
 from pipeline.shards.fetcher import ShardFetcher
 from pipeline.shards.index_file import INDEX_NAME, SAMPLE_DTYPE, UNLABELLED, load_index, save_index
 from pipeline.shards.manifest import read_manifest
-from pipeline.shards.samples import scan_shard
+from pipeline.shards.samples import MAX_LABEL_BYTES, scan_shard
 from pipeline.shards.storage import MissingObject, check_prefix, is_remote, join, read_bytes, sizes
+from pipeline.shards.tar import sample_key
 
 __all__ = [
     "INDEX_NAME", "SAMPLE_DTYPE", "UNLABELLED", "ShardIndex", "open_index", "save_index", "scan_shard", "split_folder",
 ]  # fmt: skip
 
 IMAGE = "img"  # the component's name in DALI's index files
+MAX_MEMBERS = 8  # of a sample after its image, among which its name is looked for
 # A larger index is mapped, and reading all of it takes minutes: its digest covers evenly spaced rows.
 MAX_DIGEST_ROWS, NUM_SPACED_ROWS = 1 << 21, 1 << 14
 
@@ -98,6 +101,25 @@ class ShardIndex:
             return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
         except (OSError, ValueError, tarfile.TarError):
             return "(no readable tar header)"
+
+    def name(self, row: int) -> str:
+        """The file that one sample was made from, as its `json` member says after the image; without one, its member name."""
+        sample, member, block = self.samples[row], self.key(row), tarfile.BLOCKSIZE
+        start = int(sample["offset"]) + int(sample["size"])
+        try:
+            for _ in range(MAX_MEMBERS):
+                start = -(-start // block) * block
+                header = tarfile.TarInfo.frombuf(self._read(sample["shard"], start, block), "utf-8", "surrogateescape")
+                key, extension = sample_key(header.name)
+                if key != sample_key(member)[0]:
+                    break
+                start += block
+                if extension == "json" and header.size <= MAX_LABEL_BYTES:
+                    return str(json.loads(self._read(sample["shard"], start, header.size))["name"])
+                start += header.size
+        except (OSError, ValueError, LookupError, TypeError, RecursionError, tarfile.TarError):
+            pass  # another program's members
+        return member
 
     def encoded(self, row: int) -> bytes:
         """The image file of one sample. Raises OSError, and ValueError for an unreadable tar."""

@@ -102,7 +102,7 @@ def test_the_command_names_each_sample_and_draws_it(data_path: Path, tmp_path: P
         sample = index.samples[row]
         assert lines[i] == (
             f"epoch 1, position {37 + i}, step {12 + 4} (rank 0, image {5 + i} of its batch): "
-            f"shard {index.shards[sample['shard']]}, member {index.key(row)}, label {sample['label']}"
+            f"shard {index.shards[sample['shard']]}, {index.key(row)}, label {sample['label']}"
         )
     assert str(out) in lines[2]
     pixels = np.asarray(Image.open(out).convert("RGB"))

@@ -40,6 +40,11 @@ def finished(converted: Path, tmp_path: Path) -> Path:
     return shutil.copytree(converted, tmp_path / "train")
 
 
+def test_every_image_is_named_after_the_file_it_was_made_from(converted: Path) -> None:
+    index = open_index(converted)
+    assert [index.name(row) for row in range(len(index))] == [sample.name for sample in stored_samples(converted)]
+
+
 @pytest.mark.parametrize("workers", ["2", "4"])
 def test_any_number_of_workers_writes_the_same_bytes(
     source: Path, reference: dict[str, bytes], tmp_path: Path, workers: str

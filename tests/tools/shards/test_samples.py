@@ -7,11 +7,12 @@ import random
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sources
 from reading import assert_colours_tell_labels, run_convert, stored_samples
 
-from pipeline.shards.index import open_index
+from pipeline.shards.index import SAMPLE_DTYPE, ShardIndex, open_index
 from pipeline.shards.tar import tar_members
 from tools.make_shards import main
 
@@ -185,3 +186,12 @@ def test_long_pax_records_and_names_that_are_no_text_are_read(tmp_path: Path, ca
     assert rb"caf\udce9 1" in capfdbinary.readouterr().out
     assert index_labels(tmp_path / "in") == [-1, -1]
     assert len((tmp_path / "in/0.idx").read_bytes().splitlines()) == 3
+
+
+def test_an_image_of_another_program_is_named_by_its_member_whatever_lies_behind_it(tmp_path: Path) -> None:
+    texts = [b"{", b"[1]", b'"text"', b"3", b'{"label": 1}', b"\xff", b"[" * 100_000, b'{"name": "a cat.png"}']
+    members = [part for k, text in enumerate(texts) for part in ((f"{k}.jpg", sources.picture(0, k)), (f"{k}.json", text))]
+    images = [member for member in tar_members(write_tar(tmp_path / "0.tar", members)) if member.name.endswith("jpg")]
+    samples = np.array([(0, image.offset, image.size, 0, 40, 56) for image in images], SAMPLE_DTYPE)
+    index = ShardIndex(tmp_path, ("0.tar",), samples, np.array([len(samples)]))
+    assert [index.name(row) for row in range(len(texts))] == [*(f"{k}.jpg" for k in range(len(texts) - 1)), "a cat.png"]
