@@ -1,11 +1,12 @@
-"""Files that appear whole or not at all, and their checksums."""
+"""Files that appear whole or not at all, folders and files that nobody else can replace, and checksums."""
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 BUFFER_BYTES = 1 << 20  # fewer and larger writes, which network disks need
 
@@ -15,7 +16,8 @@ def partial_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
     """Open a file for writing that gets its name only when it is complete; on an error it is removed."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb", BUFFER_BYTES) as file:
+        partial.unlink(missing_ok=True)  # left by a killed process
+        with partial.open("xb", BUFFER_BYTES) as file:  # exclusive: never through a link that somebody put there
             yield file
             if durable:
                 file.flush()
@@ -33,6 +35,28 @@ def write_atomic(path: Path, content: str | bytes | memoryview, durable: bool = 
     """
     with partial_file(path, durable) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def open_append(path: Path) -> TextIO:
+    """Open a text file to append to, made if there is none. Raises OSError for a link: it can lead to any file of this user."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "a")
+
+
+def private_folder(folder: Path) -> Path:
+    """Make a folder for this user alone where anybody can write, as in /tmp, and return it.
+
+    Raises ValueError if it is there and somebody else can have put files, or the folder itself, there.
+    """
+    with suppress(FileExistsError):
+        folder.mkdir(0o700)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise ValueError(
+            f"{folder}: is a link, belongs to another user (uid {status.st_uid}) or can be written by others (mode "
+            f"{status.st_mode & 0o777:03o}), so its files cannot be trusted. Remove it, or set TMPDIR to a folder of your own"
+        )
+    folder.chmod(0o700)
+    return folder
 
 
 def file_checksum(path: Path, kind: str = "sha256") -> str:

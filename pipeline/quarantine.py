@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.defaults import MAX_BAD_SHARE
+from pipeline.files import open_append
 from pipeline.shards.index import ShardIndex
 
 MAX_LISTED = 10  # bad samples that an error names
@@ -65,7 +66,7 @@ class Quarantine:
         self.reasons |= new
         self.rows = np.array(sorted(self.reasons), np.int64)
         if self.path is not None and new:
-            with self.path.open("a") as file:
+            with open_append(self.path) as file:
                 file.writelines(json.dumps(self._entry(row)) + "\n" for row in new)
         allowed = allowed_bad(len(self.index), self.max_share)
         if len(self) > allowed:

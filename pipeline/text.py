@@ -19,10 +19,25 @@ def truncate_list(names: Sequence[str], limit: int = MAX_NAMED) -> str:
     return ", ".join(names[:limit]) + (f", ... ({len(names)})" if len(names) > limit else "")
 
 
+def printable(text: str, keep: str = "") -> str:
+    """Return `text` with control characters, terminal escapes and broken letters as `\\x1b`, except for those in `keep`.
+
+    Names of files and classes come from outside: printed as they are, they could move the cursor or retitle the terminal.
+    """
+    return text if text.isprintable() else "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
+    )  # fmt: skip
+
+
+def say(text: str) -> None:
+    """Print lines at once, without the control characters of names in them."""
+    print(printable(text, "\n"), flush=True)
+
+
 @contextmanager
 def notify_after(seconds: float, text: str) -> Iterator[None]:
     """Print the text to stderr if the body takes longer than that."""
-    timer = threading.Timer(seconds, print, (text,), {"file": sys.stderr, "flush": True})
+    timer = threading.Timer(seconds, print, (printable(text),), {"file": sys.stderr, "flush": True})
     timer.daemon = True
     timer.start()
     try:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from pipeline.text import printable, say
 from tools.checks.check import Case, examine
 from tools.checks.data import DATA_CHECKS
 from tools.checks.machine import MACHINE_CHECKS
@@ -57,7 +58,7 @@ def diagnose(options: argparse.Namespace) -> int:
         rows.append({"name": name, **asdict(finding), "seconds": round(time.monotonic() - started, 2)})
         if not options.json:
             fix = f"\n      -> {finding.fix}" if finding.fix else ""
-            print(f"{finding.status:4}  {name}: {finding.text}{fix}", flush=True)
+            say(f"{finding.status:4}  {name}: {printable(finding.text)}{fix}")
     counts = Counter(row["status"] for row in rows)
     summary = ", ".join(f"{counts[status]} {status}" for status in STATUSES)
     print(json.dumps(rows, indent=1) if options.json else summary)

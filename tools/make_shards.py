@@ -6,8 +6,10 @@ import shutil
 import sys
 from pathlib import Path
 
+from pipeline.files import private_folder
+from pipeline.memory import memory_limit
 from pipeline.shards.storage import is_remote, join
-from pipeline.text import notify_after, plural, truncate_list
+from pipeline.text import notify_after, plural, printable, say, truncate_list
 from tools.shards.catalogue import LooseFiles, Source, hold_out
 from tools.shards.classes import adopt_classes
 from tools.shards.convert import ConvertOptions, assign_images, convert, describe_conversion
@@ -22,6 +24,7 @@ from tools.shards.verify import index_split, split_folders, stats_split, verify_
 from tools.shards.writer import RECORD_FOLDER
 from train.command import BAD_INPUT, run_command, show_messages
 
+WORKER_BYTES = 1 << 29  # of memory, for each process that decodes images
 MAX_ITEMS = 12  # entries of a dictionary that `stats` prints
 
 
@@ -86,8 +89,9 @@ def add_convert(command: argparse.ArgumentParser) -> None:
 
 
 def add_workers(command: argparse._ActionsContainer) -> None:
-    cores = len(os.sched_getaffinity(0))
-    command.add_argument("--workers", type=positive, default=cores, help="Number of processes (default: one per core).")
+    workers = max(1, min(len(os.sched_getaffinity(0)), memory_limit() // WORKER_BYTES))
+    text = "Number of processes (default: one per core, fewer where memory is short: %(default)s here)."
+    command.add_argument("--workers", type=positive, default=workers, help=text)
 
 
 def local_or_url(text: str) -> Path | str:
@@ -104,9 +108,11 @@ def run_convert(parsed: argparse.Namespace) -> None:
     options, store = convert_options(parsed), parsed.out if is_remote(parsed.out) else None
     if store:
         parsed.out = staging_folder(store, parsed.staging, parsed.num_tasks)
+        if parsed.staging is None and not parsed.dry_run:
+            private_folder(parsed.out)
     if parsed.official:
         with notify_after(2, f"computing the md5 of {parsed.source} ..."):
-            print(f"official md5: {', '.join(check_official(parsed.source))}")
+            say(f"official md5: {', '.join(check_official(parsed.source))}")
     # List the images of every split and number their classes. Nothing is written but the spool of parquet files.
     spools = parsed.out / parsed.split / RECORD_FOLDER / "spool"
     with notify_after(2, f"listing the images of {parsed.source} ..."):
@@ -116,18 +122,18 @@ def run_convert(parsed: argparse.Namespace) -> None:
         if parsed.val_ratio:
             parts["train"], parts["val"] = hold_out(source, parsed.val_ratio, parsed.seed)
         parts = {split: adopt_classes(part, parsed.out, split) for split, part in parts.items()}
-    print(f"layout   {source.layout} ({'; '.join(parts[parsed.split].notes)})", flush=True)
+    say(f"layout   {source.layout} ({printable('; '.join(parts[parsed.split].notes))})")
     if skipped := describe_skipped(source.skipped):
-        print(skipped, flush=True)
+        say(skipped)
     if parsed.dry_run:
         for split, part in parts.items():
-            print("\n".join(describe_conversion(assign_images(part, parsed.out / split, split, options), options)))
+            say("\n".join(describe_conversion(assign_images(part, parsed.out / split, split, options), options)))
         return
     # A job array's other tasks can still be writing; only the task that completes the last split goes on.
     are_complete = []
     for split, part in parts.items():
         is_complete, summary = convert(part, parsed.out / split, split, options)
-        print(summary, flush=True)
+        say(summary)
         are_complete.append(is_complete)
     if not all(are_complete):
         return
@@ -170,32 +176,32 @@ def run_verify(parsed: argparse.Namespace) -> int:
     code = 0
     for folder in split_folders(parsed.folder):
         problems = verify_split(folder, parsed.workers)
-        print(f"{folder}: {plural(len(problems), 'problem') if problems else 'no problems'}", flush=True)
+        say(f"{folder}: {plural(len(problems), 'problem') if problems else 'no problems'}")
         for line in problems:
-            print(f"make_shards: {line}", file=sys.stderr)
+            print(f"make_shards: {printable(line)}", file=sys.stderr)
             code = BAD_INPUT
     return code
 
 
 def run_index(parsed: argparse.Namespace) -> None:
     for folder in split_folders(parsed.folder):
-        print(f"{folder}: {plural(index_split(folder, parsed.workers), 'sample')} indexed")
+        say(f"{folder}: {plural(index_split(folder, parsed.workers), 'sample')} indexed")
 
 
 def run_stats(parsed: argparse.Namespace) -> None:
     for folder in split_folders(parsed.folder):
-        print(f"{folder}:")
+        say(f"{folder}:")
         for name, value in stats_split(folder, parsed.workers).items():
             if isinstance(value, dict):
                 entries = [f"{key} {number}" for key, number in value.items() if key != "first_groups"]
                 value = truncate_list(entries, MAX_ITEMS)
-            print(f"  {name:16} {value}")
+            say(f"  {name:16} {printable(str(value))}")
 
 
 def run_sample(parsed: argparse.Namespace) -> None:
     for split, num_shards in NUM_SHARDS.items():
         options = ConvertOptions(num_shards=num_shards, max_bad_fraction=0)
-        print(convert(photograph_source(split), parsed.out / split, split, options)[1], flush=True)
+        say(convert(photograph_source(split), parsed.out / split, split, options)[1])
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.shards.index import split_folder
+from pipeline.text import printable, say
 from train.command import run_command
 from train.config.load import load_config
 from train.output.display import LOADING
@@ -42,7 +43,7 @@ def preview(args: argparse.Namespace) -> None:
 
     replayed = replay(config, args.epoch, args.position, args.count, args.world_size)
     draw_sheet(args.out, replayed)
-    print(*replayed.captions, f"wrote {args.out}", sep="\n")
+    say("\n".join((*map(printable, replayed.captions), f"wrote {args.out}")))
 
 
 def draw_sheet(path: Path, replayed: "Replay") -> None:

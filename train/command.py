@@ -12,6 +12,8 @@ from typing import Any, Self
 
 from rich.console import Console
 
+from pipeline.text import printable
+
 BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
 LOGGED_PACKAGES = ("pipeline", "model", "train", "tools")
 
@@ -26,7 +28,7 @@ class ConsoleHandler(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+        self._console.print(printable(self.format(record), "\n"), markup=False, highlight=False, soft_wrap=True)
 
 
 def show_messages(console: Console | None = None) -> None:
@@ -56,7 +58,7 @@ def run_command(name: str, work: Callable[[], int | None], interrupted: str = "i
         message, code = f"{error}: {install}", BAD_INPUT
     except KeyboardInterrupt:
         message, code = interrupted, INTERRUPTED
-    print(f"{name}: {message}", file=sys.stderr)
+    print(f"{name}: {printable(message, chr(10))}", file=sys.stderr)
     return code
 
 

@@ -1,12 +1,12 @@
 """How well training goes between two logging steps: losses, skipped steps, collapse, throughput and memory."""
 
 import logging
-import resource
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
+from pipeline.memory import peak_memory
 from train.distributed import Ranks
 from train.evaluation.measure import feature_std, rankme
 from train.state import RunState
@@ -117,6 +117,6 @@ def memory_metrics(device: torch.device) -> dict[str, float]:
     `device_memory_bytes`: in use on the GPU now, including DALI's pool, the CUDA context and other processes.
     """
     if device.type != "cuda":
-        return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        return {"peak_memory_bytes": peak_memory()}
     free, total = torch.cuda.mem_get_info(device)
     return {"peak_memory_bytes": torch.cuda.max_memory_allocated(device), "device_memory_bytes": total - free}

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from model.hjepa import HJEPA
 from pipeline.files import write_atomic
+from pipeline.memory import memory_limit
 from pipeline.shards.index import UNLABELLED
 from pipeline.shards.storage import StoreError
 from train.checkpoint import CheckpointWriter, checkpoint_path, list_checkpoints
@@ -79,7 +80,8 @@ def dry_run(trainer: Trainer) -> None:
     trainer.train_step()  # also waits for the device: it reads the first loss
     seconds, after = time.perf_counter() - started, memory_metrics(device)
     peak = after["peak_memory_bytes"] / GIB
-    used = f"raised the memory of this process from {before['peak_memory_bytes'] / GIB:.2f} to {peak:.2f} GiB"
+    used = f"raised the memory of this process from {before['peak_memory_bytes'] / GIB:.2f} to {peak:.2f} GiB "
+    used += f"of the {memory_limit() / GIB:.1f} GiB there are"
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory / GIB
         used = f"took {peak:.2f} GiB in torch; {after['device_memory_bytes'] / GIB:.2f} of {total:.1f} GiB of {device} are in use"

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.defaults import CACHE_SIZE_GB, STORE_RETRY_S, STORE_STREAMS
-from pipeline.files import file_checksum
+from pipeline.files import file_checksum, private_folder
 from pipeline.shards.index_file import shard_problem
 from pipeline.shards.storage import StoreError, download, retry
 
@@ -78,6 +78,7 @@ class ShardCache:
     """Complete shards, at most `max_bytes` of them; eviction starts with the one that was planned least recently."""
 
     def __init__(self, settings: CacheSettings) -> None:
+        self._is_private = settings.folder is None
         self.folder = settings.folder or Path(tempfile.gettempdir()) / f"multicrop-hjepa-{os.getuid()}"
         self.max_bytes, self.retry_s, self.streams = settings.max_bytes, settings.retry_s, settings.streams
         self._locks, self._pins = self.folder / "locks", self.folder / "pins"
@@ -87,6 +88,8 @@ class ShardCache:
     def make(self) -> None:
         """Create the folders. Raises ValueError if that fails, or if their file system has no hard links."""
         try:
+            if self._is_private:
+                private_folder(self.folder)
             self._locks.mkdir(parents=True, exist_ok=True)
             self._pins.mkdir(exist_ok=True)
             pins = self.new_pins()
@@ -193,7 +196,7 @@ def _content_problem(shard: StoredShard, path: Path) -> str | None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

@@ -2,7 +2,6 @@
 
 import argparse
 import io
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline import build_multicrop_dataloader, build_multicrop_dataset
+from pipeline.memory import peak_memory
 from pipeline.order import Plan
 from pipeline.shards.index import SAMPLE_DTYPE, open_index, save_index, write_dali_indices
 from pipeline.shards.index_file import SAMPLES_NAME
@@ -89,5 +89,5 @@ def measure_loader(folder: Path, batch: int) -> dict[str, Any]:
     dataset = build_multicrop_dataset("custom", folder)
     loader = timed("loader", lambda: build_multicrop_dataloader(dataset, batch, device="cpu"))
     timed("first_batch", lambda: next(iter(loader)))
-    figures["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    figures["peak_memory_bytes"] = peak_memory()
     return figures

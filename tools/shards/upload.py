@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +28,7 @@ def staging_folder(url: str, requested: Path | None, num_tasks: int) -> Path:
         raise ValueError(f"--out {url}: https:// is read-only; write to s3://, gs://, az:// or hf://, or to a folder")
     if requested is None and num_tasks > 1:
         raise ValueError("--num-tasks with --out in a store needs --staging, a folder that all tasks share")
-    name = f"multicrop-hjepa-staging-{hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:16]}"
+    name = f"multicrop-hjepa-{os.getuid()}-staging-{hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:16]}"
     return requested or Path(tempfile.gettempdir()) / name
 
 

@@ -1,7 +1,6 @@
 """The trainings of the study: one trial and its scores, and the calibration of how many steps fill the budget."""
 
 import json
-import resource
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pipeline.memory import peak_memory
 from tools.own_process import run_in_subprocess
 from tools.studies.grid import BASE, Base
 from tools.studies.peers import build_peer, peer_losses
@@ -73,18 +73,18 @@ def run_trial(base: Base, variant: str, seed: int, steps: int, points: int = 1) 
     Accuracies are percentages, times seconds, and memory MiB; times and memory are only in the last row.
     """
     config = trial_config(base, variant, seed, steps)
-    before, rows = peak_mib(), []
+    before, rows = peak_memory(), []
     training, peak = TimedTraining(config, variant), 0.0
     trainer = training.trainer
     for point in range(1, points + 1):
         training.run_to(max(1, trainer.schedule.total_steps * point // points))
-        peak = peak or peak_mib()  # later peaks can be those of an evaluation
+        peak = peak or peak_memory()  # later peaks can be those of an evaluation
         trainer.model.eval()
         scores = measure_rows(config, {"trained": pooled_features(trainer.model.target)})["trained"]
         counts = {"steps": trainer.state.step, "images": trainer.state.images, "cpu_s": round(training.cpu_s, 2)}
         rows.append({**counts, **scores})
     rate = round(trainer.state.images / training.cpu_s, 1)
-    rows[-1] |= {"images_per_cpu_s": rate, "peak_mib": round(peak - before, 1)}
+    rows[-1] |= {"images_per_cpu_s": rate, "peak_mib": round((peak - before) / 2**20, 1)}
     return rows
 
 
@@ -110,10 +110,6 @@ def measure_rows(config: Config, extractors: Mapping[str, Extractor]) -> dict[st
         }
         for name, score in scores.items()
     }
-
-
-def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def calibrate(path: Path, base: Base, budget: float, points: int, variants: Sequence[str]) -> dict[str, int]:

@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from train.config.rules import DATASETS, broken_rules, merge
 from train.config.schema import Config, Section
-from train.config.yaml12 import ConfigError, KeyPath, dotted, flatten, parse, printable
+from train.config.yaml12 import ConfigError, KeyPath, dotted, flatten, one_line, parse
 
 SHORT_FLAGS = {
     "batch_size": "data.batch_size",
@@ -75,7 +75,7 @@ def _apply(override: str, values: dict[str, Any], origins: dict[str, str]) -> No
     if any(origins[old] == COMMAND_LINE for old in replaced):
         problem = "given twice; remove one"
     if problem:
-        raise ConfigError(printable(f"{COMMAND_LINE}: {override}: {problem}"))
+        raise ConfigError(one_line(f"{COMMAND_LINE}: {override}: {problem}"))
     for old in replaced:
         del origins[old]
     *sections, name = path = tuple(key.split("."))
@@ -100,7 +100,7 @@ def _validate(values: dict[str, Any], origins: dict[str, str]) -> Config:
             return config
     order = list(origins)  # as in the file, and then as on the command line
     lines = [(order.index(dotted(_written_part(path, origins))), dotted(path), text) for path, text in problems]
-    raise ConfigError("\n".join(printable(f"{origins[order[n]]}: {key}: {text}") for n, key, text in sorted(lines)))
+    raise ConfigError("\n".join(one_line(f"{origins[order[n]]}: {key}: {text}") for n, key, text in sorted(lines)))
 
 
 def _written_part(path: KeyPath, origins: dict[str, str]) -> KeyPath:

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from pipeline.text import printable
+
 KeyPath = tuple[str | int, ...]
 _CONSTANTS = {"true": True, "false": False, "null": None, "~": None}
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})\Z")  # 18 digits always fit 64 bits
@@ -47,7 +49,7 @@ def parse(text: str, name: str, origins: dict[str, str], path: KeyPath = ()) -> 
         problem = ", ".join(filter(None, (getattr(error, part, None) for part in ("context", "problem")))) or str(error)
         hint = "; indent with spaces, not tabs" if "'\\t'" in problem else ""
         key = f"{dotted(path)}: " if path else ""
-        raise ConfigError(printable(f"{origin(line)}: {key}invalid YAML: {problem}{hint}")) from error
+        raise ConfigError(one_line(f"{origin(line)}: {key}invalid YAML: {problem}{hint}")) from error
 
 
 def _build(node: yaml.Node, path: KeyPath, origin: Callable[[int], str], origins: dict[str, str]) -> Any:
@@ -102,9 +104,8 @@ def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any], free: 
     ]
 
 
-def printable(text: str) -> str:
-    """Return `text` on one line, with unprintable characters escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+def one_line(text: str) -> str:
+    return printable(" ".join(text.split()))
 
 
 class _Dumper(yaml.SafeDumper):

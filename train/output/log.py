@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
-from pipeline.files import write_atomic
+from pipeline.files import open_append, write_atomic
 
 Curve = list[tuple[float, float]]
 """Points `(step, value)`, in order."""
@@ -46,7 +46,7 @@ class MetricsLog:
     def __init__(self, folder: Path, tensorboard: bool, start_step: int, wandb: Any = None) -> None:
         self._folder, self._wandb, self._writer, self._failed = folder, wandb, None, False
         _drop_lines_after(folder / "metrics.jsonl", start_step)
-        self._file = (folder / "metrics.jsonl").open("a")
+        self._file = open_append(folder / "metrics.jsonl")
         self._previous_hook = threading.excepthook
         if tensorboard:
             threading.excepthook = self._on_thread_error  # TensorBoard writes in a background thread

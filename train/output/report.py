@@ -13,6 +13,7 @@ from rich.table import Table
 from pipeline.files import write_atomic
 from pipeline.shards.manifest import read_object
 from pipeline.shards.storage import is_remote
+from pipeline.text import printable
 from train.config.schema import Config
 from train.output.log import Curve, MetricLines, curves_by_panel, read_metrics
 from train.state import RunState
@@ -205,7 +206,7 @@ def html_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _elements(tag: str, texts: Iterable[str]) -> str:
-    return "".join(f"<{tag}>{escape(text)}</{tag}>" for text in texts)
+    return "".join(f"<{tag}>{escape(printable(text))}</{tag}>" for text in texts)
 
 
 def stop_setting(config: Config, steps: int) -> str:
