@@ -167,12 +167,11 @@ def _remote_split(prefix: str, split: str) -> str:
     check_prefix(prefix)
     folders = (join(prefix, split), prefix.rstrip("/"))
     for folder in folders:
-        for name in (INDEX_NAME, index_file.OLD_INDEX_NAME):
-            try:
-                read_bytes(join(folder, name), 0, 4)
-                return folder
-            except MissingObject as error:
-                reason = str(error).removeprefix(f"{join(folder, name)}: ")
+        try:
+            read_bytes(join(folder, INDEX_NAME), 0, 4)
+            return folder
+        except MissingObject as error:
+            reason = str(error).removeprefix(f"{join(folder, INDEX_NAME)}: ")
     raise FileNotFoundError(
         f"{', '.join(join(folder, INDEX_NAME) for folder in folders)}: {reason}. Shards in a store need an index: write it with "
         "`python tools/make_shards.py index FOLDER` before they are uploaded, or convert with `--out` to the store"

@@ -1,7 +1,6 @@
 """The files of an index, which opens in a time that does not grow with it, and its comparison with the tars.
 
-`index.npy` holds one row per sample and `index.json` the shards with their numbers of samples. Older conversions have an
-`index.npz` with both.
+`index.npy` holds one row per sample and `index.json` the shards with their numbers of samples.
 """
 
 import hashlib
@@ -28,7 +27,6 @@ from pipeline.shards.tar import IMAGE_EXTENSIONS, head_kind
 INDEX_NAME = "index.json"
 SAMPLES_NAME = "index.npy"
 INDEX_FILES = (SAMPLES_NAME, INDEX_NAME)  # in the order in which they are written, copied and uploaded
-OLD_INDEX_NAME = "index.npz"
 UNLABELLED = -1
 
 # One row per sample. `offset` and `size` (bytes) span the encoded image inside the tar; height and width are pixels.
@@ -38,7 +36,7 @@ SAMPLE_DTYPE = np.dtype(
 # A larger `index.npy` (two million samples) is mapped: only the rows in use are in memory, and its checksum is not computed.
 MAX_READ_BYTES = 1 << 26
 CHECKSUM_BYTES = 32  # of sha256
-# The exceptions of numpy and zipfile for a damaged `.npz`.
+# The exceptions of numpy and zipfile for a damaged `.npy` or `.npz`.
 DAMAGES = (
     EOFError, LookupError, MemoryError, NotImplementedError, OverflowError, RuntimeError, SyntaxError, TypeError, ValueError,
     tokenize.TokenError, zipfile.BadZipFile, zlib.error,
@@ -73,7 +71,6 @@ def write_index(folder: Path, shards: dict[str, int], samples: np.ndarray) -> No
     file.write(checksum)
     write_atomic(folder / SAMPLES_NAME, file.getbuffer())
     write_atomic(folder / INDEX_NAME, json.dumps({"checksum": checksum.hex(), "shards": shards}, indent=1) + "\n")
-    (folder / OLD_INDEX_NAME).unlink(missing_ok=True)
 
 
 def _checksum(shards: dict[str, int], array_file: bytes | memoryview) -> bytes:
@@ -89,15 +86,10 @@ def load_index(folder: Path | str, remedy: str) -> tuple[tuple[str, ...], np.nda
     without an index, ValueError that ends with `remedy` for a damaged one, StoreError.
     """
     place = join(folder, INDEX_NAME)
-    try:
-        content = parse_model(IndexContent, read_bytes(place), place, remedy)
-    except FileNotFoundError:
-        place = join(folder, OLD_INDEX_NAME)
-        names, samples, counts = _load_old(place, remedy)
-    else:
-        names, counts = tuple(content.shards), np.array([*content.shards.values()], np.int64)
-        place = join(folder, SAMPLES_NAME)
-        samples = _load_samples(place, content, remedy)
+    content = parse_model(IndexContent, read_bytes(place), place, remedy)
+    names, counts = tuple(content.shards), np.array([*content.shards.values()], np.int64)
+    place = join(folder, SAMPLES_NAME)
+    samples = _load_samples(place, content, remedy)
     used, ends, problem = np.flatnonzero(counts), samples, ""
     if samples.dtype != SAMPLE_DTYPE or samples.ndim != 1:
         rows = f"expected is one row per sample of {SAMPLE_DTYPE.names}"
@@ -133,20 +125,6 @@ def _load_samples(place: str, content: IndexContent, remedy: str) -> np.ndarray:
     except DAMAGES:  # of the header of a mapped file
         pass
     raise ValueError(f"{place}: damaged, or not of the {INDEX_NAME} next to it. {remedy}")
-
-
-def _load_old(place: str, remedy: str) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
-    data = read_bytes(place)
-    try:
-        with np.load(io.BytesIO(data)) as arrays:
-            shards, samples = arrays["shards"], arrays["samples"]
-            # The first version has no counts.
-            counts = arrays["counts"] if "counts" in arrays else np.bincount(samples["shard"], minlength=len(shards))
-            if shards.dtype.kind != "U" or shards.ndim != 1 or counts.shape != shards.shape or counts.min(initial=0) < 0:
-                raise ValueError(f"shards is {shards.dtype} {shards.shape}, and counts is {counts.shape}")
-            return tuple(shards.tolist()), samples, counts.astype(np.int64)
-    except DAMAGES as error:
-        raise ValueError(f"{place}: damaged, or not an index ({error or type(error).__name__}). {remedy}") from None
 
 
 def check_shards(paths: Sequence[Path], ends: dict[int, np.ndarray]) -> None:

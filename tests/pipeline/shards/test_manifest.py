@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from pipeline.shards.index import open_index
@@ -55,18 +54,3 @@ def test_labels_without_a_name_are_reported(classes: list[str], enough: bool, tm
         return
     with pytest.raises(ValueError, match="names 1 classes, but labels go up to 1"):
         check_class_count(folder, open_index(folder).samples["label"], manifest)
-
-
-@pytest.mark.parametrize("part", ["shards", "samples", "counts"])
-def test_an_old_index_with_a_part_missing_is_one_line_and_only_counts_can_be_missing(part: str, tmp_path: Path) -> None:
-    folder = write_shards(tmp_path / "train", [4])
-    index = open_index(folder)
-    parts = {"shards": np.array(index.shards), "samples": index.samples, "counts": index.counts}
-    del parts[part]
-    np.savez(folder / "index.npz", **parts)
-    if part == "counts":
-        assert np.array_equal(open_index(folder).counts, index.counts)
-        return
-    with pytest.raises(ValueError, match=rf"index\.npz: damaged.*{part}") as caught:
-        open_index(folder)
-    assert "\n" not in str(caught.value)

@@ -1,6 +1,5 @@
 """Training from a store: the crops of local files, bit for bit, and clear lines where it cannot be read."""
 
-import io
 import json
 import os
 import re
@@ -23,7 +22,7 @@ from pipeline.shards.index import INDEX_NAME, open_index, split_folder
 from pipeline.shards.index_file import SAMPLES_NAME
 from pipeline.shards.storage import StoreError, is_remote, read
 from tests.pipeline.shards.conftest import COUNTS, Store
-from tests.pipeline.shards.proxy import Fault, ThrottledProxy, environment, no_fault, put
+from tests.pipeline.shards.proxy import Fault, ThrottledProxy, environment, no_fault
 from tests.train.test_run import command
 from train.evaluation.features import check_classes, subsample_evenly
 from train.run import main
@@ -205,16 +204,6 @@ def test_a_damaged_index_is_one_line(store: Store) -> None:
         url = store.upload(f"cut-{part}", **{part: content[:-100]})
         with pytest.raises(ValueError, match=rf"^{url}/train/{name}: damaged.* Upload it again$"):
             open_index(f"{url}/train")
-
-
-def test_a_prefix_with_an_index_of_an_earlier_version_opens(store: Store) -> None:
-    current = open_index(store.local / "train")
-    file = io.BytesIO()
-    np.savez(file, shards=np.array(current.shards), samples=current.samples, counts=current.counts)
-    url = store.upload("old", index=None, samples=None)
-    put(store.server, "photos/old/train/index.npz", file.getvalue())
-    old = open_index(split_folder("custom", url, "train"))
-    assert (old.digest, old.shards) == (current.digest, current.shards)
 
 
 @pytest.mark.parametrize(
