@@ -59,7 +59,7 @@ def private_folder(folder: Path) -> Path:
     return folder
 
 
-def file_checksum(path: Path, kind: str = "sha256") -> str:
-    """Return the hex digest of a file's content."""
+def file_checksum(path: Path) -> str:
+    """Return the sha256 of a file's content, in hex."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, kind).hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,7 +14,6 @@ from tools.shards.catalogue import LooseFiles, Source, hold_out
 from tools.shards.classes import adopt_classes
 from tools.shards.convert import ConvertOptions, assign_images, convert, describe_conversion
 from tools.shards.images import VERIFY_LEVELS, ImagePolicy
-from tools.shards.layouts.archives import check_official
 from tools.shards.layouts.parquet import delete_spool
 from tools.shards.layouts.source import LAYOUTS, open_source
 from tools.shards.photographs import NUM_SHARDS, photograph_source
@@ -72,7 +71,6 @@ def add_convert(command: argparse.ArgumentParser) -> None:
     add("--split", choices=("train", "val"), default="train", help=f"The split to convert {default}.")
     add("--val-ratio", type=float, default=0.0, metavar="R", help="Hold out this share of every class as OUT/val.")
     add("--layout", choices=("auto", *LAYOUTS), default="auto", help=f"How the source is read {default}.")
-    add("--official", action="store_true", help="First check the md5 of official archives.")
     add = command.add_argument_group("images").add_argument
     add("--resize", type=positive, default=0, metavar="PIXELS", help="Reduce the shorter side to this; never enlarge.")
     add("--quality", type=int, choices=range(1, 101), metavar="1..100",
@@ -110,9 +108,6 @@ def run_convert(parsed: argparse.Namespace) -> None:
         parsed.out = staging_folder(store, parsed.staging, parsed.num_tasks)
         if parsed.staging is None and not parsed.dry_run:
             private_folder(parsed.out)
-    if parsed.official:
-        with notify_after(2, f"computing the md5 of {parsed.source} ..."):
-            say(f"official md5: {', '.join(check_official(parsed.source))}")
     # List the images of every split and number their classes. Nothing is written but the spool of parquet files.
     spools = parsed.out / parsed.split / RECORD_FOLDER / "spool"
     with notify_after(2, f"listing the images of {parsed.source} ..."):

@@ -132,10 +132,8 @@ def test_a_source_that_cannot_be_read_is_one_clean_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_truncated_archive_and_a_wrong_md5_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_truncated_archive_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     archive = sources.imagenet_archives(tmp_path / "in") / "ILSVRC2012_img_train.tar"
-    assert main(["convert", str(archive), "--out", str(tmp_path / "out"), "--official"]) == 2
-    assert "wrong archive, md5" in capsys.readouterr().err
     archive.write_bytes(archive.read_bytes()[:9_000])
     assert main(["convert", str(archive), "--out", str(tmp_path / "out")]) == 2
     assert "truncated or forged" in capsys.readouterr().err
