@@ -11,6 +11,7 @@ import torch
 
 from pipeline import defaults
 from pipeline.crops.augment import Augmentation, ViewRecipe
+from pipeline.files import expand_path
 from pipeline.shards.cache import CacheSettings
 from pipeline.shards.index import ShardIndex, open_index, split_folder
 
@@ -104,7 +105,7 @@ def build_multicrop_dataset(
     view = augmentation.view
     recipes = [view(global_crop_size, global_crop_scale, global_color_jitter, g) for g in range(num_global_crops)]
     recipes += [view(local_crop_size, local_crop_scale, local_color_jitter, None)] * num_local_crops
-    index = open_index(split_folder(dataset_name, data_path, split))
+    index = open_index(split_folder(dataset_name, expand_path(str(data_path)), split))
     return MultiCropDataset(index, tuple(recipes), augmentation.mean, augmentation.std)
 
 

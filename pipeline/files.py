@@ -1,14 +1,33 @@
-"""Files that appear whole or not at all, folders and files that nobody else can replace, and checksums."""
+"""Paths as people write them, files that appear whole or not at all or that nobody else can replace, and checksums."""
 
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TextIO
+from urllib.parse import unquote
 
 BUFFER_BYTES = 1 << 20  # fewer and larger writes, which network disks need
+VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
+
+
+def expand_path(text: str) -> str:
+    """Return a path or URL with `~`, `$VAR` and `${VAR}` replaced as a shell does, and `file://` as a path.
+
+    A path that exists as it is written stays. Raises ValueError for a variable that is not set and for an unknown user.
+    """
+    if "$" in text and os.path.exists(text):
+        return text
+    text = unquote(text.removeprefix("file://")) if text.startswith("file:///") else text
+    path = os.path.expanduser(os.path.expandvars(text))
+    if missing := VARIABLE.search(path):
+        raise ValueError(f"{text}: the variable {missing[0]} is not set; set it, or write the path itself")
+    if path.startswith("~") and not os.path.exists(path):
+        raise ValueError(f"{text}: no such user; write the path itself, or ./{text}")
+    return path
 
 
 @contextmanager

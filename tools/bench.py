@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from train.command import run_command
+from train.command import path_argument, run_command
 
 COMMANDS = {
     "gpu": "Everything that only a GPU can tell, as one table for the README.",
@@ -38,12 +38,12 @@ CHOICES = {"device": ("auto", "cpu", "gpu"), "model": ("small", "tiny")}
 
 
 def add_options(command: argparse.ArgumentParser, name: str) -> None:
-    command.add_argument("--json", type=Path, metavar="OUT", help="Also write the figures to this file.")
+    command.add_argument("--json", type=path_argument, metavar="OUT", help="Also write the figures to this file.")
     for commands, flag, default, text in OPTIONS:
         if name not in commands.split():
             continue
         if isinstance(default, type):
-            command.add_argument(f"--{flag}", type=default, help=text)
+            command.add_argument(f"--{flag}", type=path_argument if default is Path else default, help=text)
         else:
             text = f"{text} The default is %(default)s."
             command.add_argument(f"--{flag}", type=type(default), default=default, choices=CHOICES.get(flag), help=text)

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from pipeline.shards.manifest import read_object
-from train.command import run_command
+from train.command import path_argument, run_command
 from train.config.yaml12 import flatten
 from train.output.log import draw_curves, read_metrics
 from train.output.report import REMEDY, html_table, line_charts, summary_rows, write_html
@@ -56,9 +56,9 @@ def compare(folders: Sequence[Path], out: Path, page: Path | None) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="compare_runs", description=(__doc__ or "").splitlines()[0])
     add, default = parser.add_argument, Path("curves.png")
-    add("runs", nargs="+", type=Path, metavar="RUN", help="The folder of a run.")
-    add("--out", type=Path, default=default, metavar="PNG", help="The curves to draw. The default is %(default)s.")
-    add("--html", type=Path, metavar="PAGE", help="Write a page with curves, results and differing settings instead.")
+    add("runs", nargs="+", type=path_argument, metavar="RUN", help="The folder of a run.")
+    add("--out", type=path_argument, default=default, metavar="PNG", help="The curves to draw. The default is %(default)s.")
+    add("--html", type=path_argument, metavar="PAGE", help="Write a page with curves, results and differing settings instead.")
     args = parser.parse_args(arguments)
     return run_command("compare_runs", lambda: compare(args.runs, args.out, args.html))
 

@@ -18,7 +18,7 @@ from tools.checks.check import Case, examine
 from tools.checks.data import DATA_CHECKS
 from tools.checks.machine import MACHINE_CHECKS
 from tools.checks.packages import PACKAGE_CHECKS
-from train.command import run_command
+from train.command import path_argument, place_argument, run_command
 from train.config.load import load_config
 
 FAILED = 1
@@ -31,10 +31,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="doctor.py", description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("config", nargs="?", help="The YAML file of a run, whose data, threads, device and rate are then checked too.")
+    add(
+        "config",
+        nargs="?",
+        type=path_argument,
+        help="The YAML file of a run, whose data, threads, device and rate are then checked too.",
+    )
     add("overrides", nargs="*", metavar="section.key=value", help="Settings that replace those of the file.")
-    add("--data", metavar="FOLDER", help="Check these shards. The default is data.data_path of the config.")
-    add("--out", metavar="FOLDER", help="Check this folder for runs. The default is the config's, or runs.")
+    add("--data", type=place_argument, metavar="FOLDER", help="Check these shards. The default is data.data_path of the config.")
+    add("--out", type=path_argument, metavar="FOLDER", help="Check this folder for runs. The default is the config's, or runs.")
     add("--json", action="store_true", help="Print a list of {name, status, text, fix, seconds}.")
     return parser.parse_intermixed_args(arguments)
 
@@ -42,10 +47,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def make_case(options: argparse.Namespace) -> Case:
     """Raises ValueError for a wrong config, FileNotFoundError for a missing one."""
     if options.config is None:
-        return Case(None, options.data, Path(options.out or "runs"))
+        return Case(None, options.data and str(options.data), options.out or Path("runs"))
     changes = [f"data.data_path={options.data}"] if options.data else []
     changes += [f"logging.run_dir={options.out}"] if options.out else []
-    config = load_config(Path(options.config), [*options.overrides, *changes])
+    config = load_config(options.config, [*options.overrides, *changes])
     return Case(config, config.data.data_path, Path(config.logging.run_dir))
 
 

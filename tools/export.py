@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.shards.manifest import read_object
-from train.command import run_command
+from train.command import path_argument, run_command
 from train.config.schema import Config
 from train.output.display import LOADING
 from train.output.report import markdown_table
@@ -124,10 +124,10 @@ def export(run: Path, out: Path, settings: Path | None, licence: str, figures: P
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="export", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("run", type=Path, help="The folder of a run, whose newest checkpoint is exported, or one of its checkpoints.")
-    add("--out", type=Path, required=True, metavar="DIR", help="The folder to create or to export to again.")
-    add("--config", type=Path, help="The settings of the checkpoint. The default is config.yaml of its run.")
-    add("--figures", type=Path, metavar="JSON", help="The output of train.evaluate --json, for the model card.")
+    add("run", type=path_argument, help="The folder of a run, whose newest checkpoint is exported, or one of its checkpoints.")
+    add("--out", type=path_argument, required=True, metavar="DIR", help="The folder to create or to export to again.")
+    add("--config", type=path_argument, help="The settings of the checkpoint. The default is config.yaml of its run.")
+    add("--figures", type=path_argument, metavar="JSON", help="The output of train.evaluate --json, for the model card.")
     add("--license", default="apache-2.0", help="The licence of the weights. The default is %(default)s.")
     args = parser.parse_args(arguments)
     return run_command("export", lambda: export(args.run, args.out, args.config, args.license, args.figures))

@@ -21,7 +21,7 @@ from tools.shards.skipped_files import describe_skipped
 from tools.shards.upload import staging_folder, upload_split
 from tools.shards.verify import index_split, split_folders, stats_split, verify_split
 from tools.shards.writer import RECORD_FOLDER
-from train.command import BAD_INPUT, run_command, show_messages
+from train.command import BAD_INPUT, path_argument, place_argument, run_command, show_messages
 
 WORKER_BYTES = 1 << 29  # of memory, for each process that decodes images
 MAX_ITEMS = 12  # entries of a dictionary that `stats` prints
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="make_shards", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     sample = commands.add_parser("sample", help="Cut the quickstart's tiles from photographs in installed packages.")
-    sample.add_argument("--out", type=Path, default=Path("shards/sample"), help="Output folder (default: %(default)s).")
+    sample.add_argument("--out", type=path_argument, default=Path("shards/sample"), help="Output folder (default: %(default)s).")
     sample.set_defaults(run=run_sample)
     add_convert(commands.add_parser("convert", help="Convert a data set to verified, indexed shards."))
     for name, run, text in (
@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("index", run_index, "Index a WebDataset from another writer."),
     ):
         command = commands.add_parser(name, help=text)
-        command.add_argument("folder", type=Path, help="A folder of tars, or a folder of such folders.")
+        command.add_argument("folder", type=path_argument, help="A folder of tars, or a folder of such folders.")
         add_workers(command)
         command.set_defaults(run=run)
     return parser
@@ -57,12 +57,12 @@ def add_convert(command: argparse.ArgumentParser) -> None:
     policy, options, default = ImagePolicy(), ConvertOptions(), "(default: %(default)s)"
     command.set_defaults(run=run_convert)
     command.add_argument(
-        "source", type=Path,
+        "source", type=path_argument,
         help="A folder of images, of class folders or of tars; a tar; parquet files; or a data set as downloaded.",
     )  # fmt: skip
     add = command.add_argument_group("output").add_argument
-    add("--out", type=local_or_url, required=True, help="A folder or a prefix like s3://B/P; shards go to OUT/SPLIT.")
-    add("--staging", type=Path, metavar="DIR",
+    add("--out", type=place_argument, required=True, help="A folder or a prefix like s3://B/P; shards go to OUT/SPLIT.")
+    add("--staging", type=path_argument, metavar="DIR",
         help="Where shards for a store wait for their upload (default: a folder in $TMPDIR, deleted afterwards).")  # fmt: skip
     add("--num-shards", type=positive, default=0, help="Number of shards (default: of 256 MiB or 10,000 images each).")
     add("--seed", type=int, default=options.seed, help=f"Seed of the shuffle {default}.")
@@ -90,10 +90,6 @@ def add_workers(command: argparse._ActionsContainer) -> None:
     workers = max(1, min(len(os.sched_getaffinity(0)), memory_limit() // WORKER_BYTES))
     text = "Number of processes (default: one per core, fewer where memory is short: %(default)s here)."
     command.add_argument("--workers", type=positive, default=workers, help=text)
-
-
-def local_or_url(text: str) -> Path | str:
-    return text if is_remote(text) else Path(text)
 
 
 def positive(text: str) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.shards.index import split_folder
 from pipeline.text import printable, say
-from train.command import run_command
+from train.command import path_argument, run_command
 from train.config.load import load_config
 from train.output.display import LOADING
 
@@ -25,13 +25,13 @@ SOURCE_SIDE = 400  # pixels
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="preview", description=(__doc__ or "").splitlines()[0])
     add, default = parser.add_argument, "The default is %(default)s."
-    add("config", type=Path, help="The YAML file of a run.")
+    add("config", type=path_argument, help="The YAML file of a run.")
     add("overrides", nargs="*", metavar="section.key=value", help="Settings that replace those of the file.")
     add("--epoch", type=int, default=0, help=f"The epoch, counted from 0. {default}")
     add("--position", type=int, default=0, help=f"The first sample's position in the epoch. {default}")
     add("--count", type=int, default=2, help=f"The number of samples to draw. {default}")
     add("--world-size", type=int, default=1, help=f"The number of ranks of the training run. {default}")
-    add("--out", type=Path, default=Path("preview.png"), metavar="PNG", help=f"The picture to write. {default}")
+    add("--out", type=path_argument, default=Path("preview.png"), metavar="PNG", help=f"The picture to write. {default}")
     return parser.parse_intermixed_args(arguments)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from tools.own_process import run_in_subprocess
 from tools.studies.grid import BASE, IMAGES, PEERS, TIME, VARIANTS, Base, Trial, arena_trials, study_trials
-from train.command import run_command
+from train.command import path_argument, run_command
 from train.config.load import load_config
 
 CURVE_FIELDS = ("variant", "equal", "seed", "knn", "linear", "rankme", "steps", "images", "cpu_s")
@@ -31,9 +31,9 @@ ARENA_POINTS = 5
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="study", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
-    add("config", type=Path, help="The base variant, the YAML file of a run.")
+    add("config", type=path_argument, help="The base variant, the YAML file of a run.")
     add("overrides", nargs="*", metavar="KEY=VALUE", help="Settings that replace those of the file, for all variants.")
-    add("--out", type=Path, default=Path("results"), help="The folder of the tables. The default is %(default)s.")
+    add("--out", type=path_argument, default=Path("results"), help="The folder of the tables. The default is %(default)s.")
     add("--budget", type=float, default=60.0, metavar="S", help="CPU seconds per training. The default is %(default)s.")
     add("--seeds", default="0,1,2", help="Seeds of the trainings. The default is %(default)s.")
     add("--variants", default="", metavar="A,B", help=f"Compare with these, such as {','.join(PEERS)}: the arena.")

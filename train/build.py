@@ -75,7 +75,7 @@ def build_dataset(config: Config) -> MultiCropDataset:
 
 def cache_settings(config: Config) -> CacheSettings:
     """Return where and how long the shards of an object store are cached."""
-    data, folder = config.data, Path(config.data.cache_dir).expanduser() if config.data.cache_dir else None
+    data, folder = config.data, Path(config.data.cache_dir) if config.data.cache_dir else None
     return CacheSettings(folder, int(data.cache_size_gb * 1e9), data.store_retry_s, data.store_streams)
 
 

@@ -1,5 +1,6 @@
 """How every command prints its messages and its errors, and how signals stop a run."""
 
+import argparse
 import io
 import logging
 import os
@@ -7,11 +8,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 from rich.console import Console
 
+from pipeline.files import expand_path
+from pipeline.shards.storage import is_remote
 from pipeline.text import printable
 
 BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
@@ -38,6 +42,19 @@ def show_messages(console: Console | None = None) -> None:
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
         logger.setLevel(logging.INFO)
+
+
+def path_argument(text: str) -> Path:
+    """Return a path of the command line, expanded; the type of such arguments."""
+    try:
+        return Path(expand_path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def place_argument(text: str) -> Path | str:
+    """Return a path of the command line, expanded, or the URL of a prefix in a store."""
+    return text if is_remote(text) else path_argument(text)
 
 
 def run_command(name: str, work: Callable[[], int | None], interrupted: str = "interrupted") -> int:

@@ -9,9 +9,8 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from train.command import run_command, show_messages
+from train.command import path_argument, place_argument, run_command, show_messages
 from train.output.display import LOADING
 
 PROBES = ("knn", "linear", "attentive", "lowshot")
@@ -22,12 +21,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m train.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, probes = parser.add_argument, f"The probes: any of {', '.join(PROBES)}. The default is knn and linear."
-    add("run", type=Path, help="The folder of a run, whose newest checkpoint is measured, or one of its checkpoints.")
+    add("run", type=path_argument, help="The folder of a run, whose newest checkpoint is measured, or one of its checkpoints.")
     add("--probe", nargs="+", choices=PROBES, default=["knn", "linear"], metavar="PROBE", help=probes)
-    add("--json", type=Path, metavar="OUT", help="Write the results to this file too.")
+    add("--json", type=path_argument, metavar="OUT", help="Write the results to this file too.")
     add = parser.add_argument_group("instead of what the run was trained with").add_argument
-    add("--data", type=Path, metavar="SHARDS", help="Measure on this folder, which contains train/ and val/.")
-    add("--config", type=Path, help="Read the settings from this file instead of the run's config.yaml.")
+    add("--data", type=place_argument, metavar="SHARDS", help="Measure on this folder, which contains train/ and val/.")
+    add("--config", type=path_argument, help="Read the settings from this file instead of the run's config.yaml.")
     add("--max-samples", type=int, metavar="N", help="Use at most this many images of each split.")
     add("--device", choices=("auto", "cpu", "gpu"), help="Measure on this device.")
     return parser.parse_args(arguments)

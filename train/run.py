@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from pipeline.files import expand_path
 from pipeline.shards.index import split_folder
 from train.command import BAD_INPUT, StopSignal, run_command, show_messages
 from train.config.load import SHORT_FLAGS, load_config_with_origins
@@ -74,7 +75,7 @@ def launch(options: argparse.Namespace, path: Path, overrides: list[str]) -> int
     console = Console(soft_wrap=True, quiet=not is_first)
     show_messages(console)
     try:
-        config, origins = load_config_with_origins(path, overrides)
+        config, origins = load_config_with_origins(Path(expand_path(str(path))), overrides)
     except ConfigError:
         if is_first:  # the same on all ranks: reported once
             raise

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from train.command import path_argument
+
 VAL_SHARE = 0.3
 
 
@@ -36,8 +38,8 @@ def write_pictures(packages: dict[str, Path], out: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("twitter", type=Path, help="The folder `package` of emoji-datasource-twitter.")
-    parser.add_argument("google", type=Path, help="The folder `package` of emoji-datasource-google.")
-    parser.add_argument("--out", type=Path, default=Path("emoji"), help="Write here. The default is %(default)s.")
+    parser.add_argument("twitter", type=path_argument, help="The folder `package` of emoji-datasource-twitter.")
+    parser.add_argument("google", type=path_argument, help="The folder `package` of emoji-datasource-google.")
+    parser.add_argument("--out", type=path_argument, default=Path("emoji"), help="Write here. The default is %(default)s.")
     options = parser.parse_args()
     write_pictures({"twitter": options.twitter, "google": options.google}, options.out)

@@ -122,8 +122,8 @@ def _explain(path: KeyPath, problems: list[ErrorDetails]) -> str:
     kind, value = problems[0]["type"], problems[0]["input"]
     if kind == "extra_forbidden":
         return _unknown_key(".".join(part for part in path if isinstance(part, str)))
-    if kind == "value_error":
-        return str(problems[0]["ctx"]["error"])
+    if refusals := [problem["ctx"]["error"] for problem in problems if problem["type"] == "value_error"]:
+        return str(refusals[0])
     if kind == "missing":
         return "missing and has no default" if path == problems[0]["loc"] else "the list has too few entries"
     expected = " or ".join(dict.fromkeys(re.sub(r"^\w+ should ", "", problem["msg"]) for problem in problems))

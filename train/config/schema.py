@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, S
 
 from model import defaults as model_defaults
 from pipeline import defaults
+from pipeline.files import expand_path
 from train.config.yaml12 import to_text
 
 # Strict, because pydantic would otherwise take "32" for 32, 1 for true and 2.0 for 2.
@@ -27,7 +28,7 @@ JitterStrength = Annotated[StrictFloat, Field(ge=0, le=2)]
 PerGlobalCrop = Fraction | tuple[Fraction, ...]
 Scalar = StrictBool | StrictInt | StrictFloat | str | None
 Name = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]  # without control characters
-PathText = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]
+PathText = Annotated[Name, AfterValidator(expand_path)]
 FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$")]
 
 

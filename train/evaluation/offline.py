@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 def find_checkpoint(
-    path: Path, settings: Path | None = None, data: Path | None = None, max_samples: int | None = None,
+    path: Path, settings: Path | None = None, data: Path | str | None = None, max_samples: int | None = None,
     device: str | None = None,
 ) -> tuple[Path, Config]:  # fmt: skip
     """Return the checkpoint at `path`, or the newest undamaged one of the run at `path`, and its run's settings with changes.
