@@ -4,6 +4,7 @@ import argparse
 import os
 import shutil
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from pipeline.files import private_folder
@@ -12,7 +13,7 @@ from pipeline.shards.storage import is_remote, join
 from pipeline.text import notify_after, plural, printable, say, truncate_list
 from tools.shards.catalogue import LooseFiles, Source, hold_out
 from tools.shards.classes import adopt_classes
-from tools.shards.convert import ConvertOptions, assign_images, convert, describe_conversion
+from tools.shards.convert import ConvertOptions, assign_images, convert, describe_conversion, only_writer
 from tools.shards.images import VERIFY_LEVELS, ImagePolicy
 from tools.shards.layouts.parquet import delete_spool
 from tools.shards.layouts.source import LAYOUTS, open_source
@@ -120,24 +121,29 @@ def run_convert(parsed: argparse.Namespace) -> None:
         for split, part in parts.items():
             say("\n".join(describe_conversion(assign_images(part, parsed.out / split, split, options), options)))
         return
-    # A job array's other tasks can still be writing; only the task that completes the last split goes on.
-    are_complete = []
-    for split, part in parts.items():
-        is_complete, summary = convert(part, parsed.out / split, split, options)
-        say(summary)
-        are_complete.append(is_complete)
-    if not all(are_complete):
-        return
-    delete_spool(spools)
-    if store is None:
-        return
-    for split in parts:
-        url = join(store, split)
-        num_files = upload_split(parsed.out / split, url)
-        print(f"{url}: {plural(num_files, 'file')} uploaded" if num_files else f"{url}: already complete")
-    if parsed.staging is None:
+    with ExitStack() as opened:
         for split in parts:
-            shutil.rmtree(parsed.out / split)
+            opened.enter_context(only_writer(parsed.out / split, options))
+        # A job array's other tasks can still be writing; only the task that completes the last split goes on.
+        are_complete = []
+        for split, part in parts.items():
+            is_complete, summary = convert(part, parsed.out / split, split, options)
+            say(summary)
+            are_complete.append(is_complete)
+        if all(are_complete):
+            delete_spool(spools)
+            if store is not None:
+                upload_splits(parsed.out, store, list(parts), keep=parsed.staging is not None)
+
+
+def upload_splits(folder: Path, store: str, splits: list[str], keep: bool) -> None:
+    """Upload the finished splits in `folder`, then delete them unless asked to keep them."""
+    for split in splits:
+        url = join(store, split)
+        num_files = upload_split(folder / split, url)
+        print(f"{url}: {plural(num_files, 'file')} uploaded" if num_files else f"{url}: already complete")
+    for split in () if keep else splits:
+        shutil.rmtree(folder / split)
 
 
 def check_out_is_outside(source: Source, out: Path) -> None:
@@ -192,7 +198,8 @@ def run_stats(parsed: argparse.Namespace) -> None:
 def run_sample(parsed: argparse.Namespace) -> None:
     for split, num_shards in NUM_SHARDS.items():
         options = ConvertOptions(num_shards=num_shards, max_bad_fraction=0)
-        say(convert(photograph_source(split), parsed.out / split, split, options)[1])
+        with only_writer(parsed.out / split, options):
+            say(convert(photograph_source(split), parsed.out / split, split, options)[1])
 
 
 if __name__ == "__main__":

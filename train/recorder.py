@@ -34,12 +34,15 @@ HEARTBEAT_S = 5.0
 GIB = 2**30
 
 
-def open_recorder(trainer: Trainer, console: Console) -> "Recorder | None":
-    """Open the run's folder, restore the checkpoint that `checkpoint.resume` names, and return rank 0's Recorder."""
+def open_recorder(trainer: Trainer, console: Console, opened: ExitStack) -> "Recorder | None":
+    """Open the run's folder, restore the checkpoint that `checkpoint.resume` names, and return rank 0's Recorder.
+
+    Until `opened` is closed, other processes are kept out of the folder.
+    """
     config, ranks = trainer.config, trainer.ranks
     evaluation = OnlineEvaluation(config, trainer.folder, cast(HJEPA, trainer.model)) if ranks.is_first else None
     if evaluation is not None:
-        open_run_folder(config, trainer.dataset.index.digest)
+        open_run_folder(config, trainer.dataset.index.digest, opened)
         log_description(trainer)
         evaluation.measure_baselines()  # now, while the model is untrained
     ranks.barrier()  # the folder exists

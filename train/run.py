@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -106,13 +106,13 @@ def execute(config: Config, console: Console, is_dry_run: bool) -> int:
     device = use_device(ranks, kind)
     if kind == "cpu":
         torch.set_num_threads(torch_threads(config))
-    with out_of_memory_explained(config, device):
+    with out_of_memory_explained(config, device), ExitStack() as opened:
         with process_group(ranks, device):
             if is_dry_run:
                 dry_run(Trainer(config, ranks))
                 return 0
             trainer = Trainer(config, ranks, quarantine=run_folder(config) / "quarantine.jsonl")
-            recorder = open_recorder(trainer, console)
+            recorder = open_recorder(trainer, console, opened)
             try:
                 with StopSignal() as stop:
                     code = train(trainer, recorder, stop)
@@ -125,8 +125,8 @@ def execute(config: Config, console: Console, is_dry_run: bool) -> int:
                 code = LOST
         if code == 0 and recorder:
             code = recorder.report()  # rank 0 evaluates after the others have left
-    if recorder:
-        recorder.close(code)
+        if recorder:
+            recorder.close(code)
     return code
 
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.lock import exclusive
 from pipeline.shards.index import UNLABELLED, open_index, save_index
 from train.checkpoint import verify_checkpoint
 from train.config.load import load_config
@@ -87,6 +88,19 @@ def test_a_complete_run_is_reported_with_pictures_and_is_not_trained_again(compl
 def test_a_folder_of_another_run_is_not_continued(complete: Path, data_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(QUICKSTART, data_path, complete.parent, "training.max_steps=2", "masking.num_masks=2")) == 2
     assert "masking.num_masks: 4 -> 2" in capsys.readouterr().err
+
+
+def test_a_second_run_in_the_folder_is_refused_in_one_line_and_changes_nothing(
+    complete: Path, data_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in complete.rglob("*") if path.name != ".lock"}
+    with exclusive(complete, "go"):
+        for resume in ("auto", "none"):
+            assert main(command(QUICKSTART, data_path, complete.parent, f"checkpoint.resume={resume}")) == 2
+            error = capsys.readouterr().err
+            assert error.startswith(f"train: {complete}: in use by process {os.getpid()} on ")
+            assert error.count("\n") == 1
+    assert before == {path: path.stat().st_mtime_ns for path in complete.rglob("*") if path.name != ".lock"}
 
 
 def test_starting_over_moves_the_old_run_aside(complete: Path, data_path: Path, tmp_path: Path) -> None:

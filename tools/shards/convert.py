@@ -8,8 +8,10 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import numpy as np
 from rich.console import Console
 
 from pipeline.files import write_atomic
+from pipeline.lock import check_unused, exclusive
 from pipeline.quarantine import allowed_bad
 from pipeline.shards.index import UNLABELLED
 from pipeline.shards.manifest import read_object
@@ -72,6 +75,21 @@ def assign_images(source: Source, folder: Path, split: str, options: ConvertOpti
 
 def _num_bytes(catalogue: Catalogue, policy: ImagePolicy) -> int:
     return sum(size for size in catalogue.size if size <= policy.max_bytes)
+
+
+@contextmanager
+def only_writer(folder: Path, options: ConvertOptions) -> Iterator[None]:
+    """Keep other conversions out of a split's folder while open, except the other tasks of the same job array.
+
+    Raises ValueError naming the process that converts into it.
+    """
+    records, suffix, remedy = folder / RECORD_FOLDER, f"-of-{options.num_tasks}.lock", "choose another --out"
+    records.mkdir(parents=True, exist_ok=True)
+    with exclusive(folder, remedy, f"{RECORD_FOLDER}/task-{options.task_index}{suffix}"):
+        for path in records.glob("task-*.lock"):
+            if not path.name.endswith(suffix):  # of a job array that cuts the work in another way
+                check_unused(folder, remedy, f"{RECORD_FOLDER}/{path.name}")
+        yield
 
 
 def convert(source: Source, folder: Path, split: str, options: ConvertOptions) -> tuple[bool, str]:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from pipeline.files import write_atomic
+from pipeline.lock import locked
 from pipeline.shards.index import INDEX_NAME, open_index, save_index
 from pipeline.shards.manifest import MANIFEST_NAME
-from tools.shards.writer import RECORD_FOLDER, Conversion, ShardRecord, folder_lock
+from tools.shards.writer import RECORD_FOLDER, Conversion, ShardRecord
 
 STATS_NAME, INFO_NAME, REJECTED_NAME = "stats.json", "_info.json", "rejected.jsonl"
 FORMAT_VERSION = 1
@@ -27,7 +28,7 @@ def finish_split(conversion: Conversion, split: str, seed: int) -> tuple[bool, i
     Returns True if one of them had to be written, and the number of rejected images.
     """
     folder = conversion.folder
-    with folder_lock(folder / RECORD_FOLDER):  # several tasks of a job array can find the last shard done at once
+    with locked(folder / RECORD_FOLDER / "lock"):  # several tasks of a job array can find the last shard done at once
         records = [ShardRecord.load(conversion.record_path(shard)) for shard in range(conversion.num_shards)]
         names = [conversion.shard_name(shard) for shard in range(conversion.num_shards)]
         rows = np.concatenate([record.rows for record in records])

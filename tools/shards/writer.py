@@ -1,12 +1,9 @@
 """Writes one shard: tar, DALI index and record. The same conversion writes the same bytes on every machine."""
 
-import fcntl
 import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -82,15 +79,6 @@ class ShardRecord:
         except DAMAGES as error:
             remedy = "Remove it and run the same command again, which writes its shard again"
             raise ValueError(f"{path}: damaged ({error or type(error).__name__}). {remedy}") from None
-
-
-@contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Let one task of a job array at a time do the work inside."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def tar_header(name: str, size: int) -> bytes:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import platform
+from contextlib import ExitStack
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import yaml
 
 from pipeline.files import write_atomic
+from pipeline.lock import exclusive
 from train.checkpoint import data_of, list_checkpoints
 from train.config.schema import Config
 from train.config.yaml12 import changed_settings, flatten
@@ -34,16 +36,18 @@ def run_folder(config: Config) -> Path:
     return Path(config.logging.run_dir) / config.logging.run_name
 
 
-def open_run_folder(config: Config, data: str) -> Path:
-    """Create `run_dir/run_name` with its config.yaml and environment.json. `data`: the digest of the training shards.
+def open_run_folder(config: Config, data: str, opened: ExitStack) -> Path:
+    """Create `run_dir/run_name` with its config.yaml and environment.json, locked until `opened` is closed.
 
-    With `resume: none` an earlier run's checkpoints are renamed. Otherwise raises ValueError, listing the differences, if the
-    folder holds a run with other settings or data; also if it cannot be written.
+    `data`: the digest of the training shards. With `resume: none` an earlier run's checkpoints are renamed. Otherwise raises
+    ValueError, listing the differences, if the folder holds a run with other settings or data; also if another process runs in
+    it, or if it cannot be written.
     """
-    check_run_folder(config, data)
     folder = run_folder(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        opened.enter_context(exclusive(folder, "choose another logging.run_name"))
+        check_run_folder(config, data)
         if config.checkpoint.resume == "none":
             _move_aside(folder)
         write_atomic(folder / "config.yaml", config.to_yaml())

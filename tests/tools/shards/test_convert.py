@@ -1,6 +1,7 @@
 """The same plan gives the same bytes, whatever happens on the way."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -15,6 +16,7 @@ from reading import folder_bytes, run_convert, stored_samples
 
 from pipeline.shards.index import open_index
 from tools.make_shards import main
+from tools.shards.convert import ConvertOptions, only_writer
 
 SHARDS = ("--num-shards", "6")
 
@@ -99,6 +101,25 @@ def test_twenty_kills_at_random_moments_end_in_the_same_bytes(tmp_path: Path) ->
     print(f"{unfinished} of 20 kills came before the end")
     assert unfinished >= 15
     assert found == expected
+
+
+def test_a_second_conversion_is_refused_and_removes_nothing_but_tasks_of_one_array_work_side_by_side(
+    source: Path, reference: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["convert", str(source), "--out", str(tmp_path), "--workers", "1", *SHARDS]
+    tasks = [(*command, "--num-tasks", "2", "--task-index", number) for number in "01"]
+    with only_writer(tmp_path / "train", ConvertOptions(num_tasks=2)):  # as task 0 does, in a process of its own
+        partial = tmp_path / "train" / ".animals-train-000000.tar.7.partial"
+        partial.write_bytes(b"half")
+        for again in (command, tasks[0]):
+            assert main([*again]) == 2
+            error = capsys.readouterr().err
+            assert f"train: in use by process {os.getpid()} on " in error
+            assert error.count("\n") == 1
+        assert main([*tasks[1]]) == 0
+        assert partial.exists()
+    assert main([*tasks[0]]) == 0
+    assert folder_bytes(tmp_path / "train") == reference
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.files import partial_file
+from pipeline.lock import locked
 from pipeline.shards.index import UNLABELLED
 from pipeline.shards.samples import Label, label_of
 from pipeline.shards.tar import is_hidden
@@ -22,7 +23,6 @@ from pipeline.text import plural, truncate_list
 from tools.shards.catalogue import Catalogue, FileRanges, Source
 from tools.shards.classes import number_labels
 from tools.shards.layouts.splits import files_of_split, plain_name
-from tools.shards.writer import folder_lock
 
 IMAGE_ROWS, LABEL_ROWS = 64, 1 << 16  # rows that are decoded at once; bounds the memory
 IMAGE_NAMES = (
@@ -65,7 +65,8 @@ class SpooledImages(FileRanges):
             return [arrays[name].tolist() for name in arrays.files]
 
     def _fill(self) -> None:
-        with folder_lock(self.path.parent):  # one process copies, the others wait for it
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(self.path.parent / "lock"):  # one process copies, the others wait for it
             if not self.path.exists():
                 with partial_file(self.path) as file:
                     sizes = [np.array(list(map(file.write, self._contents(path))), np.int64) for path in self.files]
