@@ -47,7 +47,7 @@ class MetricsLog:
         self._folder, self._wandb, self._writer, self._failed = folder, wandb, None, False
         _drop_lines_after(folder / "metrics.jsonl", start_step)
         self._file = open_append(folder / "metrics.jsonl")
-        self._previous_hook = threading.excepthook
+        self._previous_hook, self._warning = threading.excepthook, threading.Lock()
         if tensorboard:
             threading.excepthook = self._on_thread_error  # TensorBoard writes in a background thread
             from torch.utils.tensorboard import SummaryWriter  # takes half a second to import
@@ -79,7 +79,9 @@ class MetricsLog:
             self._previous_hook(failure)
 
     def _warn_once(self, error: OSError) -> None:
-        if not self._failed:
+        with self._warning:  # who comes second, from a thread or not, returns when the message is out
+            if self._failed:
+                return
             self._failed = True
             log.warning(f"{self._folder}: the log cannot be written ({error}); training continues")
 
