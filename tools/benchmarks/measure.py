@@ -49,11 +49,6 @@ def interleave(measurements: Mapping[str, Callable[[], T]], rounds: int) -> dict
     return results
 
 
-def median_ratio(values: Iterable[float], others: Iterable[float]) -> float:
-    """Return the median of the ratios within a round."""
-    return statistics.median(value / other for value, other in zip(values, others, strict=True))
-
-
 def median_times(steps: Mapping[str, Step], rounds: int, device: torch.device) -> dict[str, float]:
     """Return the median seconds of each step, after one call that is not timed."""
     for step in steps.values():
@@ -144,11 +139,6 @@ def peak_bytes(step: Step, device: torch.device) -> int:
     return max(accumulate(changes, initial=0))
 
 
-def resident_bytes() -> int:
-    """Return the memory of this process that is in RAM."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> str:
     """Return an aligned Markdown table: the first `left` columns flush left, the others flush right."""
     cells = [[str(cell) for cell in row] for row in (head, *rows)]
@@ -158,9 +148,3 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) 
         "| " + " | ".join(f"{cell:{'<' if i < left else '>'}{widths[i]}}" for i, cell in enumerate(row)) + " |" for row in cells
     ]
     return "\n".join([lines[0], "|" + "|".join(rule) + "|", *lines[1:]])
-
-
-def target(name: str, value: float, sign: str, limit: float) -> str:
-    """Return one line that says whether `value` is `<=` or `>=` the limit."""
-    met = value <= limit if sign == "<=" else value >= limit
-    return f"{name}: {value:,.3f}, target {sign} {limit:g}: {'met' if met else 'MISSED'}"

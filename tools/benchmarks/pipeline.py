@@ -16,18 +16,7 @@ from typing import Any
 
 from pipeline.shards.index import open_index
 from tools.benchmarks.loaders import dali_native, decode_only, ours, torchvision_pil, torchvision_v2
-from tools.benchmarks.measure import (
-    Loader,
-    LoaderSetup,
-    choose,
-    error_line,
-    full_batches,
-    interleave,
-    median_ratio,
-    seconds_per_image,
-    table,
-    target,
-)
+from tools.benchmarks.measure import Loader, LoaderSetup, choose, error_line, full_batches, interleave, seconds_per_image, table
 from tools.benchmarks.photographs import benchmark_shards
 from tools.own_process import isolated_executor
 
@@ -39,7 +28,8 @@ LOADERS: dict[str, Loader] = {
     "decode-only": decode_only,
 }
 NUM_PHOTOGRAPHS = 256
-CPU_TARGETS = {"torchvision-pil": 3.0, "torchvision-v2": 3.0, "dali-native": 0.95}  # minimum CPU time over ours
+Seconds = tuple[float, float]
+"""Wall and CPU seconds per image."""
 
 
 def run_benchmark(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -53,13 +43,19 @@ def run_benchmark(options: argparse.Namespace) -> list[dict[str, Any]]:
             f"batches of {setup.batch_size}, {count} images per row in each of {options.rounds} rounds",
             flush=True,
         )
-        return print_rows(measure_loaders(work, options.rounds))
+        measured = measure_loaders(work, options.rounds)
+    rows = [{"name": name, **summarize(rounds, measured.get("ours"))} for name, rounds in measured.items()]
+    cells = (
+        ["" if cell is None else f"{cell:,.2f}" if isinstance(cell, float) else cell for cell in row.values()] for row in rows
+    )
+    print(table(["row", "images/s", "CPU ms/image", "cores busy", "CPU to ours"], cells))
+    return rows
 
 
-def measure_loaders(work: dict[str, tuple[Loader, LoaderSetup, int]], rounds: int) -> dict[str, list[tuple[float, float]]]:
+def measure_loaders(work: dict[str, tuple[Loader, LoaderSetup, int]], rounds: int) -> dict[str, list[Seconds]]:
     """Return `seconds_per_image` of each loader in every round. Raises ValueError with the name of a loader that fails."""
 
-    def measured(name: str, submit: Callable[..., Any]) -> tuple[float, float]:
+    def measured(name: str, submit: Callable[..., Any]) -> Seconds:
         try:
             return submit(seconds_per_image, *work[name]).result()
         except (ValueError, OSError, RuntimeError) as error:
@@ -70,27 +66,12 @@ def measure_loaders(work: dict[str, tuple[Loader, LoaderSetup, int]], rounds: in
         return interleave({name: partial(measured, name, worker.submit) for name, worker in workers.items()}, rounds)
 
 
-def cpu_ratio(measured: dict[str, list[tuple[float, float]]], name: str) -> float | None:
-    """Return the median ratio of a row's CPU time to ours; None if one of them was not measured."""
-    if name not in measured or "ours" not in measured:
-        return None
-    return median_ratio(*([cpu for _, cpu in measured[row]] for row in (name, "ours")))
-
-
-def print_rows(measured: dict[str, list[tuple[float, float]]]) -> list[dict[str, Any]]:
-    """Print medians over the rounds and the verdict of each target, and return the rows of the JSON."""
-    rows: list[dict[str, Any]] = []
-    for name, rounds in measured.items():
-        figures = {
-            "images_per_s": statistics.median(1 / wall for wall, _ in rounds),
-            "cpu_ms_per_image": 1e3 * statistics.median(cpu for _, cpu in rounds),
-            "cores_busy": statistics.median(cpu / wall for wall, cpu in rounds),
-            "cpu_to_ours": cpu_ratio(measured, name),
-        }
-        rows.append({"name": name, **{key: value and round(value, 3) for key, value in figures.items()}})
-    cells = ([row["name"], *("" if row[key] is None else f"{row[key]:,.2f}" for key in figures)] for row in rows)
-    print(table(["row", "images/s", "CPU ms/image", "cores busy", "CPU to ours"], cells))
-    for name, minimum in CPU_TARGETS.items():
-        if (value := cpu_ratio(measured, name)) is not None:
-            print(target(f"cpu_ms_per_image {name} / ours", value, ">=", minimum))
-    return rows
+def summarize(rounds: list[Seconds], ours: list[Seconds] | None) -> dict[str, float | None]:
+    """Return medians over the rounds. The ratio to `ours` is the median of those within a round."""
+    ratios = [cpu / reference for (_, cpu), (_, reference) in zip(rounds, ours or (), strict=False)]
+    return {
+        "images_per_s": round(statistics.median(1 / wall for wall, _ in rounds), 3),
+        "cpu_ms_per_image": round(1e3 * statistics.median(cpu for _, cpu in rounds), 3),
+        "cores_busy": round(statistics.median(cpu / wall for wall, cpu in rounds), 3),
+        "cpu_to_ours": round(statistics.median(ratios), 3) if ratios else None,
+    }
