@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline.files import file_checksum
+from train.distributed import CHECKPOINT_WRITER
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +198,7 @@ class CheckpointWriter:
     def write(self, snapshot: Snapshot) -> None:
         """Start writing. Waits only for a previous snapshot that is still being written."""
         self.wait()
-        self._thread = threading.Thread(target=self._write, args=(snapshot,))
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), name=CHECKPOINT_WRITER)
         self._thread.start()
 
     def wait(self) -> None:

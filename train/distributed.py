@@ -2,19 +2,33 @@
 
 import datetime
 import faulthandler
+import math
 import os
+import socket
 import sys
+import threading
+import time
+import traceback
 import warnings
+import zlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, NoReturn, Self
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from train.command import BAD_INPUT, INTERRUPTED
+
+LOST = 1  # exit code: another rank has died or hangs, or this one met a bug
+CHECKPOINT_WRITER = "checkpoint writer"  # the thread that a failing rank waits for
+WRITER_S = 20.0
+# Ranks that stand in torch, most likely waiting for another rank, give up this much later: the one that hangs speaks first.
+PATIENCE_S = 5.0
 # Collectives must not time out while the other ranks wait for rank 0's evaluation. The watchdog detects hangs.
 COLLECTIVE_TIMEOUT = datetime.timedelta(days=7)
 
@@ -89,15 +103,69 @@ def use_device(ranks: Ranks, kind: str) -> torch.device:
 
 @contextmanager
 def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
-    """Connect the ranks while open: GPUs through NCCL, CPUs through gloo."""
+    """Connect the ranks while open: GPUs through NCCL, CPUs through gloo. A rank that fails says so with its name, and ends.
+
+    It leaves the group open: to close it, NCCL waits for collectives that a failed rank will never join.
+    """
     if ranks.world_size == 1:
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    is_cuda = device.type == "cuda"
+    backend, bound_to = ("cpu:gloo,cuda:nccl", device) if is_cuda else ("gloo", None)
+    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=bound_to)
+    processes = torch.zeros(ranks.world_size, 2, dtype=torch.int64)
+    processes[ranks.rank] = torch.tensor([_machine(), os.getpid()])
+    dist.all_reduce(processes)
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except (ValueError, OSError) as error:
+        _say(ranks, str(error))
+        leave(BAD_INPUT)
+    except KeyboardInterrupt:
+        _say(ranks, "interrupted")
+        leave(INTERRUPTED)
+    except BaseException as error:  # noqa: BLE001  # whatever it is: the others must not wait for this rank
+        is_lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        reason = _lost_ranks(processes.tolist()) if is_lost else f"{type(error).__name__}: {error}"
+        _say(ranks, f"{reason}\n{traceback.format_exc()}")
+        leave(LOST)
+    dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once, after the checkpoint that it is writing, without a word to the other ranks."""
+    for thread in threading.enumerate():
+        if thread.name == CHECKPOINT_WRITER:
+            thread.join(WRITER_S)
+    with suppress(OSError, ValueError):  # a closed terminal
+        sys.stdout.flush()
+    os._exit(code)
+
+
+def _say(ranks: Ranks, text: str) -> None:
+    with suppress(OSError, ValueError):
+        print(f"rank {ranks.rank} of {ranks.world_size}: {text}", file=sys.stderr, flush=True)
+
+
+def _machine() -> int:
+    return zlib.crc32(socket.gethostname().encode())
+
+
+def _lost_ranks(processes: list[list[int]]) -> str:
+    """Return which processes of this machine are gone, from a `(machine, pid)` for each rank."""
+    for _ in range(20):  # a process that dies closes its connections a moment before it is gone
+        pids = {rank: pid for rank, (machine, pid) in enumerate(processes) if machine == _machine()}
+        if gone := [f"rank {rank} (process {pid})" for rank, pid in pids.items() if not _is_alive(pid)]:
+            return f"lost {', '.join(gone)}"
+        time.sleep(0.05)
+    return "lost the connection to another rank, which says why"
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def replicated(model: nn.Module, ranks: Ranks) -> nn.Module:
@@ -116,29 +184,45 @@ def no_sync_if(condition: bool, replica: nn.Module) -> AbstractContextManager[An
 
 
 class Watchdog:
-    """While open, ends a rank and dumps the stacks of its threads when no `beat` comes for `timeout_s` seconds.
+    """While open, ends a rank with its name and the stacks of its threads when no `beat` comes for `timeout_s` seconds.
 
     When one of several ranks hangs, all of them stand still, and each shows where. A single process is not watched.
     """
 
     def __init__(self, ranks: Ranks, timeout_s: float) -> None:
-        self._ranks, self._timeout_s = ranks, timeout_s
+        self._ranks, self._timeout_s, self._deadline = ranks, timeout_s, math.inf
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self) -> None:
-        if self._ranks.world_size > 1:
-            faulthandler.dump_traceback_later(self._timeout_s, exit=True)
+        self._deadline = time.monotonic() + self._timeout_s
 
     def pause(self) -> None:
         """Expect no beat for now: the next one starts the timeout again."""
-        if self._ranks.world_size > 1:
-            faulthandler.cancel_dump_traceback_later()
+        self._deadline = math.inf
+
+    def _watch(self) -> None:
+        while not self._closed.wait(min(1.0, self._timeout_s / 4)):
+            # This thread cannot run while a call in C keeps the interpreter's lock: then only the stacks are shown.
+            faulthandler.dump_traceback_later(self._timeout_s + 2 * PATIENCE_S, exit=True)
+            late_s = time.monotonic() - self._deadline
+            if late_s < 0 or (main := threading.main_thread().ident) is None:
+                continue
+            code = sys._current_frames()[main].f_code
+            if late_s > (PATIENCE_S if "/torch/" in code.co_filename else 0):
+                limit = f"no step for {self._timeout_s:g} s (training.timeout_s)"
+                _say(self._ranks, f"{limit}; it stands in {code.co_name} of {code.co_filename}")
+                faulthandler.dump_traceback()
+                leave(LOST)
+        faulthandler.cancel_dump_traceback_later()
 
     def __enter__(self) -> Self:
-        if self._ranks.world_size > 1:  # the dump itself names neither the rank nor the setting
-            limit = f"{self._timeout_s:g} s without a step (training.timeout_s)"
-            print(f"rank {self._ranks.rank}, process {os.getpid()}: ends with its stacks after {limit}", file=sys.stderr)
-        self.beat()
+        if self._ranks.world_size > 1:
+            self.beat()
+            self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.pause()
+        self._closed.set()
+        if self._thread.ident is not None:
+            self._thread.join()

@@ -6,7 +6,6 @@ Several GPUs: `torchrun --nproc_per_node=8 -m train.run configs/multicrop_traini
 import argparse
 import os
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
@@ -21,8 +20,6 @@ from train.config.load import SHORT_FLAGS, load_config_with_origins
 from train.config.schema import Config
 from train.config.yaml12 import ConfigError
 from train.output.display import LOADING
-
-LOST = 1  # another rank died or hangs
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> tuple[Path, list[str], argparse.Namespace]:
@@ -94,10 +91,9 @@ def execute(config: Config, console: Console, is_dry_run: bool) -> int:
     # Imported only now: it takes about ten seconds, and wrong settings are reported at once.
     import torch
 
-    from pipeline.crops.device import is_out_of_memory
     from pipeline.dataset import resolve_device
     from train.build import torch_threads
-    from train.distributed import process_group, ranks_from_environment, use_device
+    from train.distributed import LOST, process_group, ranks_from_environment, use_device
     from train.output.folder import run_folder
     from train.recorder import dry_run, open_recorder
     from train.trainer import Trainer, train
@@ -106,8 +102,8 @@ def execute(config: Config, console: Console, is_dry_run: bool) -> int:
     device = use_device(ranks, kind)
     if kind == "cpu":
         torch.set_num_threads(torch_threads(config))
-    with out_of_memory_explained(config, device), ExitStack() as opened:
-        with process_group(ranks, device):
+    with ExitStack() as opened:
+        with process_group(ranks, device), out_of_memory_explained(config, device):
             if is_dry_run:
                 dry_run(Trainer(config, ranks))
                 return 0
@@ -116,15 +112,13 @@ def execute(config: Config, console: Console, is_dry_run: bool) -> int:
             try:
                 with StopSignal() as stop:
                     code = train(trainer, recorder, stop)
-            except RuntimeError as error:
-                if ranks.world_size == 1 or is_out_of_memory(error):
-                    raise
-                # Most likely another rank has died and reports its own error; where this one stood may help as well.
-                traceback.print_exc()
-                print(f"rank {ranks.rank}: lost the others at step {trainer.state.step}", file=sys.stderr)
-                code = LOST
+            except BaseException:  # a rank of several ends before it gets any further
+                if recorder:
+                    recorder.close(LOST)
+                raise
         if code == 0 and recorder:
-            code = recorder.report()  # rank 0 evaluates after the others have left
+            with out_of_memory_explained(config, device):
+                code = recorder.report()  # rank 0 evaluates after the others have left
         if recorder:
             recorder.close(code)
     return code

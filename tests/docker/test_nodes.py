@@ -5,26 +5,19 @@ Each machine is one launch of the image's entrypoint; they communicate over loop
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.train.test_ranks import CONFIG, HANGS_S, assert_same_checkpoint, wait_for_step
+from tests.train.test_ranks import CONFIG, HANGS_S, assert_same_checkpoint, free_port, wait_for_step
 from tests.train.test_run import ROOT, command
 
 pytestmark = pytest.mark.slow
 STEPS = 120
 SETTINGS = [f"training.max_steps={STEPS}", "logging.log_frequency=1", "checkpoint.save_frequency=10"]
 DOCKER = ROOT / "docker"
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -1,12 +1,16 @@
 """Several ranks under torchrun, over gloo: the same data and losses as one, stops, and what happens when one is lost."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -15,10 +19,20 @@ from safetensors.torch import load_file
 
 from tests.train.test_run import QUICKSTART as CONFIG
 from tests.train.test_run import ROOT, command
+from train.distributed import CHECKPOINT_WRITER, LOST, Ranks, Watchdog, process_group
 from train.run import main
 
 EVERY_STEP = ["training.max_steps=24", "logging.log_frequency=1", "checkpoint.save_frequency=1000"]
+RANKS = 3
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload([__name__])  # so that each rank starts at once
 HANGS_S = 900  # only ends a hang: processes that share one busy core take minutes
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 def torchrun(arguments: list[str], ranks: int = 2) -> subprocess.Popen[str]:
@@ -100,18 +114,81 @@ def test_a_rank_that_dies_or_hangs_ends_the_run_and_the_others_say_where_they_st
     settings = ["training.epochs=10000", "training.timeout_s=60", "logging.log_frequency=1"]
     process = torchrun(command(CONFIG, data_path, tmp_path, *settings))
     wait_for_step(tmp_path / "quickstart", 5, process)
-    os.kill(ranks_of(process)[1], trouble)
+    victim = ranks_of(process)[1]
+    os.kill(victim, trouble)
     said = process.communicate(timeout=HANGS_S)[0]  # a stopped process takes torchrun's half minute to be killed
     assert process.returncode == 1
     if trouble == signal.SIGKILL:
-        assert "rank 0: lost the others at step" in said
+        assert f"rank 0 of 2: lost rank 1 (process {victim})" in said
     else:
-        assert re.search(r"rank 0, process \d+: ends with its stacks after 60 s without a step \(training.timeout_s\)", said)
-        assert "Timeout (0:01:00)!" in said
+        assert "rank 0 of 2: no step for 60 s (training.timeout_s); it stands in" in said
     assert "trainer.py" in said
+    assert json.loads((tmp_path / "quickstart" / "heartbeat.json").read_text())["status"] != "complete"
 
 
-def test_the_watchdog_shows_the_stack_of_a_process_that_stands_still_and_ends_it() -> None:
+def rank_in_trouble(trouble: str, rank: int, folder: Path) -> None:
+    """The loop of training around ranks that agree on every step, of which rank 1 comes to grief in its tenth."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(folder.name), "RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+    os.dup2(os.open(folder / "said", os.O_WRONLY | os.O_APPEND | os.O_CREAT), 2)
+    ranks = Ranks(rank, RANKS)
+    with process_group(ranks, torch.device("cpu")), Watchdog(ranks, 2.0) as watchdog:
+        for step in count():
+            if step == 10 and rank == 1:
+                threading.Thread(target=save_slowly, args=(folder,), name=CHECKPOINT_WRITER).start()
+                come_to_grief(trouble)
+            ranks.barrier()
+            watchdog.beat()
+
+
+def save_slowly(folder: Path) -> None:
+    time.sleep(1)
+    (folder / "saved").touch()
+
+
+def come_to_grief(trouble: str) -> None:
+    match trouble:
+        case "raises":
+            raise ArithmeticError("a bug in step 10")
+        case "is given a bad file":
+            raise ValueError("shards/mine: unreadable")
+        case "is killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "hangs":
+            time.sleep(600)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said", "code"),
+    [
+        ("raises", "rank 1 of 3: ArithmeticError: a bug in step 10", 1),
+        ("is given a bad file", "rank 1 of 3: shards/mine: unreadable", 2),
+        ("is killed", "of 3: lost rank 1 (process ", -signal.SIGKILL),
+        ("hangs", "rank 1 of 3: no step for 2 s (training.timeout_s); it stands in come_to_grief of ", 1),
+    ],
+)
+def test_when_one_of_three_ranks_fails_all_end_and_the_first_line_names_it(
+    trouble: str, said: str, code: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / str(free_port())
+    folder.mkdir()
+    processes = [SERVER.Process(target=rank_in_trouble, args=(trouble, rank, folder)) for rank in range(RANKS)]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + 30
+    for process in processes:
+        process.join(deadline - time.monotonic())
+    still_there = [process.kill() for process in processes if process.exitcode is None]
+    lines = (folder / "said").read_text().splitlines()
+    assert still_there == [], lines
+    assert said in lines[0]
+    assert [process.exitcode for process in processes] == [LOST, code, LOST]
+    if trouble != "is killed":
+        gone = rf"lost (rank \d \(process \d+\), )*rank 1 \(process {processes[1].pid}\)"  # and perhaps the third
+        assert all(any(re.match(f"rank {rank} of 3: {gone}", line) for line in lines) for rank in (0, 2)), lines
+        assert (folder / "saved").exists()
+
+
+def test_a_pause_of_the_watchdog_lasts_until_the_next_beat() -> None:
     text = (
         "import time; from train.distributed import Ranks, Watchdog\n"
         "def asleep_at_the_wheel(): time.sleep(60)\n"
@@ -122,6 +199,5 @@ def test_the_watchdog_shows_the_stack_of_a_process_that_stands_still_and_ends_it
     )
     result = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert (result.returncode, result.stdout) == (1, "awake\n")
-    assert re.match(r"rank 3, process \d+: ends with its stacks after 1 s without a step \(training.timeout_s\)\n", result.stderr)
-    assert "Timeout (0:00:01)!" in result.stderr
-    assert "asleep_at_the_wheel" in result.stderr
+    assert result.stderr.startswith("rank 3 of 4: no step for 1 s (training.timeout_s); it stands in asleep_at_the_wheel of ")
+    assert "line 2 in asleep_at_the_wheel" in result.stderr
