@@ -208,11 +208,19 @@ def build_masks(config: Config, model: StudentTeacher, device: torch.device) -> 
 
 
 def build_schedule(config: Config, batches_per_epoch: int) -> Schedule:
+    """Raises ValueError for a warm-up that is longer than `training.max_steps`."""
     training, steps_per_epoch = config.training, batches_per_epoch // config.training.accumulation_steps
-    total = training.epochs * steps_per_epoch
+    total, warmup_steps = training.epochs * steps_per_epoch, round(training.warmup_epochs * steps_per_epoch)
+    total_steps = min(total, training.max_steps or total)
+    if warmup_steps > total_steps:
+        raise ValueError(
+            f"training.warmup_epochs: {training.warmup_epochs:g} epochs are {warmup_steps:,} steps here, more than max_steps = "
+            f"{total_steps:,}, so lr would never reach its peak. Raise training.max_steps, or lower training.warmup_epochs, "
+            f"for example to {total_steps / 10 / steps_per_epoch:.2g}"
+        )
     return Schedule(
-        total_steps=min(total, training.max_steps or total),
-        warmup_steps=round(training.warmup_epochs * steps_per_epoch),
+        total_steps=total_steps,
+        warmup_steps=warmup_steps,
         peak_lr=training.lr,
         final_lr=training.lr * training.final_lr_ratio,
         first_momentum=training.ema_momentum,

@@ -7,6 +7,7 @@ import torch
 from tests.train.test_run import QUICKSTART, command
 from train import build
 from train.config.load import load_config
+from train.optim import Schedule
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,3 +50,17 @@ def test_without_prediction_there_is_no_predictor_and_every_trained_weight_has_a
         model(batch.crops, batch.boxes, batch.flips, plan, directions)["loss"].backward()
         trained = [name for name, value in model.named_parameters() if value.requires_grad and value.grad is None]
         assert trained == []
+
+
+@pytest.mark.parametrize("warmup", [0, 0.5, 1.0, 1.2, 20])
+def test_a_warm_up_that_outlasts_max_steps_is_refused(warmup: float) -> None:
+    def schedule(steps: object) -> Schedule:
+        settings = [f"training.warmup_epochs={warmup}", f"training.max_steps={steps}"]
+        return build.build_schedule(load_config(QUICKSTART, settings), batches_per_epoch=84)
+
+    steps = round(84 * warmup)
+    assert schedule("null").total_steps == 20 * 84
+    assert schedule(max(steps, 1)).warmup_steps == steps
+    if steps > 1:
+        with pytest.raises(ValueError, match=rf"warmup_epochs: {warmup:g} epochs are .* steps here, more than max_steps"):
+            schedule(steps - 1)

@@ -35,7 +35,7 @@ TINY = [
     "model.encoder=vit_small_patch16_dinov3", f"model.encoder_kwargs={TINY_ENCODER}",
     "model.predictor_width=16", "model.predictor_depth=1", "model.predictor_heads=2",
     "model.projector_hidden=16", "model.projector_dim=8", "loss.sigreg_slices=8", "logging.tensorboard=false",
-    "logging.pictures=false",
+    "logging.pictures=false", "training.warmup_epochs=0",
 ]  # fmt: skip
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
