@@ -5,6 +5,7 @@ The crops of an image are made one after another, while the image is still in th
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from nvidia.dali.plugin.numba import address_as_void_pointer as pointer  # type:
 
 from pipeline.crops import augment, kernels, vectors
 from pipeline.crops.augment import PARAMETERS
-from pipeline.crops.kernels import blur, invert_above, resize, twist_colours
+from pipeline.crops.kernels import blur, cut_box, invert_above, resize, twist_colours
 from pipeline.crops.vectors import compiled
 
 NUM_INPUTS, NUM_PARAMETERS = 4, len(PARAMETERS)
@@ -29,9 +30,7 @@ SOURCES = (augment.__file__, kernels.__file__, vectors.__file__, __file__)
 @compiled
 def make_crop(out: np.ndarray, image: np.ndarray, values: np.ndarray) -> None:
     """Fill `out` `[3, S, S] uint8` from `image` `[H, W, 3] uint8`, by `values` `[P] float32` in the order of PARAMETERS."""
-    # Clamped: an index that is wrong about the image's size must not make the kernel read outside it.
-    y1, x1 = min(int(values[augment.Y1]), image.shape[0]), min(int(values[augment.X1]), image.shape[1])
-    y0, x0 = min(int(values[augment.Y0]), y1 - 1), min(int(values[augment.X0]), x1 - 1)
+    y0, x0, y1, x1 = cut_box(values, image.shape[0], image.shape[1])
     resize(out, image, y0, x0, y1, x1, values[augment.FLIP] != 0)
     if values[augment.TWIST] != 0:
         twist_colours(out, values[augment.BRIGHTNESS], values[augment.CONTRAST], values[augment.SATURATION], values[augment.HUE])
@@ -55,19 +54,19 @@ def digest(paths: tuple[str, ...]) -> str:
     return hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest()
 
 
-def cached_cfunc(function: Callable, *arguments: Any) -> Any:
-    """Compile a function that C calls, and cache its machine code on disk (next to this file, or in NUMBA_CACHE_DIR).
+def cached(decorator: Callable, function: Callable) -> Any:
+    """Compile a function and cache its machine code on disk (next to its file, or in NUMBA_CACHE_DIR). `decorator`: numba's.
 
     Numba's cache checks the function's own file and the values that it encloses, but not the functions that it calls: it must
     enclose the digest of SOURCES, or a change of the kernels would go unnoticed. Without a writable folder, as in a read-only
     installation, each process compiles again.
     """
     try:
-        return cfunc(void(*arguments), cache=True)(function)
+        return decorator(cache=True)(function)
     except RuntimeError as error:
         if "no locator available" not in str(error):
             raise
-        return cfunc(void(*arguments))(function)
+        return decorator()(function)
 
 
 # DALI passes addresses: of the arrays of data pointers, of pointers to shapes, and of numbers of dimensions.
@@ -96,7 +95,7 @@ def crop_entry(sources: str) -> Any:
                 out = carray(pointer(crops[v]), (3, size, size), np.float32)
                 scale_crop(out, crop, carray(pointer(data[3]), (3, 2), np.float32))
 
-    return cached_cfunc(crop_image, uint64, uint64, uint64, int32, uint64, uint64, uint64, int32)
+    return cached(partial(cfunc, void(uint64, uint64, uint64, int32, uint64, uint64, uint64, int32)), crop_image)
 
 
 def shape_entry(sources: str) -> Any:
@@ -114,7 +113,7 @@ def shape_entry(sources: str) -> Any:
                 shape = carray(pointer(out[v, i]), 3, np.int64)
                 shape[0], shape[1], shape[2] = 3, layout[2 + v], layout[2 + v]
 
-    return cached_cfunc(set_shapes, uint64, uint64, int32, uint64, uint64, int32, int32)
+    return cached(partial(cfunc, void(uint64, uint64, int32, uint64, uint64, int32, int32)), set_shapes)
 
 
 SOURCES_DIGEST = digest(SOURCES)

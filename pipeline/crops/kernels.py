@@ -1,14 +1,14 @@
 """Resize, blur and colours of one crop on the CPU, compiled.
 
 Crops are planar, in 8 bits. A pass is a weighted sum of vectors in fixed point (`pipeline/crops/vectors.py`): the same input
-gives the same bytes on every machine.
+gives the same bytes on every machine. `kernel.cu` repeats the passes for a GPU, from the same numbers of the same functions.
 """
 
 import math
 
 import numpy as np
 
-from pipeline.crops.augment import GRAY_WEIGHTS
+from pipeline.crops.augment import GRAY_WEIGHTS, X0, X1, Y0, Y1
 from pipeline.crops.vectors import BLOCK, LANES, WEIGHT_BITS, brighten, compiled, mix, transpose, weigh, weigh_fast
 
 ONE = 1 << WEIGHT_BITS
@@ -21,6 +21,19 @@ MAX_INT16 = (1 << 15) - 1
 
 
 @compiled
+def cut_box(values: np.ndarray, height: int, width: int) -> tuple[int, int, int, int]:
+    """Return y0, x0, y1, x1 of a crop, cut off at its image, whose size an index may have wrong: nobody reads beyond."""
+    y1, x1 = min(int(values[Y1]), height), min(int(values[X1]), width)
+    return min(int(values[Y0]), y1 - 1), min(int(values[X0]), x1 - 1), y1, x1
+
+
+@compiled
+def num_taps(length: int, size: int) -> int:
+    """Return the weights of each pixel in a resize from `length` to `size`."""
+    return min(math.ceil(2 * max(length / size, 1.0)), length)
+
+
+@compiled
 def filter_table(length: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the triangle filter of a resize from `length` to `size`, antialiased as in Pillow and torchvision.
 
@@ -29,7 +42,7 @@ def filter_table(length: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """
     scale = length / size
     support = max(scale, 1.0)
-    taps = min(math.ceil(2 * support), length)
+    taps = num_taps(length, size)
     starts, weights, exact = np.empty(size, np.int64), np.empty((size, taps), np.int16), np.empty(taps)
     for i in range((size + 1) // 2):
         centre, mirror = (i + 0.5) * scale, size - 1 - i
@@ -115,17 +128,24 @@ def weigh_values(out: np.ndarray, at: int, source: np.ndarray, first: int, step:
 
 
 @compiled
-def blur(crop: np.ndarray, sigma: float) -> None:
-    """Blur `crop` `[3, S, S] uint8` in place by a Gaussian cut off at three sigma, borders mirrored at the edge pixel."""
-    size = crop.shape[1]
+def blur_weights(sigma: float, size: int) -> np.ndarray:
+    """Return `[2 * reach + 1] int16`, a Gaussian for crops of `size`, cut off at three sigma and where rounding makes it zero."""
     reach = min(math.ceil(3 * sigma), size - 1)
-    taps, width = 2 * reach + 1, max(size, LANES)
-    exact, weights = np.empty(taps), np.empty(taps, np.int16)
-    for k in range(taps):
+    exact, weights = np.empty(2 * reach + 1), np.empty(2 * reach + 1, np.int16)
+    for k in range(len(exact)):
         exact[k] = math.exp(-((k - reach) ** 2) / (2 * sigma * sigma))
     round_weights(weights, exact)
-    while reach > 0 and weights[0] == 0:  # drop taps that rounding has made zero
-        reach, weights = reach - 1, weights[1:-1].copy()
+    while len(weights) > 1 and weights[0] == 0:
+        weights = weights[1:-1].copy()
+    return weights
+
+
+@compiled
+def blur(crop: np.ndarray, sigma: float) -> None:
+    """Blur `crop` `[3, S, S] uint8` in place by `blur_weights`, borders mirrored at the edge pixel."""
+    size = crop.shape[1]
+    weights, width = blur_weights(sigma, size), max(size, LANES)
+    reach = len(weights) // 2
     if reach == 0:
         return
     # Buffers: a channel with mirrored rows above and below; its vertically blurred rows, with mirrored columns; one result.
@@ -157,30 +177,42 @@ def copy(out: np.ndarray, source: np.ndarray) -> None:
 
 
 @compiled
+def colour_numbers(
+    brightness: float, contrast: float, saturation: float, hue: float
+) -> tuple[int, int, int, int, int, int, int, np.ndarray]:
+    """Return the arguments of `brighten` and of `mix`, all but the shift: factor, bits; factor, up, top, rounding, down, matrix.
+
+    They are as precise as int16 allows. The colours must be float32, and `hue` degrees, or they differ now and then.
+    """
+    bits = fraction_bits(brightness, 7, 8, 2 * MAX_INT16)
+    bright = min(int(brightness * (1 << bits + 8) + 0.5), 2 * MAX_INT16 + 1)
+    contrast_bits = fraction_bits(contrast, 5, 8, MAX_INT16)
+    factor = min(int(contrast * (1 << contrast_bits + 8) + 0.5), MAX_INT16)
+    matrix, down = round_matrix(colour_matrix(saturation, hue))
+    rounding = (1 << down >> 1) + 1  # one half, plus 1 because three products were rounded down
+    return bright, bits, factor, 7 - contrast_bits, 255 << contrast_bits, rounding, down, matrix
+
+
+@compiled
 def twist_colours(crop: np.ndarray, brightness: float, contrast: float, saturation: float, hue: float) -> None:
     """Change `crop` `[3, S, S] uint8` in place: brightness, contrast around the mean gray, saturation, hue (degrees)."""
     plane = crop.size // 3
     full = plane - plane % BLOCK
+    bright, bits, factor, up, top, rounding, down, matrix = colour_numbers(brightness, contrast, saturation, hue)
     # The pixels after the last full vector are padded to one vector of their own.
     flat, rest = crop.reshape(3, plane), np.zeros((3, BLOCK), np.uint8)
     rest[:, : plane - full] = flat[:, full:]
     # Brightness first: contrast pivots on the mean gray of the result.
-    bits = fraction_bits(brightness, 7, 8, 2 * MAX_INT16)
-    factor = min(int(brightness * (1 << bits + 8) + 0.5), 2 * MAX_INT16 + 1)
     mean = 0.0
     for c in range(3):
-        total = brighten(rest[c], 0, 1, factor, bits)
+        total = brighten(rest[c], 0, 1, bright, bits)
         for first in range(0, full, MAX_PIXELS):
-            total += brighten(flat[c], first, min(MAX_PIXELS, full - first) // BLOCK, factor, bits)
+            total += brighten(flat[c], first, min(MAX_PIXELS, full - first) // BLOCK, bright, bits)
         mean += GRAY_WEIGHTS[c] * total / plane
-    # Contrast, saturation and hue in one pass, with as many fraction bits as fit an int16.
-    bits = fraction_bits(contrast, 5, 8, MAX_INT16)
-    factor = min(int(contrast * (1 << bits + 8) + 0.5), MAX_INT16)
-    shift = min(max(math.floor(mean * (1 - contrast) * (1 << bits) + 0.5), -MAX_INT16), MAX_INT16)
-    matrix, down = round_matrix(colour_matrix(saturation, hue))
-    rounding = (1 << down >> 1) + 1  # one half, plus 1 because three products were rounded down
-    mix(crop.reshape(crop.size), 0, plane, full // BLOCK, factor, shift, 255 << bits, 7 - bits, matrix, rounding, down)
-    mix(rest.reshape(rest.size), 0, BLOCK, 1, factor, shift, 255 << bits, 7 - bits, matrix, rounding, down)
+    # Contrast, saturation and hue in one pass.
+    shift = min(max(math.floor(mean * (1 - contrast) * (128 >> up) + 0.5), -MAX_INT16), MAX_INT16)
+    mix(crop.reshape(crop.size), 0, plane, full // BLOCK, factor, shift, top, up, matrix, rounding, down)
+    mix(rest.reshape(rest.size), 0, BLOCK, 1, factor, shift, top, up, matrix, rounding, down)
     flat[:, full:] = rest[:, : plane - full]
 
 
