@@ -59,17 +59,11 @@ def decode_only(setup: LoaderSetup) -> Iterator[Sequence[Any]]:
 
 def _graph(setup: LoaderSetup, make_outputs: Callable[["types.DataNode"], list["types.DataNode"]]) -> Pipeline:
     """Build a pipeline that reads and decodes the shards in random order and passes the images to `make_outputs`."""
-    tars, indices = (sorted(map(str, setup.folder.glob(pattern))) for pattern in ("*.tar", "*.idx"))
+    tars = sorted(map(str, setup.folder.glob("*.tar")))
 
     @pipeline_def(enable_conditionals=True)
     def graph() -> tuple:
-        encoded = fn.readers.webdataset(
-            paths=tars,
-            index_paths=indices if len(indices) == len(tars) else None,
-            ext=[EXTENSIONS],
-            random_shuffle=True,
-            name="reader",
-        )
+        encoded = fn.readers.webdataset(paths=tars, ext=[EXTENSIONS], random_shuffle=True)
         device = "mixed" if setup.device == "gpu" else "cpu"
         return tuple(make_outputs(fn.decoders.image(encoded, device=device, output_type=types.RGB)))
 

@@ -1,4 +1,4 @@
-"""The files next to the tars of a finished split: index, manifest, statistics, rejected images, timm's info file."""
+"""The files next to the tars of a finished split: index, manifest, statistics, rejected images."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from pipeline.shards.index import INDEX_NAME, open_index, save_index
 from pipeline.shards.manifest import MANIFEST_NAME
 from tools.shards.writer import RECORD_FOLDER, Conversion, ShardRecord
 
-STATS_NAME, INFO_NAME, REJECTED_NAME = "stats.json", "_info.json", "rejected.jsonl"
+STATS_NAME, REJECTED_NAME = "stats.json", "rejected.jsonl"
 FORMAT_VERSION = 1
 SIZE_EDGES = (0, 32, 64, 128, 256, 384, 512, 768, 1024, 2048, 4096, 1 << 31)
 MAX_GROUPS = 100  # groups of duplicates that stats.json lists
@@ -44,7 +44,6 @@ def finish_split(conversion: Conversion, split: str, seed: int) -> tuple[bool, i
         fingerprints = np.concatenate([record.fingerprints for record in records])
         sums = [np.concatenate(record.pixels) for record in records]
         files = {
-            INFO_NAME: timm_info(conversion.source.name, split, names, [len(record.rows) for record in records]),
             MANIFEST_NAME: dump(_manifest(conversion, split, seed, names, records)),
             STATS_NAME: dump(describe_images(folder, names, rows, conversion.source.classes, fingerprints, sums)),
         }
@@ -74,12 +73,6 @@ def _index_holds(folder: Path, names: list[str], rows: np.ndarray) -> bool:
 
 def dump(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-
-
-def timm_info(name: str, split: str, names: list[str], lengths: list[int]) -> bytes:
-    """Build the content of INFO_NAME, from which timm knows the shards of a split."""
-    entry = {"name": split, "num_samples": sum(lengths), "filenames": names, "shard_lengths": lengths}
-    return dump({"name": name, "splits": {split: entry}})
 
 
 def _manifest(conversion: Conversion, split: str, seed: int, names: list[str], records: list[ShardRecord]) -> dict[str, Any]:

@@ -51,8 +51,7 @@ def upload_split(folder: Path, url: str) -> int:
         return 0
     last = (*INDEX_FILES, MANIFEST_NAME)
     side_files = sorted(path.name for path in folder.iterdir() if path.suffix in (".json", ".jsonl"))
-    first = [*tars, *(str(Path(name).with_suffix(".idx")) for name in tars), *side_files]
-    first = [name for name in first if name not in last]
+    first = [name for name in (*tars, *side_files) if name not in last]
     # An object can have the size of a file but the content of an earlier conversion; the log tells what was uploaded.
     log_path = folder / RECORD_FOLDER / UPLOADED_NAME
     uploaded = set(log_path.read_text().splitlines()) if log_path.exists() else set()

@@ -2,7 +2,6 @@
 
 import logging
 import multiprocessing
-import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -10,20 +9,18 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from pipeline.files import file_checksum, write_atomic
+from pipeline.files import file_checksum
 from pipeline.shards.index import INDEX_NAME, ShardIndex, open_index, save_index, scan_shard
 from pipeline.shards.manifest import MANIFEST_NAME, Manifest, check_class_count, read_manifest, read_object
 from pipeline.shards.samples import PILLOW_FAULTS
-from pipeline.shards.tar import is_hidden, sample_key, tar_members
+from pipeline.shards.tar import tar_members
 from tools.shards.images import pixel_sums
-from tools.shards.report import INFO_NAME, STATS_NAME, describe_images, timm_info
-from tools.shards.writer import BATCH_IMAGES, IdxMember, fingerprint, idx_content, pixel_stride
+from tools.shards.report import STATS_NAME, describe_images
+from tools.shards.writer import BATCH_IMAGES, fingerprint, pixel_stride
 
 log = logging.getLogger(__name__)
 
-BLANKS = re.compile(r"\s")
 T = TypeVar("T")
-INDEX_AGAIN = "run `make_shards.py index` on its folder"
 
 
 def split_folders(folder: Path) -> list[Path]:
@@ -38,7 +35,7 @@ def split_folders(folder: Path) -> list[Path]:
 
 
 def verify_split(folder: Path, workers: int) -> list[str]:
-    """Check sums, index and .idx against the tars, and decode every image; returns the problems, one line each."""
+    """Check sums and index against the tars, and decode every image; returns the problems, one line each."""
     try:
         manifest = read_manifest(folder) or Manifest()
         if missing := [name for name in manifest.checksums if not (folder / name).exists()]:
@@ -71,14 +68,11 @@ def _verify_shard(path: Path, rows: np.ndarray, sha256: str) -> list[str]:
     if sha256 and file_checksum(path) != sha256:
         problems.append(f"{path}: sha256 differs from {MANIFEST_NAME}: damaged, or another conversion")
     try:
-        scanned, idx = scan_shard(path, rows["shard"].max(initial=0)), scan_idx(path)
+        scanned = scan_shard(path, rows["shard"].max(initial=0))
     except ValueError as error:
         return [*problems, str(error)]
     if not np.array_equal(scanned, rows):
-        problems.append(f"{path}: {INDEX_NAME} does not describe this tar: {INDEX_AGAIN}")
-    idx_path = path.with_suffix(".idx")
-    if idx_path.exists() and idx_path.read_bytes() != idx:
-        problems.append(f"{idx_path}: does not describe its tar: {INDEX_AGAIN}")
+        problems.append(f"{path}: {INDEX_NAME} does not describe this tar: run `make_shards.py index` on its folder")
     # The decoder names an image by its number in a batch, a person finds it by its name in the tar.
     names = {member.offset: member.name for member in tar_members(path)}
     for batch in np.split(scanned, range(BATCH_IMAGES, len(scanned), BATCH_IMAGES)):  # bounds the memory
@@ -98,34 +92,11 @@ def _contents(path: Path, rows: np.ndarray) -> Iterator[bytes]:
 
 
 def index_split(folder: Path, workers: int) -> int:
-    """Write the index, each tar's .idx and timm's info file by scanning headers; returns the number of samples."""
+    """Write the index by scanning headers; returns the number of samples."""
     tars = sorted(folder.glob("*.tar"))
-    scans = list(_in_parallel(workers, _index_shard, tars, range(len(tars))))
-    names, lengths = [tar.name for tar in tars], [len(rows) for rows in scans]
-    save_index(folder, names, np.concatenate(scans))
-    if not (folder / INFO_NAME).exists():
-        write_atomic(folder / INFO_NAME, timm_info(folder.name, folder.name, names, lengths))
-    return sum(lengths)
-
-
-def _index_shard(path: Path, shard: int) -> np.ndarray:
-    rows = scan_shard(path, shard)
-    write_atomic(path.with_suffix(".idx"), scan_idx(path))
-    return rows
-
-
-def scan_idx(path: Path) -> bytes:
-    """Build DALI's index of any WebDataset tar: lower-case extensions, the members of one sample together.
-
-    The format cannot hold blanks in names; underscores replace them.
-    """
-    samples: dict[str, list[IdxMember]] = {}
-    for member in tar_members(path):
-        key, extension = sample_key(member.name)
-        if extension and key.rpartition("/")[2] and not is_hidden(member.name):
-            name = BLANKS.sub("_", member.name)
-            samples.setdefault(key, []).append((BLANKS.sub("_", extension), member.offset, member.size, name))
-    return idx_content(list(samples.values()))
+    scans = list(_in_parallel(workers, scan_shard, tars, range(len(tars))))
+    save_index(folder, [tar.name for tar in tars], np.concatenate(scans))
+    return sum(map(len, scans))
 
 
 def stats_split(folder: Path, workers: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Writes one shard: tar, DALI index and record. The same conversion writes the same bytes on every machine."""
+"""Writes one shard and its record. The same conversion writes the same bytes on every machine."""
 
 import hashlib
 import io
@@ -22,7 +22,6 @@ RECORD_FOLDER, IDENTITY_NAME = ".records", "plan.json"
 # Mean and std come from every 128th image, because decoding all would cost more than the conversion; small sets use at least 256.
 PIXEL_STRIDE, MIN_PIXEL_IMAGES = 128, 256
 BATCH_IMAGES = 32  # as many as DALI decodes at once with --verify full
-IdxMember = tuple[str, int, int, str]  # extension, offset, size, name
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,6 @@ class ShardRecord:
     rows: np.ndarray
     fingerprints: np.ndarray
     sha256: str
-    idx_sha256: str
     num_bytes: int
     rejected: list[dict[str, str | int]]
     changes: dict[str, int]
@@ -94,12 +92,6 @@ def tar_header(name: str, size: int) -> bytes:
     return (block[:148] + checksum + block[156:]).ljust(BLOCKSIZE, b"\0")
 
 
-def idx_content(samples: list[list[IdxMember]]) -> bytes:
-    """Build DALI's `v1.2` index: one line per sample with `extension offset size name` of each member."""
-    lines = (" ".join(" ".join(map(str, member)) for member in members) for members in samples)
-    return "\n".join([f"v1.2 {len(samples)}", *lines, ""]).encode("utf-8", "surrogateescape")
-
-
 def pixel_stride(num_images: int) -> int:
     return max(1, min(PIXEL_STRIDE, num_images // MIN_PIXEL_IMAGES))
 
@@ -112,14 +104,13 @@ def fingerprint(content: bytes) -> bytes:
 
 
 class ShardBuilder:
-    """Appends samples to a tar and collects the content of its record and of its DALI index."""
+    """Appends samples to a tar and collects the content of its record."""
 
     def __init__(self, conversion: Conversion, shard: int, file: BinaryIO) -> None:
         self.conversion, self.shard, self.file = conversion, shard, file
         self.digest, self.num_bytes = hashlib.sha256(), 0
         self.rows: list[tuple[int, int, int, int, int, int]] = []
         self.fingerprints: list[bytes] = []
-        self.idx: list[list[IdxMember]] = []
         self.rejected: list[dict[str, str | int]] = []
         self.changes: Counter[str] = Counter()
         self.pixels = np.zeros(7, np.int64)
@@ -139,11 +130,8 @@ class ShardBuilder:
         parts["json"] = json.dumps(origin, ensure_ascii=True).encode()
         offset = self.num_bytes + BLOCKSIZE
         self.rows.append((self.shard, offset, len(checked.content), label, checked.height, checked.width))
-        self.idx.append([])
         for extension, content in parts.items():
-            member = f"{position:09d}.{extension}"
-            self.idx[-1].append((extension, self.num_bytes + BLOCKSIZE, len(content), member))
-            self._write(tar_header(member, len(content)), content, bytes(-len(content) % BLOCKSIZE))
+            self._write(tar_header(f"{position:09d}.{extension}", len(content)), content, bytes(-len(content) % BLOCKSIZE))
         self.fingerprints.append(fingerprint(checked.content))
         self.changes.update(checked.changes)
         self.pixels += 0 if checked.sums is None else checked.sums
@@ -154,7 +142,6 @@ class ShardBuilder:
             rows=np.array(self.rows, SAMPLE_DTYPE),
             fingerprints=np.frombuffer(b"".join(self.fingerprints), "S16"),
             sha256=self.digest.hexdigest(),
-            idx_sha256=hashlib.sha256(idx_content(self.idx)).hexdigest(),
             num_bytes=self.num_bytes,
             rejected=self.rejected,
             changes=dict(sorted(self.changes.items())),
@@ -182,7 +169,7 @@ class SharedCounts:
 
 
 def write_shard(conversion: Conversion, shard: int, counts: SharedCounts) -> None:
-    """Write one shard, its .idx and its record, replacing existing ones."""
+    """Write one shard and its record, replacing existing ones."""
     path = conversion.folder / conversion.shard_name(shard)
     with partial_file(path) as file:
         builder = ShardBuilder(conversion, shard, file)
@@ -194,7 +181,6 @@ def write_shard(conversion: Conversion, shard: int, counts: SharedCounts) -> Non
                 builder.add(position, checked)
             counts.add(len(batch), builder.num_bytes - num_bytes, len(builder.rejected) - num_rejected)
         record = builder.finish()
-    write_atomic(path.with_suffix(".idx"), idx_content(builder.idx))
     record.save(conversion.record_path(shard))
 
 
@@ -224,11 +210,9 @@ def check_row(conversion: Conversion, row: int, with_sums: bool = False) -> Chec
 
 
 def shard_is_complete(conversion: Conversion, shard: int) -> bool:
-    """Return True if the shard, its .idx and its record are on disk with the bytes that were written."""
-    path = conversion.folder / conversion.shard_name(shard)
+    """Return True if the shard and its record are on disk with the bytes that were written."""
     try:
         record = ShardRecord.load(conversion.record_path(shard))
-        checksums = file_checksum(path), file_checksum(path.with_suffix(".idx"))
+        return file_checksum(conversion.folder / conversion.shard_name(shard)) == record.sha256
     except (OSError, ValueError):
         return False
-    return checksums == (record.sha256, record.idx_sha256)

@@ -34,7 +34,7 @@ def test_the_store_gets_the_files_of_a_local_conversion_and_the_manifest_last(
     assert convert(source, url, *staging) == 0
     local = tmp_path / "local" / "train"
     names = [path.name for path in local.iterdir() if path.is_file()]
-    assert len(names) >= 3 + 3 + 3
+    assert len(names) == 3 + 4
     for name in names:
         assert read(f"{url}/train/{name}") == (local / name).read_bytes(), name
     written = [request.rpartition("/")[2] for request in store.proxy.requests[before:] if request.startswith("PUT")]

@@ -1,4 +1,4 @@
-"""Other readers (DALI, webdataset, timm, Pillow) and `verify` read back what is written."""
+"""Other readers (DALI, webdataset, Pillow) and `verify` read back what is written."""
 
 import io
 import json
@@ -34,10 +34,7 @@ def test_dali_reads_the_same_samples_and_labels(converted: Path) -> None:
 
     @pipeline_def(batch_size=20, num_threads=1, device_id=None)
     def graph() -> tuple[object, object]:
-        index = [tar.replace(".tar", ".idx") for tar in tars]
-        encoded, label = fn.readers.webdataset(
-            paths=tars, index_paths=index, ext=["jpg;png", "cls"], missing_component_behavior="error"
-        )
+        encoded, label = fn.readers.webdataset(paths=tars, ext=["jpg;png", "cls"], missing_component_behavior="error")
         return fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False), label
 
     built = graph()
@@ -59,22 +56,12 @@ def test_webdataset_reads_the_same_samples_and_labels(converted: Path) -> None:
     assert found == [(sample.key, sample.content, sample.label) for sample in stored_samples(converted)]
 
 
-def test_timm_reads_the_same_samples_and_labels(converted: Path) -> None:
-    reader_wds = pytest.importorskip("timm.data.readers.reader_wds")
-    reader = reader_wds.ReaderWds(str(converted), split="train")
-    assert len(reader) == 60
-    found = [(label, np.asarray(image).mean((0, 1)).round().tolist()) for image, label in reader]
-    assert found == expected_means(converted)
-
-
 def test_the_index_written_equals_the_index_scanned(converted: Path, tmp_path: Path) -> None:
     written = open_index(converted)
     for path in converted.glob("*.tar"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     assert main(["index", str(tmp_path), "--workers", "1"]) == 0
     assert np.array_equal(open_index(tmp_path).samples, written.samples)
-    for path in converted.glob("*.idx"):
-        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
     assert (tmp_path / INDEX_NAME).read_bytes() == (converted / INDEX_NAME).read_bytes()
 
 

@@ -185,7 +185,6 @@ def test_long_pax_records_and_names_that_are_no_text_are_read(tmp_path: Path, ca
     assert assert_colours_tell_labels(folder, 2) == [0, 1]
     assert rb"caf\udce9 1" in capfdbinary.readouterr().out
     assert index_labels(tmp_path / "in") == [-1, -1]
-    assert len((tmp_path / "in/0.idx").read_bytes().splitlines()) == 3
 
 
 def test_an_image_of_another_program_is_named_by_its_member_whatever_lies_behind_it(tmp_path: Path) -> None:
