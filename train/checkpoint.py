@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,24 +29,49 @@ class DamagedCheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The content of a checkpoint, copied so that training can continue while it is written."""
+    """The content of a checkpoint in host memory, complete once the GPU has passed `copied`; None on a CPU."""
 
     model: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
     state: dict[str, Any]
+    copied: torch.cuda.Event | None = None
 
 
-def take_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Snapshot:
-    """Copy what a checkpoint holds. `state` is JSON with a `step`, and with a `score` (higher is better) or null.
+class Snapshots:
+    """Takes snapshots of a model and its optimiser. They share their memory: a new one overwrites the one before.
 
-    The copies stay on their device, which takes milliseconds where copies to the host take seconds, unless it is full.
+    From a GPU, they are copied to pinned memory by a stream of their own, beside the next forward and backward pass, and take no
+    memory there. Only the next optimiser step, which changes what is copied, waits for them.
     """
-    parts = (dict(model.state_dict()), _optimizer_tensors(optimizer))
-    try:
-        tensors, moments = ({name: value.detach().clone() for name, value in part.items()} for part in parts)
-    except torch.OutOfMemoryError:
-        tensors, moments = ({name: value.detach().cpu() for name, value in part.items()} for part in parts)
-    return Snapshot(tensors, moments, json.loads(json.dumps(state)))
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._model, self._optimizer = model, optimizer
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._copied: torch.cuda.Event | None = None
+        optimizer.register_step_pre_hook(self._wait_for_copies)
+
+    def take(self, state: dict[str, Any]) -> Snapshot:
+        """Copy what a checkpoint holds. `state` is JSON with a `step`, and with a `score` (higher is better) or null."""
+        stream = torch.cuda.Stream() if next(self._model.parameters()).is_cuda else None
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # without one, this does nothing
+            weights = self._copy(MODEL, self._model.state_dict())
+            moments = self._copy(OPTIMIZER, _optimizer_tensors(self._optimizer))
+        self._copied = None if stream is None else stream.record_event()
+        return Snapshot(weights, moments, json.loads(json.dumps(state)), self._copied)
+
+    def _copy(self, part: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        copies = {}
+        for name, value in tensors.items():
+            if (key := f"{part}/{name}") not in self._buffers:
+                self._buffers[key] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            copies[name] = self._buffers[key].copy_(value.detach(), non_blocking=True)
+        return copies
+
+    def _wait_for_copies(self, *_: object) -> None:
+        if self._copied is not None:
+            torch.cuda.current_stream().wait_event(self._copied)
 
 
 def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
@@ -57,10 +83,12 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     temporary = folder / f".{final.name}.partial"
     for abandoned in folder.glob(".step_*.partial"):  # by a process that was killed
         shutil.rmtree(abandoned, ignore_errors=True)
+    if snapshot.copied is not None:
+        snapshot.copied.synchronize()
     try:
         temporary.mkdir(parents=True)
-        for name, tensors in ((MODEL, snapshot.model), (OPTIMIZER, snapshot.optimizer)):
-            save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, temporary / name)
+        save_file(snapshot.model, temporary / MODEL)
+        save_file(snapshot.optimizer, temporary / OPTIMIZER)
         (temporary / STATE).write_text(json.dumps(snapshot.state, indent=1))
         (temporary / MANIFEST).write_text(_manifest(temporary))
         for path in (*temporary.iterdir(), temporary):
@@ -195,10 +223,10 @@ class CheckpointWriter:
         self._folder, self._keep_last, self._keep_best = folder, keep_last, keep_best
         self._thread = threading.Thread()
 
-    def write(self, snapshot: Snapshot) -> None:
-        """Start writing. Waits only for a previous snapshot that is still being written."""
+    def write(self, take: Callable[[], Snapshot]) -> None:
+        """Take a snapshot and start writing it. Waits only for the previous one, whose memory it overwrites."""
         self.wait()
-        self._thread = threading.Thread(target=self._write, args=(snapshot,), name=CHECKPOINT_WRITER)
+        self._thread = threading.Thread(target=self._write, args=(take(),), name=CHECKPOINT_WRITER)
         self._thread.start()
 
     def wait(self) -> None:

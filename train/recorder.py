@@ -167,7 +167,7 @@ class Recorder:
         if self._trainer.config.evaluation.eval_frequency:
             score = state.knn if state.knn_step == state.step else None
         if not self._trainer.diverged:
-            self._writer.write(self._trainer.snapshot(score))
+            self._writer.write(lambda: self._trainer.snapshot(score))
 
     def wait(self) -> None:
         """Wait until the checkpoint is on disk, or was refused by it."""

@@ -2,19 +2,22 @@ import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from train.checkpoint import (
+    CheckpointWriter,
     DamagedCheckpointError,
+    Snapshot,
+    Snapshots,
     checkpoint_step,
     list_checkpoints,
     load_checkpoint,
     newest_checkpoint,
     prune_checkpoints,
-    take_snapshot,
     verify_checkpoint,
     write_checkpoint,
 )
@@ -30,17 +33,25 @@ class Net(nn.Module):
         return self.blocks(batch)
 
 
-def trained(seed: int = 0, width: int = 16, name: str = "adamw") -> tuple[nn.Module, torch.optim.Optimizer]:
+def trained(seed: int = 0, width: int = 16, name: str = "adamw", device: str = "cpu") -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)
-    model = Net(width)
+    model = Net(width).to(device)
     optimizer = build_optimizer(model, 0.1, (0.9, 0.95), name)
     for group in optimizer.param_groups:
         group["lr"] = 0.1
     for _ in range(3):
-        model(torch.randn(4, 8)).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        take_step(model, optimizer)
     return model, optimizer
+
+
+def take_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model(torch.randn(4, 8).to(next(model.parameters()).device)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def take_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Snapshot:
+    return Snapshots(model, optimizer).take(state)
 
 
 @pytest.fixture
@@ -93,6 +104,30 @@ def test_a_snapshot_is_of_its_moment_whatever_training_does_while_it_is_written(
     load_checkpoint(write_checkpoint(tmp_path, snapshot), other)
     for name, value in other.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_snapshots_share_memory_of_the_host_and_each_is_on_disk_before_the_next(device: str, tmp_path: Path) -> None:
+    model, optimizer = trained(width=4096, device=device)
+    snapshots, writer, places, before = Snapshots(model, optimizer), CheckpointWriter(tmp_path, 9, 0), set(), []
+
+    def take() -> Snapshot:
+        assert len(list_checkpoints(tmp_path)) == len(before) - 1
+        snapshot = snapshots.take({"step": len(before), "score": None})
+        tensors = [*snapshot.model.values(), *snapshot.optimizer.values()]
+        places.add(tuple(tensor.data_ptr() for tensor in tensors))
+        assert {(tensor.device.type, tensor.is_pinned()) for tensor in tensors} == {("cpu", device == "cuda")}
+        return snapshot
+
+    for _ in range(3):
+        before.append({name: value.clone() for name, value in model.state_dict().items()})
+        writer.write(take)
+        take_step(model, optimizer)  # while the snapshot is copied
+    writer.wait()
+    assert len(places) == 1
+    for path, weights in zip(list_checkpoints(tmp_path), before, strict=True):
+        load_checkpoint(path, model)
+        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
 def test_every_bit_flip_and_truncation_is_detected_and_the_previous_checkpoint_is_used(
