@@ -1,4 +1,4 @@
-"""Checks of the shards, of the data a run was trained on, and of the pipeline's rate against the model's."""
+"""Checks of the shards, and of the pipeline's rate against the model's."""
 
 import random
 import time
@@ -100,27 +100,6 @@ def check_labels(case: Case, index: ShardIndex) -> Finding:
     return ok("each label means the same class in train and val")
 
 
-def check_run_data(case: Case, index: ShardIndex) -> Finding:
-    """Check that the run in the run folder was trained and measured on these shards."""
-    from train.evaluation.features import subsample_evenly
-    from train.evaluation.online import BASELINES_FILE, baselines_key, read_baselines
-    from train.output.folder import check_run_folder, run_folder
-
-    assert case.config is not None
-    check_run_folder(case.config, index.digest)
-    path, val, settings = run_folder(case.config) / BASELINES_FILE, read_index(case, "val"), case.config.evaluation
-    if val is None or val.folder == index.folder or not path.exists():
-        return ok("there is no run in its folder, or none that was measured")
-    train_used, val_used = (subsample_evenly(split, settings.max_samples) for split in (index, val))
-    problem = f"{path}: baselines of other images or evaluation settings than these"
-    try:
-        if read_baselines(path, baselines_key(train_used, val_used, settings)) is not None:
-            return ok(f"{path}: measured on these images")
-    except ValueError as error:
-        problem = str(error)
-    return warn(problem, "the same training command measures them again; until then, do not compare with summary.json")
-
-
 def check_rate(case: Case, _: ShardIndex) -> Finding:
     """Take training steps for a few seconds, and compare the time in which they wait for data with the rest."""
     import torch
@@ -158,10 +137,6 @@ DATA_CHECKS = {
     "shards: sampled images": Check(with_index(check_images)),
     "shards: classes": Check(
         with_index(check_labels), "remove the val shards and convert val again next to train, with the same --out"
-    ),
-    "run: data": Check(
-        with_index(check_run_data, needs_config=True),
-        "data.data_path=OLD_SHARDS, another logging.run_name, or checkpoint.resume=none",
     ),
     "pipeline rate": Check(with_index(check_rate, needs_config=True)),
 }

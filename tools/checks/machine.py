@@ -1,9 +1,8 @@
-"""Checks of the machine: shared memory, run folder, cores, open files, GPUs and their driver, decoder and communication."""
+"""Checks of the machine: shared memory, run folder, cores, GPUs and their driver, decoder and communication."""
 
 import io
 import os
 import re
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ SHARED_MEMORY = Path("/dev/shm")
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 GIB = 2**30
 MIN_SHARED, MIN_DISK, AMPLE_DISK = 1 * GIB, 1 * GIB, 10 * GIB
-MIN_FILES = 1024
 DRIVER = Path("/proc/driver/nvidia/version")
 MIN_DRIVER = {12: (525, 60), 13: (580, 65)}  # by CUDA's major version, for Linux: the table of CUDA's release notes
 MAX_DIFFERENCE = 4.0  # mean difference to Pillow, of 255: two JPEG decoders round differently
@@ -77,14 +75,6 @@ def check_cores(case: Case) -> Finding:
         fix = "or give the container more: docker run --cpus, Slurm --cpus-per-task"
         return warn(f"{text}: threads wait for cores", f"data.num_workers={max(1, int(usable) // 2)}, {fix}")
     return ok(text)
-
-
-def check_open_files(_: Case) -> Finding:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < MIN_FILES:
-        fix = "docker run --ulimit nofile=65536, or LimitNOFILE of the service"
-        return warn(f"{hard} files can be open: too few for many shards without mmap", fix)
-    return ok(f"{soft} files can be open, and more on request")
 
 
 def driver_version() -> str | None:
@@ -167,7 +157,6 @@ MACHINE_CHECKS = {
     "shared memory": Check(check_shared_memory),
     "run folder": Check(check_run_folder),
     "cores and threads": Check(check_cores),
-    "open files": Check(check_open_files),
     "GPUs": Check(check_gpus),
     "decoder": Check(check_decoder),
     "all-reduce": Check(check_all_reduce, "NCCL_DEBUG=INFO shows why; see shared memory above"),
