@@ -56,6 +56,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[Path, list[str], a
 
 def check_settings(config: Config) -> None:
     """Raise ValueError or FileNotFoundError for what can be checked without loading torch."""
+    if (tasks := os.environ.get("SLURM_NTASKS", "1")) != "1" and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            f"SLURM_NTASKS={tasks}, but without torchrun each task would train alone, all of them into one run folder. Start "
+            "torchrun on each machine, as `sbatch docker/slurm.sbatch CONFIG` does, or one process: `srun --ntasks=1 ...`"
+        )
     split_folder(config.data.dataset, config.data.data_path, "train")
     resume = config.checkpoint.resume
     if resume not in ("auto", "none") and not (Path(resume) / "manifest.json").is_file():

@@ -15,13 +15,21 @@ ENTRYPOINT = Path(__file__).parents[2] / "docker" / "entrypoint"
 
 
 def srun(arguments: list[str]) -> int:
-    """Run the command on every node, through the image's entrypoint if an image is named. A node that fails ends them all."""
+    """Run the command on every node, through the image's entrypoint if an image is named. A node that fails ends them all.
+
+    Each node has one core, or SRUN_CPUS_PER_TASK.
+    """
     options = list(takewhile(lambda word: word.startswith("-"), arguments))
     command = arguments[len(options) :]
     if any(word.startswith("--container-image=") for word in options):
         command = [str(ENTRYPOINT), *command]
-    count = int(os.environ["SLURM_JOB_NUM_NODES"])
-    nodes = [subprocess.Popen(command, env={**os.environ, "SLURM_NODEID": str(i)}, start_new_session=True) for i in range(count)]
+    cores = sorted(os.sched_getaffinity(0))[: int(os.environ.get("SRUN_CPUS_PER_TASK", "1"))]
+    os.sched_setaffinity(0, cores)  # since 22.05, --cpus-per-task of the job is not read
+    environment = {**os.environ, "SLURM_CPUS_PER_TASK": str(len(cores))}
+    nodes = [
+        subprocess.Popen(command, env={**environment, "SLURM_NODEID": str(number)}, start_new_session=True)
+        for number in range(int(os.environ["SLURM_JOB_NUM_NODES"]))
+    ]
     (FOLDER / "nodes").write_text(" ".join(str(node.pid) for node in nodes))
     left, code = {node.pid: node for node in nodes}, 0
     while left:

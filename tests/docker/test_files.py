@@ -143,18 +143,23 @@ def test_the_health_check_fails_only_for_a_training_of_this_machine_that_stands_
 
 
 def test_slurms_first_machine_is_the_master_however_long_their_list_is(tmp_path: Path) -> None:
-    for tool, script in {"scontrol": "seq -f node%06g 30000", "srun": 'echo "$PET_MASTER_ADDR" "$@"'}.items():
+    for tool, script in {
+        "scontrol": "seq -f node%06g 30000",
+        "srun": 'echo "$PET_MASTER_ADDR" "$SRUN_CPUS_PER_TASK" "$@"',
+    }.items():
         (tmp_path / tool).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / tool).chmod(0o755)
     job = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}", "RUNS": str(tmp_path), "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "node[000001-030000]", "SLURM_JOB_NUM_NODES": "30000", "SLURM_GPUS_ON_NODE": "1",
+        "SLURM_CPUS_PER_TASK": "64",
     }  # fmt: skip
     batch = ["bash", str(DOCKER / "slurm.sbatch"), "CONFIG"]
     result = subprocess.run(batch, capture_output=True, text=True, env={**os.environ, **job}, check=False)
     assert result.returncode == 0, result.stderr
-    masters, commands = zip(*(line.split(maxsplit=1) for line in result.stdout.splitlines()), strict=True)
+    masters, cores, commands = zip(*(line.split(maxsplit=2) for line in result.stdout.splitlines()), strict=True)
     assert set(masters) == {"node000001"}
+    assert set(cores) == {"64"}
     assert commands[-1].endswith("train CONFIG")
 
 
@@ -166,3 +171,28 @@ def test_the_entrypoint_runs_any_command_and_returns_its_exit_code() -> None:
     )  # fmt: skip
     assert doctor.returncode == 0, doctor.stderr
     assert "section.key=value" in doctor.stdout
+
+
+@pytest.mark.parametrize(("visible", "ranks"), [("0,1,3", 3), ("2", 1), ("", 1), ("GPU-1a,GPU-2b", 2), (None, 4)])
+def test_the_entrypoint_starts_a_rank_for_each_visible_gpu(visible: str | None, ranks: int, tmp_path: Path) -> None:
+    says = {"nvidia-smi": "for i in 0 1 2 3; do echo GPU $i; done", "python": 'echo "$PET_NPROC_PER_NODE" "$@"'}
+    for tool, script in says.items():
+        (tmp_path / tool).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / tool).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+    line = subprocess.run([DOCKER / "entrypoint", "train", "X"], env=environment, capture_output=True, text=True, check=True)
+    launcher = f"{DOCKER}/launch.py --standalone " if ranks > 1 else ""
+    assert line.stdout == f"{ranks} {launcher}-m train.run X\n"
+
+
+@pytest.mark.parametrize("code", [0, 2, 3, 75])
+def test_several_ranks_end_with_the_exit_code_of_the_first_that_fails(code: int, tmp_path: Path) -> None:
+    """And compose does not start a run again that can only fail."""
+    script = tmp_path / "rank.py"
+    script.write_text(f"import os, sys, time\nif os.environ['RANK'] == '0': time.sleep(60 * bool({code}))\nsys.exit({code})\n")
+    command = [sys.executable, DOCKER / "launch.py", "--standalone", "--nproc_per_node=2", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    train = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]["train"]
+    assert (str(code) in train["entrypoint"]) == (code in (2, 3))

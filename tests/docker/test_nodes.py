@@ -3,6 +3,7 @@
 Each machine is one launch of the image's entrypoint; they communicate over loopback with gloo.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.slow
 STEPS = 120
 SETTINGS = [f"training.max_steps={STEPS}", "logging.log_frequency=1", "checkpoint.save_frequency=10"]
 DOCKER = ROOT / "docker"
+CORES = len(os.sched_getaffinity(0))
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -87,13 +89,14 @@ def test_the_slurm_job_survives_a_lost_machine_and_its_time_limit(undisturbed: P
     job = {
         "PATH": f"{tools}:{environment()['PATH']}", "FAKE_SLURM": str(slurm), "RUNS": str(tmp_path),
         "SLURM_JOB_ID": str(port), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "two",
-        "SLURM_GPUS_ON_NODE": "1", "CACHE": str(tmp_path / "cache"),
+        "SLURM_GPUS_ON_NODE": "1", "CACHE": str(tmp_path / "cache"), "SLURM_CPUS_PER_TASK": str(CORES),
     }  # fmt: skip
     line = ["bash", str(DOCKER / "slurm.sbatch"), *command(CONFIG, data_path, tmp_path, *SETTINGS)]
     run = tmp_path / "quickstart"
 
     batch = start(line, **job)
     wait_for_step(run, 25, batch)
+    assert json.loads((run / "environment.json").read_text())["cores"] == CORES
     lose(int((slurm / "nodes").read_text().split()[1]))
     output = batch.communicate(timeout=HANGS_S)[0]
     assert batch.returncode != 0, output  # Slurm requeues a job whose machine is gone

@@ -257,6 +257,18 @@ def test_a_place_that_cannot_be_written_is_one_line_and_exit_code_2(
     assert "taken/quickstart: cannot be written (Not a directory)" in error
 
 
+def test_under_srun_without_torchrun_one_line_says_what_to_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert main([str(QUICKSTART), f"logging.run_dir={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("train: SLURM_NTASKS=4, but without torchrun")
+    assert "sbatch docker/slurm.sbatch" in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_data_one_line_says_what_is_missing_and_which_command_makes_it(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "train.run", str(ROOT / "configs" / "multicrop_training.yaml")],
