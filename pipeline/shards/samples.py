@@ -2,13 +2,15 @@
 
 import io
 import json
+import re
 import struct
 import warnings
 import zlib
 from collections import defaultdict
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -26,55 +28,96 @@ PILLOW_FAULTS = (
 Label = int | str
 MAX_LABEL_BYTES = 1 << 24
 MAX_LABEL = 1 << 24  # more classes than any set of images has; above it, a label is an identifier
+NUMBERS = re.compile(r"[\s\0[]*-?\d+(?:(?:\s*[,;]\s*|\s+)-?\d+)*[\s\0\]]*")  # `3`, `[3]`, `3 17 20`, `[3, 17]`
+ORPHANS = "cls members without an image"
 # `k.image.jpg` is the image of a sample that also has `k.depth.png`.
 IMAGE_PARTS = ("image", "img", "jpg", "rgb", "input", "photo")
 
 
+class NotOneLabelError(ValueError):
+    """The value is sound but no single label: several numbers, boxes, text that is no JSON."""
+
+
 class LabelMembers:
-    """The labels of one tar by the key of their member: in the order of the members where a name occurs more than once."""
+    """The `cls` and `json` members of one tar, of which only those with an image's name are read.
 
-    def __init__(self) -> None:
-        self._labels: dict[str, dict[str, list[Label]]] = {"json": {}, "cls": {}}
+    `refused`: the members that hold something else than one label, and what.
+    """
 
-    def add(self, path: Path, member: TarMember) -> None:
-        """Take the label of a `cls` or `json` member; other members are passed over."""
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._members: dict[str, dict[str, list[TarMember]]] = {"cls": {}, "json": {}}
+        self._labels: dict[str, list[Label]] = {}
+        self.refused: list[str] = []
+
+    def add(self, member: TarMember) -> None:
+        """Keep a `cls` or `json` member; others are passed over."""
         key, extension = sample_key(member.name)
-        if extension in self._labels and (label := read_label(path, member, extension)) is not None:
-            self._labels[extension].setdefault(key, []).append(label)
+        if extension in self._members:
+            self._members[extension].setdefault(key, []).append(member)
 
-    def by_key(self) -> dict[str, list[Label]]:
-        """Return all labels; that of a sample with both is the one in `cls`."""
-        return self._labels["json"] | self._labels["cls"]
+    def of(self, key: str) -> list[Label]:
+        """Return the labels with a key, those in `cls` before those in `json`, in the order of the members.
+
+        Joined tars can have several members of one name. Raises ValueError for a label that cannot be parsed.
+        """
+        kinds = [kind[key] for kind in self._members.values() if key in kind]
+        if kinds and key not in self._labels:
+            found = ([label for member in kind if (label := self._read(member)) is not None] for kind in kinds)
+            self._labels[key] = next(filter(None, found), [])
+        return self._labels.get(key, [])
+
+    def unused(self, extension: str) -> list[str]:
+        """Return the names of the `cls` or `json` members that were never asked for: they belong to no image."""
+        return [member.name for key, kind in self._members[extension].items() if key not in self._labels for member in kind]
+
+    def _read(self, member: TarMember) -> Label | None:
+        try:
+            return read_label(self._path, member)
+        except NotOneLabelError as error:
+            self.refused.append(f"{member.name} ({error})")
+            return None
 
 
-def read_label(path: Path, member: TarMember, extension: str) -> Label | None:
+def read_label(path: Path, member: TarMember) -> Label | None:
     """Return the label in a `cls` member, or in a `json` member or its `label`; None where there is none.
 
-    Raises ValueError for one that cannot be parsed.
+    Raises NotOneLabelError, and ValueError for a label that cannot be parsed.
     """
-    where = f"{path}: {member.name} at byte {member.offset}"
     if member.size > MAX_LABEL_BYTES:
-        raise ValueError(f"{where}: a label of {member.size:,} bytes, allowed {MAX_LABEL_BYTES:,}: leave it out")
-    content = read_bytes(path, member.offset, member.size)
+        raise NotOneLabelError(f"{member.size:,} bytes")
+    content, is_cls = read_bytes(path, member.offset, member.size), sample_key(member.name)[1] == "cls"
     try:
-        value = content.decode("utf-8-sig") if extension == "cls" else json.loads(content)
-        value = value.get("label") if isinstance(value, dict) else value
-        if isinstance(value, list | dict):
-            warn_once(f"{path}: labels that are no number or text, as in {member.name}, are left out")
-            return None
-        return value if value is None else label_of(value)
-    except (ValueError, RecursionError):
+        value = content.decode("utf-8-sig") if is_cls else json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise NotOneLabelError(f"no {'text' if is_cls else 'JSON'}: {error}") from None
+    value = value.get("label") if isinstance(value, dict) else value
+    try:
+        return None if value is None else label_of(value)
+    except NotOneLabelError:
+        raise
+    except ValueError:
         raise ValueError(
-            f"{where} holds {content[:40]!r}, which is no label: allowed are numbers of 0..{MAX_LABEL - 1:,}, -1 for "
-            "none, or the name of a class; in json they are the value or its `label`. Fix the data set or leave it out"
+            f"{path}: {member.name} at byte {member.offset} holds {content[:40]!r}, which is no label: allowed are numbers of "
+            f"0..{MAX_LABEL - 1:,}, -1 for none, or the name of a class; in json they are the value or its `label`. Fix the data "
+            "set, or convert it with --no-labels"
         ) from None
 
 
-def label_of(value: float | str) -> Label:
-    """Return 2 for `2`, `2.0` and `"2"`, and other text, the name of a class, without blanks. Raises ValueError."""
+def label_of(value: Any) -> Label:
+    """Return 2 for `2`, `2.0`, `"2"`, `[2]` and `"[2]"`, and other text, the name of a class, without blanks.
+
+    Raises NotOneLabelError for several numbers and for objects, ValueError for other values.
+    """
+    if isinstance(value, str) and NUMBERS.fullmatch(value):
+        value = re.findall(r"-?\d+", value)
+    if isinstance(value, list) and len(value) == 1:
+        (value,) = value
+    if not isinstance(value, int | float | str):
+        raise NotOneLabelError(str(value)[:40])
     text = value.strip("\0 \t\r\n") if isinstance(value, str) else ""
     try:
-        number = float(text) if isinstance(value, str) else value
+        number = float(text or value)
     except ValueError:
         if not text or not text.isprintable():
             raise
@@ -87,19 +130,21 @@ def label_of(value: float | str) -> Label:
 class Matches(NamedTuple):
     """`labels`: of each image, None where it has none. `parts`: the images that are a further part of another one's sample.
 
-    `orphans`: the keys of labels that belong to no image.
+    `left_out`: the names of what was left out, by kind.
     """
 
     labels: list[Label | None]
     parts: set[int]
-    orphans: list[str]
+    left_out: dict[str, list[str]]
 
 
-def orphan_note(count: int) -> str:
-    return f"{count:,} label member{'s'[: count > 1]} (cls or json) belong{'s'[count > 1 :]} to no image"
+def describe_left_out(names: dict[str, list[str]]) -> str:
+    """Return one line on what `match_labels` left out, "" for nothing."""
+    kinds = [f"{kind} ({len(some):,}, such as {some[0]})" for kind, some in names.items() if some]
+    return f"left out: {', '.join(kinds)}" if kinds else ""
 
 
-def match_labels(images: Sequence[str], labels: dict[str, list[Label]], path: Path) -> Matches:
+def match_labels(images: Sequence[str], members: LabelMembers, path: Path) -> Matches:
     """Find each image's label by its name: `k.cls` belongs to `k.jpg`, else to `k.image.jpg` or any other `k.*.jpg`.
 
     Where `k.jpg` and `k.seg.png` share a label, the second is a part of the first one's sample. Raises ValueError where it
@@ -107,14 +152,14 @@ def match_labels(images: Sequence[str], labels: dict[str, list[Label]], path: Pa
     """
     assigned: list[Label | None] = [None] * len(images)
     groups: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))  # the images of a key, by name
-    for number, name in enumerate(images if labels else ()):
-        if owner := _owner(sample_key(name)[0], labels):
+    for number, name in enumerate(images):
+        if owner := _owner(sample_key(name)[0], members):
             groups[owner][name].append(number)
     parts = set[int]()
     for key, names in groups.items():
         chosen = _image_of(key, list(names), path)
         parts |= {number for name, numbers in names.items() if name != chosen for number in numbers}
-        numbers, values = names[chosen], labels[key]
+        numbers, values = names[chosen], members.of(key)
         if len(values) != len(numbers):
             if len(set(values)) > 1:
                 many = f"{len(values)} labels for {len(numbers)} images"
@@ -122,12 +167,18 @@ def match_labels(images: Sequence[str], labels: dict[str, list[Label]], path: Pa
             values = values[:1] * len(numbers)
         for number, value in zip(numbers, values, strict=True):
             assigned[number] = value
-    return Matches(assigned, parts, [key for key in labels if key not in groups])
+    left_out = {
+        "further images of samples": [images[number] for number in sorted(parts)],
+        ORPHANS: members.unused("cls"),
+        "json members without an image": members.unused("json"),
+        "labels that are not one number or name": members.refused,
+    }
+    return Matches(assigned, parts, left_out)
 
 
-def _owner(key: str, labels: dict[str, list[Label]]) -> str:
+def _owner(key: str, members: LabelMembers) -> str:
     """Return the longest of `a/b.c.d`, `a/b.c`, `a/b` that is the key of a label, or ""."""
-    while key and key not in labels:
+    while key and not members.of(key):
         shorter = sample_key(key)[0]
         key = "" if shorter == key or shorter.endswith("/") else shorter
     return key
@@ -145,28 +196,26 @@ def _image_of(key: str, names: list[str], path: Path) -> str:
 
 
 def scan_shard(path: Path, shard: int) -> np.ndarray:
-    """Index one foreign WebDataset tar: `[n]` of SAMPLE_DTYPE, in the order of the images in the tar.
+    """Index one foreign WebDataset tar: `[n]` of SAMPLE_DTYPE, in the order of their offsets.
 
     The images are the members whose extension is jpg, jpeg or png in any case, hidden ones left out; their labels are those of
     `match_labels`, or UNLABELLED. Members of one sample need not be adjacent. Raises ValueError for a tar without images.
     """
     images: list[TarMember] = []
-    members = LabelMembers()
+    members = LabelMembers(path)
     for member in tar_members(path):
         if is_hidden(member.name):
             continue
         if sample_key(member.name)[1] in IMAGE_EXTENSIONS:
             images.append(member)
         else:
-            members.add(path, member)
+            members.add(member)
     if not images:
         raise ValueError(f"{path}: {tar_kind(path)}, no jpg, jpeg or png members: not a WebDataset of images")
     names = [member.name for member in images]
-    labels, parts, orphans = match_labels(names, members.by_key(), path)
-    if parts:
-        warn_once(f"{path}: {len(parts):,} images are further parts of samples and left out ({names[min(parts)]}, ...)")
-    if orphans:
-        warn_once(f"{path}: {orphan_note(len(orphans))} (the first: {orphans[0]})")
+    labels, parts, left_out = match_labels(names, members, path)
+    if note := describe_left_out(left_out):
+        warn_once(f"{path}: {note}")
     rows = []
     for number, (member, label) in enumerate(zip(images, labels, strict=True)):
         if isinstance(label, str):
@@ -175,7 +224,7 @@ def scan_shard(path: Path, shard: int) -> np.ndarray:
             width, height = _image_size(path, member)
             stored = label if isinstance(label, int) else UNLABELLED
             rows.append((shard, member.offset, member.size, stored, height, width))
-    return np.array(rows, SAMPLE_DTYPE)
+    return np.array(sorted(rows, key=itemgetter(1)), SAMPLE_DTYPE)  # hard links name earlier bytes
 
 
 def _image_size(path: Path, member: TarMember) -> tuple[int, int]:

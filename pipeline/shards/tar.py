@@ -3,7 +3,6 @@
 import logging
 import os
 import tarfile
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import IO, BinaryIO, NamedTuple, cast
@@ -41,43 +40,73 @@ class _HeaderReader:
         return self._file.read(size)
 
 
-def tar_members(path: Path, start: int = 0, stop: int | None = None) -> Iterator[TarMember]:
-    """Yield the files of the uncompressed tar in bytes `[start, stop)` of a file (a tar inside a tar has `start` > 0).
+def tar_members(path: Path, start: int = 0, stop: int | None = None) -> list[TarMember]:
+    """List the files of the uncompressed tar in bytes `[start, stop)` of a file (a tar inside a tar has `start` > 0).
 
-    Skips links and sparse files with a warning, devices and folders silently. Names are returned as stored: use them as labels,
-    never as paths. Raises ValueError for damage.
+    Tars that were joined by `cat` are read one after the other. Inside each, the last file of a name replaces the earlier ones,
+    as when tar extracts them, and a hard link is the file that it names. Symbolic links and sparse files are left out with a
+    warning, devices and folders silently. Use names as labels, never as paths. Raises ValueError for damage.
     """
-    skipped: list[str] = []
+    left_out: list[str] = []
+    replaced: list[str] = []
     try:
         with path.open("rb") as file:
             end = os.fstat(file.fileno()).st_size if stop is None else stop
-            file.seek(start)
-            with tarfile.open(fileobj=cast(IO[bytes], _HeaderReader(file)), mode="r:") as tar:
-                while (info := tar.next()) is not None and info.offset < end:
-                    tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps every header
-                    if info.issparse() or info.islnk() or info.issym():
-                        skipped.append(f"{info.name} ({'a sparse file' if info.issparse() else 'a link'})")
-                        continue
-                    if not 0 <= info.size <= end - info.offset_data:
-                        raise ValueError(
-                            f"{info.name} at byte {info.offset:,} claims {info.size:,} bytes, past the end: "
-                            "truncated or forged. Copy it again"
-                        )
-                    if info.isreg():
-                        yield TarMember(info.name, info.offset_data, info.size)
-                # tarfile takes a damaged header for the end of the tar.
-                if any(os.pread(file.fileno(), min(tarfile.BLOCKSIZE, max(end - tar.offset, 0)), tar.offset)):
-                    raise ValueError(f"no tar header at byte {tar.offset:,}: not a tar, or damaged. Copy it again")
-                if end - tar.offset > MAX_PADDING:
-                    raise ValueError(f"zeros at byte {tar.offset:,} of {end:,}: damaged. Copy it again")
+            members, start = _read_part(file, start, end, left_out, replaced)
+            while start < end:
+                part, start = _read_part(file, start, end, left_out, replaced)
+                members += part
     except tarfile.TarError as error:
         raise ValueError(f"{path}: {tar_kind(path)}, not a readable tar ({error}). Copy it again") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error}). Check its permissions") from None
-    if skipped:
-        warn_once(f"{path}: {len(skipped):,} members without content in this tar are left out, the first: {skipped[0]}")
+    if left_out:
+        warn_once(f"{path}: {len(left_out):,} members without content in this tar are left out, the first: {left_out[0]}")
+    if replaced:
+        warn_once(f"{path}: {len(replaced):,} members are replaced by later ones of their name, as tar does: {replaced[0]}, ...")
+    return members
+
+
+def _read_part(file: BinaryIO, start: int, end: int, left_out: list[str], replaced: list[str]) -> tuple[list[TarMember], int]:
+    """List the files of the tar at byte `start`, up to its end marker; returns them and where the next tar starts, or `end`."""
+    members: dict[str, TarMember] = {}
+    file.seek(start)
+    with tarfile.open(fileobj=cast(IO[bytes], _HeaderReader(file)), mode="r:") as tar:
+        while (info := tar.next()) is not None and info.offset < end:
+            tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps every header
+            name, offset, size = _plain_name(info.name), info.offset_data, info.size
+            linked = members.get(_plain_name(info.linkname)) if info.islnk() else None
+            if linked is not None:
+                offset, size = linked.offset, linked.size
+            elif info.issparse() or info.islnk() or info.issym():
+                left_out.append(f"{info.name} ({'a sparse file' if info.issparse() else 'a link'})")
+                continue
+            if not 0 <= size <= end - offset:
+                raise ValueError(
+                    f"{info.name} at byte {info.offset:,} claims {size:,} bytes, past the end: truncated or forged. Copy it again"
+                )
+            if linked is not None or info.isreg():
+                if members.pop(name, None):
+                    replaced.append(name)
+                members[name] = TarMember(name, offset, size)
+        # tarfile takes a damaged header for the end of the tar. Its real end are two blocks of zeros or more.
+        padding = os.pread(file.fileno(), max(0, min(MAX_PADDING + tarfile.BLOCKSIZE, end - tar.offset)), tar.offset)
+        num_zeros = len(padding) - len(padding.lstrip(b"\0"))
+        if num_zeros > MAX_PADDING:
+            raise ValueError(f"zeros at byte {tar.offset:,} of {end:,}: damaged. Copy it again")
+        if num_zeros == len(padding):
+            return list(members.values()), end
+        if num_zeros < 2 * tarfile.BLOCKSIZE:
+            raise ValueError(f"no tar header at byte {tar.offset:,}: not a tar, or damaged. Copy it again")
+        return list(members.values()), tar.offset + num_zeros // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+
+
+def _plain_name(name: str) -> str:
+    """Return `a/b` for `./a/b`, since a tar can hold both forms, and for `a\\b`, as some writers on Windows store it."""
+    name = name.removeprefix("./")
+    return name if "/" in name else name.replace("\\", "/")
 
 
 def sample_key(name: str) -> tuple[str, str]:

@@ -119,7 +119,7 @@ def test_zeros_in_the_middle_of_a_long_tar_are_noticed_without_an_index(tmp_path
     tar = write_shards(tmp_path / "train", [4]) / "photos-000000.tar"
     content = tar.read_bytes().rstrip(b"\0")
     tar.write_bytes(content + bytes(2048 - len(content) % 512) + content * 60)
-    with pytest.raises(ValueError, match=r"zeros at byte .*damaged"):
+    with pytest.raises(ValueError, match=r"no tar header at byte .*damaged"):
         scan_shard(tar, 0)
 
 
@@ -319,7 +319,7 @@ def bytes_read() -> int:
     return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
 
 
-@pytest.mark.parametrize(("suffix", "content"), [("cls", b"1.5"), ("json", b"{label"), ("cls", b"")])
+@pytest.mark.parametrize(("suffix", "content"), [("cls", b"1.5"), ("cls", b"")])
 def test_a_label_that_is_none_is_named(tmp_path: Path, suffix: str, content: bytes) -> None:
     tar = write_shards(tmp_path / "train", [1]) / "photos-000000.tar"
     with tarfile.open(tar, "a") as archive:

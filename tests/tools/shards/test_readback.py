@@ -10,8 +10,10 @@ import pytest
 import sources
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
-from reading import folder_bytes, run_convert, stored_samples
+from reading import colour_of, folder_bytes, run_convert, stored_samples
 
+from pipeline.dataset import centre_crop_dataset
+from pipeline.loader import build_multicrop_dataloader
 from pipeline.shards.index import INDEX_NAME, open_index
 from tools.make_shards import main
 from tools.shards.decode_check import decode_errors
@@ -47,6 +49,18 @@ def test_dali_reads_the_same_samples_and_labels(converted: Path) -> None:
     for (label, mean), (expected_label, expected_mean) in zip(found, expected_means(converted), strict=True):
         assert label == expected_label
         assert np.abs(np.subtract(mean, expected_mean)).max() <= 1
+
+
+def test_shards_joined_by_cat_are_indexed_verified_and_trained_on(converted: Path, tmp_path: Path) -> None:
+    (tmp_path / "all.tar").write_bytes(b"".join(path.read_bytes() for path in sorted(converted.glob("*.tar"))))
+    assert main(["index", str(tmp_path)]) == main(["verify", str(tmp_path)]) == 0
+    dataset = centre_crop_dataset(open_index(tmp_path), 32, 1.0)
+    loader = build_multicrop_dataloader(dataset, 20, shuffle=False, normalized=False, device="cpu", num_workers=1)
+    found = [
+        (int(label), crop.float().mean((1, 2))) for (crops,), labels in loader for crop, label in zip(crops, labels, strict=True)
+    ]
+    assert [label for label, _ in found] == [label for label, _ in expected_means(converted)]
+    assert all(np.abs(np.asarray(mean) - colour_of(label)).max() < 12 for label, mean in found)
 
 
 def test_webdataset_reads_the_same_samples_and_labels(converted: Path) -> None:

@@ -95,7 +95,7 @@ def test_masks_next_to_an_image_are_parts_of_its_sample(tmp_path: Path, capsys: 
         members += [(f"{k}.seg.png", mask), (f"{k}.jpg", sources.picture(k % 2, k)), (f"{k}.cls", b"%d" % (k % 2))]
     tar = write_tar(tmp_path / "in/0.tar", members)
     assert assert_colours_tell_labels(run_convert(tar, tmp_path / "out"), 6) == [0, 1]
-    assert "6 seg.png" in capsys.readouterr().out
+    assert "further images of samples (6, such as 0.seg.png" in capsys.readouterr().out
     assert index_labels(tmp_path / "in") == [0, 1] * 3
 
 
@@ -105,20 +105,79 @@ def test_labels_of_no_image_are_counted(
     members = [(f"img_{k}.jpg", sources.picture(0, k)) for k in range(4)] + [(f"{k}.cls", b"1") for k in range(24)]
     tar = write_tar(tmp_path / "in/0.tar", members)
     folder = run_convert(tar, tmp_path / "out")
-    assert "24 label members (cls or json) belong to no image" in capsys.readouterr().out
+    assert "left out: cls members without an image (24, such as 0.cls)" in capsys.readouterr().out
     assert [sample.label for sample in stored_samples(folder)] == [-1] * 4
     with caplog.at_level(logging.WARNING):
         open_index(tmp_path / "in")
-    assert "24 label members" in caplog.text
+    assert "without an image (24, such as 0.cls" in caplog.text
 
 
-def test_names_that_occur_twice_keep_both_images_with_their_labels(tmp_path: Path) -> None:
+def test_names_of_two_joined_tars_keep_both_images_with_their_labels(tmp_path: Path) -> None:
+    parts = [sources.tar_bytes([("a.jpg", sources.picture(n, n)), ("a.cls", b"%d" % n)]) for n in (0, 1)]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/0.tar").write_bytes(b"".join(parts))
+    assert assert_colours_tell_labels(run_convert(tmp_path / "in", tmp_path / "out"), 2) == [0, 1]
+    assert index_labels(tmp_path / "in") == [0, 1]
+
+
+def test_a_name_that_occurs_twice_is_the_last_one_as_for_tar(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     members = []
     for label in (0, 1):
-        members += [("a.jpg", sources.picture(label, label)), ("a.cls", b"%d" % label)]
+        members += [("a.jpg", sources.picture(label, label)), ("./a.cls", b"%d" % label), (f"{label}.txt", b"")]
     tar = write_tar(tmp_path / "in/0.tar", members)
-    assert assert_colours_tell_labels(run_convert(tar, tmp_path / "out"), 2) == [0, 1]
-    assert index_labels(tmp_path / "in") == [0, 1]
+    with caplog.at_level(logging.WARNING):
+        assert assert_colours_tell_labels(run_convert(tar, tmp_path / "out"), 1) == [1]
+    assert "2 members are replaced by later ones of their name" in caplog.text
+    assert index_labels(tmp_path / "in") == [1]
+
+
+FOREIGN = {
+    "annotations/instances.json": json.dumps({"images": [{"id": 1}], "label": [1, 2]}).encode(),
+    "captions.json": b'{"a": 1}\n{"a": 2}\n',
+    "info.json": b'{"label": "my data"}',
+    "big.json": b"[" * 100_000,
+}
+
+
+def test_json_that_belongs_to_no_image_is_named_and_the_folders_are_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = [(f"{name}/{n}.jpg", sources.picture(label, n)) for label, name in enumerate(("ant", "bee")) for n in range(3)]
+    tar = write_tar(tmp_path / "0.tar", [*FOREIGN.items(), *members])
+    assert assert_colours_tell_labels(run_convert(tar, tmp_path / "out"), 6) == [0, 1]
+    out = capsys.readouterr().out
+    assert "2 classes named by the folders in it: ant, bee" in out
+    assert "left out: json members without an image (4, such as annotations/instances.json)" in out
+
+
+@pytest.mark.parametrize(
+    ("extension", "text"),
+    [("cls", "3 17 20\n"), ("cls", "[3, 17]"), ("json", "[3, 17]"), ("json", '{"label": [{"x": 1}]}'), ("json", '{"a": 1}\n{}')],
+)
+def test_what_is_not_one_label_is_said_and_one_in_a_list_is_one(
+    extension: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    members = [
+        (f"{n}.{kind}", sources.picture(2, n) if kind == "jpg" else text.encode())
+        for n in range(3)
+        for kind in ("jpg", extension)
+    ]
+    members += [("x.jpg", sources.picture(2, 9)), (f"x.{extension}", b"[2]")]
+    folder = run_convert(write_tar(tmp_path / "in/0.tar", members), tmp_path / "out")
+    assert sorted(sample.label for sample in stored_samples(folder)) == [-1, -1, -1, 2]
+    said = f"left out: labels that are not one number or name (3, such as 0.{extension}"
+    assert said in capsys.readouterr().out
+    with caplog.at_level(logging.WARNING):
+        assert index_labels(tmp_path / "in") == [-1, -1, -1, 2]
+    assert said in caplog.text
+
+
+def test_backslashes_in_names_are_folders(tmp_path: Path) -> None:
+    members = [
+        (f"set\\{name}\\{n}.jpg", sources.picture(label, n)) for label, name in enumerate(("ant", "bee")) for n in range(3)
+    ]
+    tar = write_tar(tmp_path / "0.tar", members)
+    assert assert_colours_tell_labels(run_convert(tar, tmp_path / "out"), 6) == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +185,6 @@ def test_names_that_occur_twice_keep_both_images_with_their_labels(tmp_path: Pat
     [
         ([("a.jpg", 0), ("a.png", 1), ("a.cls", b"0")], "two images with the key 'a'"),
         ([("a.left.jpg", 0), ("a.right.jpg", 1), ("a.cls", b"0")], "two images with the key 'a'"),
-        ([("a.jpg", 0), ("a.cls", b"0"), ("a.cls", b"1")], "2 labels for 1 images"),
         ([("a.jpg", 0), ("a.cls", b"2000000000")], "no label"),
         ([("a.jpg", 0), ("a.json", b'{"label": 1.5}')], "no label"),
         ([("a.jpg", 0), ("a.json", b'{"label": -7}')], "no label"),
@@ -145,23 +203,26 @@ def test_labels_that_are_not_clear_are_refused_by_name(
     assert error.count("\n") == 1
 
 
-def test_links_in_a_tar_are_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_hard_links_in_a_tar_are_images_and_symbolic_ones_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "in/0.tar"
     path.parent.mkdir()
     with tarfile.open(path, "w") as tar:
-        for label, name in enumerate(("ant", "bee")):
-            for n in range(3):
-                content, info = sources.picture(label, n), tarfile.TarInfo(f"./{name}/{n}.jpg")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-        for kind, name, target in ((tarfile.LNKTYPE, "a.jpg", "./bee/0.jpg"), (tarfile.SYMTYPE, "b.jpg", "/etc/passwd")):
+        for name, content in (("b/0.jpg", sources.picture(1, 0)), ("a/0.jpg", sources.picture(0, 0))):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        for kind, name, target in (
+            (tarfile.LNKTYPE, "a/1.jpg", "./a/0.jpg"), (tarfile.LNKTYPE, "b/1.jpg", "b/0.jpg"),
+            (tarfile.LNKTYPE, "c.jpg", "gone.jpg"), (tarfile.SYMTYPE, "d.jpg", "/etc/passwd"),
+        ):  # fmt: skip
             link = tarfile.TarInfo(name)
             link.type, link.linkname = kind, target
             tar.addfile(link)
     with caplog.at_level(logging.WARNING):
-        assert [member.name[-5:] for member in tar_members(path)] == 2 * ["0.jpg", "1.jpg", "2.jpg"]
+        assert assert_colours_tell_labels(run_convert(path, tmp_path / "out"), 4) == [0, 1]
     assert "2 members without content" in caplog.text
-    assert len(index_labels(tmp_path / "in")) == 6
+    assert len(index_labels(tmp_path / "in")) == 4
+    assert main(["verify", str(tmp_path / "in")]) == 0
 
 
 def test_hidden_and_system_members_are_passed_over_by_convert_and_index(tmp_path: Path) -> None:
@@ -194,3 +255,54 @@ def test_an_image_of_another_program_is_named_by_its_member_whatever_lies_behind
     samples = np.array([(0, image.offset, image.size, 0, 40, 56) for image in images], SAMPLE_DTYPE)
     index = ShardIndex(tmp_path, ("0.tar",), samples, np.array([len(samples)]))
     assert [index.name(row) for row in range(len(texts))] == [*(f"{k}.jpg" for k in range(len(texts) - 1)), "a cat.png"]
+
+
+def random_tar(rng: random.Random, number: int) -> bytes:
+    """Return a tar of a random format with files, copies under their old names, links, folders and foreign members."""
+    out, names = io.BytesIO(), list[str]()
+    with tarfile.open(
+        fileobj=out, mode="w", format=rng.choice([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+    ) as tar:
+        for k in range(rng.randint(1, 12)):
+            doubled = names and rng.random() < 0.3
+            name = (
+                rng.choice(names)
+                if doubled
+                else f"{rng.choice(['', './', 'a/', 'é/'])}{number}-{k}.{rng.choice(['jpg', 'cls', 'bin'])}"
+            )
+            info, content = tarfile.TarInfo(name), rng.randbytes(rng.choice([0, 1, 511, 512, 513, 3000]))
+            kind = rng.choice([tarfile.REGTYPE] * 5 + [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE])
+            if kind == tarfile.REGTYPE:
+                info.size = len(content)
+            elif doubled:
+                continue  # a link or folder over a file: not what people bring
+            elif kind in (tarfile.LNKTYPE, tarfile.SYMTYPE):
+                info.linkname = rng.choice([*names, "nowhere"])
+            info.type = kind
+            tar.addfile(info, io.BytesIO(content) if kind == tarfile.REGTYPE else None)
+            names += [name] if kind == tarfile.REGTYPE else []
+    return out.getvalue()
+
+
+def files_of(content: bytes) -> dict[str, bytes]:
+    """Return what a tar holds when it is extracted, as tarfile reads it, without symbolic links."""
+    files = {}
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        for info in tar:
+            if info.isreg() or (info.islnk() and info.linkname != "nowhere"):
+                file = tar.extractfile(info)
+                assert file is not None
+                files[info.name.removeprefix("./")] = file.read()
+    return files
+
+
+def test_random_tars_alone_joined_and_inside_others_hold_what_tarfile_extracts(tmp_path: Path) -> None:
+    rng, path = random.Random(0), tmp_path / "x.tar"
+    for _ in range(150):
+        parts = [random_tar(rng, number) for number in range(rng.choice([1, 1, 2, 3]))]
+        joined = b"".join(part + bytes(512 * rng.choice([0, 0, 1, 40])) for part in parts)
+        outer = sources.tar_bytes([("in.tar", joined), ("z.jpg", b"x" * 9_000)]) if rng.random() < 0.3 else joined
+        path.write_bytes(outer)
+        start, stop = (0, None) if outer is joined else (512, 512 + len(joined))
+        found = {m.name: outer[m.offset : m.offset + m.size] for m in tar_members(path, start, stop)}
+        assert found == {name: content for part in parts for name, content in files_of(part).items()}

@@ -210,8 +210,6 @@ def _labels_of_file(path: Path, column: str) -> list[Label]:
     labels: list[Label] = []
     for value in read_column(path, column, LABEL_ROWS):
         try:
-            if not isinstance(value, int | float | str | None):
-                raise ValueError(type(value).__name__)
             labels.append(UNLABELLED if value is None else label_of(value))
         except ValueError:
             raise ValueError(

@@ -7,13 +7,13 @@ images; else there are none.
 
 import os
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.shards.index import UNLABELLED
 from pipeline.shards.manifest import read_manifest
-from pipeline.shards.samples import Label, LabelMembers, match_labels, orphan_note
+from pipeline.shards.samples import ORPHANS, Label, LabelMembers, describe_left_out, match_labels
 from pipeline.shards.tar import TarMember, is_hidden, sample_key, tar_kind, tar_members
 from pipeline.text import plural, truncate_list
 from tools.shards.catalogue import Catalogue, FileRanges, Source, check_class_names
@@ -38,8 +38,7 @@ class Listing:
     """The images of some tars whose names start with `below`.
 
     `labels`: one per image. `inner`: the stem of each tar inside the tars, and the rows `[start, stop)` of its images.
-    `elsewhere`: the number of images not `below`. `orphans`: the number of labels without an image. `parts`: further images of
-    the samples, which are left out.
+    `elsewhere`: the number of images not `below`. `left_out`: of all tars, as from `match_labels`.
     """
 
     catalogue: Catalogue
@@ -48,8 +47,7 @@ class Listing:
     inner: list[tuple[str, int, int]] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
     elsewhere: int = 0
-    orphans: int = 0
-    parts: Counter[str] = field(default_factory=Counter)
+    left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
 def open_tars(path: Path, split: str, spools: Path | None) -> Source | None:
@@ -64,11 +62,8 @@ def open_tars(path: Path, split: str, spools: Path | None) -> Source | None:
         listing = _list_tars(tars, below)
     name, classes, note = _label_images(listing, tars, plain_name(path.with_suffix("") if path.is_file() else path))
     notes = [tars[0].name if len(tars) == 1 else f"{len(tars)} tars", note]
-    if listing.parts:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in listing.parts.most_common())
-        notes.append(f"further images of the samples are left out: {kinds}")
-    if listing.orphans:
-        notes.append(orphan_note(listing.orphans))
+    if left_out := describe_left_out(listing.left_out):
+        notes.append(left_out)
     if below:
         notes.append(f"images below {below}; {listing.elsewhere:,} of other splits are left out")
     if num_others:
@@ -116,9 +111,9 @@ def _list_members(listing: Listing, container: int, tar: Path, inner: TarMember 
     start, stop = (inner.offset, inner.offset + inner.size) if inner else (0, None)
     images: list[TarMember] = []
     names: list[str] = []
-    labels, tars = LabelMembers(), []
+    labels, tars = LabelMembers(tar), []
     for member in tar_members(tar, start, stop):
-        name = prefix + member.name.removeprefix("./")  # a tar can hold both forms, and the folder "." is no class
+        name = prefix + member.name
         is_ours = name.startswith(listing.below)
         if is_hidden(member.name):
             listing.skipped[QUIET] += 1
@@ -126,19 +121,18 @@ def _list_members(listing: Listing, container: int, tar: Path, inner: TarMember 
             tars.append(member)
         elif not is_image(member.name):
             if is_ours:
-                labels.add(tar, member)
+                labels.add(member)
             listing.skipped[file_kind(member.name)] += 1
         elif is_ours:
             images.append(member)
             names.append(name)
         else:
             listing.elsewhere += 1
-    matches = match_labels([member.name for member in images], labels.by_key(), tar)
-    listing.orphans += len(matches.orphans)
+    matches = match_labels([member.name for member in images], labels, tar)
+    for kind, left_out in matches.left_out.items():
+        listing.left_out[kind] += left_out
     for number, (member, name, label) in enumerate(zip(images, names, matches.labels, strict=True)):
-        if number in matches.parts:
-            listing.parts[name.rpartition("/")[2].partition(".")[2]] += 1
-        else:
+        if number not in matches.parts:
             listing.catalogue.add(container, member.offset, member.size, UNLABELLED, name)
             listing.labels.append(UNLABELLED if label is None else label)
     return tars
@@ -156,7 +150,7 @@ def _label_images(listing: Listing, tars: list[Path], name: str) -> tuple[str, t
         missing = f"; {num_unlabelled:,} of {total:,} images have none" if num_unlabelled else ""
         note = f"labels from cls or json members{missing}"
         return (name, classes, note) if classes else (own_name, tuple(manifest.classes) if manifest else (), note)
-    if listing.orphans:
+    if listing.left_out[ORPHANS]:
         return name, (), unlabelled
     stems = [stem.rpartition("/")[2] for stem, _, _ in listing.inner]
     if len(stems) > 1 or are_wnids(stems):
