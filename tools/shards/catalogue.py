@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from tools.shards.images import encode_png
+from tools.shards.decoding.pixels import encode_png
 
 MAX_SAMPLES = 1 << 31  # labels, shards and rows are int32 in the index
 

@@ -14,7 +14,7 @@ from pipeline.shards.index import INDEX_NAME, ShardIndex, open_index, save_index
 from pipeline.shards.manifest import MANIFEST_NAME, Manifest, check_class_count, read_manifest, read_object
 from pipeline.shards.samples import PILLOW_FAULTS
 from pipeline.shards.tar import tar_members
-from tools.shards.images import pixel_sums
+from tools.shards.decoding.pixels import pixel_sums
 from tools.shards.report import STATS_NAME, describe_images
 from tools.shards.writer import BATCH_IMAGES, fingerprint, pixel_stride
 

@@ -134,6 +134,8 @@ class ShardBuilder:
             self._write(tar_header(f"{position:09d}.{extension}", len(content)), content, bytes(-len(content) % BLOCKSIZE))
         self.fingerprints.append(fingerprint(checked.content))
         self.changes.update(checked.changes)
+        if checked.other_frames:
+            self.changes["frames left out"] += checked.other_frames
         self.pixels += 0 if checked.sums is None else checked.sums
 
     def finish(self) -> ShardRecord:

@@ -151,7 +151,9 @@ RAMP = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
 EXPECTED = np.rint(RAMP * 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize("values", [RAMP, RAMP * 255, (RAMP * 65535).astype(np.int32), (RAMP * 65535).astype(np.uint16)], ids=str)
+@pytest.mark.parametrize(
+    "values", [RAMP, RAMP * 255, (RAMP * 65535).astype(np.int32), (RAMP * 4095).astype(np.uint16)], ids=range(4)
+)
 def test_wide_pixels_are_scaled_by_one_rule(values: np.ndarray) -> None:
     checked = check_image(encode(Image.fromarray(values), "TIFF"), "x.tif", ImagePolicy())
     assert np.abs(pixels_of(checked)[..., 0].astype(int) - EXPECTED).max() <= 1
@@ -167,9 +169,8 @@ def test_wide_pixels_are_scaled_by_one_rule(values: np.ndarray) -> None:
         (RAMP * np.nan, "float values of nan"),
         ((RAMP.astype(np.float64) * (2**31 - 1)).astype(np.int32), "integers of 0..2147483647"),
         ((RAMP * -100).astype(np.int32), "integers of -100..0"),
-        ((RAMP * 255).astype(np.uint16), "the upper 8 bits are all zero"),
     ],
-    ids=range(6),
+    ids=range(5),
 )  # fmt: skip
 def test_pixels_that_would_be_lost_reject_the_image(values: np.ndarray, reason: str) -> None:
     with pytest.raises(ValueError, match=reason.replace(".", r"\.")):

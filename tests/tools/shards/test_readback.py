@@ -119,6 +119,8 @@ def awkward_images() -> dict[str, tuple[bytes, str, np.ndarray]]:
     exif[0x0112] = 6
     alpha = photo.copy()
     alpha.putalpha(120)
+    over_white = Image.new("RGB", photo.size, "white")
+    over_white.paste(photo, mask=alpha.getchannel("A"))
     rgb, gray = np.asarray(photo), np.asarray(photo.convert("L"))
     palette = photo.quantize(16)
     return {
@@ -126,8 +128,8 @@ def awkward_images() -> dict[str, tuple[bytes, str, np.ndarray]]:
         "orientation": (encode(photo, "JPEG", quality=100, exif=exif), "x.jpg", np.rot90(rgb, -1)),
         "misnamed": (encode(photo, "PNG"), "x.JPEG", rgb),
         "palette": (encode(palette, "PNG"), "x.png", np.asarray(palette.convert("RGB"))),
-        "alpha": (encode(alpha, "PNG"), "x.png", rgb),
-        "16-bit": (encode(wide, "PNG"), "x.png", (np.asarray(wide) >> 8).astype(np.uint8)[..., None].repeat(3, 2)),
+        "alpha": (encode(alpha, "PNG"), "x.png", np.asarray(over_white)),
+        "16-bit": (encode(wide, "PNG"), "x.png", np.rint(np.asarray(wide) / 257)[..., None].repeat(3, 2)),
         "1-bit": (encode(photo.convert("1"), "PNG"), "x.png", np.asarray(photo.convert("1").convert("RGB"))),
         "gif": (encode(photo, "GIF"), "x.gif", np.asarray(Image.open(io.BytesIO(encode(photo, "GIF"))).convert("RGB"))),
         "webp": (encode(photo, "WEBP", lossless=True), "x.jpg", rgb),

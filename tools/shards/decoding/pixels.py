@@ -1,0 +1,180 @@
+"""From any file's pixels to the 8-bit gray or RGB that is stored. This is the one rule; docs/pipeline.md tells users.
+
+- Pages: the first page or frame. `convert` counts the others.
+- Depth: integers of more than 8 bits have the smallest depth of 8, 10, 12, 14 and 16 bits that holds the image's largest value,
+  so that 12-bit values in a 16-bit file do not become black; a PPM declares its maximum. They are scaled to 0..255. Floats of
+  0..1 are multiplied by 255, floats of 0..255 are rounded. Other ranges reject the image.
+- Colour: an ICC profile other than sRGB is converted to sRGB. CMYK and palettes become RGB, bilevel images become gray.
+- Alpha: the picture is laid over white, or over black where all that is visible of it is nearly white.
+"""
+
+import io
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageChops, ImageCms, ImageFile
+
+from pipeline.shards.samples import PILLOW_FAULTS
+
+DEPTHS = (8, 10, 12, 14, 16)
+NEARLY_WHITE = 224  # the mean of each channel
+SRGB_TOLERANCE = 3  # gray levels by which a profile that is meant to be sRGB may differ
+MODE_CHANGES = {"F": "float", "I": "32-bit", "P": "palette", "1": "1-bit"} | dict.fromkeys(("RGBA", "LA", "PA"), "alpha")
+OTHER_ORDER = {"B": "L", "L": "B", "N": "B"}  # Pillow's names; N, native, is little-endian wherever DALI runs
+TIFF_BITS, TIFF_PLANES = 0x0102, 0x011C
+
+
+class RejectedImageError(ValueError):
+    """The reason why an image is left out."""
+
+
+def pixel_changes(image: ImageFile.ImageFile) -> list[str]:
+    """Return what the rule changes in an image whose header was read."""
+    changes = ["16-bit"] if _is_wide(image) and image.mode not in ("I", "F") else []
+    if image.mode not in ("RGB", "L") and not image.mode.startswith("I;"):
+        changes.append(MODE_CHANGES.get(image.mode, image.mode.lower()))
+    if "transparency" in image.info and "alpha" not in changes:
+        changes.append("alpha")
+    if to_srgb(image.info.get("icc_profile") or b"", _colour_mode(image)):
+        changes.append("colour profile")
+    return changes
+
+
+def other_frames(image: ImageFile.ImageFile) -> int:
+    """Return the number of pages or frames behind the first one; the previews and depth maps behind a JPEG do not count."""
+    try:
+        return 0 if image.format == "MPO" else int(getattr(image, "n_frames", 1)) - 1
+    except PILLOW_FAULTS:
+        return 0
+
+
+def to_8_bit(image: ImageFile.ImageFile, content: bytes) -> tuple[Image.Image, int]:
+    """Decode the first frame of a file to 8-bit RGB or gray; also return the depth that its values were taken to have.
+
+    Raises RejectedImageError for values that would lose the picture.
+    """
+    profile, mode = image.info.get("icc_profile") or b"", _colour_mode(image)
+    pixels, depth = _narrowed(image, content) if _is_wide(image) else (image, 8)
+    alpha = None
+    if pixels.mode in ("RGBA", "LA", "PA") or "transparency" in pixels.info:
+        pixels = pixels.convert("LA" if mode == "L" else "RGBA")
+        alpha = pixels.getchannel("A")
+    pixels = pixels.convert(mode)
+    if transform := to_srgb(profile, mode):
+        pixels = transform.apply(pixels)
+    pixels = pixels.convert("L" if mode == "L" else "RGB")
+    if alpha is None:
+        return pixels, depth
+    counts = np.array(pixels.histogram(alpha)).reshape(-1, 256)  # of the pixels with an alpha above 0
+    is_light = counts.any() and (counts @ np.arange(256) >= NEARLY_WHITE * counts.sum(1)).all()
+    background = Image.new(pixels.mode, pixels.size, "black" if is_light else "white")
+    background.paste(pixels, mask=alpha)
+    return background, depth
+
+
+def _colour_mode(image: Image.Image) -> str:
+    """Return the mode that holds the image's colours without alpha: L, RGB or CMYK."""
+    return "CMYK" if image.mode == "CMYK" else "L" if image.mode[0] in "1LIF" and image.mode != "LAB" else "RGB"
+
+
+def _is_wide(image: ImageFile.ImageFile) -> bool:
+    """Return True if the file holds more than 8 bits per value. Pillow scales a PPM by its maximum, unless that is 65535."""
+    is_wide_tiff = getattr(image, "tag_v2", {}).get(TIFF_BITS, (8,))[0] > 8
+    is_wide_tile = any(";16" in str(tile.args) or tile.args == ("RGB", 65535) for tile in image.tile)
+    return image.mode[0] in "IF" or is_wide_tiff or is_wide_tile
+
+
+def _narrowed(image: ImageFile.ImageFile, content: bytes) -> tuple[Image.Image, int]:
+    """Return an image of wide values as one of 8 bits, with its alpha, and the depth of the values."""
+    is_scaled = image.mode == "I" and image.tile[0].codec_name.startswith("ppm")  # to 16 bits, from the declared maximum
+    values, transparent = _wide_values(image, content), image.info.get("transparency")
+    colours = 4 if image.mode == "CMYK" else 3 if values.shape[2] > 2 else 1
+    narrow, depth = _scaled(values[..., :colours], 16 if is_scaled else 8)
+    if transparent is not None:
+        narrow = np.dstack([narrow, np.where((values == transparent).all(-1), np.uint8(0), np.uint8(255))])
+    elif values.shape[2] > colours:
+        narrow = np.dstack([narrow, _scaled(values[..., colours:])[0]])
+    mode = image.mode if image.mode == "CMYK" else ("L", "LA", "RGB", "RGBA")[narrow.shape[2] - 1]
+    return Image.frombytes(mode, image.size, narrow.tobytes()), depth
+
+
+def _wide_values(image: ImageFile.ImageFile, content: bytes) -> np.ndarray:
+    """Decode to `[H, W, C]` integers or floats.
+
+    Pillow keeps the upper byte of each value in pixels of several channels, so those are decoded twice, in both byte orders.
+    """
+    if image.mode[0] in "IF":
+        return np.asarray(image)[..., None]
+    kind = str(image.tile[0].args)
+    if kind == "LA;16B":  # two values of two bytes, decoded as four of one
+        image.tile = [tile._replace(args="RGBA") for tile in image.tile]
+        return np.asarray(image).view(">u2")
+    if getattr(image, "tag_v2", {}).get(TIFF_PLANES) == 2:
+        raise RejectedImageError("a TIFF of 16 bits with separate channels: store it with interleaved channels")
+    halves = []
+    for swapped in (False, True):
+        with Image.open(io.BytesIO(content)) as half:
+            half.tile = [_in_order(tile, swapped) for tile in half.tile]
+            halves.append(np.asarray(half, np.uint16))
+    values = halves[0] << 8 | halves[1]
+    if "RGBa" in kind:  # multiplied by alpha
+        values[..., :3] = np.minimum(values[..., :3] * 65535.0 / np.maximum(values[..., 3:], 1), 65535)
+    return values
+
+
+def _in_order(tile: ImageFile._Tile, swapped: bool) -> ImageFile._Tile:
+    """Return a tile of 16-bit values in their own byte order or in the other one."""
+    kind, *rest = tile.args if isinstance(tile.args, tuple) else (tile.args,)
+    if tile.codec_name == "ppm":
+        kind, rest = "RGB;16B", []
+    kind = kind.replace("a;", "A;")
+    kind = kind[:-1] + OTHER_ORDER[kind[-1]] if swapped else kind
+    return tile._replace(codec_name=tile.codec_name.replace("ppm", "raw"), args=(kind, *rest))
+
+
+def _scaled(values: np.ndarray, min_depth: int = 8) -> tuple[np.ndarray, int]:
+    """Convert integers or floats to uint8; also return their depth."""
+    low, high = values.min(), values.max()
+    if values.dtype.kind == "f":
+        if not (low >= 0 and high <= 255):  # rejects NaN too
+            raise RejectedImageError(f"float values of {low:g}..{high:g}, allowed are 0..1 and 0..255: scale them")
+        return np.rint(values * (255 if high <= 1 else 1)).astype(np.uint8), 32
+    if not 0 <= low <= high <= 0xFFFF:
+        raise RejectedImageError(f"integers of {low}..{high}, allowed are 0..65535: scale them to 8 or 16 bits first")
+    depth = next(depth for depth in DEPTHS if depth >= min_depth and int(high) >> depth == 0)
+    top = (1 << depth) - 1
+    return ((values.astype(np.uint32) * 255 + top // 2) // top).astype(np.uint8), depth
+
+
+@lru_cache(maxsize=32)
+def to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Return the conversion of pixels of a mode to sRGB; None if there is no need or no way: no profile, a damaged one, sRGB."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (OSError, ImageCms.PyCMSError):
+        return None
+    if mode == "CMYK":
+        return transform
+    levels = np.arange(0, 256, 15).astype(np.uint8)
+    tried = Image.fromarray(np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)).convert(mode)
+    errors = ImageChops.difference(transform.apply(tried), tried.convert("RGB")).getextrema()
+    return transform if np.max(errors) > SRGB_TOLERANCE else None
+
+
+def encode_png(pixels: Image.Image) -> bytes:
+    """Encode losslessly; the same pixels always give the same bytes."""
+    out = io.BytesIO()
+    pixels.save(out, "PNG", compress_level=6)
+    return out.getvalue()
+
+
+def pixel_sums(content: bytes) -> np.ndarray:
+    """Return `[7] int64`: the number of pixels, the sum of each RGB channel, the sum of each channel's squares.
+
+    Raises one of PILLOW_FAULTS when the image does not decode.
+    """
+    with Image.open(io.BytesIO(content)) as image:
+        histogram = np.array(image.convert("RGB").histogram(), np.int64).reshape(3, 256)
+    values = np.arange(256)
+    return np.concatenate([histogram[0].sum(keepdims=True), histogram @ values, histogram @ values**2])
