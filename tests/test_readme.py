@@ -103,7 +103,7 @@ def trained(place: Path) -> Path:
 
 
 def test_every_command_of_the_readme_runs_in_its_order(trained: Path) -> None:
-    assert (trained / "runs" / "mine" / "report.md").exists()
+    assert (trained / "runs" / "mine" / "report.html").exists()
     assert (trained / "exported" / "model.safetensors").exists()
     assert (trained / "preview.png").exists()
 

@@ -64,7 +64,8 @@ class StepMonitor:
         """Return the mean losses over all ranks and all steps that were not skipped; empty if all were. Waits for the device."""
         totals, counted = ranks.mean(torch.stack(list(self._sums.values()))), float(self._counted)
         means = {name: float(total) / counted for name, total in zip(self._sums, totals, strict=True) if counted}
-        self._state.loss_last = means.get("loss", self._state.loss_last)
+        if "loss" in means:
+            self._state.loss_last, self._state.loss_step = means["loss"], self._state.step
         if self._state.loss_first is None:
             self._state.loss_first = self._state.loss_last
         self.read_counts()

@@ -23,7 +23,7 @@ from train.output.display import Display
 from train.output.folder import check_run_folder, open_run_folder
 from train.output.log import MetricsLog, open_wandb
 from train.output.pictures import NEIGHBOURS, QUERIES, draw_run
-from train.output.report import advice, stop_setting, summary_table, write_page, write_report, write_summary
+from train.output.report import advice, current_summary, stop_setting, summary_table, write_page, write_summary
 from train.trainer import DIVERGED, STOPPED, Trainer
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,8 @@ class Recorder:
         steps = (trainer.state.step, trainer.schedule.total_steps, trainer.steps_per_epoch)
         self.display = Display(console, config.logging.run_name, *steps)
         wandb = config.logging.wandb
-        self._wandb = open_wandb(wandb.project, self._folder, config.resolved) if wandb.enabled else None
+        self._was_complete, step = trainer.complete, trainer.state.step
+        self._wandb = open_wandb(wandb.project, self._folder, config.resolved, step) if wandb.enabled else None
         self._opened = ExitStack()
         self._metrics = self._open_metrics()
         self._heartbeat_at = 0.0
@@ -138,26 +139,24 @@ class Recorder:
             write_atomic(self._folder / "heartbeat.json", json.dumps(content) + "\n", durable=False)
 
     def evaluate(self) -> None:
-        """Measure the target encoder and draw."""
-        state = self._trainer.state
+        """Measure the target encoder and draw, during the run."""
         try:
-            values = self._evaluation.online()
-            state.knn, state.knn_step = values.get("knn"), state.step
-            self._metrics.write(state.step, values)
-            self._draw()
+            self._measure()
         except StoreError as error:  # the trainer saves and stops
             self._trainer.store_error = error
 
-    def _draw(self) -> list[Path]:
-        """Draw the pictures of the run as it is now, and put them into TensorBoard."""
-        trainer = self._trainer
+    def _measure(self) -> None:
+        """Measure the target encoder and draw the run as it is now; both go to the logs."""
+        trainer, state = self._trainer, self._trainer.state
+        values = self._evaluation.measure()
+        state.knn, state.knn_step = values.get("knn"), state.step
+        self._metrics.write(state.step, values)
         if not trainer.config.logging.pictures:
-            return []
+            return
         neighbours, model = self._evaluation.neighbours(QUERIES, NEIGHBOURS), cast(HJEPA, trainer.model)
         paths = draw_run(self._folder, trainer.config, trainer.dataset, model, trainer.masks, neighbours)
         for path in paths:
-            self._metrics.picture(trainer.state.step, path)
-        return paths
+            self._metrics.picture(state.step, path)
 
     def save(self) -> None:
         """Write a checkpoint in the background, unless the run has diverged."""
@@ -179,21 +178,28 @@ class Recorder:
         self._metrics = self._open_metrics()
 
     def report(self) -> int:
-        """Measure the trained encoder, draw, and write summary.json, report.md and report.html. Returns an exit code."""
+        """Measure the trained encoder, draw, and write summary.json and report.html. Returns an exit code.
+
+        A run that was complete before is measured again only for other data or settings of the evaluation.
+        """
         folder, state, config = self._folder, self._trainer.state, self._trainer.config
-        self._console.print("evaluating and drawing ...", style="dim")
-        self._write_heartbeat("evaluating")
         self._trainer.loader.close()
         try:
-            summary = write_summary(folder, config, state, self._evaluation, self._trainer.model.encoder.width)
-            pictures, hints = self._draw(), advice(config, summary)
-            write_report(folder, summary, hints, pictures)
+            summary = current_summary(folder, state.step, self._evaluation.measured_on) if self._was_complete else None
+            if summary is None:
+                self._console.print("evaluating and drawing ...", style="dim")
+                self._write_heartbeat("evaluating")
+                self._measure()
+                summary = write_summary(folder, config, state, self._evaluation, self._trainer.model.encoder.width)
+                self._metrics.summary(summary)
+            hints = advice(config, summary)
             page = write_page(folder, hints)
         except OSError as error:
             log.error(f"{folder}: the summary could not be written ({error}); the same command tries again")
             return NOT_WRITTEN
         self._console.print(summary_table(summary))
-        for line in (*hints, f"report: {page}" + (f", pictures: {folder / 'figures'}" if pictures else "")):
+        pictures = f", pictures: {folder / 'figures'}" if config.logging.pictures else ""
+        for line in (*hints, f"report: {page}{pictures}"):
             log.info(line)
         if checkpoint_path(self._checkpoints, state.step).exists():
             return 0

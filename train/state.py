@@ -12,6 +12,8 @@ class RunState:
     images: int = 0
     loss_first: float | None = None
     loss_last: float | None = None
+    loss_step: int = 0
+    """The step of `loss_last`, which is read at logging steps only."""
     train_s: float = 0.0
     wait_s: float = 0.0
     store_wait_s: float = 0.0

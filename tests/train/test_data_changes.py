@@ -173,7 +173,7 @@ def test_one_label_for_all_images_gives_no_accuracies_and_all_three_commands_say
     assert "k-NN" not in said
     summary = json.loads((tmp_path / "runs/quickstart/summary.json").read_text())
     assert (summary["knn"], summary["linear"], summary["one_label"]) == (None, None, True)
-    assert "all training images have one label" in (tmp_path / "runs/quickstart/report.md").read_text()
+    assert "all training images have one label" in (tmp_path / "runs/quickstart/report.html").read_text()
     assert evaluate([str(run), "--data", str(tmp_path / "shards")]) == 2
     assert why in one_line(capsys)
     finding = doctor("shards: classes", tmp_path / "shards", tmp_path)

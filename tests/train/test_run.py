@@ -61,8 +61,9 @@ def assert_two_steps(run: Path) -> None:
     assert set(summary["knn"]) == {"pixels", "colour_histogram", "random_init", "trained"}
     assert 0 <= summary["linear"] <= 100
     assert {"images_per_s", "data_wait_percent", "loss_first", "loss_last", "rankme"} <= set(summary)
-    report = (run / "report.md").read_text()
-    assert f"| k-NN, trained encoder | {summary['knn']['trained']:.1f} % |" in report
+    assert f"<th>k-NN, trained encoder</th><td>{summary['knn']['trained']:.1f} %</td>" in (run / "report.html").read_text()
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["step"], last["knn"], last["linear"]) == (2, summary["knn"]["trained"], summary["linear"])
     heartbeat = json.loads((run / "heartbeat.json").read_text())
     assert (heartbeat["status"], heartbeat["step"], heartbeat["total_steps"]) == ("complete", 2, 2)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000002"]
@@ -74,15 +75,29 @@ def test_every_shipped_config_takes_two_steps_at_reduced_size(config: Path, data
     assert_two_steps(tmp_path / "two")
 
 
-def test_a_complete_run_is_reported_with_pictures_and_is_not_trained_again(complete: Path, data_path: Path) -> None:
+def test_a_complete_run_is_reported_with_pictures_and_is_neither_trained_nor_evaluated_again(
+    complete: Path, data_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert_two_steps(complete)
     figures = ["crops.png", "curves.png", "features.png", "masks.png", "neighbours.png"]
     assert sorted(path.name for path in (complete / "figures").iterdir()) == figures
-    assert all(f"](figures/{name})" in (complete / "report.md").read_text() for name in figures)
-    checkpoint = complete / "checkpoints" / "step_00000002" / "model.safetensors"
-    before = checkpoint.stat().st_mtime_ns
+    kept = [
+        complete / "checkpoints" / "step_00000002" / "model.safetensors",
+        complete / "summary.json",
+        complete / "metrics.jsonl",
+    ]
+    before = [path.stat().st_mtime_ns for path in kept]
+    capsys.readouterr()
     assert main(command(QUICKSTART, data_path, complete.parent, "training.max_steps=2")) == 0
-    assert checkpoint.stat().st_mtime_ns == before
+    assert [path.stat().st_mtime_ns for path in kept] == before
+    said = capsys.readouterr().out
+    assert "k-NN, trained encoder" in said
+    assert "evaluating" not in said
+    assert "continues with other settings (evaluation.knn_k" not in said
+    assert main(command(QUICKSTART, data_path, complete.parent, "training.max_steps=2", "evaluation.knn_k=3")) == 0
+    said = capsys.readouterr().out
+    assert "evaluating" in said
+    assert "continues with other settings (evaluation.knn_k: 20 -> 3)" in said
 
 
 def test_a_folder_of_another_run_is_not_continued(complete: Path, data_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,6 +122,19 @@ def test_starting_over_moves_the_old_run_aside(complete: Path, data_path: Path, 
     shutil.copytree(complete, tmp_path / "quickstart")
     assert main(command(QUICKSTART, data_path, tmp_path, "training.max_steps=2", "checkpoint.resume=none")) == 0
     assert (tmp_path / "quickstart" / "checkpoints.old-1" / "step_00000002").is_dir()
+
+
+@pytest.mark.skipif(find_spec("wandb") is None, reason="needs wandb, which works offline here")
+def test_in_wandb_a_continued_run_keeps_its_id_and_one_that_starts_over_gets_another(
+    data_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    ids = []
+    for steps, resume in ((2, "auto"), (3, "auto"), (3, "none")):
+        changes = [f"training.max_steps={steps}", f"checkpoint.resume={resume}", "logging.wandb.enabled=true"]
+        assert main(command(QUICKSTART, data_path, tmp_path, *changes)) == 0
+        ids.append((tmp_path / "quickstart" / "wandb_id").read_text())
+    assert ids[0] == ids[1] != ids[2]
 
 
 def test_images_without_labels_get_neighbours_and_rankme_and_no_accuracies(
@@ -182,7 +210,7 @@ def test_a_run_stopped_at_random_steps_and_resumed_ends_with_the_same_weights_bi
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "parts")]
-    losses = [[(line["step"], line["loss"]) for line in map(json.loads, part)] for part in lines]
+    losses = [[(line["step"], line["loss"]) for line in map(json.loads, part) if "loss" in line] for part in lines]
     assert losses[0] == losses[1]
 
 

@@ -91,7 +91,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any], free: Sequence[str]) -> list[str]:
+def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any], free: Sequence[str] = ()) -> list[str]:
     """Return `key: old -> new` for each dotted key that differs and does not start with one of `free`.
 
     Both are `Config.resolved`.

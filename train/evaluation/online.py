@@ -50,6 +50,7 @@ class OnlineEvaluation:
     def __init__(self, config: Config, folder: Path, model: HJEPA) -> None:
         self._model, self._settings, self._file = model, config.evaluation, folder / BASELINES_FILE
         self.baselines: dict[str, float] | None = None
+        self.knn: float | None = None
         self.linear: float | None = None
         self.rankme: float | None = None
         self._latest: Scores | None = None
@@ -92,21 +93,25 @@ class OnlineEvaluation:
             baselines = Baselines.model_validate({"measured_on": key, "knn": self.baselines})
             write_atomic(self._file, baselines.model_dump_json(indent=1) + "\n")
 
-    def measure(self) -> float | None:
-        """Return k-NN percent of the target encoder, None without labels; updates `rankme` and `linear` as well."""
+    @property
+    def measured_on(self) -> dict[str, Any] | None:
+        """What the scores depend on besides the encoder; None without a validation split."""
+        if self._loaders is None:
+            return None
+        return {**baselines_key(self._train, self._val, self._settings), "linear_epochs": self._settings.linear_epochs}
+
+    def measure(self) -> dict[str, float]:
+        """Measure the target encoder: update `knn`, `linear` and `rankme`, and return those there are for the run's log."""
         epochs = self._settings.linear_epochs if self._labelled else 0
         extractors = {"trained": pooled_features(self._model.target)}
         scores = self._measure(extractors, linear_epochs=epochs, with_rankme=True)
         if scores is None:
-            return None
+            return {}
         self._latest = trained = scores["trained"]
         self.rankme, self.linear = trained.rankme, trained.linear[0] if trained.linear else None
-        return trained.knn["last"][self._settings.knn_k] if self._labelled else None
-
-    def online(self) -> dict[str, float]:
-        """Measure during the run, and return the scores for its log."""
-        scores = {"knn": self.measure(), "knn_rankme": self.rankme, "linear": self.linear}
-        return {name: value for name, value in scores.items() if value is not None}
+        self.knn = trained.knn["last"][self._settings.knn_k] if self._labelled else None
+        values = {"knn": self.knn, "knn_rankme": self.rankme, "linear": self.linear}
+        return {name: value for name, value in values.items() if value is not None}
 
     def neighbours(self, count: int, k: int) -> list[Neighbours]:
         """Return the k nearest training images of `count` evenly spaced validation images, at the latest measurement."""

@@ -65,7 +65,7 @@ class Display(ProgressDisplay):
 
     def update(self, state: RunState) -> None:
         """Show the latest logged loss, and speed and data wait averaged over the run."""
-        loss = "-" if state.loss_last is None else f"{state.loss_last:.4f}"
+        loss = "-" if state.loss_last is None else f"{state.loss_last:.4f} (step {state.loss_step})"
         epoch, epochs = state.step / self._steps_per_epoch, self._total / self._steps_per_epoch
         # Narrow terminals cut the end off, so warnings come first and the epoch, which the step implies, last.
         parts = [
@@ -76,6 +76,6 @@ class Display(ProgressDisplay):
             f"{state.images / state.train_s:.0f} images/s",
             f"data wait {100 * state.wait_s / state.train_s:.0f}%",
             state.store_wait_s and f"store wait {100 * state.store_wait_s / state.train_s:.0f}%",
-            f"epoch {epoch:.1f}/{epochs:.4g}",
+            epochs >= 1 and f"epoch {epoch:.1f}/{epochs:.4g}",
         ]
         self.show(state.step, " · ".join(part for part in parts if part))

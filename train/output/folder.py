@@ -79,6 +79,8 @@ def check_run_folder(config: Config, data: str) -> None:
             f"{folder}: holds a run that was trained on other images ({moved}). Give the old ones with data.data_path, choose "
             "another logging.run_name, or checkpoint.resume=none to start over"
         )
+    if known and before and (changes := changed_settings(before, config.resolved)):
+        log.info(f"{folder}: continues with other settings ({'; '.join(changes)})")
 
 
 def read_settings(path: Path) -> dict[str, Any]:

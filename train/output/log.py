@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.files import open_append, write_atomic
+from train.config.yaml12 import flatten
 
 Curve = list[tuple[float, float]]
 """Points `(step, value)`, in order."""
@@ -66,11 +67,20 @@ class MetricsLog:
             self._wandb.log(values, step=step)
 
     def picture(self, step: int, path: Path) -> None:
-        """Show a picture file in TensorBoard, under its name."""
+        """Show a picture file in TensorBoard and wandb, under its name."""
         if self._writer is not None:
             with self._errors_logged():
                 pixels = np.asarray(Image.open(path).convert("RGB"))
                 self._writer.add_image(path.stem, pixels, step, dataformats="HWC")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({path.stem: wandb.Image(str(path))}, step=step)
+
+    def summary(self, summary: Mapping[str, Any]) -> None:
+        """Show the content of summary.json in wandb."""
+        if self._wandb is not None:
+            self._wandb.summary.update(flatten(summary))
 
     def _on_thread_error(self, failure: threading.ExceptHookArgs) -> None:
         if isinstance(failure.exc_value, OSError):
@@ -122,12 +132,15 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def open_wandb(project: str, folder: Path, settings: dict[str, Any]) -> Any:
-    """Return a wandb run, named after the run's folder, that continues when the run does."""
+def open_wandb(project: str, folder: Path, settings: dict[str, Any], start_step: int) -> Any:
+    """Return a wandb run named after the run's folder. Its id is new at step 0, and kept in `folder/wandb_id` from then on."""
     import wandb  # train.run has checked that it is installed
 
-    name = folder.name
-    return wandb.init(project=project, name=name, id=name, resume="allow", dir=folder, config=settings)
+    path = folder / "wandb_id"
+    known = path.read_text().strip() if start_step and path.exists() else None
+    run = wandb.init(project=project, name=folder.name, id=known, resume="allow", dir=folder, config=settings)
+    write_atomic(path, f"{run.id}\n")
+    return run
 
 
 def curves_by_panel(runs: Mapping[str, MetricLines]) -> dict[str, dict[str, Curve]]:

@@ -1,4 +1,4 @@
-"""The results of a run at its end: summary.json, report.md, report.html, and suggestions for the next run."""
+"""The results of a run at its end: summary.json, report.html, and suggestions for the next run."""
 
 import base64
 import json
@@ -43,9 +43,8 @@ REMEDY = "Run the training command again: it writes the file again"
 
 
 def write_summary(folder: Path, config: Config, state: RunState, probe: "OnlineEvaluation", width: int) -> dict[str, Any]:
-    """Evaluate the trained encoder, write summary.json and return its content. Percentages are 0..100."""
-    trained = probe.measure()
-    knn = None if trained is None or probe.baselines is None else {**probe.baselines, "trained": trained}
+    """Write summary.json with the latest scores of `probe`, and return its content. Percentages are 0..100."""
+    knn = None if probe.knn is None or probe.baselines is None else {**probe.baselines, "trained": probe.knn}
     summary = {
         "run_name": config.logging.run_name,
         "steps": state.step,
@@ -57,6 +56,7 @@ def write_summary(folder: Path, config: Config, state: RunState, probe: "OnlineE
         "loss_last": state.loss_last,
         "rankme": probe.rankme,
         "width": width,
+        "measured_on": probe.measured_on,
         "validation_images": probe.num_validation,
         "knn": knn,
         "one_label": probe.one_label,
@@ -68,6 +68,15 @@ def write_summary(folder: Path, config: Config, state: RunState, probe: "OnlineE
     }
     write_atomic(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
+
+
+def current_summary(folder: Path, steps: int, measured_on: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the content of summary.json if it is of so many steps and of these measurements, else None."""
+    try:
+        summary = read_object(folder / "summary.json", REMEDY)
+    except (OSError, ValueError):  # absent or damaged: it is written again
+        return None
+    return summary if (summary.get("steps"), summary.get("measured_on")) == (steps, measured_on) else None
 
 
 def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -111,19 +120,6 @@ def summary_table(summary: dict[str, Any]) -> Table:
 def markdown_table(summary: dict[str, Any]) -> str:
     """Return the run's results as a table in Markdown."""
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in summary_rows(summary))])
-
-
-def write_report(folder: Path, summary: dict[str, Any], hints: Sequence[str], figures: Sequence[Path]) -> None:
-    """Write report.md, the run on one page, next to summary.json."""
-    sections = [
-        f"# {summary['run_name']}",
-        f"{summary['steps']:,} steps. Settings: [config.yaml](config.yaml); machine and packages: "
-        "[environment.json](environment.json); every logged number: [metrics.jsonl](metrics.jsonl).",
-        markdown_table(summary),
-        *(f"{hint}." for hint in hints),
-        *(f"## {figure.stem}\n\n![{figure.stem}](figures/{figure.name})" for figure in figures),
-    ]
-    write_atomic(folder / "report.md", "\n\n".join(sections) + "\n")
 
 
 def write_page(folder: Path, hints: Sequence[str] = ()) -> Path:

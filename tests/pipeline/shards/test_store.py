@@ -156,7 +156,7 @@ def test_a_store_that_fails_ends_the_run_with_a_checkpoint_from_which_it_continu
     store.proxy.fault = no_fault
     assert main(arguments) == 0
     assert json.loads((out / "summary.json").read_text())["store_wait_percent"] > 0
-    assert "of it for the store" in (out / "report.md").read_text()
+    assert "of it for the store" in (out / "report.html").read_text()
 
 
 def test_a_damaged_sample_is_replaced_and_named(store: Store, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The command that measures a run, on real shards."""
 
+import base64
 import json
 import shutil
 from pathlib import Path
@@ -28,12 +29,14 @@ def run(data_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_log_holds_knn_and_linear_probe_of_each_evaluation_and_the_report_every_picture(run: Path) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     measured = [line for line in lines if "knn" in line]
-    assert [line["step"] for line in measured] == [12]
+    assert [line["step"] for line in measured] == [12, 24]
+    assert measured[-1]["knn"] == json.loads((run / "summary.json").read_text())["knn"]["trained"]
     assert 0 <= measured[0]["linear"] <= 100
-    report = (run / "report.md").read_text()
-    for name in ("crops", "masks", "features", "neighbours", "curves"):
-        assert (run / "figures" / f"{name}.png").stat().st_size > 5_000
-        assert f"](figures/{name}.png)" in report
+    report = (run / "report.html").read_text()
+    for name in ("crops", "masks", "features", "neighbours"):
+        picture = (run / "figures" / f"{name}.png").read_bytes()
+        assert len(picture) > 5_000
+        assert base64.b64encode(picture).decode() in report
 
 
 def test_every_probe_has_pixels_and_random_initialisation_next_to_it_and_twice_the_same_figures(
