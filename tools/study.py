@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.own_process import run_in_subprocess
-from tools.studies.grid import BASE, IMAGES, PEERS, TIME, VARIANTS, Base, Trial, arena_trials, study_trials
+from tools.studies.grid import BASE, IMAGES, PEERS, TIME, VARIANTS, Base, Trial, plan_sections, plan_trials
 from train.command import path_argument, run_command
 from train.config.load import load_config
 
@@ -108,13 +108,9 @@ def write_results(options: argparse.Namespace, path: Path, variants: Sequence[st
 
 def run_study(options: argparse.Namespace) -> None:
     check_options(options)
-    base, variants, seeds = (
-        Base(str(options.config), tuple(options.overrides)),
-        arena_variants(options),
-        parse_seeds(options.seeds),
-    )
-    equals = (options.equal,) if options.equal else (TIME, IMAGES)
-    planned = arena_trials(variants, seeds, equals) if variants else study_trials(seeds)
+    base, variants = Base(str(options.config), tuple(options.overrides)), arena_variants(options)
+    equals, seeds = (options.equal,) if options.equal else (TIME, IMAGES), parse_seeds(options.seeds)
+    planned = plan_trials(plan_sections(variants, equals), seeds)
     run_name = load_config(options.config, options.overrides).logging.run_name
     path = options.out / (f"{run_name}_arena" if variants else run_name)
     table, curve = (path.with_name(f"{path.name}{end}.csv") for end in ("", "_curve"))

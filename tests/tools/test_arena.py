@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tools import study
-from tools.studies.grid import BASE, PEERS, Base, arena_trials
+from tools.studies.grid import BASE, IMAGES, PEERS, TIME, Base, plan_sections, plan_trials
 from tools.studies.peers import Supervised
 from tools.studies.tables import lead_lines, write_arena
 from tools.studies.training import TimedTraining, measure_rows, run_trial, trial_config
@@ -83,7 +83,7 @@ def test_evaluations_neither_count_nor_change_the_training(base: Path) -> None:
 
 
 def test_every_variant_is_compared_at_equal_time_and_at_equal_images_seed_by_seed() -> None:
-    planned = arena_trials([BASE, "lejepa"], [0, 4])
+    planned = plan_trials(plan_sections([BASE, "lejepa"], [TIME, IMAGES]), [0, 4])
     assert [(trial.variant, trial.equal, trial.seed) for trial in planned] == [
         *((BASE, "time", 0), ("lejepa", "time", 0), ("lejepa", "images", 0)),
         *((BASE, "time", 4), ("lejepa", "time", 4), ("lejepa", "images", 4)),
@@ -140,7 +140,7 @@ def made_up(variant: str, equal: str, seed: int, knn: float, steps: int = 10) ->
 def test_leads_are_differences_of_the_same_seed(tmp_path: Path) -> None:
     scores = {(BASE, "time"): (64, 70, 76), ("lejepa", "time"): (62, 67, 74), ("lejepa", "images"): (60, 69)}
     rows = [made_up(*key, seed, knn) for key, values in scores.items() for seed, knn in enumerate(values)]
-    text = "\n".join(lead_lines(rows, [BASE, "lejepa"]))
+    text = "\n".join(lead_lines(rows, [BASE, "lejepa"], [TIME, IMAGES]))
     # 2, 3, 2: a standard deviation of 0.577, times 4.303 / sqrt(3).
     assert "| lejepa | +2.3 ± 1.4 | +2.3 ± 1.4 | +2.5 ± 19.1 | +2.5 ± 19.1 |" in text
     baseline = {**made_up("raw pixels", "", 0, 61), "images": "", "cpu_s": ""}

@@ -1,10 +1,11 @@
-"""The variants of the study with their settings, and the experiments that group them."""
+"""The variants of study and arena with their settings, and the trainings that compare them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 TIME, IMAGES = "time", "images"
+TITLES = {TIME: "equal CPU time", IMAGES: "equal images"}
 BASE = "2+6"
 
 LOCAL_CROPS = "data.multicrop.num_local_crops"
@@ -60,28 +61,25 @@ class Base:
         return (*self.overrides, *(VARIANTS | PEERS)[variant])
 
 
+Run = tuple[str, str]
+"""A variant, and what it has in common with the base: `time` or `images`; "" for a baseline."""
+
+
 class Trial(NamedTuple):
-    """One training of the study. `equal`: what it shares with the base variant, `time` or `images`."""
+    """One training: a `Run` and its seed."""
 
     variant: str
     equal: str
     seed: int
 
 
-def same_run(variant: str, equal: str) -> tuple[str, str]:
-    """Return the (variant, equal) that is trained: the base variant defines both time and images, so it is trained once."""
-    return (variant, TIME if variant == BASE else equal)
+def plan_sections(variants: Sequence[str] = (), equals: Sequence[str] = ()) -> dict[str, list[Run]]:
+    """Return the runs of each table by its title: those of the arena or, without variants, of the study's EXPERIMENTS."""
+    planned = [(f"At {TITLES[equal]}", variants, equal) for equal in equals] if variants else EXPERIMENTS
+    # The base defines both time and images, so it is trained once.
+    return {title: [(name, TIME if name == BASE else equal) for name in names] for title, names, equal in planned}
 
 
-def study_trials(seeds: Sequence[int]) -> list[Trial]:
-    """Return all trainings of the study, seed by seed in each experiment."""
-    planned = (
-        Trial(*same_run(variant, equal), seed) for _, variants, equal in EXPERIMENTS for seed in seeds for variant in variants
-    )
-    return list(dict.fromkeys(planned))
-
-
-def arena_trials(variants: Sequence[str], seeds: Sequence[int], equals: Sequence[str] = (TIME, IMAGES)) -> list[Trial]:
-    """Return all trainings of the arena, seed by seed, so that a stopped arena has compared all variants."""
-    order = ((seed, equal, variant) for seed in seeds for equal in equals for variant in variants)
-    return list(dict.fromkeys(Trial(*same_run(variant, equal), seed) for seed, equal, variant in order))
+def plan_trials(sections: dict[str, list[Run]], seeds: Sequence[int]) -> list[Trial]:
+    """Return each training once, seed by seed, so that what is stopped early has compared all variants."""
+    return list(dict.fromkeys(Trial(*run, seed) for seed in seeds for runs in sections.values() for run in runs))

@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib as mpl
 from scipy import stats
 
-from tools.studies.grid import BASE, EXPERIMENTS, IMAGES, TIME, same_run
+from tools.studies.grid import BASE, TIME, TITLES, Run, plan_sections
 
 mpl.use("agg")
 
@@ -27,7 +27,6 @@ CLAIMS = (
     ("memory of a step", "step_mib", "1.6x"),
     ("time of an image", "images_per_cpu_s", "1.4x"),
 )
-TITLES = {TIME: "equal CPU time", IMAGES: "equal images"}
 SCORES = {"knn": "k-NN", "linear": "linear probe"}
 
 
@@ -39,8 +38,8 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.mean(values), float(width)
 
 
-def of_variant(rows: Sequence[Row], variant: str, equal: str) -> list[Row]:
-    return [row for row in rows if row["variant"] == variant and row["equal"] == equal]
+def rows_of(rows: Sequence[Row], run: Run) -> list[Row]:
+    return [row for row in rows if (row["variant"], row["equal"]) == run]
 
 
 def numbers(rows: Sequence[Row], field: str) -> list[float]:
@@ -60,12 +59,12 @@ def markdown(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     return [*lines, *("| " + " | ".join(cells) + " |" for cells in rows), ""]
 
 
-def experiment_lines(rows: Sequence[Row], title: str, runs: Sequence[tuple[str, str]]) -> list[str]:
-    """Return a table of those runs (variant, what is equal) that have rows."""
+def section_lines(rows: Sequence[Row], title: str, runs: Sequence[Run]) -> list[str]:
+    """Return a table of those runs that have rows."""
     table = []
-    for variant, equal in runs:
-        if group := of_variant(rows, variant, equal):
-            cells = [variant, str(len(group))]
+    for run in runs:
+        if group := rows_of(rows, run):
+            cells = [run[0], str(len(group))]
             for field in COLUMN_FIELDS.values():
                 values = numbers(group, field)
                 mean = statistics.mean(values) if values else 0.0
@@ -77,11 +76,11 @@ def experiment_lines(rows: Sequence[Row], title: str, runs: Sequence[tuple[str, 
 
 def claim_lines(rows: Sequence[Row]) -> list[str]:
     """Return the claims of the user's guide, measured against the single-crop baseline and against two globals."""
-    table, ours = [], of_variant(rows, *same_run(BASE, ""))
+    table, ours = [], rows_of(rows, (BASE, TIME))
     for title, field, said in CLAIMS:
         cells = [title, said]
         for other in ("1+0", "2+0"):
-            pair = [numbers(part, field) for part in (ours, of_variant(rows, other, TIME))]
+            pair = [numbers(part, field) for part in (ours, rows_of(rows, (other, TIME)))]
             if not all(pair):
                 cells.append("")
                 continue
@@ -92,21 +91,15 @@ def claim_lines(rows: Sequence[Row]) -> list[str]:
     return markdown("The guide's claims for 2+6 crops", ["claim", "said", "over 1+0", "over 2+0"], table)
 
 
-def measured_titles(rows: Sequence[Row]) -> dict[str, str]:
-    """Return those of `TITLES` that have a training; equal time if there is none yet."""
-    return {equal: title for equal, title in TITLES.items() if equal == TIME or any(row["equal"] == equal for row in rows)}
-
-
-def lead_lines(rows: Sequence[Row], variants: Sequence[str]) -> list[str]:
+def lead_lines(rows: Sequence[Row], variants: Sequence[str], equals: Sequence[str]) -> list[str]:
     """Return the base's lead over each variant, in points: the difference at the same seed, over the seeds both have."""
-    columns = [(equal, score) for equal in measured_titles(rows) for score in SCORES]
+    columns = [(equal, score) for equal in equals for score in SCORES]
     table = []
     for variant in variants[1:]:
         cells = []
         for equal, score in columns:
-            ours, theirs = (
-                {row["seed"]: float(row[score]) for row in of_variant(rows, *same_run(name, equal))} for name in (BASE, variant)
-            )
+            runs = ((BASE, TIME), (variant, equal))
+            ours, theirs = ({row["seed"]: float(row[score]) for row in rows_of(rows, run)} for run in runs)
             cells.append(format_cell([ours[seed] - theirs[seed] for seed in ours if seed in theirs], "+.1f"))
         if any(cells):
             table.append([variant, *cells])
@@ -123,8 +116,7 @@ def write_study(path: Path, rows: Sequence[Row], steps: dict[str, int], budget: 
         "as 2+6 saw. Mean over seeds ± half of the 95% interval (Student's t). Step memory: weights, gradients, moments and what "
         "the forward pass keeps; peak: of the whole process while it trains, over what it had before."
     )
-    sections = {title: [same_run(variant, equal) for variant in names] for title, names, equal in EXPERIMENTS}
-    write_tables(path, rows, intro, sections, claim_lines(rows))
+    write_tables(path, rows, intro, plan_sections(), claim_lines(rows))
 
 
 def write_arena(
@@ -138,27 +130,22 @@ def write_arena(
         "All variants have the base's loader, encoder, optimiser, schedule and moving average, which is what is measured. "
         "Mean over seeds ± half of the 95% interval (Student's t)."
     )
-    sections = {
-        f"At {title}": [same_run(variant, equal) for variant in variants] for equal, title in measured_titles(rows).items()
-    }
-    write_tables(path, rows, intro, sections, lead_lines(rows, variants))
+    equals = [equal for equal in TITLES if any(row["equal"] == equal for row in rows)]
+    write_tables(path, rows, intro, plan_sections(variants, equals), lead_lines(rows, variants, equals))
 
 
-def write_tables(
-    path: Path, rows: Sequence[Row], intro: str, sections: dict[str, list[tuple[str, str]]], last: list[str]
-) -> None:
+def write_tables(path: Path, rows: Sequence[Row], intro: str, sections: dict[str, list[Run]], last: list[str]) -> None:
     """Write PATH.md, a table for each section, and PATH.png, the k-NN of every training as a point; baselines are lines."""
     text = [f"## {path.name}", "", intro, ""]
-    text += experiment_lines(rows, "Without training", [(baseline, "") for baseline in BASELINES])
-    for title, runs in sections.items():
-        text += experiment_lines(rows, title, runs)
+    for title, runs in {"Without training": [(name, "") for name in BASELINES], **sections}.items():
+        text += section_lines(rows, title, runs)
     path.with_name(f"{path.name}.md").write_text("\n".join(text + last))
     points = []
     for variant, equal in dict.fromkeys(run for runs in sections.values() for run in runs):
-        if values := numbers(of_variant(rows, variant, equal), "knn"):
+        if values := numbers(rows_of(rows, (variant, equal)), "knn"):
             label = variant if equal == TIME else f"{variant}, equal images"
             points.append((label, values, *mean_and_interval(values)))
-    scores = {name: numbers(of_variant(rows, name, ""), "knn") for name in BASELINES}
+    scores = {name: numbers(rows_of(rows, (name, "")), "knn") for name in BASELINES}
     baselines = {name: statistics.mean(values) for name, values in scores.items() if values}
     label = "k-NN, % (points: seeds; bar: mean and 95% interval)"
     draw_points(path.with_name(f"{path.name}.png"), label, points, baselines)
