@@ -1,0 +1,143 @@
+"""Vectors of all images of some shards, from an exported encoder or a run; a stopped pass continues where it was."""
+
+import hashlib
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from rich.console import Console
+
+from pipeline.dataset import centre_crop_dataset, resolve_device
+from pipeline.files import write_atomic
+from pipeline.loader import build_multicrop_dataloader
+from pipeline.shards.index import ShardIndex, open_index
+from pipeline.shards.manifest import read_manifest, read_object
+from pipeline.text import Every, plural
+from tools.export import timm_settings
+from train.build import build_model
+from train.checkpoint import load_checkpoint
+from train.evaluation.features import mixed_precision
+from train.evaluation.offline import find_checkpoint
+from train.output.display import ProgressDisplay
+
+SAVE_EVERY_S = 20.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """`names` `[N]`: the files; `labels` `[N]`: names of classes, "" where there are none; `vectors` `[N, D] float32`.
+
+    `tokens` `[N, T, D] float16`, in rows from the top left, or None. `places`: index and row of each image.
+    """
+
+    names: np.ndarray
+    labels: np.ndarray
+    vectors: np.ndarray
+    tokens: np.ndarray | None
+    places: list[tuple[ShardIndex, int]]
+
+    def encoded(self, number: int) -> bytes:
+        """The image file of one row."""
+        index, row = self.places[number]
+        return index.encoded(row)
+
+
+class ImageEncoder:
+    """An encoder and the crop that it wants, from a folder that timm loads, a run or a checkpoint; `digest` names its weights."""
+
+    def __init__(self, path: Path, device: str) -> None:
+        self.kind = resolve_device(device)
+        if (path / "config.json").exists():
+            vit: Any = timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0)
+            settings = timm.data.resolve_model_data_config(vit)
+        else:
+            checkpoint, config = find_checkpoint(path)
+            model = build_model(config, torch.device("cpu"))
+            load_checkpoint(checkpoint, model)
+            vit, settings = model.target.vit, timm_settings(model.target, config)["pretrained_cfg"]
+        self.vit = vit.eval().to("cuda" if self.kind == "gpu" else "cpu")
+        self.size, self.crop_ratio = int(settings["input_size"][-1]), float(settings["crop_pct"])
+        self.mean, self.std = tuple(settings["mean"]), tuple(settings["std"])
+        if settings["input_size"][0] != 3:
+            raise ValueError(f"{path}: an encoder of {settings['input_size'][0]} channels; crops have 3")
+        digest = hashlib.sha256(repr(settings).encode())
+        for value in self.vit.state_dict().values():
+            digest.update(value.cpu().contiguous().numpy())
+        self.digest = digest.hexdigest()[:16]
+
+    @torch.inference_mode()
+    def __call__(self, crops: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """`[n, 3, S, S] float32`, normalised `->` timm's pooled features `[n, D] float32`, patch tokens `[n, T, D] float16`."""
+        with mixed_precision(crops):
+            tokens = self.vit.forward_features(crops)
+            pooled = self.vit.forward_head(tokens, pre_logits=True)
+        return pooled.float().cpu().numpy(), tokens[:, self.vit.num_prefix_tokens :].half().cpu().numpy()
+
+
+def encode(encoder: ImageEncoder, folders: list[Path], work: Path, batch_size: int, with_tokens: bool) -> Embeddings:
+    """Return the vectors of all images of the splits in `folders`, in stored order, without those that cannot be decoded.
+
+    `work` holds unfinished arrays: a pass over the same images by the same encoder continues from them. Raises ValueError for
+    more damaged images than the loader allows.
+    """
+    indices = [open_index(folder) for folder in folders]
+    parts = [_encode_split(encoder, index, work / str(number), batch_size, with_tokens) for number, index in enumerate(indices)]
+    names, labels, places = [], [], []
+    for index, (_, _, rows) in zip(indices, parts, strict=True):
+        manifest = read_manifest(index.folder)
+        classes = dict(enumerate(manifest.classes if manifest else ()))
+        prefix = f"{Path(str(index.folder)).name}/" if len(indices) > 1 else ""
+        for row in rows.tolist():
+            label = int(index.samples["label"][row])
+            names.append(prefix + index.name(row))
+            labels.append("" if label < 0 else classes.get(label, str(label)))
+            places.append((index, row))
+    vectors, tokens = (np.concatenate([part[n] for part in parts]) if parts[0][n] is not None else None for n in (0, 1))
+    assert vectors is not None
+    return Embeddings(np.array(names), np.array(labels), vectors, tokens, places)
+
+
+def _encode_split(
+    encoder: ImageEncoder, index: ShardIndex, work: Path, batch_size: int, with_tokens: bool
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    """Return vectors, tokens and the rows of the index that they belong to."""
+    dataset = centre_crop_dataset(index, encoder.size, encoder.crop_ratio, encoder.mean, encoder.std)
+    loader = build_multicrop_dataloader(dataset, min(batch_size, len(index)), shuffle=False, drop_last=False, device=encoder.kind,
+                                        quarantine=work / "damaged.jsonl")  # fmt: skip
+    work.mkdir(parents=True, exist_ok=True)
+    state, arrays = work / "state.json", [work / "vectors.npy", *([work / "tokens.npy"] if with_tokens else [])]
+    identity = {"data": index.digest, "encoder": encoder.digest}
+    saved = read_object(state, f"Remove {work}") if state.exists() and all(path.exists() for path in arrays) else {}
+    done = int(saved["done"]) if {key: saved.get(key) for key in identity} == identity else 0
+    stores = [np.lib.format.open_memmap(path, "r+") for path in arrays] if done else []
+    loader.load_state_dict({"epoch": 0, "position": done})
+    due, start, began = Every(SAVE_EVERY_S), done, time.monotonic()
+    with ProgressDisplay(Console(stderr=True), "embed", "image", len(index), done, transient=True) as display:
+        for batch in loader if done < len(index) else ():
+            outputs = encoder(batch.crops[0])[: len(arrays)]
+            if not stores:
+                stores = [np.lib.format.open_memmap(path, "w+", output.dtype, (len(index), *output.shape[1:]))
+                          for path, output in zip(arrays, outputs, strict=True)]  # fmt: skip
+            for store, output in zip(stores, outputs, strict=True):
+                store[done : done + len(output)] = output
+            done += len(outputs[0])
+            display.show(done, f"{(done - start) / (time.monotonic() - began):,.0f} images/s")
+            if due.due() or done == len(index):
+                for store in stores:
+                    store.flush()
+                write_atomic(state, json.dumps({**identity, "done": done}), durable=False)
+    loader.close()
+    is_sound = np.ones(len(index), bool)
+    is_sound[loader.quarantine.rows] = False
+    if not is_sound.all():
+        log.warning(f"{index.folder}: {plural(int((~is_sound).sum()), 'image')} cannot be decoded and got no vector")
+    rows = np.flatnonzero(is_sound)
+    return stores[0][rows], stores[1][rows] if with_tokens else None, rows

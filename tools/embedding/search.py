@@ -1,0 +1,81 @@
+"""Questions that vectors answer: which images are nearly the same, which are nearest, which class the rest has."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from pipeline.text import truncate_list
+from train.evaluation.measure import nearest_neighbours
+
+MAX_NEAREST = 32  # images that one image is compared with for duplicates
+CPU = torch.device("cpu")
+
+
+def duplicate_groups(vectors: np.ndarray, threshold: float) -> list[tuple[list[int], float]]:
+    """Return groups of rows whose vectors `[N, D]` are chains of cosine similarities from `threshold` up, the most similar first.
+
+    Each comes with its smallest similarity along the chain; each image is compared with its 32 nearest.
+    """
+    points = torch.from_numpy(vectors)
+    similarity, nearest = (part.numpy() for part in nearest_neighbours(points, points, min(MAX_NEAREST, len(points)), CPU))
+    first, rank = np.nonzero(similarity >= threshold)
+    second, values = nearest[first, rank], similarity[first, rank]
+    first, second, values = (part[first != second] for part in (first, second, values))
+    graph = coo_array((np.ones(len(first)), (first, second)), shape=(len(points), len(points)))
+    _, group = connected_components(graph, directed=False)
+    weakest = np.full(group.max() + 1, np.inf)
+    np.minimum.at(weakest, group[first], values)
+    found = [np.flatnonzero(group == number) for number in np.flatnonzero(np.isfinite(weakest))]
+    return sorted(((rows.tolist(), float(weakest[group[rows[0]]])) for rows in found), key=lambda pair: -pair[1])
+
+
+def nearest_rows(vectors: np.ndarray, queries: np.ndarray, count: int) -> list[list[tuple[int, float]]]:
+    """Return the rows of `vectors` `[N, D]` nearest to each of `queries` `[Q, D]`, with their cosine similarities."""
+    similarity, rows = nearest_neighbours(torch.from_numpy(vectors), torch.from_numpy(queries), count, CPU)
+    return [list(zip(row, values, strict=True)) for row, values in zip(rows.tolist(), similarity.tolist(), strict=True)]
+
+
+def find_rows(names: np.ndarray, wanted: Sequence[str]) -> list[int]:
+    """Return the row of each file, named in full or by a unique end of its path. Raises ValueError for one that is not there."""
+    rows = []
+    for text in wanted:
+        found = [row for row, name in enumerate(names.tolist()) if name == text or name.endswith(f"/{text}")]
+        if len(found) != 1:
+            examples = truncate_list([names[row] for row in found or range(min(3, len(names)))])
+            raise ValueError(f"{text}: {'several images' if found else 'no image'} of that name; for example {examples}")
+        rows += found
+    return rows
+
+
+def read_labels(path: Path, names: np.ndarray) -> dict[int, str]:
+    """Return the label of each row that a CSV file of `name,label` lines names. Raises ValueError for other lines."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        lines = [line for line in csv.reader(file) if line]
+    if lines and [cell.strip().lower() for cell in lines[0]] == ["name", "label"]:
+        del lines[0]
+    if wrong := [line for line in lines if len(line) != 2]:
+        raise ValueError(f"{path}: {','.join(wrong[0])!r} is no line of the form name,label")
+    labels = dict(zip(find_rows(names, [line[0] for line in lines]), (line[1].strip() for line in lines), strict=True))
+    if len(set(labels.values())) < 2:
+        raise ValueError(f"{path}: {len(labels)} images of {len(set(labels.values()))} class; label some of two or more classes")
+    return labels
+
+
+def predict(vectors: np.ndarray, labels: dict[int, str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the most probable class `[N]` of each image and its probability `[N]`, 0..1.
+
+    A logistic regression on vectors of unit length, scaled so that its default regularisation suits them.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    points = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    points = (points - points.mean(axis=0)) / max(float(points.std()), 1e-12)
+    rows = list(labels)
+    model = LogisticRegression(max_iter=1000).fit(points[rows], [labels[row] for row in rows])
+    chances = model.predict_proba(points)
+    return model.classes_[chances.argmax(axis=1)], chances.max(axis=1)
