@@ -14,7 +14,7 @@ FOLDERS = ("pipeline", "model", "train", "tools")
 # applies to it.
 MAY_IMPORT = {
     "pipeline": {"pipeline"},
-    "pipeline.shards": {"pipeline.shards", "pipeline.files", "pipeline.text", "pipeline.defaults"},
+    "pipeline.shards": {"pipeline.shards", "pipeline.files", "pipeline.lock", "pipeline.text", "pipeline.defaults"},
     "pipeline.crops": {"pipeline.crops", "pipeline.shards", "pipeline.order", "pipeline.defaults", "pipeline.text"},
     "model": {"model"},
     "train": {"pipeline", "model", "train"},
@@ -26,7 +26,7 @@ MAY_IMPORT = {
 
 # `--help` and errors in a config must not wait for what these import later.
 COMMANDS = ("train.run", "train.evaluate", "train.config.load", "tools.make_shards", "tools.doctor", "tools.bench")
-COMMANDS += ("tools.study", "tools.preview", "tools.export", "tools.compare_runs")
+COMMANDS += ("tools.study", "tools.preview", "tools.export", "tools.compare_runs", "tools.embed")
 SLOW_PACKAGES = ("torch", "nvidia.dali", "timm", "matplotlib", "numba", "scipy")
 
 
