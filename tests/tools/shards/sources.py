@@ -92,7 +92,7 @@ def kaggle_tree(root: Path) -> Path:
     return root
 
 
-def cifar_archive(root: Path, hundred: bool, binary: bool) -> tuple[Path, np.ndarray, list[int]]:
+def cifar_archive(root: Path, hundred: bool) -> tuple[Path, np.ndarray, list[int]]:
     """Five batches (CIFAR-100: one file) of four images; returns the archive, the pixels `[N, 32, 32, 3]`, the labels."""
     root.mkdir(exist_ok=True)
     rng = np.random.default_rng(5)
@@ -105,18 +105,11 @@ def cifar_archive(root: Path, hundred: bool, binary: bool) -> tuple[Path, np.nda
         planes = images[4 * k : 4 * k + 4].transpose(0, 3, 1, 2).reshape(4, -1)
         mine = labels[4 * k : 4 * k + 4]
         base = "train" if hundred else f"data_batch_{k + 1}"
-        if binary:
-            heads = [bytes((7, label)) if hundred else bytes((label,)) for label in mine]
-            members.append((f"c/{base}.bin", b"".join(h + p.tobytes() for h, p in zip(heads, planes, strict=True))))
-        else:
-            key = "fine_labels" if hundred else "labels"
-            members.append((f"c/{base}", pickle.dumps({"data": planes, key: mine, "batch_label": "x"}, protocol=2)))
-    if binary:
-        members.append(("c/fine_label_names.txt" if hundred else "c/batches.meta.txt", "\n".join([*names, ""]).encode()))
-    else:
-        meta = pickle.dumps({"fine_label_names" if hundred else "label_names": names}, protocol=2)
-        members.append(("c/meta" if hundred else "c/batches.meta", meta))
-    path = root / f"cifar-{100 if hundred else 10}-{'binary' if binary else 'python'}.tar.gz"
+        key = "fine_labels" if hundred else "labels"
+        members.append((f"c/{base}", pickle.dumps({"data": planes, key: mine, "batch_label": "x"}, protocol=2)))
+    meta = pickle.dumps({"fine_label_names" if hundred else "label_names": names}, protocol=2)
+    members.append(("c/meta" if hundred else "c/batches.meta", meta))
+    path = root / f"cifar-{100 if hundred else 10}-python.tar.gz"
     path.write_bytes(tar_bytes(members, "w:gz"))
     return path, images, labels
 

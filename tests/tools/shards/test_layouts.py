@@ -43,10 +43,9 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     assert [sample.label for sample in stored_samples(folder)] == [-1] * 8
 
 
-@pytest.mark.parametrize("binary", [True, False])
 @pytest.mark.parametrize("hundred", [True, False])
-def test_cifar_keeps_every_pixel_and_label(tmp_path: Path, hundred: bool, binary: bool) -> None:
-    path, images, labels = sources.cifar_archive(tmp_path / "in", hundred, binary)
+def test_cifar_keeps_every_pixel_and_label(tmp_path: Path, hundred: bool) -> None:
+    path, images, labels = sources.cifar_archive(tmp_path / "in", hundred)
     for sample in stored_samples(run_convert(path, tmp_path / "out")):
         assert sample.label == labels[int(sample.name)]
         assert np.array_equal(sample.pixels(), images[int(sample.name)])

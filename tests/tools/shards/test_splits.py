@@ -1,12 +1,13 @@
 """Folders of splits, of side data and of systems are no classes, and splits are never mixed silently."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sources
-from reading import assert_colours_tell_labels, run_convert, stored_samples
+from reading import assert_colours_tell_labels, colour_of, run_convert, stored_samples
 
 from tools.make_shards import main
 from tools.shards.layouts.splits import split_of
@@ -69,15 +70,27 @@ def test_splits_by_any_usual_name_are_kept_apart(train: str, val: str, form: str
 
 
 @pytest.mark.parametrize("form", ["folders", "tar"])
-def test_a_split_that_is_not_there_is_not_made_of_the_others(
+def test_the_test_split_stands_in_for_val_and_train_never_does(
     form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = tree(tmp_path / "in", form, {"Training": 2, "Testing": 2})
-    assert "no val images: the folders in it are Testing, Training" in refused(capsys, source, tmp_path / "out", "--split", "val")
+    source = tree(tmp_path / "in", form, {"Training": 2, "Testing": 1})
     assert assert_colours_tell_labels(run_convert(source, tmp_path / "out"), 6) == [0, 1, 2]
+    capsys.readouterr()
+    assert assert_colours_tell_labels(run_convert(source, tmp_path / "out", "--split", "val"), 3) == [0, 1, 2]
+    assert "no val images: those of the test split are taken" in capsys.readouterr().out
+    source = tree(tmp_path / "only", form, {"Training": 2})
     if form == "folders":
-        folder = run_convert(source / "Testing", tmp_path / "out", "--split", "val")
-        assert assert_colours_tell_labels(folder, 6) == [0, 1, 2]
+        assert "no val images: the folders in it are Training" in refused(capsys, source, tmp_path / "b", "--split", "val")
+
+
+def test_tars_of_train_and_test_are_kept_apart(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for label, split in enumerate(("train", "test")):
+        (tmp_path / f"in/x-{split}.tar").write_bytes(
+            sources.tar_bytes([("0.jpg", sources.picture(label, 0)), ("0.cls", b"%d" % label)])
+        )
+    assert assert_colours_tell_labels(run_convert(tmp_path / "in", tmp_path / "a"), 1) == [0]
+    assert assert_colours_tell_labels(run_convert(tmp_path / "in", tmp_path / "b", "--split", "val"), 1) == [1]
 
 
 @pytest.mark.parametrize("form", ["folders", "tar"])
@@ -113,14 +126,61 @@ def test_detection_data_have_no_classes(form: str, tmp_path: Path) -> None:
     assert classes_of(folder) == []
 
 
-def test_masks_are_left_out_and_classes_below_images_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def packed(root: Path, form: str) -> Path:
+    """Return the folder, or a tar of it."""
+    if form == "tar":
+        tar = root.with_suffix(".tar")
+        subprocess.run(["tar", "-cf", str(tar), "-C", str(root), "."], check=True)
+        return tar
+    return root
+
+
+@pytest.mark.parametrize("form", ["folders", "tar"])
+def test_masks_are_left_out_and_classes_below_images_are_found(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = sources.class_folders(tmp_path / "in/images").parent
     (root / "Masks").mkdir()
     (root / "Masks/0.png").write_bytes(sources.picture(0, 0, image_format="PNG"))
-    folder = run_convert(root, tmp_path / "out")
-    assert "left out next to images/: the folders Masks" in capsys.readouterr().out
+    folder = run_convert(packed(root, form), tmp_path / "out")
+    said = (
+        "left out next to images/: the folders Masks"
+        if form == "folders"
+        else "1 elsewhere, of other splits or masks, are left out"
+    )
+    assert said in capsys.readouterr().out
     assert assert_colours_tell_labels(folder, 24) == [0, 1, 2]
     assert classes_of(folder) == list(CLASSES)
+
+
+@pytest.mark.parametrize("form", ["folders", "tar"])
+def test_voc_gives_its_images_and_none_of_its_masks(form: str, tmp_path: Path) -> None:
+    for folder, end in (
+        ("JPEGImages", "jpg"),
+        ("SegmentationClass", "png"),
+        ("SegmentationObject", "png"),
+        ("Annotations", "xml"),
+    ):
+        (tmp_path / "in/VOCdevkit/VOC2012" / folder).mkdir(parents=True)
+        for n in range(3):
+            content = sources.picture(n, n, image_format="PNG" if end == "png" else "JPEG")
+            (tmp_path / f"in/VOCdevkit/VOC2012/{folder}/2012_{n}.{end}").write_bytes(content)
+    samples = stored_samples(run_convert(packed(tmp_path / "in", form), tmp_path / "out"))
+    assert sorted((sample.extension, sample.label) for sample in samples) == [("jpg", -1)] * 3
+
+
+@pytest.mark.parametrize("form", ["folders", "tar"])
+def test_classes_below_their_initials_are_found_and_other_letters_are_classes(form: str, tmp_path: Path) -> None:
+    for other, names in ((False, {"a/ant": 0, "b/Bee/deep": 1, "c/cat": 2}), (True, {"a/x": 0, "b/bee": 1, "c/cat": 2})):
+        root = tmp_path / f"in{other}"
+        for name, label in names.items():
+            (root / name).mkdir(parents=True)
+            (root / name / "0.jpg").write_bytes(sources.picture(label, 0))
+        folder = run_convert(packed(root, form), tmp_path / f"out{other}")
+        assert classes_of(folder) == (["a", "b", "c"] if other else ["Bee", "ant", "cat"])
+        expected = {name.split("/")[0 if other else 1]: label for name, label in names.items()}
+        for sample in stored_samples(folder):
+            assert np.abs(sample.pixels().mean((0, 1)) - colour_of(expected[classes_of(folder)[sample.label]])).max() < 12
 
 
 def test_folders_of_file_servers_are_no_classes(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_folders_of_splits_in_a_tar_are_no_classes(tmp_path: Path, capsys: pytes
     ]
     content = sources.tar_bytes(images)
     line = converted(tmp_path, capsys, "x.tar", content)
-    assert "images below set/train/; 9 of other splits are left out" in line
+    assert "images below set/train/; 9 elsewhere, of other splits or masks, are left out" in line
     assert assert_colours_tell_labels(tmp_path / "out/train", 12) == [0, 1, 2]
     converted(tmp_path, capsys, "x.tar", content, "--split", "val")
     assert assert_colours_tell_labels(tmp_path / "out/val", 6) == [0, 1, 2]

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 archives, binary or Python version, stored losslessly as PNG."""
+"""CIFAR-10 and CIFAR-100 as downloaded, the archives of the Python version, stored losslessly as PNG."""
 
 import io
 import pickle
@@ -11,51 +11,35 @@ import numpy as np
 from tools.shards.catalogue import Catalogue, Source
 from tools.shards.layouts.archives import read_tgz
 
-ARCHIVE = re.compile(r"cifar-(10|100)-(binary|python)\.tar\.gz")
+ARCHIVE = re.compile(r"cifar-(10|100)-python\.tar\.gz")
 PIXELS = 3 * 32 * 32
 BATCHES = {  # by number of classes, in the order of train and val
     "10": {"train": [f"data_batch_{number}" for number in range(1, 6)], "val": ["test_batch"]},
     "100": {"train": ["train"], "val": ["test"]},
 }
-CLASS_FILES = {"10": ("batches.meta", "batches.meta.txt"), "100": ("meta", "fine_label_names.txt")}
-KEYS = {"10": ("labels", "label_names"), "100": ("fine_labels", "fine_label_names")}  # in the Python version
+# The file of the classes, its key, and the key of the labels.
+KEYS = {"10": ("batches.meta", "label_names", "labels"), "100": ("meta", "fine_label_names", "fine_labels")}
 UNPICKLING_ERRORS = (
     AttributeError, EOFError, LookupError, MemoryError, TypeError, ValueError, pickle.UnpicklingError,
 )  # fmt: skip
 
 
 def open_cifar(path: Path, split: str, spools: Path | None) -> Source | None:
-    """Open an archive; of two in one folder the binary one, which needs no unpickling."""
     candidates = [path] if path.is_file() else sorted(path.glob("cifar-*.tar.gz"))
     archive = next((file for file in candidates if ARCHIVE.fullmatch(file.name)), None)
     if archive is None:
         return None
-    number, binary, where = archive.name.split("-")[1], "-binary." in archive.name, str(archive)
-    names = [f"{name}.bin" if binary else name for name in BATCHES[number][split]]
-    class_file, (label_key, class_key) = CLASS_FILES[number][binary], KEYS[number]
+    number, where = archive.name.split("-")[1], str(archive)
+    names, (class_file, class_key, label_key) = BATCHES[number][split], KEYS[number]
     files = read_tgz(archive, {*names, class_file})
-    batches = {f"{archive}: {name}": files[name] for name in names if name in files}
-    if not batches:
+    parts = [_read_pickle(files[name], label_key, f"{archive}: {name}") for name in names if name in files]
+    if not parts:
         raise ValueError(f"{archive}: holds none of {', '.join(names)}: wrong archive, or --split {split} is not in it")
-    class_content = files.get(class_file, b"")
-    if binary:
-        parts = [_read_records(content, 2 if number == "100" else 1, name) for name, content in batches.items()]
-        classes = class_content.decode().split()
-    else:
-        parts = [_read_pickle(content, label_key, name) for name, content in batches.items()]
-        classes = list(map(str, load_arrays(class_content, where).get(class_key, []))) if class_content else []
+    classes = tuple(map(str, load_arrays(files[class_file], where).get(class_key, []))) if class_file in files else ()
     pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     catalogue = Catalogue.of_pixels(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels.tolist())
-    note = f"{archive.name}, read {'as plain bytes' if binary else 'with an unpickler that allows only arrays'}"
-    return Source("cifar", f"cifar{number}", catalogue, tuple(classes), notes=(note,))
-
-
-def _read_records(content: bytes, head: int, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Read records of `head` label bytes (CIFAR-100: coarse, then fine) and three planes of 32x32."""
-    if not content or len(content) % (head + PIXELS):
-        raise ValueError(f"{where}: {len(content)} bytes are not records of {head + PIXELS}: download it again")
-    records = np.frombuffer(content, np.uint8).reshape(-1, head + PIXELS)
-    return records[:, head:], records[:, head - 1].astype(np.int64)
+    note = f"{archive.name}, read with an unpickler that allows only arrays"
+    return Source("cifar", f"cifar{number}", catalogue, classes, notes=(note,))
 
 
 def _read_pickle(content: bytes, label_key: str, where: str) -> tuple[np.ndarray, np.ndarray]:

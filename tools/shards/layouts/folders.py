@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from pipeline.shards.index import UNLABELLED
@@ -22,8 +22,19 @@ SIDE_FOLDERS = frozenset(
 )  # fmt: skip
 
 
-def are_no_classes(folders: list[str]) -> bool:
+def are_no_classes(folders: Collection[str]) -> bool:
     return {name.lower() for name in folders} <= IMAGE_FOLDERS | SIDE_FOLDERS
+
+
+def main_folder(folders: Collection[str]) -> str:
+    """Return the folder of the images among those of masks and the like, "" where the folders are something else."""
+    images = [name for name in folders if name.lower() in IMAGE_FOLDERS]
+    return images[0] if len(images) == 1 and are_no_classes(folders) else ""
+
+
+def are_below_initials(folders: Collection[tuple[str, str]]) -> bool:
+    """Return True for folders like (a, abbey), (b, bakery): the inner ones are the classes, as in Places and SUN."""
+    return bool(folders) and all(len(outer) == 1 and inner[:1].lower() == outer.lower() for outer, inner in folders)
 
 
 def walk_images(root: Path, below: str, skipped: Counter[str], deep: bool = True) -> Iterator[tuple[str, int]]:
@@ -101,14 +112,19 @@ def _inner_root(root: Path, split: str, chosen: bool) -> str:
             return ours
     if not folders or has_images(root, deep=False):
         return ""
-    images = [name for name in folders if name.lower() in IMAGE_FOLDERS]
-    if len(images) == 1 and are_no_classes(folders):
-        return images[0]
+    if images := main_folder(folders):
+        return images
     if len(folders) > 1:
         return ""
-    # A single folder: the same split again, or the parent of the splits, as many archives unpack.
-    holds_splits = not chosen and any(split_of(name) for name in image_folders(root / folders[0]))
-    return folders[0] if holds_splits or (chosen and split_of(folders[0]) == split) else ""
+    # A single folder: the same split again, or a parent of splits or of images and masks, as many archives unpack.
+    return folders[0] if (chosen and split_of(folders[0]) == split) or _is_parent(root / folders[0], chosen) else ""
+
+
+def _is_parent(root: Path, chosen: bool) -> bool:
+    folders = image_folders(root)
+    if len(folders) == 1 and not has_images(root, deep=False) and _is_parent(root / folders[0], chosen):
+        return True
+    return bool(main_folder(folders)) or (not chosen and any(map(split_of, folders)))
 
 
 def notes_on_siblings(path: Path, root: Path) -> list[str]:
@@ -134,16 +150,27 @@ def folders_are_classes(path: Path, split: str) -> bool:
     return root is not None and not has_images(root, deep=False) and not are_no_classes(image_folders(root))
 
 
+def _class_folders(root: Path) -> dict[str, str]:
+    """Return the folder of each class below `root`."""
+    outer = visible_folders(root)
+    if all(len(name) == 1 for name in outer) and not any(has_images(root / name, deep=False) for name in outer):
+        inner = [(initial, name) for initial in outer for name in visible_folders(root / initial)]
+        if are_below_initials(inner):
+            return {name: f"{initial}/{name}" for initial, name in inner}
+    return {name: name for name in outer}
+
+
 def open_folders(path: Path, split: str, spools: Path | None) -> Source | None:
-    """Number the folders in the order of their names, integers as numbers; images lie at any depth in them."""
+    """Number the classes in the order of their names, integers as numbers; images lie at any depth in their folders."""
     root = image_root(path, split)
     if root is None or not image_folders(root):
         return None
-    classes = class_order(visible_folders(root))
+    folder_of = _class_folders(root)
+    classes = class_order(folder_of)
     catalogue, skipped = Catalogue([LooseFiles(root)]), Counter[str]()
     num_loose = count_images(root, skipped)
     for label, name in enumerate(classes):
-        add_images(catalogue, root, name, label, skipped)
+        add_images(catalogue, root, folder_of[name], label, skipped)
     check_no_splits(catalogue.names(), 0, str(root))
     notes, used = [f"{plural(len(classes), 'class folder')} in {root}"], set(catalogue.label)
     if empty := [name for label, name in enumerate(classes) if label not in used]:

@@ -11,7 +11,7 @@ from tools.shards.layouts.archives import read_maybe_gzip
 from tools.shards.layouts.splits import plain_name
 
 IDX_FILE = re.compile(r"(train|t10k)-(images|labels)[-.]idx[13]-ubyte(\.gz)?")
-PREFIX = {"train": "train", "val": "t10k"}
+PREFIX = {"train": "train", "val": "t10k"}  # there is no third split
 CLOTHES = "t-shirt/top, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle-boot"
 
 
@@ -36,7 +36,7 @@ def _images_and_labels(path: Path, split: str) -> dict[str, Path]:
     for folder in (path, path / "raw", *sorted(path.glob("*/raw"))):
         if folder.is_dir():
             matches = [(file, IDX_FILE.fullmatch(file.name)) for file in sorted(folder.iterdir(), reverse=True)]
-            files = {match[2]: file for file, match in matches if match and match[1] == PREFIX[split]}
+            files = {match[2]: file for file, match in matches if match and match[1] == PREFIX.get(split)}
             if "images" in files:
                 return files
     return {}

@@ -17,6 +17,7 @@ from tools.shards.layouts.folders import folders_are_classes, image_folders, ima
 from tools.shards.layouts.idx import open_idx
 from tools.shards.layouts.imagenet import open_imagenet_val, open_kaggle
 from tools.shards.layouts.parquet import open_parquet
+from tools.shards.layouts.splits import NoSplitError
 from tools.shards.layouts.tars import open_tars
 from tools.shards.skipped_files import describe_compression, describe_no_images
 
@@ -36,12 +37,25 @@ FILES_OF = {"parquet": "parquet files", "tars": "tars"}  # layouts whose files c
 
 
 def open_source(path: Path, split: str, layout: str = "auto", spools: Path | None = None) -> Source:
-    """List every image of one split.
+    """List every image of one split; where there is none for validation, those of the test split.
 
     Raises FileNotFoundError when nothing is there, ValueError when the path has no known layout, or not the requested one.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
+    try:
+        return _open_split(path, split, layout, spools)
+    except NoSplitError as error:
+        if split != "val":
+            raise
+        try:
+            source = _open_split(path, "test", layout, spools)
+        except ValueError:
+            raise error from None
+        return replace(source, notes=(*source.notes, "no val images: those of the test split are taken"))
+
+
+def _open_split(path: Path, split: str, layout: str, spools: Path | None) -> Source:
     tried = [name for name in LAYOUTS if layout in ("auto", name)]
     if layout == "auto" and not folders_are_classes(path, split):
         tried.remove("folders")
@@ -60,7 +74,7 @@ def open_source(path: Path, split: str, layout: str = "auto", spools: Path | Non
         raise ValueError(f"{path}: {packed}")
     requested = "" if layout == "auto" else f" with --layout {layout}"
     content = _describe_content(path, split)
-    raise ValueError(f"{path}: no {split} images found{requested}: {content}. Check the path, --split and --layout")
+    raise NoSplitError(f"{path}: no {split} images found{requested}: {content}. Check the path, --split and --layout")
 
 
 def _with_checked_labels(source: Source, path: Path) -> Source:

@@ -16,6 +16,10 @@ _NOUN = "set|split|data|images?|imgs?"
 SPLIT_FOLDER = re.compile(rf"(?:(?:seg|{_NOUN})[-_ ]?)?(?:{_ANY})(?:[-_ ]?(?:{_NOUN}|\d{{4}}))?", re.IGNORECASE)
 
 
+class NoSplitError(ValueError):
+    """There are images, of other splits than the one that is asked for."""
+
+
 def split_of(folder: str) -> str:
     """Return the split that a folder is named after: train, val, test, or ""."""
     match = SPLIT_FOLDER.fullmatch(folder.strip())
@@ -38,13 +42,13 @@ def folder_of_split(folders: Iterable[str], split: str, where: str) -> str:
 def choose_split(folders: Collection[str], split: str, where: str) -> tuple[str, list[str]]:
     """Return the folder of the split, "" when no folder is named after a split; and the folders of no split.
 
-    `folders` hold images; "" stands for images outside of folders. Raises ValueError when the split has no folder among those
-    of other splits.
+    `folders` hold images; "" stands for images outside of folders. Raises NoSplitError when the split has no folder among
+    those of other splits, ValueError when other folders lie next to those.
     """
     splits, others = (sorted(name for name in folders if bool(split_of(name)) == is_split) for is_split in (True, False))
     ours = folder_of_split(splits, split, where)
     if splits and not ours and not others:
-        raise ValueError(
+        raise NoSplitError(
             f"{where}: no {split} images: the folders in it are {truncate_list(splits)}. Choose another --split, or convert "
             f"the folder that is to be the {split} split, such as {splits[0]}"
         )

@@ -19,7 +19,7 @@ from pipeline.text import plural, truncate_list
 from tools.shards.catalogue import Catalogue, FileRanges, Source, check_class_names
 from tools.shards.classes import class_order, number_labels
 from tools.shards.images import is_image
-from tools.shards.layouts.folders import are_no_classes, has_images, walk_images
+from tools.shards.layouts.folders import are_below_initials, are_no_classes, has_images, main_folder, walk_images
 from tools.shards.layouts.imagenet import ARCHIVES, are_wnids, label_order
 from tools.shards.layouts.splits import (
     check_no_splits,
@@ -54,18 +54,18 @@ def open_tars(path: Path, split: str, spools: Path | None) -> Source | None:
     tars, num_others = _tars_of_split(path, split)
     if not tars:
         return None
-    # The names of all images tell whether they lie in folders of splits; if so, only the split's own are listed again.
+    # The names of all images tell whether they lie in folders of splits, or next to masks; if so, only ours are listed again.
     listing = _list_tars(tars, "")
     if path.is_dir() and not len(listing.catalogue) and has_images(path):
         return None  # the tar holds something else and lies next to images
-    if below := _split_folder(listing.catalogue.names(), split, str(path)):
+    if below := _folder_of_images(listing.catalogue.names(), split, str(path)):
         listing = _list_tars(tars, below)
     name, classes, note = _label_images(listing, tars, plain_name(path.with_suffix("") if path.is_file() else path))
     notes = [tars[0].name if len(tars) == 1 else f"{len(tars)} tars", note]
     if left_out := describe_left_out(listing.left_out):
         notes.append(left_out)
     if below:
-        notes.append(f"images below {below}; {listing.elsewhere:,} of other splits are left out")
+        notes.append(f"images below {below}; {listing.elsewhere:,} elsewhere, of other splits or masks, are left out")
     if num_others:
         notes.append(f"not of the {split} split and left out: {plural(num_others, 'tar')}")
     if path.is_dir():
@@ -84,7 +84,7 @@ def _tars_of_split(path: Path, split: str) -> tuple[list[Path], int]:
         return ([path] if tar_kind(path) == "a tar" else []), 0
     root = path / folder_of_split(visible_folders(path), split, str(path))
     tars = sorted(tar for tar in root.glob("*.tar") if not tar.name.startswith("."))
-    chosen = [tar for tar in tars if tar.name == ARCHIVES[split]] or files_of_split(tars, split, root)
+    chosen = [tar for tar in tars if tar.name == ARCHIVES.get(split)] or files_of_split(tars, split, root)
     return chosen, len(tars) - len(chosen)
 
 
@@ -183,22 +183,36 @@ def _label_by_folder(catalogue: Catalogue, where: str, unlabelled: str) -> tuple
     if num_loose := folders.count(""):
         why = f": {num_loose:,} lie next to the folders, so the folders are not classes"
         return (), unlabelled + (why if num_loose < len(names) else "")
-    classes = class_order(set(folders))
-    if are_no_classes(classes):
-        return (), f"{unlabelled}: the folders {truncate_list(classes)} are not classes"
+    if are_no_classes(set(folders)):
+        return (), f"{unlabelled}: the folders {truncate_list(sorted(set(folders)))} are not classes"
+    inner = [_first_folder(name[common:].partition("/")[2]) for name in names]
+    if all(inner) and are_below_initials(set(zip(folders, inner, strict=True))):
+        folders = inner
     check_no_splits(names, common, where)
+    classes = class_order(set(folders))
     labels = {name: label for label, name in enumerate(classes)}
     catalogue.label = array("i", map(labels.__getitem__, folders))
     return tuple(classes), f"{len(classes):,} classes named by the folders in it: {truncate_list(classes)}"
 
 
-def _split_folder(names: list[str], split: str, where: str) -> str:
-    """Return `a/b/train/` where the images lie in folders named after splits, else "". Raises ValueError for a mixture."""
-    common = _common_folder(names)
-    ours, others = choose_split({_first_folder(name[common:]) for name in names}, split, where)
-    if ours and others:
-        raise mixed_splits(ours, others, where)
-    return f"{names[0][:common]}{ours}/" if ours else ""
+def _folder_of_images(names: list[str], split: str, where: str) -> str:
+    """Return `a/images/train/` where the images of the split lie there, next to those of other splits or to masks, else "".
+
+    Raises ValueError for a mixture of splits and other folders.
+    """
+    below, chosen = "", ""
+    while True:
+        common = _common_folder(names)
+        folders = {_first_folder(name[common:]) for name in names}
+        if not chosen:
+            chosen, others = choose_split(folders, split, where)
+            if chosen and others:
+                raise mixed_splits(chosen, others, where)
+            inner = chosen
+        if not (inner := inner or main_folder(folders)):
+            return below
+        below = f"{names[0][:common]}{inner}/"
+        names, inner = [name for name in names if name.startswith(below)], ""
 
 
 def _common_folder(names: list[str]) -> int:
