@@ -5,8 +5,10 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +79,8 @@ class Snapshots:
 def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     """Write `folder/step_00001234` and return its path. Raises OSError, and then leaves nothing behind.
 
-    The files are flushed to disk before the rename: a checkpoint folder either does not exist or is complete.
+    The files are flushed to disk before the rename: a checkpoint folder either does not exist or is complete. A sound checkpoint
+    of the step stays: a run that stops at the step it has just saved or resumed from has no other content for it.
     """
     final = checkpoint_path(folder, snapshot.state["step"])
     temporary = folder / f".{final.name}.partial"
@@ -85,6 +88,10 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
         shutil.rmtree(abandoned, ignore_errors=True)
     if snapshot.copied is not None:
         snapshot.copied.synchronize()
+    if os.path.lexists(final):
+        if is_sound(final) and checkpoint_step(final) == snapshot.state["step"]:
+            return final
+        move_aside([final], folder, "abandoned")
     try:
         temporary.mkdir(parents=True)
         save_file(snapshot.model, temporary / MODEL)
@@ -93,7 +100,6 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
         (temporary / MANIFEST).write_text(_manifest(temporary))
         for path in (*temporary.iterdir(), temporary):
             _flush(path)
-        shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         _flush(folder)
     except SafetensorError as error:
@@ -112,13 +118,43 @@ def _flush(path: Path) -> None:
 
 
 def prune_checkpoints(folder: Path, keep_last: int, keep_best: int) -> None:
-    """Delete all but the newest `keep_last` and the `keep_best` with the highest scores."""
-    paths = list_checkpoints(folder)
-    scores = {path: score for path in paths if (score := _read_state(path).get("score")) is not None}
+    """Delete all but the newest `keep_last` and the `keep_best` with the highest scores.
+
+    Damaged and unreadable checkpoints and links to checkpoints elsewhere stay where they are; damaged ones do not count.
+    """
+    sound = [path for path in list_checkpoints(folder) if is_sound(path)]
+    scores = {path: score for path in sound if isinstance(score := _read_state(path).get("score"), int | float)}
     best = sorted(scores, key=lambda path: (scores[path], path.name))[::-1][:keep_best]
-    for path in paths[:-keep_last]:
-        if path not in best:
-            shutil.rmtree(path)
+    for path in sound[:-keep_last]:
+        if path in best or path.is_symlink():
+            continue
+        try:  # under a name that the next save clears away, should this be cut short
+            shutil.rmtree(path.rename(folder / f".{path.name}.partial"))
+        except OSError as error:
+            log.warning(f"{path}: cannot be deleted ({error.strerror})")
+
+
+def abandon_others(folder: Path, kept: Path) -> None:
+    """Move aside the checkpoints in `folder` that are newer than `kept`, from which the run continues; all, if it lies elsewhere.
+
+    They are of a branch that has been left: neither pruning nor the next start may take them for the present one. The log of
+    that branch is copied next to them.
+    """
+    limit = checkpoint_step(kept) if kept.resolve().parent == folder.resolve() else -1
+    if others := [path for path in list_checkpoints(folder)[::-1] if checkpoint_step(path) > limit]:
+        target = move_aside(others, folder, "abandoned")
+        if (metrics := folder.parent / "metrics.jsonl").exists():
+            shutil.copy(metrics, target)
+        log.warning(f"{folder}: {', '.join(path.name for path in others[::-1])}: left for another branch, moved to {target.name}")
+
+
+def move_aside(paths: Iterable[Path], folder: Path, name: str) -> Path:
+    """Move files and folders, in this order, to `folder/NAME-1`, or the first number that is free, and return it."""
+    target = next(path for number in count(1) if not (path := folder / f"{name}-{number}").exists())
+    target.mkdir()
+    for path in paths:
+        path.rename(target / path.name)
+    return target
 
 
 def data_of(path: Path) -> str | None:
@@ -140,16 +176,19 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def checkpoint_step(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
+    """Return the step in a checkpoint's state, whatever its folder is called; where the state is damaged, that of the name."""
+    step = _read_state(path).get("step")
+    return step if isinstance(step, int) else int(path.name.removeprefix("step_"))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first."""
-    return sorted(folder.glob("step_" + "[0-9]" * 8))
+    paths = [path for path in folder.glob("step_" + "[0-9]" * 8) if path.is_dir()]
+    return sorted(paths, key=lambda path: (checkpoint_step(path), path.name))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest undamaged checkpoint, and log the damaged ones."""
+    """Return the newest undamaged checkpoint, and log the damaged ones. Raises OSError for storage that fails."""
     for path in reversed(list_checkpoints(folder)):
         try:
             verify_checkpoint(path)
@@ -159,12 +198,30 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def is_sound(path: Path) -> bool:
+    """Return True for an undamaged checkpoint. Its files are read once, and again only if one has changed since."""
+    try:
+        return _is_sound(path, tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in map(Path.stat, sorted(path.iterdir()))))
+    except OSError:
+        return False
+
+
+@lru_cache(maxsize=256)
+def _is_sound(path: Path, _: tuple[tuple[int, ...], ...]) -> bool:
+    try:
+        verify_checkpoint(path)
+    except DamagedCheckpointError as error:
+        log.warning(f"{error}; it does not count among those kept")
+        return False
+    return True
+
+
 def verify_checkpoint(path: Path) -> None:
-    """Raise DamagedCheckpointError unless the manifest is, to the byte, that of the files."""
+    """Raise DamagedCheckpointError unless the manifest is, to the byte, that of the files; OSError if they cannot be read."""
     try:
         written, expected = (path / MANIFEST).read_bytes(), _manifest(path).encode()
-    except OSError as error:
-        raise DamagedCheckpointError(f"{path}: unreadable ({error})") from None
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise DamagedCheckpointError(f"{path}: incomplete ({error})") from None
     if written != expected:
         wrong = [name for name, checksum in json.loads(expected)["sha256"].items() if checksum.encode() not in written]
         raise DamagedCheckpointError(f"{path}: damaged: {', '.join(wrong or [MANIFEST])}")
@@ -239,7 +296,7 @@ class CheckpointWriter:
             write_checkpoint(self._folder, snapshot)
             prune_checkpoints(self._folder, self._keep_last, self._keep_best)
         except OSError as error:
-            existing = list_checkpoints(self._folder)
+            existing = [path for path in list_checkpoints(self._folder) if is_sound(path)]
             last = f"the last one is {existing[-1].name}" if existing else "there is none yet"
             log.warning(
                 f"{self._folder}: step {snapshot.state['step']} could not be saved ({error}); {last}. Training continues: "

@@ -16,7 +16,7 @@ from pipeline.files import write_atomic
 from pipeline.memory import memory_limit
 from pipeline.shards.index import UNLABELLED
 from pipeline.shards.storage import StoreError
-from train.checkpoint import CheckpointWriter, checkpoint_path, list_checkpoints
+from train.checkpoint import CheckpointWriter, abandon_others, checkpoint_step, list_checkpoints
 from train.evaluation.online import OnlineEvaluation
 from train.monitor import memory_metrics
 from train.output.display import Display
@@ -39,7 +39,7 @@ def open_recorder(trainer: Trainer, console: Console, opened: ExitStack) -> "Rec
 
     Until `opened` is closed, other processes are kept out of the folder.
     """
-    config, ranks = trainer.config, trainer.ranks
+    config, ranks, folder = trainer.config, trainer.ranks, trainer.folder / "checkpoints"
     evaluation = OnlineEvaluation(config, trainer.folder, cast(HJEPA, trainer.model)) if ranks.is_first else None
     if evaluation is not None:
         open_run_folder(config, trainer.dataset.index.digest, opened)
@@ -50,6 +50,15 @@ def open_recorder(trainer: Trainer, console: Console, opened: ExitStack) -> "Rec
     checkpoint = trainer.newest_checkpoint() if resume == "auto" else None if resume == "none" else Path(resume)
     if checkpoint is not None:
         trainer.restore(checkpoint)
+        if ranks.is_first:
+            abandon_others(folder, checkpoint)
+    elif ranks.is_first and list_checkpoints(folder):
+        raise ValueError(
+            f"{folder}: every checkpoint is damaged. Bring one back from a backup, or start over with checkpoint.resume=none, "
+            "which moves them aside"
+        )
+    elif ranks.is_first and (trainer.folder / "metrics.jsonl").exists():
+        log.warning(f"{trainer.folder}: an earlier start left no checkpoint, so this one begins at step 0 again")
     if trainer.complete:
         limit = stop_setting(config, trainer.schedule.total_steps)
         log.info(f"this run is complete: to continue, raise {limit}; checkpoint.resume=none starts over")
@@ -172,8 +181,9 @@ class Recorder:
         """Wait until the checkpoint is on disk, or was refused by it."""
         self._writer.wait()
 
-    def rewind(self) -> None:
-        """Drop what was logged after the step to which the trainer has gone back."""
+    def rewind(self, checkpoint: Path) -> None:
+        """Drop what was logged after the checkpoint to which the trainer has gone back, and move newer ones aside."""
+        abandon_others(self._checkpoints, checkpoint)
         self._opened.close()
         self._metrics = self._open_metrics()
 
@@ -201,7 +211,7 @@ class Recorder:
         pictures = f", pictures: {folder / 'figures'}" if config.logging.pictures else ""
         for line in (*hints, f"report: {page}{pictures}"):
             log.info(line)
-        if checkpoint_path(self._checkpoints, state.step).exists():
+        if state.step in map(checkpoint_step, list_checkpoints(self._checkpoints)):
             return 0
         log.error(
             f"the weights of step {state.step} are NOT saved: free some space; the same command continues from the last "

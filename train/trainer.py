@@ -26,7 +26,7 @@ from train.build import (
     build_training_loader,
     with_crop_device,
 )
-from train.checkpoint import Snapshot, Snapshots, checkpoint_path, checkpoint_step, load_checkpoint, newest_checkpoint
+from train.checkpoint import Snapshot, Snapshots, checkpoint_path, load_checkpoint, newest_checkpoint
 from train.command import StopSignal
 from train.config.schema import Config
 from train.distributed import SINGLE_PROCESS, Ranks, Watchdog, no_sync_if, replicated
@@ -131,8 +131,8 @@ class Trainer:
         """Return the newest undamaged checkpoint of the run, which rank 0 chooses for all ranks."""
         folder = self.folder / "checkpoints"
         path = newest_checkpoint(folder) if self.ranks.is_first else None
-        step = self.ranks.from_first(-1 if path is None else checkpoint_step(path))
-        return None if step < 0 else checkpoint_path(folder, step)
+        number = self.ranks.from_first(-1 if path is None else int(path.name.removeprefix("step_")))
+        return None if number < 0 else checkpoint_path(folder, number)
 
     def fetch_shards(self, cancelled: Callable[[], bool]) -> bool:
         """Wait for the shards of the next step, so that a failing object store cannot break the step itself.
@@ -247,7 +247,7 @@ def train(trainer: Trainer, recorder: "Recorder | None", stop: StopSignal) -> in
                 rolled_back_to = checkpoint
                 trainer.restore(checkpoint)
                 if recorder:
-                    recorder.rewind()
+                    recorder.rewind(checkpoint)
             watchdog.beat()
 
     # Leave with a checkpoint. torchrun kills the others half a minute after one rank has left, so all wait for rank 0's.

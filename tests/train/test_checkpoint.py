@@ -1,7 +1,14 @@
+import json
+import os
 import random
 import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import pytest
@@ -13,9 +20,12 @@ from train.checkpoint import (
     DamagedCheckpointError,
     Snapshot,
     Snapshots,
+    abandon_others,
     checkpoint_step,
+    is_sound,
     list_checkpoints,
     load_checkpoint,
+    move_aside,
     newest_checkpoint,
     prune_checkpoints,
     verify_checkpoint,
@@ -83,7 +93,7 @@ def test_only_the_newest_are_kept_and_nothing_partial_stays(folder: Path) -> Non
     assert sorted(path.name for path in folder.iterdir()) == ["step_00000010", "step_00000015", "step_00000020"]
 
 
-def test_the_best_are_kept_beside_the_newest_and_a_damaged_score_counts_for_nothing(tmp_path: Path) -> None:
+def test_the_best_are_kept_beside_the_newest_and_damaged_ones_count_for_nothing_and_stay(tmp_path: Path) -> None:
     snapshot = take_snapshot(*trained(), {"step": 0, "score": None})
     for step, score in enumerate([0.1, 0.9, None, 0.7, 0.9, 0.2, 0.3]):
         write_checkpoint(tmp_path, replace(snapshot, state={"step": step, "score": score}))
@@ -91,7 +101,102 @@ def test_the_best_are_kept_beside_the_newest_and_a_damaged_score_counts_for_noth
     assert [checkpoint_step(path) for path in list_checkpoints(tmp_path)] == [1, 3, 4, 5, 6]
     (tmp_path / "step_00000001" / "state.json").write_text("{")
     prune_checkpoints(tmp_path, keep_last=1, keep_best=3)
-    assert [checkpoint_step(path) for path in list_checkpoints(tmp_path)] == [3, 4, 6]
+    assert [checkpoint_step(path) for path in list_checkpoints(tmp_path)] == [1, 3, 4, 6]
+
+
+def test_the_step_is_that_of_the_content_and_odd_entries_do_not_end_pruning(tmp_path: Path) -> None:
+    snapshot, folder = take_snapshot(*trained(), {"step": 0, "score": None}), tmp_path / "checkpoints"
+    for step in (10, 20):
+        write_checkpoint(folder, replace(snapshot, state={"step": step, "score": None}))
+    write_checkpoint(tmp_path, replace(snapshot, state={"step": 5, "score": None})).rename(tmp_path / "elsewhere")
+    (folder / "step_00000010").rename(folder / "step_00000099")  # to make it the newest, somebody thought
+    (folder / "step_00000005").symlink_to(tmp_path / "elsewhere")
+    (folder / "step_00000006").symlink_to(tmp_path / "nowhere")
+    (folder / "step_00000007").write_text("a plain file")
+    (folder / "step_00000040").write_text("a plain file")
+    assert [checkpoint_step(path) for path in list_checkpoints(folder)] == [5, 10, 20]
+    assert newest_checkpoint(folder) == folder / "step_00000020"
+    for step in (30, 40):
+        write_checkpoint(folder, replace(snapshot, state={"step": step, "score": None}))
+        prune_checkpoints(folder, keep_last=2, keep_best=0)
+    assert [checkpoint_step(path) for path in list_checkpoints(folder)] == [5, 30, 40]
+    assert (folder / "step_00000006").is_symlink()
+    assert (folder / "step_00000007").read_text() == (folder / "abandoned-1" / "step_00000040").read_text() == "a plain file"
+    assert verify_checkpoint(tmp_path / "elsewhere") is None
+
+
+def killed_at(event: int, work: Callable[[], object]) -> bool:
+    """Do the work in a process of its own that dies just before the given of its file operations; True if it had so many."""
+    if not (child := os.fork()):
+        events = count()
+        names = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
+        sys.addaudithook(lambda name, _: os._exit(1) if name in names and next(events) == event else None)
+        work()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 100))])
+def test_after_any_order_of_kills_damages_and_resumes_the_newest_sound_branch_continues_and_nothing_is_lost(
+    seed: int, tmp_path: Path
+) -> None:
+    rng, keep_last, tensors = random.Random(seed), 3, {"weights": torch.arange(8.0)}
+    folder = tmp_path / "checkpoints"
+    saved: list[str] = []  # the expected sound checkpoints of the present branch: each is the letters of its steps
+    left: set[str] = set()  # those of branches that were left
+    seen = Counter[str]()
+
+    def content(path: Path) -> str:
+        return json.loads((path / "state.json").read_text())["run"]
+
+    def found() -> list[str]:
+        return [content(path) for path in list_checkpoints(folder) if is_sound(path)]
+
+    def save(branch: str) -> None:
+        write_checkpoint(folder, Snapshot(tensors, tensors, {"step": len(branch), "run": branch, "score": None}))
+        prune_checkpoints(folder, keep_last, keep_best=0)
+
+    for _ in range(40):
+        newest = newest_checkpoint(folder)
+        assert found() == saved
+        assert (newest and content(newest)) == (saved[-1] if saved else None)
+        branch = ""
+        if newest is None and folder.exists():  # only damaged ones: started over
+            move_aside([folder], tmp_path, "old")
+        elif newest is not None:  # or, on purpose, from an older one
+            kept = newest if rng.random() < 0.7 else rng.choice([p for p in list_checkpoints(folder) if is_sound(p)])
+            branch, before = content(kept), saved
+            is_killed = killed_at(rng.randrange(60), lambda kept=kept: abandon_others(folder, kept))
+            seen["killed when moving"] += is_killed
+            saved = found()
+            assert before[: len(saved)] == saved
+            assert saved[-1] == branch or is_killed
+            left |= {*before} - {*saved}
+            if is_killed:
+                continue
+        for _ in range(rng.randint(1, 4)):
+            branch += "".join(rng.choices(ascii_lowercase, k=rng.randint(0, 3)))
+            expected = [*saved, *([branch] if saved[-1:] != [branch] else [])]
+            is_killed = killed_at(rng.randrange(80), lambda branch=branch: save(branch))
+            seen["killed when saving"] += is_killed
+            now = found()
+            if is_killed and now[-1:] != expected[-1:]:
+                expected = saved
+            assert expected[-len(now) :] == now or now == expected == []
+            assert len(now) >= min(keep_last, len(expected))
+            assert is_killed or len(now) <= keep_last
+            saved = now
+            if is_killed:
+                break
+        if (paths := list_checkpoints(folder)) and rng.random() < 0.5:
+            path = rng.choice(paths)
+            file = path / rng.choice(["model.safetensors", "optimizer.safetensors", "manifest.json"])
+            if is_sound(path):
+                saved.remove(content(path))
+            file.write_bytes(file.read_bytes()[: rng.randrange(max(1, file.stat().st_size))])
+            seen["damaged"] += 1
+    assert {content(path) for path in tmp_path.glob("**/abandoned-*/*") if is_sound(path)} >= left
+    assert len(seen) == 3, seen
 
 
 def test_a_snapshot_is_of_its_moment_whatever_training_does_while_it_is_written(tmp_path: Path) -> None:

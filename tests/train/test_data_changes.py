@@ -230,7 +230,7 @@ def test_other_images_under_the_name_of_a_run_are_refused_and_nothing_is_touched
     assert "checkpoint.resume=none" in line
     assert files() == before
     assert train(command(QUICKSTART, other, runs, *more, "checkpoint.resume=none")) == 0
-    assert (runs / "quickstart" / "baselines.json.old-1").exists()
+    assert (runs / "quickstart" / "old-1" / "baselines.json").exists()
 
 
 def test_a_moved_folder_continues_with_or_without_its_side_files(copied: tuple[Path, Path]) -> None:

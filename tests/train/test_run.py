@@ -118,23 +118,43 @@ def test_a_second_run_in_the_folder_is_refused_in_one_line_and_changes_nothing(
     assert before == {path: path.stat().st_mtime_ns for path in complete.rglob("*") if path.name != ".lock"}
 
 
-def test_starting_over_moves_the_old_run_aside(complete: Path, data_path: Path, tmp_path: Path) -> None:
-    shutil.copytree(complete, tmp_path / "quickstart")
-    assert main(command(QUICKSTART, data_path, tmp_path, "training.max_steps=2", "checkpoint.resume=none")) == 0
-    assert (tmp_path / "quickstart" / "checkpoints.old-1" / "step_00000002").is_dir()
-
-
-@pytest.mark.skipif(find_spec("wandb") is None, reason="needs wandb, which works offline here")
-def test_in_wandb_a_continued_run_keeps_its_id_and_one_that_starts_over_gets_another(
-    data_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_branch_that_was_resumed_continues_and_nothing_starts_over_unasked(
+    complete: Path, data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    ids = []
-    for steps, resume in ((2, "auto"), (3, "auto"), (3, "none")):
-        changes = [f"training.max_steps={steps}", f"checkpoint.resume={resume}", "logging.wandb.enabled=true"]
-        assert main(command(QUICKSTART, data_path, tmp_path, *changes)) == 0
-        ids.append((tmp_path / "quickstart" / "wandb_id").read_text())
-    assert ids[0] == ids[1] != ids[2]
+    run = shutil.copytree(complete, tmp_path / "quickstart")
+    checkpoints = run / "checkpoints"
+
+    def steps() -> list[str]:
+        return sorted(path.name[-1] for path in checkpoints.glob("step_*"))
+
+    settings = ["training.max_steps=4", "checkpoint.save_frequency=1", "checkpoint.keep_last_n=2"]
+    assert main(command(QUICKSTART, data_path, tmp_path, *settings, "checkpoint.save_frequency=2")) == 0
+    assert steps() == ["2", "4"]
+    again = command(
+        QUICKSTART, data_path, tmp_path, *settings, f"checkpoint.resume={checkpoints / 'step_00000002'}", "training.lr=1e-4"
+    )
+    capsys.readouterr()
+    assert main(again) == 0
+    assert "step_00000004: left for another branch, moved to abandoned-1" in capsys.readouterr().out
+    assert steps() == ["3", "4"]
+    kept = load_file(checkpoints / "abandoned-1" / "step_00000004" / "model.safetensors")
+    now = load_file(checkpoints / "step_00000004" / "model.safetensors")
+    assert not all(torch.equal(kept[name], now[name]) for name in kept)
+    assert (checkpoints / "abandoned-1" / "metrics.jsonl").exists()
+
+    for path in checkpoints.glob("step_*"):
+        (path / "state.json").write_text("{}")
+    before = (run / "metrics.jsonl").read_bytes()
+    assert main(command(QUICKSTART, data_path, tmp_path, *settings)) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"train: {checkpoints}: every checkpoint is damaged")
+    assert steps() == ["3", "4"]
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+    assert main(command(QUICKSTART, data_path, tmp_path, *settings, "checkpoint.resume=none")) == 0
+    assert "the earlier run there was moved to old-1; this one starts at step 0" in capsys.readouterr().out
+    assert (run / "old-1" / "metrics.jsonl").read_bytes() == before
+    assert (run / "old-1" / "checkpoints" / "step_00000003").is_dir()
+    assert steps() == ["3", "4"]
 
 
 def test_images_without_labels_get_neighbours_and_rankme_and_no_accuracies(

@@ -6,7 +6,6 @@ import os
 import platform
 from contextlib import ExitStack
 from importlib.metadata import version
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,19 @@ import yaml
 
 from pipeline.files import write_atomic
 from pipeline.lock import exclusive
-from train.checkpoint import data_of, list_checkpoints
+from train.checkpoint import data_of, list_checkpoints, move_aside
 from train.config.schema import Config
 from train.config.yaml12 import changed_settings, flatten
 
 log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "multicrop-hjepa")
+# What starting over moves aside, the checkpoints first: cut short, the rest belongs to no run that could be continued. Damaged
+# images stay known.
+RESULTS = (
+    "checkpoints", "config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "baselines.json", "figures",
+    "summary.json", "report.md", "report.html",
+)  # fmt: skip
 # Sections and keys that may differ between a run and its continuation: the rest decides what the weights mean.
 FREE_KEYS = (
     "device", "training.", "checkpoint.", "logging.", "evaluation.",
@@ -39,7 +44,7 @@ def run_folder(config: Config) -> Path:
 def open_run_folder(config: Config, data: str, opened: ExitStack) -> Path:
     """Create `run_dir/run_name` with its config.yaml and environment.json, locked until `opened` is closed.
 
-    `data`: the digest of the training shards. With `resume: none` an earlier run's checkpoints are renamed. Otherwise raises
+    `data`: the digest of the training shards. With `resume: none` an earlier run is moved aside. Otherwise raises
     ValueError, listing the differences, if the folder holds a run with other settings or data; also if another process runs in
     it, or if it cannot be written.
     """
@@ -49,7 +54,7 @@ def open_run_folder(config: Config, data: str, opened: ExitStack) -> Path:
         opened.enter_context(exclusive(folder, "choose another logging.run_name"))
         check_run_folder(config, data)
         if config.checkpoint.resume == "none":
-            _move_aside(folder)
+            _start_over(folder)
         write_atomic(folder / "config.yaml", config.to_yaml())
         write_atomic(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
     except OSError as error:
@@ -97,13 +102,12 @@ def read_settings(path: Path) -> dict[str, Any]:
     return content
 
 
-def _move_aside(folder: Path) -> None:
-    """Rename the results of an earlier run to `NAME.old-1`, or the first number that is free."""
-    for name in ("checkpoints", "metrics.jsonl", "summary.json", "baselines.json"):
-        if (folder / name).exists():
-            target = next(path for number in count(1) if not (path := folder / f"{name}.old-{number}").exists())
-            (folder / name).rename(target)
-            log.info(f"{folder / name}: from an earlier run, moved to {target.name}")
+def _start_over(folder: Path) -> None:
+    """Move what an earlier run has written to `old-1`, or the first number that is free: a run's folder of its own."""
+    if there := [folder / name for name in RESULTS if (folder / name).exists()]:
+        log.info(
+            f"{folder}: the earlier run there was moved to {move_aside(there, folder, 'old').name}; this one starts at step 0"
+        )
 
 
 def environment() -> dict[str, Any]:
