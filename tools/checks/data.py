@@ -1,18 +1,15 @@
-"""Checks of the shards, and of the pipeline's rate against the model's."""
+"""Checks of the shards."""
 
 import random
-import time
 from collections.abc import Callable
 from functools import cache
 
 from pipeline.files import file_checksum
 from pipeline.shards.index import ShardIndex, open_index, split_folder
 from pipeline.shards.manifest import MANIFEST_NAME, check_class_count, read_manifest
-from tools.checks.check import Case, Check, Finding, fail, ok, sees_gpu, skip, warn
+from tools.checks.check import Case, Check, Finding, fail, ok, skip, warn
 
 SAMPLED_SHARDS, SAMPLED_IMAGES = 8, 32
-WARM_UP_STEPS, RATE_S = 3, 3.0
-MAX_WAIT = 0.1  # share of the time; less is noise
 VERIFY = "python tools/make_shards.py verify FOLDER"
 COPY_AGAIN = f"copy the shard again, or convert again; all shards: {VERIFY}"
 
@@ -30,14 +27,12 @@ def read_index(case: Case, split: str) -> ShardIndex | None:
         return None
 
 
-def with_index(check: Callable[[Case, ShardIndex], Finding], needs_config: bool = False) -> Callable[[Case], Finding]:
-    """Return a check that is skipped without a readable training split or, where it is needed, without a config."""
+def with_index(check: Callable[[Case, ShardIndex], Finding]) -> Callable[[Case], Finding]:
+    """Return a check that is skipped without a readable training split."""
 
     def find(case: Case) -> Finding:
         index = read_index(case, "train")
-        if index is None or (needs_config and case.config is None):
-            return skip("no readable shards, or no CONFIG")
-        return check(case, index)
+        return skip("no readable shards") if index is None else check(case, index)
 
     return find
 
@@ -100,35 +95,6 @@ def check_labels(case: Case, index: ShardIndex) -> Finding:
     return ok("each label means the same class in train and val")
 
 
-def check_rate(case: Case, _: ShardIndex) -> Finding:
-    """Take training steps for a few seconds, and compare the time in which they wait for data with the rest."""
-    import torch
-
-    from train.build import torch_threads
-    from train.trainer import Trainer
-
-    assert case.config is not None
-    if not sees_gpu() and case.config.device != "cpu":
-        return skip("training steps are measured on a GPU, or with device=cpu")
-    if not case.uses_gpu:
-        torch.set_num_threads(torch_threads(case.config))
-    trainer = Trainer(case.config)
-    for _step in range(WARM_UP_STEPS):  # the first one allocates, and compiles
-        trainer.train_step()
-    images, waited, started = trainer.state.images, trainer.state.wait_s, time.perf_counter()
-    while time.perf_counter() - started < RATE_S:
-        trainer.train_step()
-        if case.uses_gpu:
-            torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
-    share = (trainer.state.wait_s - waited) / seconds
-    text = f"{(trainer.state.images - images) / seconds:,.0f} images/s, {share:.0%} of the time waiting for data"
-    if share > MAX_WAIT:
-        fix = "more cores, data.num_workers=auto, data.hw_decoder_load=auto, images stored smaller, or shards on a local disk"
-        return warn(text, fix)
-    return ok(text)
-
-
 DATA_CHECKS = {
     "shards: index": Check(check_index, VERIFY),
     "shards: manifest": Check(
@@ -138,5 +104,4 @@ DATA_CHECKS = {
     "shards: classes": Check(
         with_index(check_labels), "remove the val shards and convert val again next to train, with the same --out"
     ),
-    "pipeline rate": Check(with_index(check_rate, needs_config=True)),
 }
