@@ -19,9 +19,12 @@ from pipeline.dataset import CropBatch, MultiCropDataset, Normalization, default
 from pipeline.order import BatchSequence, BatchStart, Plan
 from pipeline.quarantine import Quarantine
 from pipeline.shards.cache import Pins
-from pipeline.shards.storage import allow_open_files, resolve_use_mmap
+from pipeline.shards.fetcher import patiently
+from pipeline.shards.storage import allow_open_files
+from pipeline.text import Every
 from pipeline.window import WINDOW_TARS, GraphFailed, Window, WindowBuilder
 
+WATCH_S = 1.0  # between looks at the shards of a folder
 OPEN_WINDOWS = 6  # of a run: one in use and one prefetched, for training and the two splits of the evaluation
 
 
@@ -49,9 +52,7 @@ class MultiCropLoader:
     ) -> None:
         if reader.device == "gpu" and not torch.cuda.is_available():
             raise DeviceError("device gpu: torch sees no CUDA GPU. Use device cpu, or check the driver with nvidia-smi")
-        # Without memory mappings every tar of a window stays open.
-        if not reader.use_mmap:
-            allow_open_files(OPEN_WINDOWS * WINDOW_TARS)
+        allow_open_files(OPEN_WINDOWS * WINDOW_TARS)  # every tar of a window stays open
         self.sequence, self.reader, self.normalization = sequence, reader, normalization
         self.index, self.quarantine, self.global_batch = sequence.index, sequence.quarantine, sequence.global_batch
         # The compiled operator normalises a crop while it is in the cache; for an upload that would be four times the bytes.
@@ -63,6 +64,8 @@ class MultiCropLoader:
         self._window: Window | None = None
         self._builder: WindowBuilder | None = None
         self._pins: Pins | None = None
+        self._watched, self._failed_at = Every(WATCH_S), BatchStart(-1, -1)
+        self._cancelled: Callable[[], bool] = lambda: False
 
     def __len__(self) -> int:
         """Return the number of batches of an epoch."""
@@ -120,6 +123,9 @@ class MultiCropLoader:
             beyond = None if (left := self._num_left()) is None else left - window.left
             if self._builder is None and 2 * window.taken >= len(window.starts) and (beyond is None or beyond > 0):
                 self._builder = WindowBuilder(partial(self._make_window, window.following, beyond))
+            if self._watched.due():
+                shards = np.unique(window.shards[window.taken]).tolist()
+                patiently(partial(self._fetcher.check, shards), self._fetcher.retry_s, self._cancelled)
             try:
                 return window.next()
             except GraphFailed as error:
@@ -141,7 +147,8 @@ class MultiCropLoader:
 
         `cancelled` is polled meanwhile; True raises Cancelled. Raises StoreError. Neither loses a batch.
         """
-        if self._fetcher is None:
+        self._cancelled = cancelled
+        if self.index.remote is None:
             return
         here = next(self.sequence.iter_batch_starts(BatchStart(self._epoch, self._position)))
         if self._window is not None and self._window.here != here:
@@ -157,11 +164,9 @@ class MultiCropLoader:
     def close(self) -> None:
         """Free the graphs with their threads and device memory. The next batch builds a new one."""
         self._window, self._pins = None, None
-        if self._fetcher is not None:
-            self._fetcher.release()
+        self._fetcher.release()
         self._take_ahead()
-        if self._fetcher is not None:
-            self._fetcher.release()  # what the prefetched window had fetched for later
+        self._fetcher.release()  # what the prefetched window had fetched for later
 
     def _window_at(self, here: BatchStart) -> Window:
         """Return the window whose next batch begins at `here`: the one in use, the prefetched one, or a new one."""
@@ -187,15 +192,25 @@ class MultiCropLoader:
     def _set_aside(self, rows: np.ndarray, dali_error: str) -> None:
         """Quarantine the rows that cannot be decoded.
 
-        Raises DeviceError or torch.OutOfMemoryError if the device failed, ValueError if every row can be decoded.
+        Raises DeviceError or torch.OutOfMemoryError if the device failed, StoreError if the storage still does, and ValueError if
+        every row can be decoded although the graph has failed here before.
         """
         if error := as_device_error(dali_error, self.reader.numbered(self.reader.device)):
             raise error
         unknown = [row for row in np.unique(rows).tolist() if row not in self.quarantine.reasons]
-        faults = find_faults(self.index, unknown, self.reader.numbered(self.reader.crop_device))
-        if not faults:
+        shards = np.unique(self.index.samples["shard"][unknown]).tolist()
+
+        def examine() -> dict[int, str]:
+            self._fetcher.check(shards)
+            return find_faults(self.index, unknown, self.reader.numbered(self.reader.crop_device))
+
+        # Only bytes that were read in full, from a tar that is still the same, can be an image's fault.
+        faults = patiently(examine, self._fetcher.retry_s, self._cancelled)
+        here = BatchStart(self._epoch, self._position)
+        if not faults and self._failed_at == here:
             reason = dali_error.split("encountered:")[-1].strip().splitlines()[0]
             raise ValueError(f"{self.index.folder}: DALI failed on one of {len(unknown)} samples: {reason}") from None
+        self._failed_at = here
         self.quarantine.add(faults)
 
 
@@ -214,7 +229,6 @@ def build_multicrop_dataloader(
     device: str = "auto",
     crop_device: str = "auto",
     num_workers: int | str = "auto",
-    use_mmap: bool | str = "auto",
     **options: Any,
 ) -> MultiCropLoader:
     """Build a loader of `CropBatch`: `for crops, labels in loader`.
@@ -222,8 +236,8 @@ def build_multicrop_dataloader(
     `batch_size` is per rank. `normalized`: crops as float32, normalised by the data set's mean and std; False: uint8.
     `quarantine`: the file that remembers samples which cannot be decoded; the first of them makes it, in a folder that must exist
     by then. More bad samples than `max_bad_share` of all are an error. `device`, `crop_device`: `gpu`, `cpu`, or `auto` for the
-    GPU if torch sees one. `num_workers`: DALI's CPU threads, `auto` for half of this process's cores. `use_mmap`: `auto` for
-    local disks only. `options`: as in `ReaderOptions`.
+    GPU if torch sees one. `num_workers`: DALI's CPU threads, `auto` for half of this process's cores. `options`: as in
+    `ReaderOptions`.
     """
     index = dataset.index
     device, path = resolve_device(device), Path(quarantine) if quarantine else None
@@ -233,7 +247,6 @@ def build_multicrop_dataloader(
         device=device,
         crop_device=device if crop_device == "auto" else crop_device,
         num_threads=default_threads() if num_workers == "auto" else int(num_workers),
-        use_mmap=resolve_use_mmap(use_mmap, index.folder if index.remote is None else index.remote.cache.folder),
         **options,
     )
     normalization = Normalization(dataset.mean, dataset.std) if normalized else None

@@ -18,7 +18,7 @@ from pipeline.crops.graph import ReaderOptions, build_graph, define_graph
 from pipeline.dataset import CropBatch
 from pipeline.order import BatchSequence, BatchStart
 from pipeline.shards.cache import Pins
-from pipeline.shards.fetcher import ShardFetcher
+from pipeline.shards.fetcher import FolderWatch, ShardFetcher
 from pipeline.shards.index import write_dali_indices
 
 # A graph lists its rows in files and opens each of its tars. A larger data set is read by one graph after another; of a small
@@ -46,24 +46,20 @@ class Window:
         recipes: tuple[ViewRecipe, ...],
         reader: ReaderOptions,
         scaling: np.ndarray | None,
-        fetcher: ShardFetcher | None,
+        fetcher: ShardFetcher | FolderWatch,
         start: BatchStart,
         limit: int | None = None,
     ) -> None:
         self.sequence, self.reader = sequence, reader
         starts, rows = plan_window(sequence, start, limit)
         self.shards, count = sequence.index.samples["shard"][rows], len(rows)
-        if fetcher is not None:
-            count = fetcher.ready_batches(self.shards[:count])
+        count = fetcher.ready_batches(self.shards[:count])
         rows, self.shards = rows[:count], self.shards[:count]
         self.starts, self.taken = starts[:count], 0
-        self.waited = (0.0, 0.0)
-        self.pins: Pins | None = None
-        if fetcher is not None:
-            began = time.perf_counter()
-            self.pins = fetcher.wait_for(np.unique(self.shards).tolist())
-            self.waited = (began, time.perf_counter())
-            fetcher.prefetch(sequence.shards_from(*self.following))
+        began = time.perf_counter()
+        self.pins: Pins | None = fetcher.wait_for(np.unique(self.shards).tolist())
+        self.waited = (began, time.perf_counter())
+        fetcher.prefetch(sequence.shards_from(*self.following))
         self.fed: deque[Fed] = deque()
         batches = feed(sequence, recipes, self.starts, rows, self.fed)
         with tempfile.TemporaryDirectory(prefix="multicrop-hjepa-", ignore_cleanup_errors=True) as folder:

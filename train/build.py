@@ -86,7 +86,7 @@ def build_loader(
     data = config.data
     return build_multicrop_dataloader(
         dataset, batch_size, seed=config.seed, device=config.device, device_id=ranks.local_rank, crop_device=data.crop_device,
-        num_workers=data.num_workers, prefetch=data.prefetch, use_mmap=data.use_mmap, max_bad_share=data.max_bad_share,
+        num_workers=data.num_workers, prefetch=data.prefetch, max_bad_share=data.max_bad_share,
         hw_decoder_load=HW_DECODER_LOAD if data.hw_decoder_load == "auto" else data.hw_decoder_load,
         rank=ranks.rank, world_size=ranks.world_size, **options,
     )  # fmt: skip

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Exit codes of `train`, next to 0.
-STORE_FAILED = 2  # the object store did not deliver the next shards; the last checkpoint is of the last step
+STORE_FAILED = 2  # the disk or the object store did not deliver the next images; the last checkpoint is of the last step
 DIVERGED = 3  # too many steps without finite numbers; the last checkpoint is sound
 STOPPED = 75  # EX_TEMPFAIL: stopped on request, with a checkpoint; the same command continues from it
 
@@ -86,6 +86,8 @@ class Trainer:
         self._loss_fn, self._replica = loss_fn or hjepa_losses, replicated(self.model, ranks)
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._generator = torch.Generator(self.device)
+        self._ready = list[CropBatch]()  # the batches of the next step
+        self._loader_state: dict[str, Any] | None = None  # from before they were made; None once they are used
         self.store_error: OSError | None = None
         """Why the object store failed; None while it works."""
         self._start_from(RunState())
@@ -116,13 +118,14 @@ class Trainer:
 
     def snapshot(self, score: float | None) -> Snapshot:
         """Copy what a checkpoint of this step holds, over the last copy. `score` ranks it among the others; higher is better."""
-        step, run, loader = self.state.step, self.state.as_dict(), self.loader.state_dict()
+        step, run, loader = self.state.step, self.state.as_dict(), self._loader_state or self.loader.state_dict()
         return self._snapshots.take({"step": step, "run": run, "loader": loader, "score": score})
 
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint. Raises ValueError when it is damaged or of another architecture."""
         saved = load_checkpoint(path, self.model, self.optimizer)
         self.loader.load_state_dict(saved["loader"])
+        self._ready, self._loader_state = [], None
         # A run that ended because of its skipped steps deserves another try: their count starts at 0 again.
         self._start_from(RunState(**{**saved["run"], "skipped_in_a_row": 0}))
         log.info(f"continuing from {path} (step {self.state.step} of {self.schedule.total_steps})")
@@ -134,18 +137,20 @@ class Trainer:
         number = self.ranks.from_first(-1 if path is None else int(path.name.removeprefix("step_")))
         return None if number < 0 else checkpoint_path(folder, number)
 
-    def fetch_shards(self, cancelled: Callable[[], bool]) -> bool:
-        """Wait for the shards of the next step, so that a failing object store cannot break the step itself.
+    def fetch_batches(self, cancelled: Callable[[], bool]) -> bool:
+        """Make the batches of the next step, so that a failing disk or object store cannot break the step itself.
 
-        Returns False when `cancelled()` turns true or the store fails; `store_error` then says why.
+        Returns False when `cancelled()` turns true or the storage fails; `store_error` then says why.
         """
-        started = time.perf_counter()
+        started, parts = time.perf_counter(), self.config.training.accumulation_steps
         try:
             if self.store_error is None:
-                self.loader.prepare(self.config.training.accumulation_steps, cancelled)
+                self._loader_state = self.loader.state_dict()
+                self.loader.prepare(parts, cancelled)
+                self._ready = [next(self._batches) for _ in range(parts)]
         except Cancelled:
             pass
-        except OSError as error:  # of the store, or of the disk that caches its shards
+        except OSError as error:  # of the shards' disk or store, or of the disk that caches them
             self.store_error = error
         waited = time.perf_counter() - started
         self.state.wait_s, self.state.train_s = self.state.wait_s + waited, self.state.train_s + waited
@@ -165,7 +170,7 @@ class Trainer:
         for part in range(parts):
             # Data. DALI prefetches batches: this waits only where the loader is slower than the model.
             waiting = time.perf_counter()
-            batch = next(self._batches)
+            batch = self._ready.pop(0) if self._ready else next(self._batches)
             state.wait_s += time.perf_counter() - waiting
             state.images += len(batch.labels) * ranks.world_size
 
@@ -196,7 +201,7 @@ class Trainer:
         self.model.update_target(momentum, skip)
 
         # Log. Only here does the host wait for the device; at step 1 too, for the first loss of the summary.
-        state.step += 1
+        state.step, self._loader_state = state.step + 1, None
         self._monitor.add(losses, grad_norm, skip)
         is_logged = self.is_due(config.logging.log_frequency) or self.complete
         means = self._monitor.read_means(ranks) if is_logged or state.step == 1 else {}
@@ -214,7 +219,7 @@ def train(trainer: Trainer, recorder: "Recorder | None", stop: StopSignal) -> in
     eval_steps, rolled_back_to = config.evaluation.eval_frequency * trainer.steps_per_epoch, None
     with recorder.display if recorder else nullcontext(), Watchdog(ranks, config.training.timeout_s) as watchdog:
         # Stop all ranks before the same step: when one of them is asked to, or cannot get its shards.
-        while not trainer.complete and ranks.all(trainer.fetch_shards(lambda: stop.asked)):
+        while not trainer.complete and ranks.all(trainer.fetch_batches(lambda: stop.asked)):
             line = trainer.train_step()
             if recorder:
                 recorder.log(line)

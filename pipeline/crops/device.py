@@ -55,16 +55,12 @@ def check_decoder(device: str) -> None:
 def find_faults(index: ShardIndex, rows: Iterable[int], device: str) -> dict[int, str]:
     """Decode the rows one by one on `device`; return those that fail, each with a reason in words.
 
-    Raises DeviceError or torch.OutOfMemoryError when the device fails, and not the image.
+    Raises DeviceError or torch.OutOfMemoryError when the device fails, and not the image, and OSError when the storage does.
     """
     check_decoder(device)
     faults = {}
     for row in rows:
-        try:
-            encoded = index.encoded(row)
-        except (OSError, ValueError) as error:
-            faults[row] = f"cannot be read: {error}"
-            continue
+        encoded = index.encoded(row)
         if message := decode_error(encoded, device):
             sample = index.samples[row]
             reason = _damage(encoded, int(sample["width"]), int(sample["height"]))

@@ -38,8 +38,8 @@ class ReaderOptions:
 
     `device`: where the crops end up, `cpu`, or `gpu` number `device_id`. `crop_device`: where images are decoded and crops are
     made; `cpu` with device gpu uploads them. `num_threads`: DALI's CPU threads. `prefetch`: batches prefetched.
-    `hw_decoder_load`: fraction of the JPEGs that the GPU's JPEG engine decodes, where it has one. `use_mmap`: read shards through
-    memory mappings. `compiled`: make CPU crops with the compiled operator; False: with DALI's operators, as on the GPU.
+    `hw_decoder_load`: fraction of the JPEGs that the GPU's JPEG engine decodes, where it has one. `compiled`: make CPU crops with
+    the compiled operator; False: with DALI's operators, as on the GPU.
 
     Raises ValueError for crops made on the GPU and used on the CPU.
     """
@@ -50,7 +50,6 @@ class ReaderOptions:
     num_threads: int = 2
     prefetch: int = PREFETCH
     hw_decoder_load: float = HW_DECODER_LOAD
-    use_mmap: bool = True
     compiled: bool = True
 
     def numbered(self, device: str) -> str:
@@ -91,7 +90,7 @@ def define_graph(
             index_paths=dali_indices,
             ext=[IMAGE],
             missing_component_behavior="error",
-            dont_use_mmap=not reader.use_mmap,
+            dont_use_mmap=True,  # a file that is truncated while it is mapped kills the process
         )
         # make_shards applies the EXIF orientation; boxes are drawn for the stored height and width.
         # A CPU upsamples chroma smoothly by default, and a GPU does not.

@@ -1,13 +1,21 @@
-"""The shards of one loader on their way from a store: those it waits for first, then those it needs next."""
+"""The shards of one loader: those of a folder are watched; those of a store are on their way, in the order of their use."""
 
+import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from pipeline.shards.cache import CacheFullError, Pins, ShardCache, StoredShard
+from pipeline.shards.storage import StoreError
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 MAX_PREFETCHED = 8  # shards
 POLL_S = 0.2
@@ -19,6 +27,70 @@ class Cancelled(RuntimeError):
     """The wait for shards was cancelled."""
 
 
+def patiently(work: Callable[[], Result], retry_s: float, cancelled: Callable[[], bool] = lambda: False) -> Result:
+    """Return `work()`, tried again for `retry_s` seconds while it raises OSError. Raises StoreError, or Cancelled as asked."""
+    started, warned = time.monotonic(), False
+    while True:
+        try:
+            return work()
+        except OSError as error:
+            problem = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        if time.monotonic() - started >= retry_s:
+            raise StoreError(f"{problem}, tried for {retry_s:g} s. Restore the shards as they were")
+        if not warned:
+            log.warning(f"{problem}; waiting up to {retry_s:g} s for it")
+        warned = True
+        if cancelled():
+            raise Cancelled
+        time.sleep(POLL_S)
+
+
+class FolderWatch:
+    """The tars of a folder, at `paths` by number, which must stay as they are while a run reads them.
+
+    What is read from a tar that is away, unreadable or another one than before says nothing about its images.
+    """
+
+    def __init__(self, paths: Sequence[Path], retry_s: float) -> None:
+        self._paths, self.retry_s, self._stamps = paths, retry_s, [_stamp(os.stat(path)) for path in paths]
+        self._released = threading.Event()
+
+    def ready_batches(self, shards: np.ndarray) -> int:
+        """Return the number of leading batches, at least one, whose shards can be read. `shards`: `[n, B]`, by sample."""
+        flat, batch_size = shards.reshape(-1), shards.shape[1]
+        for start in np.sort(np.unique(flat, return_index=True)[1]).tolist():
+            try:
+                self.check([flat[start]])
+            except OSError:
+                return max(1, start // batch_size)
+        return len(shards)
+
+    def wait_for(self, shards: Iterable[int], cancelled: Callable[[], bool] = lambda: False) -> None:
+        """Wait until these shards can be read. Raises StoreError after `retry_s`, and Cancelled as `ShardFetcher.wait_for`."""
+        released = self._released
+        patiently(lambda: self.check(shards), self.retry_s, lambda: released.is_set() or cancelled())
+
+    def check(self, shards: Iterable[int]) -> None:
+        """Raise OSError for a tar that cannot be read, or that was changed."""
+        for shard in shards:
+            with self._paths[shard].open("rb", buffering=0) as file:
+                file.read(1)
+                if _stamp(os.fstat(file.fileno())) != self._stamps[shard]:
+                    raise StoreError(f"{self._paths[shard]}: changed since the run began")
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Do nothing: the shards are here."""
+
+    def release(self) -> None:
+        """Cancel every `wait_for`."""
+        released, self._released = self._released, threading.Event()
+        released.set()
+
+
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
 class ShardFetcher:
     """Downloads shards of an index, by number, in daemon threads.
 
@@ -28,6 +100,7 @@ class ShardFetcher:
 
     def __init__(self, shards: Sequence[StoredShard], cache: ShardCache) -> None:
         self.shards, self.cache, self.budget = shards, cache, cache.max_bytes // CACHE_SHARE
+        self.retry_s = cache.retry_s
         self._pins, self._prefetching = cache.new_pins(), list[Future[None]]()
         self._released = threading.Event()
 
@@ -63,6 +136,9 @@ class ShardFetcher:
             for future in futures:
                 future.cancel()
         return pins
+
+    def check(self, shards: Iterable[int]) -> None:
+        """Do nothing: nobody else changes the shards that are pinned."""
 
     def prefetch(self, shards: Iterable[int]) -> None:
         """Download the first of these shards in the background, within the budget, instead of those prefetched before."""

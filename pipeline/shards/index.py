@@ -11,13 +11,14 @@ from typing import overload
 
 import numpy as np
 
+from pipeline.defaults import STORE_RETRY_S
 from pipeline.shards import index_file
 from pipeline.shards.cache import CacheSettings, Pins, ShardCache, StoredShard
-from pipeline.shards.fetcher import ShardFetcher
+from pipeline.shards.fetcher import FolderWatch, ShardFetcher
 from pipeline.shards.index_file import INDEX_NAME, SAMPLE_DTYPE, UNLABELLED, load_index, save_index
 from pipeline.shards.manifest import read_manifest
 from pipeline.shards.samples import MAX_LABEL_BYTES, scan_shard
-from pipeline.shards.storage import MissingObject, check_prefix, is_remote, join, read_bytes, sizes
+from pipeline.shards.storage import MissingObject, StoreError, check_prefix, is_remote, join, read_bytes, sizes
 from pipeline.shards.tar import sample_key
 
 __all__ = [
@@ -44,7 +45,7 @@ class ShardIndex:
 
     `folder`: a path, or the URL of a prefix as text. `shards`: tar names relative to it. `samples`: `[N]` of SAMPLE_DTYPE,
     ordered by shard; a large index is mapped from its file. `counts`: `[num_shards] int64`, the samples of each shard.
-    `remote`: None for a folder.
+    `remote`: None for a folder, whose tars are waited for up to `retry_s` when they cannot be read.
     """
 
     folder: Path | str
@@ -52,6 +53,7 @@ class ShardIndex:
     samples: np.ndarray
     counts: np.ndarray
     remote: RemoteShards | None = field(default=None, compare=False)
+    retry_s: float = field(default=STORE_RETRY_S, compare=False)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -81,15 +83,18 @@ class ShardIndex:
         return self.remote.cache.folder / (stored.name if stored else "none")
 
     def cached(self, settings: CacheSettings) -> "ShardIndex":
-        """The same index with another cache for the shards of a store."""
+        """The same index with another cache for the shards of a store, or another patience with those of a folder."""
         if self.remote is None:
-            return self
+            return replace(self, retry_s=settings.retry_s)
         return replace(self, remote=replace(self.remote, cache=ShardCache(settings)))
 
-    def fetcher(self) -> ShardFetcher | None:
-        """Return what downloads the shards of a prefix; None for a folder. Raises ValueError for a cache that cannot be made."""
+    def fetcher(self) -> ShardFetcher | FolderWatch:
+        """Return what downloads the shards of a prefix or watches those of a folder.
+
+        Raises ValueError for a cache that cannot be made, OSError for a shard that is gone.
+        """
         if self.remote is None:
-            return None
+            return FolderWatch([self.shard_path(shard) for shard in range(len(self.shards))], self.retry_s)
         self.remote.cache.make()
         return ShardFetcher(self.remote.stored, self.remote.cache)  # type: ignore[arg-type]
 
@@ -122,18 +127,21 @@ class ShardIndex:
         return member
 
     def encoded(self, row: int) -> bytes:
-        """The image file of one sample. Raises OSError, and ValueError for an unreadable tar."""
+        """The image file of one sample, in full. Raises OSError if the storage does not give it."""
         sample = self.samples[row]
         return self._read(sample["shard"], int(sample["offset"]), int(sample["size"]))
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
-        path = self.shard_path(shard)
         try:
-            return read_bytes(path, offset, size)
-        except FileNotFoundError:  # not in the cache
-            if self.remote is None:
-                raise
-        return read_bytes(self.shard_place(shard), offset, size)
+            try:
+                content = read_bytes(self.shard_path(shard), offset, size)
+            except FileNotFoundError:  # not in the cache
+                content = read_bytes(self.shard_place(shard), offset, size)
+        except ValueError as error:
+            raise StoreError(str(error)) from None
+        if len(content) < size:
+            raise StoreError(f"{self.shard_place(shard)}: ends after {offset + len(content):,} bytes, inside a sample")
+        return content
 
     def describe(self, row: int) -> str:
         """One sample for error messages: shard, member name and offset."""

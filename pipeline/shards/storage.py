@@ -8,7 +8,6 @@ backoff, by this module only: the clients' own retries are switched off.
 import logging
 import os
 import random
-import re
 import resource
 import time
 from collections.abc import Callable
@@ -37,13 +36,6 @@ PERMANENT_ERRORS = (NotADirectoryError, IsADirectoryError, ValueError)  # retryi
 CLIENT_MODULES = (
     "aiohttp", "botocore", "aiobotocore", "gcsfs", "google", "azure", "huggingface_hub", "httpx", "requests",
 )  # fmt: skip
-# File systems whose pages come over a network. Reads through a mapping go there page by page, plain reads in larger pieces.
-NETWORK_TYPES = frozenset(
-    ("9p", "afs", "beegfs", "ceph", "cifs", "fuse", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "orangefs", "panfs",
-     "pvfs2", "smb3", "smbfs", "vboxsf", "wekafs")
-)  # fmt: skip
-LOCAL_FUSE = frozenset({"fuse.fuse-overlayfs", "fuse.mergerfs"})
-MOUNTS = Path("/proc/self/mountinfo")
 SPARE_FILES = 512  # for everything but shards: libraries, sockets, logs
 
 
@@ -200,32 +192,6 @@ def _options(kind: str) -> dict[str, Any]:
     return {}
 
 
-def resolve_use_mmap(use_mmap: bool | str, folder: Path | str) -> bool:
-    """`auto` -> True if `folder` is on a local disk, where shards are best read through a memory mapping."""
-    if isinstance(use_mmap, bool):
-        return use_mmap
-    kind = file_system(folder)
-    return kind in LOCAL_FUSE or kind.partition(".")[0] not in NETWORK_TYPES
-
-
-def file_system(folder: Path | str) -> str:
-    """The type of the file system that holds `folder` (`ext4`, `nfs4`, `fuse.sshfs`), "" if the system does not say."""
-    path = os.path.realpath(folder)
-    best, kind = "", ""
-    try:
-        lines = MOUNTS.read_text().splitlines()
-    except OSError:
-        return ""
-    for line in lines:
-        left, _, right = line.partition(" - ")
-        # A mount point's blanks are written in octal: "\040".
-        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), left.split(" ")[4])
-        inside = path == point or path.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(best):  # of two mounts at one point the later one is on top
-            best, kind = point, right.split(" ")[0]
-    return kind
-
-
 def allow_open_files(count: int) -> None:
     """Let this process open `count` files more than the usual few hundred. Raises ValueError if the system forbids it."""
     needed = count + SPARE_FILES
@@ -234,6 +200,6 @@ def allow_open_files(count: int) -> None:
         if hard != resource.RLIM_INFINITY and hard < needed:
             raise ValueError(
                 f"reading the shards needs {needed} open files and this system allows {hard}. Raise it "
-                "(`ulimit -Hn`, or LimitNOFILE of the service), or set data.use_mmap=true"
+                "(`ulimit -Hn`, or LimitNOFILE of the service)"
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

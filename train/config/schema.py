@@ -86,7 +86,7 @@ class Data(Section):
     store_streams: PositiveInt = defaults.STORE_STREAMS
     """Concurrent downloads per rank; raise it if a single connection is slower than the network."""
     store_retry_s: NonNegativeFloat = defaults.STORE_RETRY_S
-    """Seconds during which requests to a failing store are retried; then the run saves a checkpoint and stops."""
+    """Seconds during which a failing store, or a folder whose shards are away, is retried; then the run saves and stops."""
     batch_size: PositiveInt = defaults.BATCH_SIZE
     """Images per rank."""
     num_workers: PositiveInt | Literal["auto"] = "auto"
@@ -99,8 +99,6 @@ class Data(Section):
     """Where a GPU run makes its crops. cpu: in the compiled CPU operator, then uploaded; auto: the GPU if its decoder works."""
     pin_memory: StrictBool = True
     """Accepted because the user's guide has it, but without effect: DALI always uploads through pinned memory."""
-    use_mmap: StrictBool | Literal["auto"] = "auto"
-    """Read shards through memory mappings; auto: on local disks, not on network file systems."""
     max_bad_share: FractionBelowOne = defaults.MAX_BAD_SHARE
     """Fraction of samples that can fail to decode and be replaced by others before the run stops."""
     use_multicrop: StrictBool = True
