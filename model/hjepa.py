@@ -178,7 +178,16 @@ class HJEPA(StudentTeacher):
 
 
 def join_crops(crops: Sequence[Tensor]) -> Tensor:
-    """Interleave V tensors `[B, 3, S, S]` image by image: `[B * V, 3, S, S]`, channels last in memory."""
+    """Interleave V tensors `[B, 3, S, S]` image by image: `[B * V, 3, S, S]`, channels last in memory.
+
+    Nothing is copied where they are all crops of one tensor `[B, V, S, S, 3]`, as the loader's kernel makes them on a GPU.
+    """
+    whole = None if torch.compiler.is_compiling() else crops[0]._base
+    if whole is not None and whole.dim() == 5 and whole.shape[:2] == (len(crops[0]), len(crops)):
+        parts = [part.permute(0, 3, 1, 2) for part in whole.unbind(1)]
+        layout = [(part.storage_offset(), part.stride()) for part in parts]
+        if all(crop._base is whole for crop in crops) and [(crop.storage_offset(), crop.stride()) for crop in crops] == layout:
+            return whole.flatten(0, 1).permute(0, 3, 1, 2)
     return torch.stack([crop.permute(0, 2, 3, 1) for crop in crops], dim=1).flatten(0, 1).permute(0, 3, 1, 2)
 
 

@@ -15,7 +15,14 @@ FOLDERS = ("pipeline", "model", "train", "tools")
 MAY_IMPORT = {
     "pipeline": {"pipeline"},
     "pipeline.shards": {"pipeline.shards", "pipeline.files", "pipeline.lock", "pipeline.text", "pipeline.defaults"},
-    "pipeline.crops": {"pipeline.crops", "pipeline.shards", "pipeline.order", "pipeline.defaults", "pipeline.text"},
+    "pipeline.crops": {
+        "pipeline.crops",
+        "pipeline.shards",
+        "pipeline.order",
+        "pipeline.defaults",
+        "pipeline.files",
+        "pipeline.text",
+    },
     "model": {"model"},
     "train": {"pipeline", "model", "train"},
     "train.config": {"train.config", "train.command", "pipeline.defaults", "pipeline.text", "pipeline.files", "model.defaults"},

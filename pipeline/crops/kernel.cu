@@ -27,11 +27,7 @@ using std::abs; using std::fabs; using std::floor; using std::fmax; using std::f
 static struct { int x; } blockIdx;
 static uint8_t *shared_memory;
 #endif
-#define THREADS 1024     // whole warps
-#define STRIP 8          // rows that are blurred at a time
-#define ONE (1 << 15)    // kernels.ONE
-#define SMALL_BLUR 13    // kernels.SMALL_KERNEL_TAPS
-#define WHITE_FROM 128   // augment.SOLARIZE_THRESHOLD
+// cubin.DEFINITIONS has THREADS, STRIP, ONE, SMALL_BLUR, WHITE_FROM, and RED, GREEN and BLUE, the weights of gray.
 
 // What the host knows about a crop: a row of fused.fill_rows, which makes it with the functions of the CPU operator.
 struct Crop {
@@ -123,7 +119,7 @@ KERNEL void make_crops(const int *rows, int columns, uint8_t *out, int S, uint8_
         for (int c = 0; c < 3; c++) ADD(sums + c, totals[c]);
         BARRIER;
         EACH(i, 1) {
-            const double gray[3] = {0.299, 0.587, 0.114}; // augment.GRAY_WEIGHTS
+            const double gray[3] = {RED, GREEN, BLUE};
             double mean = 0;
             for (int c = 0; c < 3; c++) mean += MUL(gray[c], (double)sums[c]) / plane;
             double added = floor(MUL(MUL(mean, 1 - (double)crop->contrast), (double)(128 >> crop->up)) + 0.5);

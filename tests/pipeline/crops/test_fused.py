@@ -1,87 +1,106 @@
 """The GPU's kernel, its text built for this machine by g++: the bytes of the compiled CPU operator."""
 
 import ctypes
+import gc
+import re
 import shutil
 import subprocess
-from collections.abc import Callable
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from skimage import data
 
-from pipeline.crops import fused
+from model.hjepa import join_crops
+from pipeline.crops import cubin
 from pipeline.crops.augment import SIGMA, SOLARIZE, TWIST, ViewRecipe, draw_parameters
-from pipeline.crops.cpu_operator import make_crop
+from pipeline.crops.cpu_operator import crop_once
+from pipeline.crops.device import DeviceError
+from pipeline.crops.fused import CHECKED, MAX_HELD, FusedCrops, self_check
 
 FORWARDS, BACKWARDS = "for (int i = 0; i < (n); i++)", "for (int i = (n) - 1; i >= 0; i--)"
 GUARD, GUARDS = 171, 64
-CASES, QUICK_CASES = 2000, 120
-Crops = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
+CASES, QUICK_CASES = 2000, 200
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 
 
-def compiled_kernel(folder: Path, name: str, text: str) -> ctypes.CDLL:
-    source = folder / f"{name}.cpp"
-    source.write_text(text)
-    command = ["g++", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-o", folder / f"{name}.so", source]
-    subprocess.run(command, check=True)
-    return ctypes.CDLL(str(folder / f"{name}.so"))
+class HostEvent:
+    """Behind work that is done when the test says so."""
+
+    done, waited = True, False
+
+    def query(self) -> bool:
+        return self.done
+
+    def synchronize(self) -> None:
+        self.done = self.waited = True
 
 
-def crops_of(library: ctypes.CDLL) -> Crops:
-    """Return a function of one image, the values `[V, P]` of its crops and their size: the kernel's crops `[V, S, S, 3]`."""
+class HostKernel:
+    """The kernel, built for this machine, in place of a `CropKernel`. It may use no byte more memory than it asks for."""
 
-    def make(image: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
-        count = len(values)
-        rows = np.full((count, fused.num_columns(values)), -1, np.int32)
-        places = np.stack([np.arange(count), np.full(count, count)], axis=1)
-        images, sides = np.array([image.ctypes.data]), np.array([image.shape[:2]])
-        most = fused.fill_rows(rows, places, images, sides, values[None], np.full(count, size))
-        room = fused.room_bytes(size, int(most.max()))
-        results = []
-        for blocks_of_memory in (1, count):  # shared, then scratch
-            memory = np.full(room * blocks_of_memory + GUARDS, GUARD, np.uint8)
-            out = np.full(count * size * size * 3 + GUARDS, GUARD, np.uint8)
-            pointers = [ctypes.c_void_p(array.ctypes.data) for array in (rows, out, memory)]
-            shared, scratch = (pointers[2], None) if blocks_of_memory == 1 else (None, pointers[2])
-            library.run_blocks(count, pointers[0], rows.shape[1], pointers[1], size, scratch, ctypes.c_int64(room), shared)
-            assert (memory[-GUARDS:] == GUARD).all(), "the kernel needs more memory than room_bytes says"
-            assert (out[-GUARDS:] == GUARD).all(), "the kernel writes past its crops"
-            results.append(out[:-GUARDS].reshape(count, size, size, 3))
-        assert np.array_equal(*results)
-        return results[0]
+    device = torch.device("cpu")
 
-    return make
+    def __init__(self, folder: Path, text: str, shared_limit: int) -> None:
+        self.shared_limit, self.launches, self.events = shared_limit, list[int](), list[HostEvent]()
+        (folder / "kernel.cpp").write_text(text)
+        command = ["g++", *cubin.OPTIONS, "-O2", "-ffp-contract=off", "-shared", "-fPIC", "kernel.cpp", "-o", "kernel.so"]
+        subprocess.run(command, check=True, cwd=folder)
+        self.library = ctypes.CDLL(str(folder / "kernel.so"))
+
+    def launch(self, blocks: int, rows: int, columns: int, out: int, size: int, scratch: int, room: int) -> None:
+        num_bytes = blocks * 3 * size * size
+        memory = np.full(room * (blocks if scratch else 1) + GUARDS, GUARD, np.uint8)
+        made = np.full(num_bytes + GUARDS, GUARD, np.uint8)
+        at, nowhere = ctypes.c_void_p(memory.ctypes.data), ctypes.c_void_p()
+        self.library.run_blocks(
+            blocks, ctypes.c_void_p(rows), columns, ctypes.c_void_p(made.ctypes.data), size, at if scratch else nowhere,
+            ctypes.c_longlong(room), nowhere if scratch else at,
+        )  # fmt: skip
+        assert (memory[-GUARDS:] == GUARD).all(), "the kernel needs more memory than room_bytes says"
+        assert (made[-GUARDS:] == GUARD).all(), "the kernel writes past its crops"
+        ctypes.memmove(out, made.ctypes.data, num_bytes)
+        self.launches.append(blocks)
+
+    def mark(self) -> HostEvent:
+        self.events.append(HostEvent())
+        return self.events[-1]
 
 
 @pytest.fixture(scope="module")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> list[Crops]:
-    """The kernel with its threads in either order: no thread may depend on another one of the same phase."""
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[HostKernel]:
+    """With its threads in either order, since none may depend on another one of the same phase; in shared memory and not."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    text, folder = fused.KERNEL.read_text(), tmp_path_factory.mktemp("kernel")
+    text = cubin.SOURCE.read_text()
     assert text.count(FORWARDS) == 1
-    texts = {"forwards": text, "backwards": text.replace(FORWARDS, BACKWARDS)}
-    return [crops_of(compiled_kernel(folder, name, text)) for name, text in texts.items()]
+    folders = [tmp_path_factory.mktemp(name) for name in ("forwards", "backwards")]
+    return [HostKernel(folders[0], text, 1 << 30), HostKernel(folders[1], text.replace(FORWARDS, BACKWARDS), 0)]
 
 
-def cpu_crops(image: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
-    crops = np.empty((len(values), 3, size, size), np.uint8)
-    for crop, drawn in zip(crops, values, strict=True):
-        make_crop(crop, image, drawn)
-    return crops.transpose(0, 2, 3, 1)
+def crops_of(kernel: HostKernel, image: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
+    """`values`: `[n, P]`; returns `[n, 3, S, S]`."""
+    crops = FusedCrops([ViewRecipe(size, None)] * len(values), kernel)
+    batch = crops.prepare([image.ctypes.data], np.array([image.shape[:2]]), values[None])
+    return torch.cat(crops.make(batch, torch.from_numpy(batch.rows), image)).numpy()
 
 
-def check(libraries: list[Crops], image: np.ndarray, values: np.ndarray, size: int) -> None:
-    """Assert that the kernel makes the CPU operator's crops, naming the first operation that does not."""
-    expected = cpu_crops(image, values, size)
-    for make in libraries:
-        if np.array_equal(make(image, values, size), expected):
+def expected_crops(image: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
+    return np.stack(crop_once(image, np.ascontiguousarray(values), [size] * len(values)))
+
+
+def check(kernels: list[HostKernel], image: np.ndarray, values: np.ndarray, size: int) -> None:
+    """Assert that the kernel makes the CPU operator's crops, and name the first operation that does not."""
+    expected = expected_crops(image, values, size)
+    for kernel in kernels:
+        if np.array_equal(crops_of(kernel, image, values, size), expected):
             continue
         for name, off in (("resize", [TWIST, SIGMA, SOLARIZE]), ("twist", [SIGMA, SOLARIZE]), ("blur", [SOLARIZE]), ("all", [])):
             part = values.copy()
             part[:, off] = 0
-            difference = np.abs(make(image, part, size).astype(int) - cpu_crops(image, part, size))
+            difference = np.abs(crops_of(kernel, image, part, size).astype(int) - expected_crops(image, part, size))
             assert not difference.any(), f"{name}: {image.shape} to {size}, {part.tolist()}: up to {difference.max()}"
 
 
@@ -130,31 +149,129 @@ def random_values(rng: np.random.Generator, image: np.ndarray, size: int, number
 @pytest.mark.parametrize(
     ("first", "last"), [(0, QUICK_CASES), pytest.param(QUICK_CASES, CASES, marks=pytest.mark.slow)], ids=["quick", "rest"]
 )
-def test_random_crops_have_the_bytes_of_the_cpu_operator(libraries: list[Crops], first: int, last: int) -> None:
+def test_random_crops_have_the_bytes_of_the_cpu_operator(kernels: list[HostKernel], first: int, last: int) -> None:
     for number in range(first, last):
         rng = np.random.default_rng(number)
         size = int(rng.integers(1, 257)) if number % 8 else (1, 15, 16, 17, 47, 96, 224, 448)[number // 8 % 8]
         image = random_image(rng)
-        check(libraries, image, random_values(rng, image, size, number)[None], size)
+        check(kernels, image, random_values(rng, image, size, number)[None], size)
 
 
 @pytest.mark.parametrize(("shape", "size"), [
     ((20_000, 24), 448), ((24, 20_000), 448), ((12_000, 40), 16), ((3, 12_000), 225), ((20_000, 20), 1), ((1200, 1600), 448)
 ])  # fmt: skip
-def test_images_of_any_size_are_cut(libraries: list[Crops], shape: tuple[int, int], size: int) -> None:
+def test_images_of_any_size_are_cut(kernels: list[HostKernel], shape: tuple[int, int], size: int) -> None:
     height, width = shape
     image = np.random.default_rng(size).integers(0, 256, (height, width, 3), np.uint8)
     boxes = [(0, 0, height, width), (height // 2, width // 3, height, width), (height // 2, width // 2, height // 2 + 1, width)]
     values = [(*box, 1, 1, 1.2, 0.7, 0.8, 20, 2.0 * number, 1) for number, box in enumerate(boxes)]
-    check(libraries, image, np.array(values, np.float32), size)
+    check(kernels, image, np.array(values, np.float32), size)
 
 
-def test_the_mean_gray_is_summed_in_double(libraries: list[Crops], tmp_path: Path) -> None:
+def test_the_mean_gray_is_summed_in_double(kernels: list[HostKernel], tmp_path: Path) -> None:
     """In float, few crops in a thousand differ."""
-    text = fused.KERNEL.read_text()
-    wrong = crops_of(compiled_kernel(tmp_path, "wrong", text.replace("double mean = 0", "float mean = 0")))
+    wrong = HostKernel(tmp_path, cubin.SOURCE.read_text().replace("double mean = 0", "float mean = 0"), 1 << 30)
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (47, 47, 3), np.uint8)
     values = np.array([(0, 0, 47, 47, 0, 1, 1, contrast, 1, 0, 0, 0) for contrast in rng.uniform(0.2, 1.8, 3000)], np.float32)
-    check(libraries, image, values, 16)
-    assert not np.array_equal(wrong(image, values, 16), cpu_crops(image, values, 16))
+    check(kernels, image, values, 16)
+    assert not np.array_equal(crops_of(wrong, image, values, 16), expected_crops(image, values, 16))
+
+
+def test_crops_of_a_batch_are_those_of_its_images_and_join_without_a_copy(kernels: list[HostKernel]) -> None:
+    """Sizes in any order, images of any size."""
+    rng = np.random.default_rng(1)
+    images = [rng.integers(0, 256, (*rng.integers(20, 200, 2), 3), np.uint8) for _ in range(5)]
+    sides = np.array([image.shape[:2] for image in images])
+    sizes = (64, 32, 64, 17, 32, 32)
+    recipes = tuple(ViewRecipe(**{**CHECKED.__dict__, "size": size}) for size in sizes)
+    values = draw_parameters(recipes, 3, 0, 0, *sides.T).swapaxes(0, 1)
+    for kernel in kernels:
+        crops = FusedCrops(recipes, kernel)
+        batch = crops.prepare([image.ctypes.data for image in images], sides, values)
+        made = crops.make(batch, torch.from_numpy(batch.rows), images)
+        for number, image in enumerate(images):
+            expected = crop_once(image, np.ascontiguousarray(values[number]), sizes)
+            assert all(np.array_equal(crop[number].numpy(), wanted) for crop, wanted in zip(made, expected, strict=True))
+        for views in ((0, 2), (1, 4, 5), (3,)):
+            joined = join_crops([made[view] for view in views])
+            assert joined.data_ptr() == made[views[0]].data_ptr()
+            assert torch.equal(joined.unflatten(0, (5, -1)), torch.stack([made[view] for view in views], dim=1))
+
+
+def test_images_live_until_the_kernel_has_read_them(kernels: list[HostKernel]) -> None:
+    class Images:
+        pass
+
+    crops, kept = FusedCrops([ViewRecipe(8, None)], kernels[0]), list[weakref.ref[Images]]()
+    image, values = np.zeros((9, 9, 3), np.uint8), np.array([[[0, 0, 9, 9, *[0] * 8]]], np.float32)
+    batch = crops.prepare([image.ctypes.data], np.array([image.shape[:2]]), values)
+    HostEvent.done = False
+    try:
+        for count in range(1, MAX_HELD + 3):
+            images = Images()
+            kept.append(weakref.ref(images))
+            crops.make(batch, torch.from_numpy(batch.rows), images)
+            del images
+            assert [ref() is not None for ref in kept] == [number >= count - MAX_HELD for number in range(count)]
+        events = kernels[0].events[-len(kept) :]
+        assert [event.waited for event in events] == [True] * 2 + [False] * MAX_HELD
+        events[2].done = True
+        crops.make(batch, torch.from_numpy(batch.rows), None)
+        assert [ref() is not None for ref in kept] == [False] * 3 + [True] * (MAX_HELD - 1)
+        del crops
+        gc.collect()
+        assert all(event.waited or event.done for event in events)
+    finally:
+        HostEvent.done = True
+
+
+def test_the_self_check_tells_a_wrong_kernel(kernels: list[HostKernel], tmp_path: Path) -> None:
+    sizes = (96, 48, 48)
+    for kernel in kernels:
+        self_check(sizes, kernel)
+    wrong = HostKernel(tmp_path, cubin.SOURCE.read_text().replace("1 << bits >> 1", "0"), 1 << 30)
+    with pytest.raises(DeviceError, match="crops of 96 pixels differ"):
+        self_check(sizes, wrong)
+
+
+def test_crops_that_fit_no_shared_memory_are_made_in_parts(kernels: list[HostKernel], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.crops.fused.SCRATCH_BYTES", 400_000)
+    kernels[1].launches.clear()
+    self_check((224,), kernels[1])
+    assert kernels[1].launches == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nvrtc_compiles_the_kernel_without_spills(architecture: str) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda.bindings")
+    code, log = cubin.compile_kernel(architecture, "--ptxas-options=-v")
+    assert code.startswith(b"\x7fELF")
+    assert "0 bytes spill stores, 0 bytes spill loads" in log
+    assert int(re.search(r"Used (\d+) registers", log)[1]) * cubin.THREADS <= 65_536
+
+
+def test_a_cubin_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cubin, "CACHE_FOLDER", str(tmp_path))
+    code = cubin.cached_cubin("sm_90")
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(b"kept")
+    assert cubin.cached_cubin("sm_90") == b"kept"
+    monkeypatch.setattr(cubin, "CACHE_FOLDER", None)
+    assert cubin.cached_cubin("sm_90") == code
+    with pytest.raises(DeviceError, match="NVRTC does not compile the crop kernel for sm_999"):
+        cubin.cached_cubin("sm_999")
+
+
+@pytest.mark.gpu
+def test_the_kernel_on_the_gpu_makes_the_cpu_operators_bytes() -> None:
+    kernel = cubin.CropKernel(torch.device("cuda", 0))
+    self_check((1, 16, 17, 96, 224, 448), kernel)
+    for number in range(QUICK_CASES):
+        rng = np.random.default_rng(number)
+        image, size = random_image(rng), int(rng.integers(1, 257))
+        values = random_values(rng, image, size, number)[None]
+        crops, on_device = FusedCrops([ViewRecipe(size, None)], kernel), torch.from_numpy(image).cuda()
+        batch = crops.prepare([on_device.data_ptr()], np.array([image.shape[:2]]), values[None])
+        made = crops.make(batch, torch.from_numpy(batch.rows).cuda(), on_device)[0]
+        assert np.array_equal(made.cpu().numpy(), expected_crops(image, values, size)), f"case {number}"
