@@ -5,7 +5,9 @@ Several GPUs: `torchrun --nproc_per_node=8 -m train.run configs/multicrop_traini
 
 import argparse
 import os
+import shutil
 import sys
+import sysconfig
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
@@ -69,6 +71,20 @@ def check_settings(config: Config) -> None:
         )
     if config.logging.wandb.enabled and find_spec("wandb") is None:
         raise ValueError("logging.wandb.enabled: the package wandb is not installed; `pip install wandb`, or set it to false")
+    if config.training.compile:
+        find_compiler()
+
+
+def find_compiler() -> str:
+    """Return the path of the C++ compiler that training.compile needs. Raises ValueError for what is missing."""
+    compiler, header = shutil.which(os.environ.get("CXX", "g++")), Path(sysconfig.get_paths()["include"], "Python.h")
+    if compiler is None or not header.is_file():
+        missing = header if compiler else "C++ compiler"
+        raise ValueError(
+            f"training.compile: there is no {missing}, which torch.compile needs. `apt-get install g++ python3-dev`, or set "
+            "training.compile=false"
+        )
+    return compiler
 
 
 def launch(options: argparse.Namespace, path: Path, overrides: list[str]) -> int:

@@ -80,7 +80,8 @@ class Trainer:
         self.schedule = build_schedule(config, len(self.loader))
         self.steps_per_epoch = len(self.loader) // training.accumulation_steps
         if training.compile:
-            self.model.compile(dynamic=False)  # in place: the parameters keep their names
+            mode = "reduce-overhead" if training.compile == "cudagraphs" else None
+            self.model.compile(dynamic=False, mode=mode)  # in place: the parameters keep their names
         self.optimizer = build_optimizer(self.model, training.weight_decay, training.betas, training.optimizer)
         self._snapshots = Snapshots(self.model, self.optimizer)
         self._loss_fn, self._replica = loss_fn or hjepa_losses, replicated(self.model, ranks)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import multiprocessing, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 
 from model.hjepa import HJEPA
@@ -55,6 +56,31 @@ def work(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+def work_compiled(rank: int, folder: Path) -> None:
+    """Be one rank: save the losses and averaged gradients of every model, eager and traced as one graph."""
+    torch.set_num_threads(1)
+    models, inputs, _, _ = torch.load(folder / "case.pt", weights_only=False).values()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
+    results: dict[str, list] = {name: [] for name in models}
+    for name, model in models.items():
+        graphs = CompileCounterWithBackend("aot_eager")
+        for is_compiled in (False, True):
+            if is_compiled:
+                model.compile(backend=graphs, fullgraph=True, dynamic=False)
+            ddp = DistributedDataParallel(model)
+            losses = ddp(**part_of(inputs, rank))
+            losses["loss"].backward()
+            gradients = {key: parameter.grad.clone() for key, parameter in model.named_parameters() if parameter.requires_grad}
+            model.zero_grad()
+            results[name].append({**losses, **gradients})
+        assert graphs.frame_count == 1
+    torch.save(
+        {name: [{k: v.detach() for k, v in each.items()} for each in both] for name, both in results.items()},
+        folder / f"{rank}.pt",
+    )
+    dist.destroy_process_group()
+
+
 @pytest.fixture(scope="module")
 def case(make_model: Callable[..., HJEPA], make_inputs: Callable[..., dict]) -> dict:
     """Return a case with every reduction: view, SIGReg, standardisation and, if cells are excluded, their count."""
@@ -69,10 +95,22 @@ def ranks(case: dict, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
     # Both ranks are forked from one process that has imported the model, which takes seconds. A fork server passes few file
     # descriptors, and every tensor would need one, so the case goes through a file.
+    return run_ranks(work, case, folder)
+
+
+def run_ranks(work: Callable[[int, Path], None], case: dict, folder: Path) -> list[dict]:
     torch.save(case, folder / "case.pt")
     multiprocessing.get_context("forkserver").set_forkserver_preload(["model.hjepa"])
     multiprocessing.start_processes(work, (folder,), nprocs=RANKS, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.mark.slow
+def test_a_step_of_two_ranks_is_one_graph_with_the_same_losses_and_gradients(case: dict, tmp_path: Path) -> None:
+    for rank in run_ranks(work_compiled, case, tmp_path):
+        for eager, compiled in rank.values():
+            assert eager.keys() == compiled.keys()
+            assert [name for name in eager if not torch.equal(eager[name], compiled[name])] == []
 
 
 @pytest.mark.parametrize("name", ["all cells", "excluding"])

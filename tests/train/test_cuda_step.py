@@ -15,15 +15,18 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from model.hjepa import HJEPA
 from model.masks import STRATEGIES
 from pipeline.dataset import CropBatch
 from tests.train.test_run import QUICKSTART, command
-from train.build import build_model, crop_sizes
+from train.build import build_masks, build_model, crop_sizes
 from train.config.load import load_config
+from train.config.schema import Config
 from train.distributed import Ranks
 from train.trainer import Trainer
 
@@ -111,19 +114,24 @@ class OneRank(Ranks):
         return self.chosen
 
 
+def fake_batch(config: Config, device: torch.device) -> CropBatch:
+    sizes, count = crop_sizes(config), config.data.batch_size
+    crops = [torch.empty(count, 3, size, size, dtype=torch.uint8, device=device) for size in sizes]
+    boxes = torch.empty(count, len(sizes), 4, device=device)
+    flips = torch.empty(count, len(sizes), dtype=torch.bool, device=device)
+    numbers = torch.empty(count, dtype=torch.int64, device=device)
+    return CropBatch(crops, numbers, boxes, flips, numbers)
+
+
 def take_steps(strategy: str, device: torch.device, data_path: Path) -> tuple[Waits, dict[str, torch.Tensor]]:
     """Take two steps of two batches each on fake tensors. Returns what they waited for, and every tensor that they leave."""
     changes = [f"masking.strategy={strategy}", "training.accumulation_steps=2", "training.optimizer=muon"]
     path, *overrides = command(QUICKSTART, data_path, data_path, *changes, "logging.log_frequency=1000")
     config = load_config(Path(path), overrides)
-    real, sizes, count = build_model(config, torch.device("cpu")), crop_sizes(config), config.data.batch_size
+    real = build_model(config, torch.device("cpu"))
     with FakeTensorMode():
         trainer = Trainer(config, OneRank(chosen=device), model=moved(real, device))
-        crops = [torch.empty(count, 3, size, size, dtype=torch.uint8, device=device) for size in sizes]
-        boxes = torch.empty(count, len(sizes), 4, device=device)
-        flips = torch.empty(count, len(sizes), dtype=torch.bool, device=device)
-        numbers = torch.empty(count, dtype=torch.int64, device=device)
-        trainer._batches = repeat(CropBatch(crops, numbers, boxes, flips, numbers))
+        trainer._batches = repeat(fake_batch(config, device))
         trainer.state.step = 1  # the first step is read
         with Waits() as waits:
             for _ in range(2):
@@ -154,6 +162,31 @@ def test_a_backward_pass_reads_no_values_and_reaches_every_parameter(strategy: s
     trained = [name for name, tensor in left.items() if tensor.requires_grad]
     assert [name for name in trained if not {f"{name}/exp_avg", f"{name}/momentum"} & left.keys()] == []
     assert {name.rpartition("/")[2] for name in left if "/" in name} >= {"exp_avg", "exp_avg_sq", "momentum"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.usefixtures("pretended_gpu")
+def test_a_forward_pass_is_one_graph_of_gpu_tensors_alone_as_a_cuda_graph_must_be(strategy: str, data_path: Path) -> None:
+    path, *overrides = command(QUICKSTART, data_path, data_path, f"masking.strategy={strategy}")
+    config, graphs = load_config(Path(path), overrides), []
+    real = build_model(config, torch.device("cpu"))
+
+    def note(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        values = [value for node in graph.graph.nodes for value in tree_leaves(node.meta.get("val"))]
+        graphs.append([value.device for value in values if isinstance(value, torch.Tensor)])
+        return graph.forward
+
+    with FakeTensorMode():
+        model = moved(real, CUDA)
+        plan, batch = build_masks(config, model, CUDA)(config.data.batch_size), fake_batch(config, CUDA)
+        directions = torch.empty(config.model.projector_dim, config.loss.sigreg_slices, device=CUDA)
+        model.compile(backend=aot_autograd(fw_compiler=note, inference_compiler=note), fullgraph=True, dynamic=False)
+        with torch.autocast("cuda", torch.bfloat16), torch.no_grad():  # its backward pass needs a GPU
+            model(batch.crops, batch.boxes, batch.flips, plan, directions)
+    (devices,) = graphs
+    assert set(devices) == {CUDA}
+    assert len(devices) > 500
 
 
 @pytest.mark.parametrize(

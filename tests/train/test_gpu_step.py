@@ -12,6 +12,7 @@ from model.masks import STRATEGIES
 from tests.train.test_run import QUICKSTART, command
 from train.config.load import load_config
 from train.config.schema import Config
+from train.run import find_compiler
 from train.trainer import Trainer
 
 DEVICES = [pytest.param("gpu", marks=pytest.mark.gpu), pytest.param("cpu", marks=pytest.mark.slow)]
@@ -104,3 +105,27 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     assert all(bool(tensor.isfinite().all()) for tensor in after.values())
     trainer.read_counts()
     assert (trainer.state.skipped_steps, trainer.state.skipped_in_a_row) == (2, 0)
+
+
+WAYS = [
+    pytest.param("gpu", "true", marks=pytest.mark.gpu), pytest.param("gpu", "cudagraphs", marks=pytest.mark.gpu),
+    pytest.param("cpu", "true", marks=pytest.mark.slow),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("device", "way"), WAYS)
+def test_compiled_steps_have_the_losses_of_eager_ones(device: str, way: str, data_path: Path, tmp_path: Path) -> None:
+    try:
+        find_compiler()
+    except ValueError as error:
+        pytest.skip(str(error))
+    changes = ("training.use_amp=false", "logging.log_frequency=1")
+    eager, compiled = (
+        [trainer.train_step() for _ in range(6)]
+        for trainer in (
+            Trainer(config_of(device, data_path, tmp_path, f"training.compile={c}", *changes)) for c in ("false", way)
+        )
+    )
+    for one, other in zip(eager, compiled, strict=True):
+        for name in ("loss", "level_0", "view", "sigreg", "grad_norm", "rankme"):
+            assert one[name] == pytest.approx(other[name], rel=1e-3 if device == "cpu" else 1e-2), name

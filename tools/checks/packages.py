@@ -2,7 +2,6 @@
 
 import ctypes
 import importlib.metadata as metadata
-import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +10,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from tools.checks.check import INSTALL, Case, Check, Finding, fail, ok, sees_gpu, skip, warn
+from train.run import find_compiler
 
 PROJECT = "multicrop-hjepa"
 # By DALI package: its decoder and CUDA's major version.
@@ -92,14 +92,11 @@ def library_exists(library: str, folder: Path) -> bool:
 def check_compiler(case: Case) -> Finding:
     if case.config is None or not case.config.training.compile:
         return skip("training.compile is false")
-    if compiler := next(filter(None, map(shutil.which, ("g++", "clang++", "gcc", "clang"))), None):
-        return ok(f"{compiler}, for training.compile=true")
-    fix = "apt-get install g++ (in the image: --build-arg EXTRA_PACKAGES=g++), or training.compile=false"
-    return fail("training.compile=true needs a C compiler, and there is none", fix)
+    return ok(f"{find_compiler()}, for training.compile={str(case.config.training.compile).lower()}")
 
 
 PACKAGE_CHECKS = {
     "packages": Check(check_packages),
     "DALI and nvImageCodec": Check(check_dali),
-    "compiler": Check(check_compiler),
+    "compiler": Check(check_compiler, "apt-get install g++ python3-dev, or training.compile=false"),
 }

@@ -51,6 +51,13 @@ def broken_rules(config: Config) -> Iterator[Problem]:
         yield "model.levels", "the list is empty; list some levels, or write null for the three default ones"
     if not any((loss.prediction_weight, loss.summary_weight, loss.view_weight, loss.sigreg_weight)):
         yield "loss.prediction_weight", "all four weights are 0, so nothing would be learned; raise one"
+    if training.compile == "cudagraphs" and config.device == "cpu":
+        yield "training.compile", "cudagraphs needs a GPU, and device is cpu; write true or false"
+    if training.compile == "cudagraphs" and training.accumulation_steps > 1:
+        yield (
+            "training.compile",
+            "cudagraphs needs accumulation_steps: 1, because each batch overwrites the last one; or write true",
+        )
     if training.warmup_epochs > training.epochs:
         problem = f"{training.warmup_epochs:g} is more than epochs = {training.epochs}; lr would never reach its peak"
         yield "training.warmup_epochs", problem

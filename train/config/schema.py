@@ -186,8 +186,8 @@ class Training(Section):
     betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.95)
     use_amp: StrictBool = True
     """bf16 autocast on a GPU."""
-    compile: StrictBool = False
-    """torch.compile the model's step; takes minutes at the start."""
+    compile: StrictBool | Literal["cudagraphs"] = False
+    """true: torch.compile the model's passes; takes minutes at the start. cudagraphs: and replay them as CUDA graphs."""
     ema_momentum: Fraction = 0.996
     ema_final_momentum: Fraction = 1.0
     max_steps: PositiveInt | None = None
