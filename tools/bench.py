@@ -13,7 +13,7 @@ from train.command import path_argument, run_command
 
 COMMANDS = {
     "gpu": "Everything that only a GPU can tell, as one table for the README.",
-    "pipeline": "Images per second and CPU time per image, against torchvision and a hand-written DALI pipeline.",
+    "pipeline": "Images per second and CPU time per image, against torchvision and DALI's own operators.",
     "scale": "Start-up time and memory at the size of ImageNet.",
     "step": "Time, memory and FLOPs of one training step, against a loop over crops and against unmasked crops.",
 }
@@ -25,7 +25,7 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("gpu pipeline", "threads", CORES, "DALI threads, or worker processes of a DataLoader."),
     ("gpu", "minutes", 8.0, "Time limit for all parts together."),
     ("gpu", "parts", str, "Run only these, separated by commas: images/s, step, training."),
-    ("pipeline", "rows", str, "Run only these: ours, torchvision-pil, torchvision-v2, dali-native, decode-only."),
+    ("pipeline", "rows", str, "Run only these: ours, torchvision-pil, torchvision-v2, dali-operators, decode-only."),
     ("pipeline", "images", 256, "Images per row and round."),
     ("pipeline", "batch", 32, "Images per batch."),
     ("scale", "batch", 64, "Images per batch."),

@@ -22,7 +22,7 @@ from tools.benchmarks.photographs import benchmark_shards
 from tools.benchmarks.pipeline import LOADERS, measure_loaders, summarize
 
 ROOT = Path(__file__).parents[3]
-SOME_ROWS = ("ours", "torchvision-pil", "dali-native")
+SOME_ROWS = ("ours", "torchvision-pil", "dali-operators")
 
 
 def test_the_command_prints_and_writes_each_row(data_path: Path, tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_the_command_prints_and_writes_each_row(data_path: Path, tmp_path: Path)
 def crops(data_path: Path) -> dict[str, list[torch.Tensor]]:
     """128 images' crops of each row that makes any, by view."""
     made = {}
-    for name in ("ours", "dali-native", "torchvision-pil", "torchvision-v2"):
+    for name in ("ours", "dali-operators", "torchvision-pil", "torchvision-v2"):
         torch.manual_seed(0)  # the seed of DataLoader's workers
         stream = LOADERS[name](LoaderSetup(data_path / "train", 32, 1))
         batches = [[crop.clone() for crop in next(stream)] for _ in range(4)]
@@ -66,7 +66,7 @@ def statistics_of(view: torch.Tensor, data_path: Path) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("name", ["dali-native", "torchvision-pil", "torchvision-v2"])
+@pytest.mark.parametrize("name", ["dali-operators", "torchvision-pil", "torchvision-v2"])
 def test_every_loader_makes_the_same_kind_of_crops(name: str, crops: dict[str, list[torch.Tensor]], data_path: Path) -> None:
     assert len(crops[name]) == len(crops["ours"]) == 8
     for view, reference in zip(crops[name], crops["ours"], strict=True):
