@@ -1,4 +1,4 @@
-"""Make, check and describe shards: `python tools/make_shards.py {sample,convert,index,verify,stats} --help`."""
+"""Make, check and index shards: `python tools/make_shards.py {sample,convert,index,verify} --help`."""
 
 import argparse
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.files import private_folder
 from pipeline.memory import memory_limit
 from pipeline.shards.storage import is_remote, join
-from pipeline.text import notify_after, plural, printable, say, truncate_list
+from pipeline.text import notify_after, plural, printable, say
 from tools.shards.catalogue import LooseFiles, Source, hold_out
 from tools.shards.classes import adopt_classes
 from tools.shards.convert import ConvertOptions, assign_images, convert, describe_conversion, only_writer
@@ -18,14 +18,14 @@ from tools.shards.images import VERIFY_LEVELS, ImagePolicy
 from tools.shards.layouts.parquet import delete_spool
 from tools.shards.layouts.source import LAYOUTS, open_source
 from tools.shards.photographs import NUM_SHARDS, photograph_source
+from tools.shards.report import remarks
 from tools.shards.skipped_files import describe_skipped
 from tools.shards.upload import staging_folder, upload_split
-from tools.shards.verify import index_split, split_folders, stats_split, verify_split
+from tools.shards.verify import index_split, split_folders, verify_split
 from tools.shards.writer import RECORD_FOLDER
 from train.command import BAD_INPUT, path_argument, place_argument, run_command, show_messages
 
 WORKER_BYTES = 1 << 29  # of memory, for each process that decodes images
-MAX_ITEMS = 12  # entries of a dictionary that `stats` prints
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,7 +44,6 @@ def build_parser() -> argparse.ArgumentParser:
     add_convert(commands.add_parser("convert", help="Convert a data set to verified, indexed shards."))
     for name, run, text in (
         ("verify", run_verify, "Check the checksums, the index and every image of finished shards."),
-        ("stats", run_stats, "Print sizes, classes, duplicates, mean and std of shards."),
         ("index", run_index, "Index a WebDataset from another writer."),
     ):
         command = commands.add_parser(name, help=text)
@@ -132,6 +131,8 @@ def run_convert(parsed: argparse.Namespace) -> None:
             are_complete.append(is_complete)
         if all(are_complete):
             delete_spool(spools)
+            for line in remarks(parsed.out):
+                say(f"note     {line}")
             if store is not None:
                 upload_splits(parsed.out, store, list(parts), keep=parsed.staging is not None)
 
@@ -183,16 +184,6 @@ def run_verify(parsed: argparse.Namespace) -> int:
 def run_index(parsed: argparse.Namespace) -> None:
     for folder in split_folders(parsed.folder):
         say(f"{folder}: {plural(index_split(folder, parsed.workers), 'sample')} indexed")
-
-
-def run_stats(parsed: argparse.Namespace) -> None:
-    for folder in split_folders(parsed.folder):
-        say(f"{folder}:")
-        for name, value in stats_split(folder, parsed.workers).items():
-            if isinstance(value, dict):
-                entries = [f"{key} {number}" for key, number in value.items() if key != "first_groups"]
-                value = truncate_list(entries, MAX_ITEMS)
-            say(f"  {name:16} {printable(str(value))}")
 
 
 def run_sample(parsed: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from tools.shards.decoding.pixels import encode_png
 
+HEAD_BYTES, COMPARED_BYTES = 1 << 12, 64 << 20  # of two files of one size, to know whether they are equal
 MAX_SAMPLES = 1 << 31  # labels, shards and rows are int32 in the index
 
 
@@ -108,8 +109,9 @@ class Catalogue:
     def names(self) -> list[str]:
         return [self.name(row) for row in range(len(self))]
 
-    def read(self, row: int) -> bytes:
-        return self.containers[self.container[row]].read(self.offset[row], self.size[row], self.name(row))
+    def read(self, row: int, max_bytes: int = 1 << 62) -> bytes:
+        size = min(self.size[row], max_bytes)
+        return self.containers[self.container[row]].read(self.offset[row], size, self.name(row))
 
     def digest(self) -> str:
         """Return what the shards depend on: order, sizes, labels and names, but not where the source is stored."""
@@ -138,18 +140,31 @@ class Source:
     skipped: Counter[str] = field(default_factory=Counter)
 
 
+def first_equals(catalogue: Catalogue) -> np.ndarray:
+    """Return `[N]`: for each image the first one with the same bytes; reads only images of equal sizes, at first their heads."""
+    keys: list[tuple[int, bytes]] = [(size, b"") for size in catalogue.size]
+    for num_bytes in (HEAD_BYTES, COMPARED_BYTES) if catalogue.containers else ():  # a dry run cannot read parquet files
+        counts = Counter(keys)
+        for row, key in enumerate(keys):
+            if counts[key] > 1:
+                keys[row] = key[0], hashlib.sha256(catalogue.read(row, num_bytes)).digest()
+    first: dict[tuple[int, bytes], int] = {}
+    return np.array([first.setdefault(key, row) for row, key in enumerate(keys)])
+
+
 def hold_out(source: Source, ratio: float, seed: int) -> tuple[Source, Source]:
-    """Split a source into train and val: val gets `ratio` of each class, chosen by `seed`.
+    """Split a source into train and val: val gets `ratio` of each class, chosen by `seed`; equal files stay together.
 
     Raises ValueError when one of them would be empty.
     """
-    total = len(source.catalogue)
+    first, total = first_equals(source.catalogue), len(source.catalogue)
     # Sort by class, then at random, and take the images at which the running share of R passes a whole number.
-    draws = np.random.Philox(key=[seed, 1]).random_raw(total)
-    by_class = np.lexsort((draws, np.asarray(source.catalogue.label)))
-    steps = np.floor(np.arange(total + 1) * ratio)
+    rows, draws = np.unique(first), np.random.Philox(key=[seed, 1]).random_raw(total)
+    by_class = rows[np.lexsort((draws[rows], np.asarray(source.catalogue.label)[rows]))]
+    steps = np.floor(np.arange(len(rows) + 1) * ratio)
     is_val = np.zeros(total, bool)
     is_val[by_class] = steps[1:] > steps[:-1]
+    is_val = is_val[first]
     if is_val.all() or not is_val.any():
         raise ValueError(f"--val-ratio {ratio} of {total:,} images leaves a split empty: choose another, or add images")
     train, val = (replace(source, catalogue=source.catalogue.subset(np.flatnonzero(rows).tolist())) for rows in (~is_val, is_val))

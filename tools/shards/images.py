@@ -56,6 +56,7 @@ FORMATS = {
 EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in extensions)
 
 VERIFY_LEVELS = ("none", "header", "full")
+MAX_FLAT_BYTES = 2_000  # of the headers and tables of an image of one colour; its pixels take half a bit each or less
 JPEG_QUALITY = 95  # of JPEGs that are encoded again at their own size
 ORIENTATION_TAG = 0x0112
 # Not ImageOps.exif_transpose: it rewrites the EXIF block too, and fails on a damaged one although the pixels are sound.
@@ -85,6 +86,7 @@ class CheckedImage:
     width: int
     changes: tuple[str, ...] = ()
     other_frames: int = 0
+    has_one_colour: bool = False
     sums: np.ndarray | None = None
 
 
@@ -121,7 +123,12 @@ def _check(content: bytes, name: str, policy: ImagePolicy, with_sums: bool) -> C
             image = CheckedImage(content, "jpg", jpeg.height, jpeg.width, misnamed)
         else:
             image = _check_with_pillow(content, name, policy, jpeg)
-        return replace(image, sums=pixel_sums(image.content)) if with_sums else image
+        # An image of one colour takes few bytes, so that only small files and sampled ones are decoded.
+        if not with_sums and len(image.content) > MAX_FLAT_BYTES + image.height * image.width // 16:
+            return image
+        count, *sums = (found := pixel_sums(image.content)).tolist()
+        is_flat = all(count * squares == total**2 for total, squares in zip(sums[:3], sums[3:], strict=True))
+        return replace(image, sums=found if with_sums else None, has_one_colour=is_flat)
     except RejectedImageError:
         raise
     except Image.UnidentifiedImageError:

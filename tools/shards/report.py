@@ -13,13 +13,34 @@ import numpy as np
 from pipeline.files import write_atomic
 from pipeline.lock import locked
 from pipeline.shards.index import INDEX_NAME, open_index, save_index
-from pipeline.shards.manifest import MANIFEST_NAME
-from tools.shards.writer import RECORD_FOLDER, Conversion, ShardRecord
+from pipeline.shards.manifest import MANIFEST_NAME, read_manifest
+from pipeline.text import truncate_list
+from tools.shards.writer import IDENTITY_NAME, RECORD_FOLDER, Conversion, ShardRecord
 
 STATS_NAME, REJECTED_NAME = "stats.json", "rejected.jsonl"
 FORMAT_VERSION = 1
 SIZE_EDGES = (0, 32, 64, 128, 256, 384, 512, 768, 1024, 2048, 4096, 1 << 31)
-MAX_GROUPS = 100  # groups of duplicates that stats.json lists
+MAX_LISTED = 100  # groups of duplicates, and images of one colour, that stats.json lists
+
+
+class StoredSplit:
+    """The images of a split whose shards are complete, from their records. `rows`: `[n]` of SAMPLE_DTYPE."""
+
+    def __init__(self, folder: Path, shards: list[str], classes: tuple[str, ...]) -> None:
+        self.folder, self.shards, self.classes = folder, shards, classes
+        self.records = [ShardRecord.load(folder / RECORD_FOLDER / f"{shard:06d}.npz") for shard in range(len(shards))]
+        self.rows = np.concatenate([record.rows for record in self.records])
+        self.fingerprints = np.concatenate([record.fingerprints for record in self.records])
+        self.one_colour = [name for record in self.records for name in record.one_colour]
+        self.changes = sum((Counter(record.changes) for record in self.records), Counter())
+
+    def class_name(self, label: int) -> str:
+        return self.classes[label] if self.classes else str(label)
+
+    def read(self, row: int) -> bytes:
+        with (self.folder / self.shards[self.rows["shard"][row]]).open("rb") as file:
+            file.seek(int(self.rows["offset"][row]))
+            return file.read(int(self.rows["size"][row]))
 
 
 def finish_split(conversion: Conversion, split: str, seed: int) -> tuple[bool, int]:
@@ -29,24 +50,18 @@ def finish_split(conversion: Conversion, split: str, seed: int) -> tuple[bool, i
     """
     folder = conversion.folder
     with locked(folder / RECORD_FOLDER / "lock"):  # several tasks of a job array can find the last shard done at once
-        records = [ShardRecord.load(conversion.record_path(shard)) for shard in range(conversion.num_shards)]
         names = [conversion.shard_name(shard) for shard in range(conversion.num_shards)]
-        rows = np.concatenate([record.rows for record in records])
-        if len(rows) == 0:
+        stored = StoredSplit(folder, names, conversion.source.classes)
+        if len(stored.rows) == 0:
             raise ValueError(f"{folder}: every image was rejected, see {RECORD_FOLDER}")
         # All shards are complete, so no process is writing any more: these are left from killed runs.
         for partial in (*folder.glob(".*.partial"), *(folder / RECORD_FOLDER).glob(".*.partial")):
             partial.unlink(missing_ok=True)
-        changed = not _index_holds(folder, names, rows)
+        changed = not _index_holds(stored)
         if changed:
-            save_index(folder, names, rows)
-        rejected = [bad for record in records for bad in record.rejected]
-        fingerprints = np.concatenate([record.fingerprints for record in records])
-        sums = [np.concatenate(record.pixels) for record in records]
-        files = {
-            MANIFEST_NAME: dump(_manifest(conversion, split, seed, names, records)),
-            STATS_NAME: dump(describe_images(folder, names, rows, conversion.source.classes, fingerprints, sums)),
-        }
+            save_index(folder, stored.shards, stored.rows)
+        rejected = [bad for record in stored.records for bad in record.rejected]
+        files = {MANIFEST_NAME: dump(_manifest(conversion, split, seed, stored)), STATS_NAME: dump(_describe_images(stored))}
         if rejected:
             files[REJECTED_NAME] = "".join(json.dumps(bad) + "\n" for bad in rejected).encode()
         else:
@@ -60,24 +75,23 @@ def finish_split(conversion: Conversion, split: str, seed: int) -> tuple[bool, i
         return changed, len(rejected)
 
 
-def _index_holds(folder: Path, names: list[str], rows: np.ndarray) -> bool:
+def _index_holds(stored: StoredSplit) -> bool:
     """Return True if the index has this content; an index that is missing or damaged has not."""
-    if not (folder / INDEX_NAME).exists():
+    if not (stored.folder / INDEX_NAME).exists():
         return False  # `open_index` scans all tars then
     try:
-        index = open_index(folder)
+        index = open_index(stored.folder)
     except ValueError:
         return False
-    return index.shards == tuple(names) and np.array_equal(index.samples, rows)
+    return index.shards == tuple(stored.shards) and np.array_equal(index.samples, stored.rows)
 
 
 def dump(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
-def _manifest(conversion: Conversion, split: str, seed: int, names: list[str], records: list[ShardRecord]) -> dict[str, Any]:
-    source, policy = conversion.source, conversion.policy
-    changes = sum((Counter(record.changes) for record in records), Counter())
+def _manifest(conversion: Conversion, split: str, seed: int, stored: StoredSplit) -> dict[str, Any]:
+    source, policy, records = conversion.source, conversion.policy, stored.records
     return {
         "format_version": FORMAT_VERSION,
         "tool": f"multicrop-hjepa {version('multicrop-hjepa')}",
@@ -91,30 +105,24 @@ def _manifest(conversion: Conversion, split: str, seed: int, names: list[str], r
         "num_samples": sum(len(record.rows) for record in records),
         "num_rejected": sum(len(record.rejected) for record in records),
         "num_bytes": sum(record.num_bytes for record in records),
-        "changes": dict(sorted(changes.items())),
+        "changes": dict(sorted(stored.changes.items())),
         "classes": list(source.classes),
         "class_names": list(source.class_names),
         "attributions": list(source.attributions),
         "shards": [
             {"name": name, "sha256": record.sha256, "bytes": record.num_bytes, "samples": len(record.rows)}
-            for name, record in zip(names, records, strict=True)
+            for name, record in zip(stored.shards, records, strict=True)
         ],
     }
 
 
-def describe_images(
-    folder: Path,
-    names: Sequence[str],
-    rows: np.ndarray,
-    classes: tuple[str, ...],
-    fingerprints: np.ndarray,
-    sums: Sequence[np.ndarray],
-) -> dict[str, Any]:
+def _describe_images(stored: StoredSplit) -> dict[str, Any]:
     """Return the content of STATS_NAME: counts, sizes in pixels and bytes, images per class, duplicates, mean and std."""
+    rows, groups = stored.rows, equal_groups([stored])
     shorter = np.minimum(rows["height"], rows["width"])
     counts = np.histogram(shorter, SIZE_EDGES)[0].tolist()
     histogram = {f"{low}-{high - 1}": n for low, high, n in zip(SIZE_EDGES, SIZE_EDGES[1:], counts, strict=False) if n}
-    labels = np.bincount(rows["label"][rows["label"] >= 0], minlength=len(classes))
+    labels = np.bincount(rows["label"][rows["label"] >= 0], minlength=len(stored.classes))
     spreads = {
         name: {"min": int(values.min()), "median": float(np.median(values)), "max": int(values.max())}
         for name, values in (("height", rows["height"]), ("width", rows["width"]), ("bytes", rows["size"]))
@@ -124,9 +132,14 @@ def describe_images(
         "num_unlabelled": int((rows["label"] < 0).sum()),
         "shorter_side": histogram,
         **spreads,
-        "per_class": {classes[label] if classes else str(label): int(n) for label, n in enumerate(labels)},
-        "duplicates": _find_duplicates(folder, names, rows, fingerprints),
-        **_mean_and_std(sums),
+        "per_class": {stored.class_name(label): int(n) for label, n in enumerate(labels)},
+        "duplicates": {
+            "groups": len(groups),
+            "extra_images": sum(map(len, groups)) - len(groups),
+            "first_groups": [rows[["shard", "offset"]][[row for _, row in group]].tolist() for group in groups[:MAX_LISTED]],
+        },
+        "one_colour": {"images": len(stored.one_colour), "first": stored.one_colour[:MAX_LISTED]},
+        **_mean_and_std([np.concatenate(record.pixels) for record in stored.records]),
     }
 
 
@@ -139,15 +152,38 @@ def _mean_and_std(sums: Sequence[np.ndarray]) -> dict[str, Any]:
     return {"mean": [round(m, 6) for m in mean], "std": [round(s, 6) for s in std], "mean_std_pixels": count}
 
 
-def _find_duplicates(folder: Path, names: Sequence[str], rows: np.ndarray, fingerprints: np.ndarray) -> dict[str, Any]:
-    """Count images with the same bytes: found by fingerprint, confirmed by their bytes."""
-    _, inverse, counts = np.unique(fingerprints, return_inverse=True, return_counts=True)
-    groups: dict[bytes, list[int]] = {}
-    for row in np.flatnonzero(counts[inverse] > 1).tolist():
-        with (folder / names[rows[row]["shard"]]).open("rb") as file:
-            file.seek(int(rows[row]["offset"]))
-            content = file.read(int(rows[row]["size"]))
-        groups.setdefault(hashlib.sha256(content).digest(), []).append(row)
-    same = [group for group in groups.values() if len(group) > 1]
-    listed = [[[int(rows["shard"][row]), int(rows["offset"][row])] for row in group] for group in same[:MAX_GROUPS]]
-    return {"groups": len(same), "extra_images": sum(len(group) - 1 for group in same), "first_groups": listed}
+def equal_groups(splits: Sequence[StoredSplit]) -> list[list[tuple[int, int]]]:
+    """Return the groups of images with the same bytes, each image as (number of its split, row)."""
+    prints = np.concatenate([split.fingerprints for split in splits])
+    _, inverse, counts = np.unique(prints, return_inverse=True, return_counts=True)
+    ends = np.cumsum([len(split.rows) for split in splits])
+    groups: dict[bytes, list[tuple[int, int]]] = {}
+    for number, (split, is_candidate) in enumerate(zip(splits, np.split(counts[inverse] > 1, ends[:-1]), strict=True)):
+        for row in np.flatnonzero(is_candidate).tolist():
+            groups.setdefault(hashlib.sha256(split.read(row)).digest(), []).append((number, row))
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def remarks(out: Path) -> list[str]:
+    """Return a line on each thing in the finished splits that a person should know: changes, degenerate images and labels."""
+    folders = [out / split for split in ("train", "val") if (out / split / RECORD_FOLDER / IDENTITY_NAME).exists()]
+    manifests = {folder: manifest for folder in folders if (manifest := read_manifest(folder))}
+    splits = [StoredSplit(folder, list(manifest.checksums), manifest.classes) for folder, manifest in manifests.items()]
+    groups, lines = [[number for number, _ in group] for group in equal_groups(splits)], []
+    for number, stored in enumerate(splits):
+        split, total, flat = stored.folder.name, len(stored.rows), stored.one_colour
+        changes = ", ".join(f"{count:,} {kind}" for kind, count in stored.changes.most_common())
+        copies = sum(max(group.count(number) - 1, 0) for group in groups)
+        in_train = sum(group.count(number) for group in groups if 0 in group and number > 0)
+        labels, counts = np.unique(stored.rows["label"], return_counts=True)
+        single = [stored.class_name(label) for label in labels[(counts == 1) & (labels >= 0)].tolist()]
+        texts = {
+            f"changed by the rules of docs/pipeline.md: {changes}": changes,
+            f"{len(flat):,} of {total:,} images have one colour: {truncate_list(flat)}": flat,
+            f"{copies:,} of {total:,} images are copies of others": copies,
+            f"{in_train:,} of {total:,} images are also in train, so accuracies will mean little": in_train,
+            f"classes with a single image: {truncate_list(single)}": single and split == "train",
+            "all images have one label, so accuracies will mean nothing": len(labels) == 1 and labels[0] >= 0,
+        }
+        lines += [f"{split}: {text}" for text, applies in texts.items() if applies]
+    return lines

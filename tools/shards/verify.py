@@ -1,6 +1,5 @@
-"""Checks, indexes and describes existing shards, ours or from another writer."""
+"""Checks and indexes existing shards, ours or from another writer."""
 
-import logging
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -11,14 +10,9 @@ import numpy as np
 
 from pipeline.files import file_checksum
 from pipeline.shards.index import INDEX_NAME, ShardIndex, open_index, save_index, scan_shard
-from pipeline.shards.manifest import MANIFEST_NAME, Manifest, check_class_count, read_manifest, read_object
-from pipeline.shards.samples import PILLOW_FAULTS
+from pipeline.shards.manifest import MANIFEST_NAME, Manifest, check_class_count, read_manifest
 from pipeline.shards.tar import tar_members
-from tools.shards.decoding.pixels import pixel_sums
-from tools.shards.report import STATS_NAME, describe_images
-from tools.shards.writer import BATCH_IMAGES, fingerprint, pixel_stride
-
-log = logging.getLogger(__name__)
+from tools.shards.writer import BATCH_IMAGES
 
 T = TypeVar("T")
 
@@ -97,29 +91,6 @@ def index_split(folder: Path, workers: int) -> int:
     scans = list(_in_parallel(workers, scan_shard, tars, range(len(tars))))
     save_index(folder, [tar.name for tar in tars], np.concatenate(scans))
     return sum(map(len, scans))
-
-
-def stats_split(folder: Path, workers: int) -> dict[str, Any]:
-    """Return the content of `stats.json`, computed from the tars where the file is missing."""
-    if (folder / STATS_NAME).exists():
-        return read_object(folder / STATS_NAME, "Remove it, and it is computed from the tars")
-    index = open_index(folder)
-    fingerprints, sums = zip(*_in_parallel(workers, _describe_shard, *_paths_and_rows(index)), strict=True)
-    return describe_images(folder, index.shards, index.samples, (), np.concatenate(fingerprints), sums)
-
-
-def _describe_shard(path: Path, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the fingerprints of the images in one tar, and the sum of the `pixel_sums` of some of them."""
-    fingerprints, sums = [], np.zeros(7, np.int64)
-    for number, content in enumerate(_contents(path, rows)):
-        fingerprints.append(fingerprint(content))
-        # As in a conversion, some of the images are enough for mean and std.
-        if number % pixel_stride(len(rows)) == 0:
-            try:
-                sums += pixel_sums(content)
-            except PILLOW_FAULTS as error:
-                log.warning("%s: the image at byte %d: %s: left out of mean and std", path, rows[number]["offset"], error)
-    return np.frombuffer(b"".join(fingerprints), "S16"), sums
 
 
 def _in_parallel(workers: int, work: Callable[..., T], paths: list[Path], *arguments: Iterable[Any]) -> Iterator[T]:

@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from tarfile import BLOCKSIZE
@@ -52,7 +52,7 @@ class Conversion:
 
 @dataclass
 class ShardRecord:
-    """All that is known of a finished shard without reading it. `rows`: `[n]` of SAMPLE_DTYPE."""
+    """All that is known of a finished shard without reading it. `rows`: `[n]` of SAMPLE_DTYPE. `one_colour`: names."""
 
     rows: np.ndarray
     fingerprints: np.ndarray
@@ -61,6 +61,7 @@ class ShardRecord:
     rejected: list[dict[str, str | int]]
     changes: dict[str, int]
     pixels: list[list[int]]
+    one_colour: list[str] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
         meta = {name: value for name, value in vars(self).items() if name not in ("rows", "fingerprints")}
@@ -112,6 +113,7 @@ class ShardBuilder:
         self.rows: list[tuple[int, int, int, int, int, int]] = []
         self.fingerprints: list[bytes] = []
         self.rejected: list[dict[str, str | int]] = []
+        self.one_colour: list[str] = []
         self.changes: Counter[str] = Counter()
         self.pixels = np.zeros(7, np.int64)
 
@@ -133,6 +135,7 @@ class ShardBuilder:
         for extension, content in parts.items():
             self._write(tar_header(f"{position:09d}.{extension}", len(content)), content, bytes(-len(content) % BLOCKSIZE))
         self.fingerprints.append(fingerprint(checked.content))
+        self.one_colour += [name] * checked.has_one_colour
         self.changes.update(checked.changes)
         if checked.other_frames:
             self.changes["frames left out"] += checked.other_frames
@@ -148,6 +151,7 @@ class ShardBuilder:
             rejected=self.rejected,
             changes=dict(sorted(self.changes.items())),
             pixels=[part.tolist() for part in np.split(self.pixels, (1, 4))],
+            one_colour=self.one_colour,
         )
 
     def _write(self, *chunks: bytes) -> None:

@@ -14,7 +14,6 @@ import sources
 from PIL import Image, features
 from reading import run_convert, stored_samples
 
-from tools.make_shards import main
 from tools.shards.images import CheckedImage, ImagePolicy, check_image
 
 SOUND = np.asarray(Image.open(io.BytesIO(sources.picture(3, 1))).convert("RGB"))
@@ -100,13 +99,6 @@ def test_an_image_that_does_not_decode_is_left_out_of_the_shards_by_name(tmp_pat
     assert rejected["name"] == "bee/broken.jpg"
     assert "does not decode" in rejected["reason"]
     assert len(stored_samples(folder)) == 24
-
-
-def test_stats_of_foreign_shards_go_on_past_a_damaged_image(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    members = [("a.jpg", sources.picture(0, 0)), ("b.jpg", broken_scan())]
-    (tmp_path / "in/0.tar").write_bytes(sources.tar_bytes(members))
-    assert main(["stats", str(tmp_path / "in"), "--workers", "1"]) == 0
 
 
 @pytest.mark.parametrize("where", ["EXIF", "APP13"])

@@ -1,9 +1,11 @@
 """A newcomer's own images, as they are on disk: nothing is dropped and no label is guessed silently."""
 
 import io
+import json
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sources
 from PIL import Image
@@ -11,6 +13,7 @@ from reading import run_convert, stored_samples
 
 from pipeline.text import notify_after
 from tools.make_shards import main
+from tools.shards.catalogue import Catalogue, FileRanges, Source, hold_out
 from tools.shards.images import AVIF_IS_READ, HEIC_IS_READ
 
 
@@ -113,6 +116,70 @@ def test_links_to_folders_within_a_class_are_counted(tmp_path: Path, capsys: pyt
     (root / "ant/gone.jpg").symlink_to(root / "nowhere")
     line = said(capsys, root, tmp_path / "out").splitlines()[1]
     assert line == "left out: 1 broken link(s), 1 folder link(s), not followed"
+
+
+def write_files(root: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    return root
+
+
+def flat_image(color: str, image_format: str = "PNG", side: int = 64) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (side, side), color).save(out, image_format)
+    return out.getvalue()
+
+
+def test_degenerate_images_and_labels_are_said_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {f"ant/{n}.jpg": sources.picture(0, n) for n in range(5)} | {"ant/copy.JPG": sources.picture(0, 3)}
+    files |= {
+        "bee/red.png": flat_image("red"),
+        "bee/blue.jpg": flat_image("blue", "JPEG", 500),
+        "bee/red.bmp": flat_image("red", "BMP"),
+    }
+    files["cat/0.jpg"] = sources.picture(2, 0)
+    train = write_files(tmp_path / "train", files)
+    lines = said(capsys, train, tmp_path / "out").splitlines()
+    assert [line for line in lines if line.startswith("note")] == [
+        "note     train: changed by the rules of docs/pipeline.md: 1 bmp",
+        "note     train: 3 of 10 images have one colour: bee/red.png, bee/blue.jpg, bee/red.bmp",
+        "note     train: 2 of 10 images are copies of others",
+        "note     train: classes with a single image: cat",
+    ]
+    stats = json.loads((tmp_path / "out/train/stats.json").read_text())
+    assert stats["one_colour"]["images"] == 3
+    val = write_files(tmp_path / "val", {name: content for name, content in files.items() if name.startswith("ant/")})
+    lines = said(capsys, val, tmp_path / "out", "--split", "val").splitlines()
+    assert lines[-2:] == [
+        "note     val: 6 of 6 images are also in train, so accuracies will mean little",
+        "note     val: all images have one label, so accuracies will mean nothing",
+    ]
+
+
+def test_sound_images_are_not_remarked_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "note" not in said(capsys, sources.class_folders(tmp_path / "in"), tmp_path / "out", "--val-ratio", "0.25")
+
+
+def test_equal_files_stay_on_one_side_of_val_ratio(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for trial in range(30):
+        contents = [rng.bytes(int(rng.choice([3, 5_000]))) for _ in range(int(rng.integers(10, 30)))]
+        contents.append(contents[0][:-1] + b"x")  # of the same size, and of the same beginning if it is long
+        copies = [contents[int(k)] for k in rng.integers(0, len(contents), 20)]
+        ratio, path = float(rng.choice([0.1, 0.3, 0.5])), tmp_path / f"{trial}.bin"
+        path.write_bytes(b"".join(everything := [*contents, *copies]))
+        catalogue, offset = Catalogue([FileRanges(path)]), 0
+        for number, content in enumerate(everything):
+            catalogue.add(0, offset, len(content), int(rng.integers(3)), str(number))
+            offset += len(content)
+        sides = [
+            [part.catalogue.read(row) for row in range(len(part.catalogue))]
+            for part in hold_out(Source("", "", catalogue), ratio, trial)
+        ]
+        assert not set(sides[0]) & set(sides[1])
+        assert sorted(sides[0] + sides[1]) == sorted(everything)
+        assert len(set(sides[1])) == int(len(contents) * ratio)
 
 
 @pytest.mark.skipif(not AVIF_IS_READ, reason="this Pillow was built without AVIF")
