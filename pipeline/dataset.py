@@ -13,6 +13,7 @@ from pipeline import defaults
 from pipeline.crops.augment import Augmentation, ViewRecipe
 from pipeline.files import expand_path
 from pipeline.shards.cache import CacheSettings
+from pipeline.shards.converted import as_shards
 from pipeline.shards.index import ShardIndex, open_index, split_folder
 
 DEFAULT_AUGMENTATION = Augmentation()
@@ -97,7 +98,8 @@ def build_multicrop_dataset(
 
     Sizes are in pixels, scales are fractions of the image's area, and a jitter strength s means brightness and contrast s,
     saturation s / 2 and hue s / 4. `data_path` is a folder, or a prefix such as `s3://BUCKET/PREFIX`
-    (`pipeline.shards.storage`), whose shards are cached on a local disk (`MultiCropDataset.cached`).
+    (`pipeline.shards.storage`), whose shards are cached on a local disk (`MultiCropDataset.cached`). Pictures that are
+    not in shards are converted once (`pipeline.shards.converted`).
 
     Raises FileNotFoundError if there are no shards, ValueError if they do not match their index, StoreError if the store does not
     answer.
@@ -105,7 +107,7 @@ def build_multicrop_dataset(
     view = augmentation.view
     recipes = [view(global_crop_size, global_crop_scale, global_color_jitter, g) for g in range(num_global_crops)]
     recipes += [view(local_crop_size, local_crop_scale, local_color_jitter, None)] * num_local_crops
-    index = open_index(split_folder(dataset_name, expand_path(str(data_path)), split))
+    index = open_index(split_folder(dataset_name, as_shards(dataset_name, expand_path(str(data_path))), split))
     return MultiCropDataset(index, tuple(recipes), augmentation.mean, augmentation.std)
 
 

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.shards.index import split_folder
 from pipeline.text import printable, say
 from train.command import path_argument, run_command
 from train.config.load import load_config
 from train.output.display import LOADING
+from train.shards import with_shards
 
 if TYPE_CHECKING:
     from train.replay import Replay
@@ -36,8 +36,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def preview(args: argparse.Namespace) -> None:
-    config = load_config(args.config, args.overrides)
-    split_folder(config.data.dataset, config.data.data_path, "train")
+    config = with_shards(load_config(args.config, args.overrides))
     print(LOADING, file=sys.stderr)  # imports start here, so that a wrong setting is reported at once
     from train.replay import replay
 

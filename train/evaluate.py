@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from train.command import path_argument, place_argument, run_command, show_messages
 from train.output.display import LOADING
+from train.shards import with_shards
 
 PROBES = ("knn", "linear", "attentive", "lowshot")
 
@@ -43,7 +44,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
 
     torch.use_deterministic_algorithms(True, warn_only=True)
     checkpoint, config = find_checkpoint(args.run, args.config, args.data, args.max_samples, args.device)
-    report = evaluate(checkpoint, config, tuple(args.probe))
+    report = evaluate(checkpoint, with_shards(config), tuple(args.probe))
     print(report_table(report))
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -16,12 +16,12 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.files import expand_path
-from pipeline.shards.index import split_folder
 from train.command import BAD_INPUT, StopSignal, run_command, show_messages
 from train.config.load import SHORT_FLAGS, load_config_with_origins
 from train.config.schema import Config
 from train.config.yaml12 import ConfigError
 from train.output.display import LOADING
+from train.shards import with_shards
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> tuple[Path, list[str], argparse.Namespace]:
@@ -56,14 +56,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[Path, list[str], a
     return Path(config), overrides, options
 
 
-def check_settings(config: Config) -> None:
-    """Raise ValueError or FileNotFoundError for what can be checked without loading torch."""
+def check_settings(config: Config) -> Config:
+    """Return the config with shards in data.data_path. Raises ValueError or FileNotFoundError for what needs no torch."""
     if (tasks := os.environ.get("SLURM_NTASKS", "1")) != "1" and "WORLD_SIZE" not in os.environ:
         raise ValueError(
             f"SLURM_NTASKS={tasks}, but without torchrun each task would train alone, all of them into one run folder. Start "
             "torchrun on each machine, as `sbatch docker/slurm.sbatch CONFIG` does, or one process: `srun --ntasks=1 ...`"
         )
-    split_folder(config.data.dataset, config.data.data_path, "train")
     resume = config.checkpoint.resume
     if resume not in ("auto", "none") and not (Path(resume) / "manifest.json").is_file():
         raise FileNotFoundError(
@@ -73,6 +72,7 @@ def check_settings(config: Config) -> None:
         raise ValueError("logging.wandb.enabled: the package wandb is not installed; `pip install wandb`, or set it to false")
     if config.training.compile:
         find_compiler()
+    return with_shards(config)
 
 
 def find_compiler() -> str:
@@ -102,7 +102,7 @@ def launch(options: argparse.Namespace, path: Path, overrides: list[str]) -> int
         console.out(config.to_yaml(origins), end="", highlight=False)
     if options.print_config:
         return 0
-    check_settings(config)
+    config = check_settings(config)
     console.print(LOADING, style="dim")
     return execute(config, console, options.dry_run)
 

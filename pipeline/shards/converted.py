@@ -10,12 +10,36 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.lock import locked
+from pipeline.shards.index import split_folder
 from pipeline.shards.manifest import MANIFEST_NAME
+from pipeline.shards.storage import is_remote
 from pipeline.text import notify_after, printable
 
 CACHE = Path("shards/converted")
+VAL_RATIO = 0.1  # of every class, where nothing else is asked for
 
 log = logging.getLogger(__name__)
+
+
+def as_shards(
+    dataset_name: str, data_path: Path | str, cache: Path | None = None, val_ratio: float | None = None, resize: int | None = None
+) -> Path | str:
+    """Return `data_path` if it holds shards, or the folder of those that are made from the pictures there (`converted`).
+
+    Raises FileNotFoundError if there is nothing, ValueError for pictures that cannot be converted, and for `val_ratio` or
+    `resize` where there is nothing to convert.
+    """
+    source = Path(data_path)
+    try:
+        split_folder(dataset_name, data_path, "train")
+    except FileNotFoundError:
+        if is_remote(data_path) or not (source.is_file() or (source.is_dir() and any(source.iterdir()))):
+            raise
+        return converted(source, cache or CACHE, val_ratio=VAL_RATIO if val_ratio is None else val_ratio, resize=resize or 0)
+    for name, value in (("val_ratio", val_ratio), ("resize", resize)):
+        if value is not None:
+            raise ValueError(f"data.{name}: {value} is for pictures, but {data_path} holds shards already. Remove it")
+    return data_path
 
 
 def converted(source: Path, cache: Path = CACHE, *, val_ratio: float = 0.0, resize: int = 0) -> Path:

@@ -260,3 +260,15 @@ def test_a_finished_run_names_the_setting_that_ended_it(copied: tuple[Path, Path
     shards, runs = copied
     assert train(command(QUICKSTART, shards, runs, *SHORT)) == 0
     assert "to continue, raise training.max_steps, now 2;" in capsys.readouterr().out
+
+
+def test_a_run_starts_from_a_folder_of_pictures_and_converts_it_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    photos, runs, cache = class_folders(tmp_path / "photos", ["a", "b"], each=20), tmp_path / "runs", tmp_path / "cache"
+    changes = ["training.max_steps=1", "training.warmup_epochs=0", f"data.cache_dir={cache}", "data.val_ratio=0.25"]
+    assert train(command(QUICKSTART, photos, runs, *changes)) == 0
+    shards = Path(load_config(runs / "quickstart" / "config.yaml").data.data_path)
+    assert (len(open_index(shards / "train")), len(open_index(shards / "val"))) == (30, 10)
+    assert train(command(QUICKSTART, photos, runs, *changes, "training.max_steps=2")) == 0
+    assert capfd.readouterr().out.count("converted to") == 1
+    assert train(command(QUICKSTART, shards, runs, *changes)) == 2
+    assert "holds shards already" in capfd.readouterr().err

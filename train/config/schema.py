@@ -78,7 +78,12 @@ class Augmentation(Section):
 class Data(Section):
     dataset: Literal["imagenet", "cifar10", "cifar100", "fashion_mnist", "sample", "custom"] = "imagenet"
     data_path: PathText
-    """Folder, or prefix of an object store (s3://, gs://, az://, hf://, https://), that holds the shards in train/ and val/."""
+    """Folder, or prefix of an object store (s3://, gs://, az://, hf://, https://), that holds the shards in train/ and val/; or
+    pictures in any layout that make_shards.py convert reads: they are converted once, into shards/converted or cache_dir."""
+    val_ratio: FractionBelowOne | None = None
+    """Share of the pictures of every class that becomes val/ when data_path holds pictures; null: 0.1."""
+    resize: PositiveInt | None = None
+    """Pixels to which the shorter side of larger pictures is reduced when data_path holds pictures; null: none are."""
     cache_dir: PathText | None = None
     """Folder for shards downloaded from a store; it should be on a local disk. null: a folder of your own in $TMPDIR."""
     cache_size_gb: PositiveFloat = defaults.CACHE_SIZE_GB
