@@ -5,6 +5,7 @@ import logging
 import os
 import time
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -12,17 +13,19 @@ import torch
 from rich.console import Console
 
 from model.hjepa import HJEPA
+from pipeline.dataset import own_cores
 from pipeline.files import write_atomic
 from pipeline.memory import memory_limit
 from pipeline.shards.index import UNLABELLED
 from pipeline.shards.storage import StoreError
+from pipeline.text import plural
 from train.checkpoint import CheckpointWriter, abandon_others, checkpoint_step, list_checkpoints
 from train.evaluation.online import OnlineEvaluation
 from train.monitor import memory_metrics
 from train.output.display import Display
 from train.output.folder import check_run_folder, open_run_folder
 from train.output.log import MetricsLog, open_wandb
-from train.output.pictures import NEIGHBOURS, QUERIES, draw_run
+from train.output.pictures import NEIGHBOURS, NUM_LOOKED_AT, QUERIES, colourful, draw_run
 from train.output.report import advice, current_summary, stop_setting, summary_table, write_page, write_summary
 from train.trainer import DIVERGED, STOPPED, Trainer
 
@@ -107,6 +110,14 @@ def dry_run(trainer: Trainer) -> None:
     log.info(f"folder: {trainer.folder}; would {begin if resume in ('auto', 'none') else f'continue from {resume}'}")
 
 
+def device_name(trainer: Trainer) -> str:
+    """Return what the run computes on, such as `8 x NVIDIA H200` or `CPU, 2 cores`."""
+    count = trainer.ranks.world_size
+    if trainer.device.type == "cuda":
+        return f"{count} x {torch.cuda.get_device_name(trainer.device)}"
+    return f"CPU, {plural(own_cores() * count, 'core')}"
+
+
 class Recorder:
     """Writes the run of `trainer` into its folder, and shows it on `console`; for rank 0.
 
@@ -162,7 +173,8 @@ class Recorder:
         self._metrics.write(state.step, values)
         if not trainer.config.logging.pictures:
             return
-        neighbours, model = self._evaluation.neighbours(QUERIES, NEIGHBOURS), cast(HJEPA, trainer.model)
+        neighbours = self._evaluation.neighbours(partial(colourful, count=QUERIES), NEIGHBOURS, NUM_LOOKED_AT)
+        model = cast(HJEPA, trainer.model)
         paths = draw_run(self._folder, trainer.config, trainer.dataset, model, trainer.masks, neighbours)
         for path in paths:
             self._metrics.picture(state.step, path)
@@ -200,7 +212,8 @@ class Recorder:
                 self._console.print("evaluating and drawing ...", style="dim")
                 self._write_heartbeat("evaluating")
                 self._measure()
-                summary = write_summary(folder, config, state, self._evaluation, self._trainer.model.encoder.width)
+                width = self._trainer.model.encoder.width
+                summary = write_summary(folder, config, state, self._evaluation, width, device_name(self._trainer))
                 self._metrics.summary(summary)
             hints = advice(config, summary)
             page = write_page(folder, hints)

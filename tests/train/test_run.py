@@ -79,7 +79,7 @@ def test_a_complete_run_is_reported_with_pictures_and_is_neither_trained_nor_eva
     complete: Path, data_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert_two_steps(complete)
-    figures = ["crops.png", "curves.png", "features.png", "masks.png", "neighbours.png"]
+    figures = ["crops.png", "features.png", "masks.png", "neighbours.png"]
     assert sorted(path.name for path in (complete / "figures").iterdir()) == figures
     kept = [
         complete / "checkpoints" / "step_00000002" / "model.safetensors",

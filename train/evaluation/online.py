@@ -1,6 +1,7 @@
 """Scores of frozen features before, during and after a run, and baselines that need no training (baselines.json)."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,7 +12,9 @@ from pydantic import BaseModel, Field, ValidationError
 from model.hjepa import HJEPA
 from pipeline.files import write_atomic
 from pipeline.loader import MultiCropLoader
-from pipeline.shards.index import ShardIndex
+from pipeline.shards.index import UNLABELLED, ShardIndex
+from pipeline.shards.manifest import read_manifest
+from pipeline.text import printable
 from train.build import build_evaluation_loaders
 from train.config.schema import Config, Evaluation
 from train.evaluation.features import Extractor, check_labels, colour_histogram, pixels, pooled_features
@@ -19,6 +22,7 @@ from train.evaluation.measure import Scores, measure, nearest_neighbours
 
 BASELINES_FILE = "baselines.json"
 BaselineName = Literal["pixels", "colour_histogram", "random_init"]
+Choose = Callable[[list[bytes], list[int]], list[int]]
 Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 
 log = logging.getLogger(__name__)
@@ -33,10 +37,14 @@ class Baselines(BaseModel, strict=True):
 
 @dataclass(frozen=True)
 class Neighbours:
-    """An image and its nearest others: their encoded files and labels, the image first, and the others' cosine similarities."""
+    """An image and its nearest others, the image first: files, labels and captions, and the others' cosine similarities.
+
+    A caption has a line with the class, unless there are no labels, and one with the name of the file.
+    """
 
     pictures: list[bytes]
     labels: list[int]
+    captions: list[str]
     similarities: list[float]
 
 
@@ -113,19 +121,32 @@ class OnlineEvaluation:
         values = {"knn": self.knn, "knn_rankme": self.rankme, "linear": self.linear}
         return {name: value for name, value in values.items() if value is not None}
 
-    def neighbours(self, count: int, k: int) -> list[Neighbours]:
-        """Return the k nearest training images of `count` evenly spaced validation images, at the latest measurement."""
+    def neighbours(self, choose: Choose, k: int, candidates: int) -> list[Neighbours]:
+        """Return the k nearest training images, at the latest measurement, of some of `candidates` validation images.
+
+        The candidates are evenly spaced; `choose` returns the places of some, given their encoded files and labels.
+        """
         if self._latest is None or self._loaders is None:
             return []
         train, test = self._latest.train, self._latest.test
-        rows = torch.linspace(0, len(test.labels) - 1, min(count, len(test.labels))).long()
+        rows = torch.linspace(0, len(test.labels) - 1, min(candidates, len(test.labels))).long()
+        rows = rows[choose([self._val.encoded(self._row(1, row)) for row in rows.tolist()], test.labels[rows].tolist())]
         similarities, nearest = nearest_neighbours(train.values["last"], test.values["last"][rows], k, self._device)
-        neighbours = []
+        manifest, neighbours = read_manifest(self._train.folder), []
+        classes = (manifest.class_names or manifest.classes) if manifest else ()
         for row, others, similar in zip(rows.tolist(), nearest.tolist(), similarities.tolist(), strict=True):
-            pictures = [encoded_at(self._loaders[1], row), *(encoded_at(self._loaders[0], other) for other in others)]
-            labels = [int(test.labels[row]), *train.labels[others].tolist()]
-            neighbours.append(Neighbours(pictures, labels, similar))
+            places = [(self._val, self._row(1, row)), *((self._train, self._row(0, other)) for other in others)]
+            labels, captions = [int(test.labels[row]), *train.labels[others].tolist()], []
+            for (index, stored), label in zip(places, labels, strict=True):
+                known = [classes[label] if label < len(classes) else f"class {label}"] if label != UNLABELLED else []
+                captions.append("\n".join(map(printable, (*known, index.name(stored).rpartition("/")[2]))))
+            neighbours.append(Neighbours([index.encoded(stored) for index, stored in places], labels, captions, similar))
         return neighbours
+
+    def _row(self, split: int, position: int) -> int:
+        """Return the row of the image at a position of `extract`: for a damaged sample, that of its replacement."""
+        assert self._loaders is not None
+        return int(self._loaders[split].rows_at(0, position, position + 1)[0])
 
     @property
     def _device(self) -> torch.device:
@@ -145,11 +166,6 @@ class OnlineEvaluation:
             return None
         finally:
             self._model.train()
-
-
-def encoded_at(loader: MultiCropLoader, position: int) -> bytes:
-    """Return the encoded image at a position of `extract`: for a damaged sample, its replacement."""
-    return loader.index.encoded(int(loader.rows_at(0, position, position + 1)[0]))
 
 
 def baselines_key(train: ShardIndex, val: ShardIndex, settings: Evaluation) -> dict[str, Any]:

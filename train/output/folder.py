@@ -4,6 +4,9 @@ import json
 import logging
 import os
 import platform
+import shlex
+import subprocess
+import sys
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -118,4 +121,18 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "commit": commit(),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
+
+
+def commit() -> str | None:
+    """Return the commit of the project's code, with `-dirty` if it has changed since; None outside its repository."""
+    root = Path(__file__).parents[2]
+    line = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return (
+            subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip() if (root / ".git").exists() else None
+        )
+    except (OSError, subprocess.CalledProcessError):  # no git here, or the repository of another user
+        return None

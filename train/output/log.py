@@ -70,8 +70,10 @@ class MetricsLog:
         """Show a picture file in TensorBoard and wandb, under its name."""
         if self._writer is not None:
             with self._errors_logged():
-                pixels = np.asarray(Image.open(path).convert("RGB"))
-                self._writer.add_image(path.stem, pixels, step, dataformats="HWC")
+                picture = Image.open(path)
+                sheet = Image.new("RGB", picture.size, "white")
+                sheet.paste(picture, mask=picture)  # it is transparent where it is empty
+                self._writer.add_image(path.stem, np.asarray(sheet), step, dataformats="HWC")
         if self._wandb is not None:
             import wandb
 

@@ -17,22 +17,26 @@ from model.hjepa import HJEPA
 from model.masks import MaskPlan, MultiCropMaskGenerator, level_grid
 from pipeline.dataset import CropBatch, MultiCropDataset
 from pipeline.shards.index import UNLABELLED
+from pipeline.text import printable
 from train.build import build_loader
 from train.config.schema import Config
-from train.output.log import draw_curves, read_metrics
 from train.trainer import step_seed
 
 if TYPE_CHECKING:
     from train.evaluation.online import Neighbours
 
+NUM_LOOKED_AT = 32  # images, among which the pictured ones are chosen
 NUM_PICTURED, NUM_MASKED = 4, 2  # images in crops.png and features.png, and in masks.png
 QUERIES, NEIGHBOURS = 6, 7  # in neighbours.png
 QUERY_COLOUR = np.array([1.0, 0.69, 0.0])
 VIEW_COLOURS = (
     "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf",
 )  # fmt: skip
-GAP, CAPTION, FONT_SIZE = 8, 20, 12  # pixels
+INK = (118, 124, 130)  # of captions: readable on white and on black, since pictures are transparent where they are empty
+CLEAR = (*INK, 0)  # transparent; in the colour of the ink, so that the edges of letters blend well
+GAP, CAPTION, LINE, FONT_SIZE = 8, 20, 15, 12  # pixels: CAPTION of a caption's first line, LINE of each further one
 GLOBAL_SIDE, LOCAL_SIDE, NEIGHBOUR_SIDE = 200, 112, 104  # of a tile; a local crop's caption needs 112
+STRENGTH_SIDE = 16  # of an image whose colours are compared
 DASH = 10  # pixels from the start of one dash to the next
 
 Outline = tuple[Sequence[float], str, bool]
@@ -66,30 +70,50 @@ def draw_run(
 ) -> list[Path]:  # fmt: skip
     """Draw `folder/figures/*.png` and return their paths.
 
-    crops and masks show the first positions of epoch 0, as trained on. neighbours.png needs some, curves.png a logged loss.
+    crops and masks show colourful images among the first positions of epoch 0, with the crops that are trained on. Pictures that
+    do not apply are removed: masks.png where nothing is masked, neighbours.png without neighbours.
     """
-    count = min(NUM_PICTURED, len(dataset))
+    count = min(NUM_LOOKED_AT, len(dataset))
     loader = build_loader(config, dataset, count)
-    batch = next(iter(loader))
+    batch, rows = next(iter(loader)), loader.rows_at(0, 0, count).tolist()
+    sources = [dataset.index.encoded(row) for row in rows]
+    chosen = colourful(sources, batch.labels.tolist(), NUM_PICTURED)
+    sources, names = [sources[i] for i in chosen], [dataset.index.name(rows[i]) for i in chosen]
+    batch = CropBatch(
+        [crops[chosen] for crops in batch.crops], batch.labels[chosen], batch.boxes[chosen], batch.flips[chosen],
+        batch.positions[chosen],
+    )  # fmt: skip
     views = Views(batch, model.num_global, dataset.mean, dataset.std)
-    sources = [dataset.index.encoded(int(row)) for row in loader.rows_at(0, 0, count)]
     torch.manual_seed(step_seed(config.seed, 0, 1))
-    plan = masks(count)
-    masked = [(i, g) for i in range(min(NUM_MASKED, count)) for g in range(model.num_global)]
-    pictures = {
-        "crops": [[source_tile(views, i, source), *crop_tiles(views, i)] for i, source in enumerate(sources)],
-        "masks": [mask_tiles(views, plan, i, g, model.grid, masks.strides, f"image {i}, ") for i, g in masked],
-        "features": feature_rows(views, feature_colours(model.target, batch.crops[0])),
-        "neighbours": [neighbour_tiles(row) for row in neighbours],
-    }
-    paths = {name: folder / "figures" / f"{name}.png" for name in (*pictures, "curves")}
-    for name, rows in pictures.items():
-        if rows:
-            save_rows(paths[name], rows)
-    lines = read_metrics(folder)
-    if any("loss" in line for line in lines):
-        draw_curves(paths["curves"], {folder.name: lines})
+    plan, globals_ = masks(len(chosen)), range(model.num_global)
+    pictures: dict[str, list[list[Image.Image]]] = {"crops": [], "masks": []}
+    for i, (source, name) in enumerate(zip(sources, names, strict=True)):
+        pictures["crops"] += [[text_line(name)], [source_tile(views, i, source), *crop_tiles(views, i)]]
+        if i < NUM_MASKED and plan.context.shape[-1] < model.grid**2:
+            tiles = [mask_tiles(views, plan, i, g, model.grid, masks.strides) for g in globals_]
+            pictures["masks"] += [[text_line(name)], *tiles]
+    pictures["features"] = feature_rows(views, feature_colours(model.target, batch.crops[0]), names)
+    pictures["neighbours"] = [neighbour_tiles(row) for row in neighbours]
+    paths = {name: folder / "figures" / f"{name}.png" for name in pictures}
+    for name, tiles in pictures.items():
+        if tiles:
+            save_rows(paths[name], tiles)
+        else:
+            paths[name].unlink(missing_ok=True)
     return [path for path in paths.values() if path.exists()]
+
+
+def colourful(sources: Sequence[bytes], labels: Sequence[int], count: int) -> list[int]:
+    """Return the places of `count` images with strong colours and contrast, in order, of as many classes as there are."""
+
+    def strength(source: bytes) -> float:
+        pixels = np.asarray(_fit(open_picture(source), STRENGTH_SIDE), np.float32)
+        return float((1 + np.ptp(pixels, axis=2).mean()) * pixels.std(axis=(0, 1)).mean())
+
+    strengths = [strength(source) for source in sources]
+    ranked = sorted(range(len(sources)), key=lambda i: -strengths[i])
+    others = [i for n, i in enumerate(ranked) if labels[i] in [labels[j] for j in ranked[:n]]]
+    return sorted([*(i for i in ranked if i not in others), *others][:count])
 
 
 def crop_tiles(views: Views, i: int) -> list[Image.Image]:
@@ -111,15 +135,13 @@ def source_tile(views: Views, i: int, encoded: bytes, side: int = GLOBAL_SIDE, n
     return tile(source, caption, side, outlines=outlines)
 
 
-def mask_tiles(
-    views: Views, plan: MaskPlan, i: int, g: int, grid: int, strides: Sequence[int], prefix: str = ""
-) -> list[Image.Image]:
+def mask_tiles(views: Views, plan: MaskPlan, i: int, g: int, grid: int, strides: Sequence[int]) -> list[Image.Image]:
     """Return 2 + L tiles of one global crop. Other crops of the image that the predictor sees are outlined on the first."""
     pixels = views.pixels(g, i)
     outlines, suffix = _partners(views, plan, i, g)
     seen = to_picture(np.where(_cells(plan.context[i, g], grid, 1, len(pixels)), pixels, 0.5))
     tiles = [
-        tile(to_picture(pixels), f"{prefix}global {g}{suffix}", GLOBAL_SIDE, outlines=outlines),
+        tile(to_picture(pixels), f"global {g}{suffix}", GLOBAL_SIDE, outlines=outlines),
         tile(seen, f"context: {plan.context.shape[-1]} of {grid**2} tokens", GLOBAL_SIDE),
     ]
     tinted = 0.35 * pixels + 0.65 * QUERY_COLOUR
@@ -153,11 +175,10 @@ def _cells(chosen: torch.Tensor, grid: int, stride: int, size: int) -> np.ndarra
     return np.kron(cells.view(side, side).numpy(), np.ones((stride * patch,) * 2, dtype=bool))[:size, :size, None]
 
 
-def feature_rows(views: Views, colours: np.ndarray) -> list[list[Image.Image]]:
+def feature_rows(views: Views, colours: np.ndarray, names: Sequence[str]) -> list[list[Image.Image]]:
     """Return the first global crop of each image, and below them their tokens' features as colours, `[n, g, g, 3]`."""
-    crops = [to_picture(views.pixels(0, i)) for i in range(len(colours))]
-    rows = {"crop": crops, "features: 3 principal components": [to_picture(colour) for colour in colours]}
-    return [[tile(picture, "" if i else caption, GLOBAL_SIDE) for i, picture in enumerate(row)] for caption, row in rows.items()]
+    crops = [tile(to_picture(views.pixels(0, i)), name, GLOBAL_SIDE) for i, name in enumerate(names)]
+    return [crops, [tile(to_picture(colour), "its features", GLOBAL_SIDE) for colour in colours]]
 
 
 def feature_colours(encoder: MultiCropEncoder, crops: torch.Tensor) -> np.ndarray:
@@ -176,13 +197,13 @@ def feature_colours(encoder: MultiCropEncoder, crops: torch.Tensor) -> np.ndarra
 def neighbour_tiles(row: "Neighbours") -> list[Image.Image]:
     """Return a validation image, then its nearest training images: green with the same label, else red, gray without labels."""
     tiles = []
-    for number, (encoded, label) in enumerate(zip(row.pictures, row.labels, strict=True)):
-        colour, parts = "black", [f"class {label}"] if label != UNLABELLED else []
-        if number:
-            colour = "#606060" if label == UNLABELLED else "#2a8f2a" if label == row.labels[0] else "#c03030"
-            parts.append(f"{row.similarities[number - 1]:.3f}")
+    for number, (encoded, label, caption) in enumerate(zip(row.pictures, row.labels, row.captions, strict=True)):
+        colour: str | tuple[int, ...] = INK
+        if number and label != UNLABELLED:
+            colour = "#2a8f2a" if label == row.labels[0] else "#d0403c"
+        similarity = f"{row.similarities[number - 1]:.3f}" if number else ""
         framed = ImageOps.expand(_fit(open_picture(encoded), NEIGHBOUR_SIDE - 6), 3, colour)
-        tiles.append(tile(framed, ", ".join(parts), NEIGHBOUR_SIDE, colour))
+        tiles.append(tile(framed, f"{caption}\n{similarity}", NEIGHBOUR_SIDE, colour))
     return tiles
 
 
@@ -206,8 +227,18 @@ def _font() -> Any:
     return ImageFont.load_default(FONT_SIZE)
 
 
-def tile(picture: Image.Image, caption: str, side: int, colour: str = "black", outlines: Iterable[Outline] = ()) -> Image.Image:
-    """Return the picture, fitted into a square of `side` pixels, under its caption."""
+def _shorten(text: str, width: int) -> str:
+    """Return the text without control characters, cut to a width in pixels."""
+    text = printable(text)
+    while _font().getlength(text) > width:
+        text = text[:-2] + "\N{HORIZONTAL ELLIPSIS}"
+    return text
+
+
+def tile(
+    picture: Image.Image, caption: str, side: int, colour: str | tuple[int, ...] = INK, outlines: Iterable[Outline] = ()
+) -> Image.Image:
+    """Return the picture, fitted into a square of `side` pixels, under its caption of one or more lines."""
     picture = _fit(picture, side)
     canvas = ImageDraw.Draw(picture)
     for box, line_colour, dashed in outlines:
@@ -217,16 +248,21 @@ def tile(picture: Image.Image, caption: str, side: int, colour: str = "black", o
             for n in range(count):
                 dash = [start + (end - start) * part / count for part in (n, n + (0.6 if dashed else 1))]
                 canvas.line([tuple(point) for point in dash], fill=line_colour, width=2)
-    captioned = Image.new("RGB", (side, side + CAPTION), "white")
-    captioned.paste(picture, ((side - picture.width) // 2, CAPTION + (side - picture.height) // 2))
-    ImageDraw.Draw(captioned).text((side / 2, CAPTION / 2), caption, fill=colour, font=_font(), anchor="mm")
+    lines = caption.split("\n")
+    top = CAPTION + LINE * (len(lines) - 1)
+    captioned = Image.new("RGBA", (side, side + top), CLEAR)
+    captioned.paste(picture, ((side - picture.width) // 2, top + (side - picture.height) // 2))
+    for number, line in enumerate(lines):
+        place = (side / 2, CAPTION / 2 + LINE * number)
+        ImageDraw.Draw(captioned).text(place, _shorten(line, side), fill=colour, font=_font(), anchor="mm")
     return captioned
 
 
 def text_line(text: str) -> Image.Image:
     """Return a line of text as a picture."""
-    line = Image.new("RGB", (round(_font().getlength(text)) + 2 * GAP, CAPTION), "white")
-    ImageDraw.Draw(line).text((GAP, CAPTION / 2), text, fill="black", font=_font(), anchor="lm")
+    text = printable(text)
+    line = Image.new("RGBA", (round(_font().getlength(text)) + 2 * GAP, CAPTION), CLEAR)
+    ImageDraw.Draw(line).text((GAP, CAPTION / 2), text, fill=INK, font=_font(), anchor="lm")
     return line
 
 
@@ -234,7 +270,7 @@ def join_rows(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
     """Return rows of pictures below one another; the pictures of a row are centred vertically."""
     heights = [max(picture.height for picture in row) for row in rows]
     width = max(sum(picture.width + GAP for picture in row) for row in rows) - GAP
-    sheet, y = Image.new("RGB", (width, sum(heights) + GAP * (len(rows) - 1)), "white"), 0
+    sheet, y = Image.new("RGBA", (width, sum(heights) + GAP * (len(rows) - 1)), CLEAR), 0
     for row, height in zip(rows, heights, strict=True):
         x = 0
         for picture in row:
@@ -245,6 +281,6 @@ def join_rows(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
 
 
 def save_rows(path: Path, rows: Sequence[Sequence[Image.Image]]) -> None:
-    """Write rows of pictures as PNG, with a white margin."""
+    """Write rows of pictures as PNG, with a margin."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    ImageOps.expand(join_rows(rows), GAP, "white").save(path)
+    ImageOps.expand(join_rows(rows), GAP, CLEAR).save(path)

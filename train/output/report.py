@@ -3,6 +3,7 @@
 import base64
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,21 +33,25 @@ KNN_NAMES = {
     "trained": "k-NN, trained encoder",
 }
 CAPTIONS = {
-    "crops": "Photographs with the boxes of their crops (dashed: mirrored), and the crops as the encoder gets them",
+    "crops": "Images with the boxes of their crops (dashed: mirrored), and the crops as the encoder gets them",
     "masks": "What the encoder sees of each global crop, and the cells it predicts at every level",
     "features": "Three principal components of the patch features, as colours",
-    "neighbours": "Validation images and their nearest training images: green where the labels agree",
+    "neighbours": "Some validation images and their nearest training images: green where the labels agree",
 }
-WIDE_PICTURES = ("crops", "masks")  # on a phone they scroll instead of shrinking
 PAGE = Path(__file__).with_name("page.html")
 REMEDY = "Run the training command again: it writes the file again"
 
 
-def write_summary(folder: Path, config: Config, state: RunState, probe: "OnlineEvaluation", width: int) -> dict[str, Any]:
+def write_summary(
+    folder: Path, config: Config, state: RunState, probe: "OnlineEvaluation", width: int, device: str
+) -> dict[str, Any]:
     """Write summary.json with the latest scores of `probe`, and return its content. Percentages are 0..100."""
     knn = None if probe.knn is None or probe.baselines is None else {**probe.baselines, "trained": probe.knn}
     summary = {
         "run_name": config.logging.run_name,
+        "finished": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "device": device,
+        "train_s": state.train_s,
         "steps": state.step,
         "images": state.images,
         "images_per_s": state.images / state.train_s,
@@ -141,14 +146,22 @@ def write_page(folder: Path, hints: Sequence[str] = ()) -> Path:
         for key, name in (KNN_NAMES.items() if knn else ())
     ]
     pictures = [path for path in sorted((folder / "figures").glob("*.png")) if path.stem in CAPTIONS]
+    environment = read_object(folder / "environment.json", REMEDY)
+    taken = f"{timedelta(seconds=round(summary['train_s']))} on {summary['device']}" if "device" in summary else ""
+    header = [summary.get("finished"), f"{summary['steps']:,} steps, {summary['images']:,} images", taken]
+    header.append(environment.get("commit") and f"commit {environment['commit']}")
+    metrics = read_metrics(folder)
+    if knn:
+        metrics.insert(0, {"step": 0, "knn": knn["random_init"]})
     parts = [
-        f'<p class="soft">{summary["steps"]:,} steps, {summary["images"]:,} images</p>',
+        f'<p class="soft">{escape(" · ".join(filter(None, header)))}</p>',
+        f"<p><code>{escape(printable(environment['command']))}</code></p>" if "command" in environment else "",
         '<div class="tiles">',
         *(f'<div class="tile"><b>{tile[0]}</b><span>{tile[1]}</span></div>' for tile in tiles if tile),
         "</div>",
         f'<h2>Does it beat what needs no training?</h2><div class="bars">{"".join(bars)}</div>' if knn else "",
         f"<h2>What to try next</h2><ul>{_elements('li', hints)}</ul>" if hints else "",
-        line_charts({"": read_metrics(folder)}),
+        line_charts({"": metrics}),
         "<h2>Pictures</h2>",
         *map(_picture, pictures),
         f"<h2>All figures</h2>{html_table(summary_rows(summary))}",
@@ -188,10 +201,9 @@ def thin_out(points: Curve) -> list[list[float]]:
 
 def _picture(path: Path) -> str:
     data, caption = base64.b64encode(path.read_bytes()).decode(), CAPTIONS[path.stem]
-    kind = "picture scroll wide" if path.stem in WIDE_PICTURES else "picture"
     return (
         f'<figure class="picture"><figcaption>{caption}</figcaption>'
-        f'<div class="{kind}"><img alt="{caption}" src="data:image/png;base64,{data}"></div></figure>'
+        f'<div class="scroll"><img alt="{caption}" src="data:image/png;base64,{data}"></div></figure>'
     )
 
 

@@ -34,10 +34,13 @@ def run_folder(folder: Path, steps: int = 40, labelled: bool = True) -> Path:
     lines.append({"step": steps, "knn": 71.5, "linear": 80.25})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "config.yaml").write_text(f"logging: {{run_name: {folder.name}}}\nmasking: {{strategy: global_only}}\n")
-    (folder / "environment.json").write_text('{"gpus": ["<none> & co"]}\n')
+    (folder / "environment.json").write_text(
+        '{"gpus": ["<none> & co"], "commit": "abc123-dirty", "command": "python -m x a<b"}\n'
+    )
     knn = {"pixels": 36.9, "colour_histogram": 72.6, "random_init": 44.3, "trained": 71.5} if labelled else None
     summary = {
-        "run_name": f"{folder.name} <b>&", "steps": steps, "images": 32 * steps, "images_per_s": 512.3,
+        "run_name": f"{folder.name} <b>&", "finished": "2026-11-29 07:07 UTC", "device": "CPU, 2 cores", "train_s": 83.4,
+        "steps": steps, "images": 32 * steps, "images_per_s": 512.3,
         "data_wait_percent": 3.25, "loss_first": 1.0, "loss_last": 1 / steps, "rankme": 8.0, "width": 64,
         "validation_images": 720, "knn": knn, "linear": 80.25 if labelled else None, "bad_samples": 0,
         "skipped_steps": 0, "collapse_alarms": [], "collapsed": False,
@@ -59,6 +62,9 @@ def test_the_page_holds_every_logged_value_and_the_pictures_to_the_byte(tmp_path
     assert set(lines_of(page, "Prediction loss by level")) == {"level_0", "level_1"}
     (picture,) = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert base64.b64decode(picture) == (folder / "figures" / "crops.png").read_bytes()
+    assert "2026-11-29 07:07 UTC · 40 steps, 1,280 images · 0:01:23 on CPU, 2 cores · commit abc123-dirty" in page
+    assert "<code>python -m x a&lt;b</code>" in page
+    assert lines_of(page, "k-NN and linear probe during the run, %") == {"knn": [[0, 44.3], [40, 71.5]], "linear": [[40, 80.25]]}
     assert "try &lt;this&gt; &amp; that" in page
     assert "one &lt;b&gt;&amp;" in page
     assert "&lt;none&gt; &amp; co" in page
