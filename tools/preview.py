@@ -29,7 +29,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("overrides", nargs="*", metavar="section.key=value", help="Settings that replace those of the file.")
     add("--epoch", type=int, default=0, help=f"The epoch, counted from 0. {default}")
     add("--position", type=int, default=0, help=f"The first sample's position in the epoch. {default}")
-    add("--count", type=int, default=2, help=f"The number of samples to draw. {default}")
+    add("--count", type=int, default=2, help=f"The number of samples to draw, of one batch. {default}")
     add("--world-size", type=int, default=1, help=f"The number of ranks of the training run. {default}")
     add("--out", type=path_argument, default=Path("preview.png"), metavar="PNG", help=f"The picture to write. {default}")
     return parser.parse_intermixed_args(arguments)
