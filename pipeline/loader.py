@@ -1,19 +1,20 @@
 """The loader: an exact, resumable stream of `CropBatch`, made by DALI."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from pipeline import defaults
 from pipeline.crops.augment import ViewRecipe
-from pipeline.crops.device import DeviceError, as_device_error, find_faults
+from pipeline.crops.device import DeviceError, as_device_error, choose_crop_device, find_faults
 from pipeline.crops.graph import ReaderOptions
 from pipeline.dataset import CropBatch, MultiCropDataset, Normalization, default_threads, resolve_device
 from pipeline.order import BatchSequence, BatchStart, Plan
@@ -23,6 +24,11 @@ from pipeline.shards.fetcher import patiently
 from pipeline.shards.storage import allow_open_files
 from pipeline.text import Every
 from pipeline.window import WINDOW_TARS, GraphFailed, Window, WindowBuilder
+
+if TYPE_CHECKING:
+    from pipeline.crops.fused import FusedCrops
+
+log = logging.getLogger(__name__)
 
 WATCH_S = 1.0  # between looks at the shards of a folder
 OPEN_WINDOWS = 6  # of a run: one in use and one prefetched, for training and the two splits of the evaluation
@@ -56,10 +62,15 @@ class MultiCropLoader:
         self.sequence, self.reader, self.normalization = sequence, reader, normalization
         self.index, self.quarantine, self.global_batch = sequence.index, sequence.quarantine, sequence.global_batch
         # The compiled operator normalises a crop while it is in the cache; for an upload that would be four times the bytes.
-        self._scaled = normalization is not None and reader.compiled and reader.device == "cpu"
+        self._scaled = normalization is not None and reader.device == reader.crop_device == "cpu"
         scaling = normalization.scaling if normalization is not None and self._scaled else None
         self._fetcher = sequence.index.fetcher()
-        self._make_window = partial(Window, sequence, recipes, reader, scaling, self._fetcher)
+        self._fused: FusedCrops | None = None
+        if reader.crop_device == "gpu":
+            from pipeline.crops import fused  # here, because others need no compiler
+
+            self._fused = fused.FusedCrops([recipe.size for recipe in recipes], fused.load_kernel(reader.device_id))
+        self._make_window = partial(Window, sequence, recipes, reader, scaling, self._fused, self._fetcher)
         self._epoch = self._position = 0
         self._window: Window | None = None
         self._builder: WindowBuilder | None = None
@@ -164,6 +175,8 @@ class MultiCropLoader:
     def close(self) -> None:
         """Free the graphs with their threads and device memory. The next batch builds a new one."""
         self._window, self._pins = None, None
+        if self._fused is not None:
+            self._fused.wait()
         self._fetcher.release()
         self._take_ahead()
         self._fetcher.release()  # what the prefetched window had fetched for later
@@ -202,7 +215,7 @@ class MultiCropLoader:
 
         def examine() -> dict[int, str]:
             self._fetcher.check(shards)
-            return find_faults(self.index, unknown, self.reader.numbered(self.reader.crop_device))
+            return find_faults(self.index, unknown, self.reader.decoder)
 
         # Only bytes that were read in full, from a tar that is still the same, can be an image's fault.
         faults = patiently(examine, self._fetcher.retry_s, self._cancelled)
@@ -235,17 +248,23 @@ def build_multicrop_dataloader(
 
     `batch_size` is per rank. `normalized`: crops as float32, normalised by the data set's mean and std; False: uint8.
     `quarantine`: the file that remembers samples which cannot be decoded; the first of them makes it, in a folder that must exist
-    by then. More bad samples than `max_bad_share` of all are an error. `device`, `crop_device`: `gpu`, `cpu`, or `auto` for the
-    GPU if torch sees one. `num_workers`: DALI's CPU threads, `auto` for half of this process's cores. `options`: as in
-    `ReaderOptions`.
+    by then. More bad samples than `max_bad_share` of all are an error. `device`: `gpu`, `cpu`, or `auto` for the GPU if there
+    is one. `crop_device`: as in `ReaderOptions`, or `auto` for the best that works, with a warning if it is not the GPU's kernel.
+    `num_workers`: DALI's CPU threads, `auto` for half of this process's cores. `options`: as in `ReaderOptions`.
     """
     index = dataset.index
     device, path = resolve_device(device), Path(quarantine) if quarantine else None
     bad = Quarantine(index, path, max_bad_share)
     sequence = BatchSequence(index, Plan(index.counts, seed, shuffle), bad, batch_size, rank, world_size, drop_last)
+    if crop_device == "auto":
+        crop_device, sizes = "cpu", tuple(recipe.size for recipe in dataset.recipes)
+        if device == "gpu":
+            crop_device, reason = choose_crop_device(sizes, options.get("device_id", 0))
+            if reason:
+                log.warning(reason)
     reader = ReaderOptions(
         device=device,
-        crop_device=device if crop_device == "auto" else crop_device,
+        crop_device=crop_device,
         num_threads=default_threads() if num_workers == "auto" else int(num_workers),
         **options,
     )

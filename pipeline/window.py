@@ -4,10 +4,11 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from itertools import groupby, islice
+from itertools import accumulate, groupby, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,9 +22,14 @@ from pipeline.shards.cache import Pins
 from pipeline.shards.fetcher import FolderWatch, ShardFetcher
 from pipeline.shards.index import write_dali_indices
 
+if TYPE_CHECKING:
+    from pipeline.crops.fused import FusedCrops
+
 # A graph lists its rows in files and opens each of its tars. A larger data set is read by one graph after another; of a small
 # one, a single graph reads many epochs.
 WINDOW_ROWS, WINDOW_TARS = 50_000, 256
+
+ALIGNMENT = 16  # bytes, a multiple of any item's size
 
 Fed = tuple[np.ndarray, int, np.ndarray]  # the rows of a batch, its first position, and its parameters
 
@@ -35,7 +41,8 @@ class GraphFailed(RuntimeError):
 class Window:
     """One DALI graph, which makes this rank's part of the global batches at `starts`, from `start` on and at most `limit`.
 
-    `scaling`: as in `define_graph`. `waited`: from when to when it waited for the store, in `time.perf_counter` seconds.
+    `scaling`: as in `define_graph`. `fused` makes the crops of a graph that only decodes. `waited`: from when to when it waited
+    for the store, in `time.perf_counter` seconds.
 
     Raises StoreError.
     """
@@ -46,11 +53,12 @@ class Window:
         recipes: tuple[ViewRecipe, ...],
         reader: ReaderOptions,
         scaling: np.ndarray | None,
+        fused: "FusedCrops | None",
         fetcher: ShardFetcher | FolderWatch,
         start: BatchStart,
         limit: int | None = None,
     ) -> None:
-        self.sequence, self.reader = sequence, reader
+        self.sequence, self.reader, self._fused = sequence, reader, fused
         starts, rows = plan_window(sequence, start, limit)
         self.shards, count = sequence.index.samples["shard"][rows], len(rows)
         count = fetcher.ready_batches(self.shards[:count])
@@ -98,16 +106,23 @@ class Window:
         self.taken += 1
         # DALI's batches are all of one size; the last one of an epoch without `drop_last` is cut.
         valid = max(0, min(len(rows), len(self.sequence.index) - first))
-        crops = [as_torch(output)[:valid] for output in outputs]
-        samples, parameters = self.sequence.index.samples[rows[:valid]], parameters[:valid]
+        samples, drawn = self.sequence.index.samples[rows[:valid]], parameters[:valid]
         sides = np.stack([samples["height"], samples["width"]] * 2, axis=1).astype(np.float32)
-        parts = (
+        parts = [
             samples["label"].astype(np.int64),
-            parameters[..., Y0:FLIP] / sides[:, None],
-            parameters[..., FLIP] != 0,
+            drawn[..., Y0:FLIP] / sides[:, None],
+            drawn[..., FLIP] != 0,
             np.arange(first, first + valid),
-        )
-        return CropBatch(crops, *(torch.from_numpy(part).to(crops[0].device, non_blocking=True) for part in parts))
+        ]
+        if self._fused is None:
+            crops, parts = [as_torch(output) for output in outputs], upload(parts, self.reader.torch_device)
+        else:
+            images = outputs[0]
+            addresses, shapes = [images[i].data_ptr() for i in range(len(images))], images.shape()
+            kernel_rows, rooms = self._fused.prepare(addresses, np.array([shape[:2] for shape in shapes]), parameters)
+            there = upload([*parts, *kernel_rows], self.reader.torch_device)
+            crops, parts = self._fused.make(there[len(parts) :], rooms, images), there[: len(parts)]
+        return CropBatch([crop[:valid] for crop in crops], *parts)
 
 
 def plan_window(sequence: BatchSequence, start: BatchStart, limit: int | None) -> tuple[list[BatchStart], np.ndarray]:
@@ -139,9 +154,9 @@ def feed(
     for start, batch_rows in zip(starts, rows, strict=True):
         first, samples = sequence.rank_start(start), sequence.index.samples[batch_rows]
         seed, sides = sequence.plan.seed, (samples["height"], samples["width"])
-        drawn = draw_parameters(recipes, seed, start.epoch, first, *sides).swapaxes(0, 1)
+        drawn = np.ascontiguousarray(draw_parameters(recipes, seed, start.epoch, first, *sides).swapaxes(0, 1))
         fed.append((batch_rows, first, drawn))
-        yield np.ascontiguousarray(drawn)
+        yield drawn
 
 
 def as_torch(output: TensorListCPU | TensorListGPU) -> torch.Tensor:
@@ -149,6 +164,17 @@ def as_torch(output: TensorListCPU | TensorListGPU) -> torch.Tensor:
     # On a GPU, `run` has made torch's stream wait for this batch, so that the capsule need not (-1). A capsule for a stream, or a
     # copy to torch's memory, would also wait for the prefetched batches, and DALI after the copy for the training step before it.
     return torch.from_dlpack(output.as_tensor().__dlpack__(stream=-1))  # type: ignore[union-attr]
+
+
+def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """Copy the arrays to `device` in one transfer, for which neither the host nor the device waits."""
+    starts = [0, *accumulate(-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays)]
+    memory = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    places = [slice(start, start + array.nbytes) for start, array in zip(starts, arrays, strict=False)]
+    for place, array in zip(places, arrays, strict=True):
+        memory.numpy()[place] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    there, kinds = memory.to(device, non_blocking=True), [torch.from_numpy(array).dtype for array in arrays]
+    return [there[place].view(kind).view(array.shape) for place, kind, array in zip(places, kinds, arrays, strict=True)]
 
 
 class WindowBuilder(threading.Thread):

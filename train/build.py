@@ -13,7 +13,8 @@ from model.masks import MultiCropMaskGenerator
 from model.predictor import Predictor
 from model.teacher import StudentTeacher
 from pipeline.crops.augment import Augmentation
-from pipeline.crops.device import DeviceError, check_decoder
+from pipeline.crops.device import DeviceError, choose_crop_device
+from pipeline.crops.graph import CROP_DEVICES
 from pipeline.dataset import (
     MultiCropDataset,
     build_multicrop_dataset,
@@ -107,16 +108,29 @@ def build_training_loader(
     return loader
 
 
-def with_crop_device(config: Config) -> Config:
-    """Return `config` with data.crop_device=cpu in place of `auto` where the GPU's decoder does not work."""
-    if resolve_device(config.device) != "gpu" or config.data.crop_device != "auto":
+def with_crop_device(config: Config, ranks: Ranks = SINGLE_PROCESS, kept: str | None = None) -> Config:
+    """Return `config` with data.crop_device decided for a GPU run: if it is auto, `kept`, or the best that works on every rank.
+
+    `kept`: where the run that continues has made its crops; any other way makes other pixels. Raises DeviceError if the kernel
+    is asked for and does not work.
+    """
+    asked: str = config.data.crop_device
+    if resolve_device(config.device) != "gpu" or asked in ("dali", "cpu"):
         return config
-    try:
-        check_decoder("gpu")
-    except DeviceError as error:
-        log.warning("crops are made on the cpu, not on the gpu: %s", error)
-        return config.model_copy(update={"data": config.data.model_copy(update={"crop_device": "cpu"})})
-    return config
+    if asked == "auto":
+        known = ranks.from_first(CROP_DEVICES.index(kept) if kept in CROP_DEVICES else len(CROP_DEVICES))
+        asked = (*CROP_DEVICES, "auto")[known]
+    if asked in ("auto", "gpu"):
+        mine, reason = choose_crop_device(tuple(crop_sizes(config)), ranks.local_rank)
+        order = CROP_DEVICES.index(mine)
+        chosen = next(name for place, name in enumerate(CROP_DEVICES) if ranks.all(order <= place))
+        if asked == "gpu" != chosen:
+            said = reason or "crops are made otherwise on another rank"
+            raise DeviceError(f"data.crop_device: gpu: {said}. data.crop_device={chosen} works, with slightly other pixels")
+        if reason:
+            log.warning(reason)
+        asked = chosen
+    return config.model_copy(update={"data": config.data.model_copy(update={"crop_device": asked})})
 
 
 def build_evaluation_loaders(config: Config, shuffle: bool = False) -> tuple[MultiCropLoader, MultiCropLoader]:

@@ -91,7 +91,7 @@ class CropKernel:
         arguments, shared = ((rows, columns, out, size, scratch, room), kinds), 0 if scratch else room
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream().cuda_stream
-            checked(self._launch, blocks, 1, 1, THREADS, 1, 1, shared, stream, arguments, 0)
+            checked(self._launch, self._function, blocks, 1, 1, THREADS, 1, 1, shared, stream, arguments, 0)
 
     def mark(self) -> torch.cuda.Event:
         """Return an event behind the work that is queued on torch's current stream."""

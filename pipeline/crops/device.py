@@ -3,12 +3,14 @@
 import io
 import re
 from collections.abc import Iterable
+from functools import cache
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.shards.index import ShardIndex
+from pipeline.text import notify_after
 
 # The words of torch, DALI, CUDA, cuBLAS and nvJPEG. DALI's std::bad_alloc reaches Python as a MemoryError.
 NO_MEMORY = re.compile(
@@ -50,6 +52,25 @@ def check_decoder(device: str) -> None:
         raise as_device_error(message, device) or DeviceError(
             f"DALI's decoder does not work on {device}: {message.splitlines()[0]}. See python tools/doctor.py"
         )
+
+
+@cache
+def choose_crop_device(sizes: tuple[int, ...], device_id: int) -> tuple[str, str]:
+    """Return the best crop device that works on GPU `device_id` for crops of `sizes`, and one line if it is not `gpu`.
+
+    Raises torch.OutOfMemoryError.
+    """
+    try:
+        check_decoder(f"gpu:{device_id}")
+    except DeviceError as error:
+        return "cpu", f"crops are made on the cpu, not on the gpu: {error}"
+    with notify_after(3, "compiling the crops for this processor: some seconds"):
+        from pipeline.crops.fused import load_kernel, self_check  # here, because only this choice needs the compiler
+    try:
+        self_check(sizes, load_kernel(device_id))
+    except DeviceError as error:
+        return "dali", f"crops are made by DALI's operators, not by the project's kernel: {error}"
+    return "gpu", ""
 
 
 def find_faults(index: ShardIndex, rows: Iterable[int], device: str) -> dict[int, str]:

@@ -1,8 +1,9 @@
 """The DALI graph: encoded images and drawn parameters in, crops out. One function serves all devices.
 
 On the CPU one compiled operator makes all crops of the decoded image (`pipeline/crops/cpu_operator.py`), and DALI uploads them if
-the model trains on a GPU. On the GPU each crop is a chain of DALI's own operators. Both agree to within rounding; the chain also
-runs on the CPU, so that a test compares them.
+the model trains on a GPU. On the GPU the graph only decodes, and a kernel with the operator's arithmetic makes the crops
+(`pipeline/crops/fused.py`). Where that kernel does not work, each crop is a chain of DALI's own operators, which agrees to within
+rounding; the chain also runs on the CPU, so that a test compares them.
 """
 
 import gc
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 
 from pipeline.crops import augment
@@ -25,7 +27,7 @@ from pipeline.text import notify_after
 if TYPE_CHECKING:
     from nvidia.dali.types import DataNode
 
-DEVICES = ("cpu", "gpu")
+DEVICES, CROP_DEVICES = ("gpu", "cpu"), ("gpu", "dali", "cpu")  # the best first
 SOLARIZE_TABLE = [value if value < augment.SOLARIZE_THRESHOLD else 255 - value for value in range(256)]
 
 # A pipeline shuts down by joining its threads, and a fork copies none: a child that collects an inherited one would wait forever.
@@ -36,10 +38,10 @@ os.register_at_fork(after_in_child=gc.freeze)
 class ReaderOptions:
     """How a graph reads and where it runs. None of this changes a crop by more than rounding.
 
-    `device`: where the crops end up, `cpu`, or `gpu` number `device_id`. `crop_device`: where images are decoded and crops are
-    made; `cpu` with device gpu uploads them. `num_threads`: DALI's CPU threads. `prefetch`: batches prefetched.
-    `hw_decoder_load`: fraction of the JPEGs that the GPU's JPEG engine decodes, where it has one. `compiled`: make CPU crops with
-    the compiled operator; False: with DALI's operators, as on the GPU.
+    `device`: where the crops end up, `cpu`, or `gpu` number `device_id`. `crop_device`: where images are decoded and crops made:
+    on the `gpu` by our kernel, on the device by `dali`'s operators, or on the `cpu` by the compiled operator, from where device
+    gpu uploads them. `num_threads`: DALI's CPU threads. `prefetch`: batches prefetched. `hw_decoder_load`: fraction of the
+    JPEGs that the GPU's JPEG engine decodes, where it has one.
 
     Raises ValueError for crops made on the GPU and used on the CPU.
     """
@@ -50,17 +52,27 @@ class ReaderOptions:
     num_threads: int = 2
     prefetch: int = PREFETCH
     hw_decoder_load: float = HW_DECODER_LOAD
-    compiled: bool = True
 
     def numbered(self, device: str) -> str:
         """Return `cpu`, or `gpu:NUMBER`: `device` as DALI and messages name it."""
         return f"gpu:{self.device_id}" if device == "gpu" else device
 
+    @property
+    def decoder(self) -> str:
+        """Where images are decoded, as DALI names it."""
+        return "cpu" if self.crop_device == "cpu" else self.numbered(self.device)
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device("cuda", self.device_id) if self.device == "gpu" else torch.device("cpu")
+
     def __post_init__(self) -> None:
-        if self.device not in DEVICES or self.crop_device not in DEVICES:
-            raise ValueError(f"device {self.device}, crop_device {self.crop_device}: allowed are {' and '.join(DEVICES)}")
-        if (self.device, self.crop_device) == ("cpu", "gpu"):
-            raise ValueError("crop_device gpu needs device gpu: crops are not copied back from a GPU. Use crop_device cpu")
+        asked = (self.device, self.crop_device)
+        if self.device not in DEVICES or self.crop_device not in CROP_DEVICES or asked == ("cpu", "gpu"):
+            raise ValueError(
+                f"device {self.device}, crop_device {self.crop_device}: allowed are device {' and '.join(DEVICES)}, crop_device "
+                f"{', '.join(CROP_DEVICES)}; crop_device gpu needs device gpu"
+            )
 
 
 def define_graph(
@@ -72,15 +84,15 @@ def define_graph(
     reader: ReaderOptions,
     scaling: np.ndarray | None = None,
 ) -> Pipeline:
-    """Define a graph without building it, which needs no driver. It outputs V tensors `[B, 3, size, size] uint8`.
+    """Define a graph without building it, which needs no driver. It outputs V tensors `[B, 3, size, size] uint8`; for the kernel
+    (`crop_device` gpu), images `[H, W, 3] uint8` and their parameters.
 
     `source` is called once per batch for the parameters `[B, V, P] float32` (`augment.PARAMETERS`), and raises StopIteration at
     the end. `scaling` `[3, 2] float32`, for the compiled operator only: crops as float32, minus the offset and divided by the
     spread of each channel.
     """
-    on_gpu = reader.crop_device == "gpu"
+    on_gpu = reader.decoder != "cpu"
     upload = reader.device == "gpu" and not on_gpu
-    compiled = reader.compiled and not on_gpu
     decoder = {"device": "mixed", "hw_decoder_load": reader.hw_decoder_load} if on_gpu else {"device": "cpu"}
 
     @pipeline_def(enable_conditionals=True)
@@ -98,10 +110,17 @@ def define_graph(
             parsed(encoded), output_type=types.RGB, adjust_orientation=False, jpeg_fancy_upsampling=True, **decoder
         )
         values = fn.external_source(source=source, dtype=types.FLOAT, ndim=2)
-        if compiled:
+        if reader.crop_device == "gpu":
+            return image, values
+        if reader.crop_device == "cpu":
             crops = _compiled_crops(image, values, recipes, scaling)
         else:
-            crops = [_dali_crop(image, values[v], recipe) for v, recipe in enumerate(recipes)]
+            # What contrast adds for each unit of a channel's mean. Uploaded here, once: DALI waits for every upload.
+            shares = types.Constant(np.array(augment.GRAY_WEIGHTS, np.float32)) * (
+                1 - values[:, augment.CONTRAST : augment.SATURATION]
+            )
+            shares = shares.gpu() if on_gpu else shares
+            crops = [_dali_crop(image, values[v], shares[v], recipe) for v, recipe in enumerate(recipes)]
         return tuple(crop.gpu() for crop in crops) if upload else tuple(crops)
 
     return graph(
@@ -143,8 +162,8 @@ def _compiled_crops(
     return make_crops(image, values, [recipe.size for recipe in recipes], scaling)
 
 
-def _dali_crop(image: "DataNode", drawn: "DataNode", recipe: ViewRecipe) -> "DataNode":
-    """Make one crop of the decoded image with DALI's operators, by its parameters `[P]`.
+def _dali_crop(image: "DataNode", drawn: "DataNode", shares: "DataNode", recipe: ViewRecipe) -> "DataNode":
+    """Make one crop of the decoded image with DALI's operators, by its parameters `[P]` and `shares` `[3]` of `_dali_twist`.
 
     A conditional costs less than an identity pass over the pixels, and the graph holds none for what a recipe never does.
     """
@@ -158,7 +177,7 @@ def _dali_crop(image: "DataNode", drawn: "DataNode", recipe: ViewRecipe) -> "Dat
     )
     if recipe.jitter_prob > 0 or recipe.gray_prob > 0:
         if drawn[augment.TWIST] > 0:
-            crop = _dali_twist(crop, drawn)
+            crop = _dali_twist(crop, drawn, shares)
     if recipe.blur_prob > 0:
         if drawn[augment.SIGMA] > 0:
             crop = fn.gaussian_blur(crop, sigma=drawn[augment.SIGMA])
@@ -169,17 +188,16 @@ def _dali_crop(image: "DataNode", drawn: "DataNode", recipe: ViewRecipe) -> "Dat
     return fn.crop_mirror_normalize(crop, dtype=types.UINT8, output_layout="CHW", mirror=flip)
 
 
-def _dali_twist(crop: "DataNode", drawn: "DataNode") -> "DataNode":
+def _dali_twist(crop: "DataNode", drawn: "DataNode", shares: "DataNode") -> "DataNode":
     """ColorJitter in the fixed order brightness, contrast, saturation, hue.
 
     As in torchvision, contrast pivots on the mean gray of the brightened (and clipped) crop.
     """
     crop = fn.brightness_contrast(crop, brightness=drawn[augment.BRIGHTNESS])
-    # Named arguments must be on the CPU, so the pivot, which is computed on the device, is added. GPU color_space_conversion
-    # would launch one kernel for each sample.
+    # Named arguments must be on the CPU, so the pivot, which is computed on the device, is added: the channels' means times
+    # `shares`. GPU color_space_conversion would launch one kernel for each sample.
+    pivot = fn.reductions.sum(fn.reductions.mean(crop, axes=(0, 1)) * shares)
     contrast = drawn[augment.CONTRAST]
-    weights = types.Constant(np.array(augment.GRAY_WEIGHTS, np.float32)) * (1 - contrast)
-    pivot = fn.reductions.sum(fn.reductions.mean(crop, axes=(0, 1)) * weights)
     crop = fn.brightness_contrast(crop, contrast=contrast, contrast_center=0.0, dtype=types.FLOAT) + pivot
     crop = fn.cast(crop, dtype=types.UINT8)  # saturates
     return fn.color_twist(crop, saturation=drawn[augment.SATURATION], hue=drawn[augment.HUE])

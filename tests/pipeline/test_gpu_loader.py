@@ -14,14 +14,14 @@ from pipeline.loader import MultiCropLoader
 
 DEVICES = [pytest.param("gpu", marks=pytest.mark.gpu), pytest.param("cpu", marks=pytest.mark.slow)]
 on_each_device = pytest.mark.parametrize("device", DEVICES)
-on_each_crop_device = pytest.mark.parametrize("crop_device", ["gpu", "cpu"])
+on_each_crop_device = pytest.mark.parametrize("crop_device", ["gpu", "dali", "cpu"])
 BATCH, WINDOW_BATCHES = 8, 3
 
 
 def loader_of(data_path: Path, device: str, crop_device: str, **options: object) -> MultiCropLoader:
     """Where the CPU stands for the GPU, it makes the crops too."""
     dataset = build_multicrop_dataset("custom", data_path, global_crop_size=64, local_crop_size=32)
-    crop_device = crop_device if device == "gpu" else "cpu"
+    crop_device = "cpu" if (device, crop_device) == ("cpu", "gpu") else crop_device
     given = {"num_workers": 2, "normalized": False, "device": device, "crop_device": crop_device}
     return build_multicrop_dataloader(dataset, BATCH, **{**given, **options})
 

@@ -25,7 +25,7 @@ LOADERS: dict[str, Loader] = {
     "ours": ours,
     "torchvision-pil": torchvision_pil,
     "torchvision-v2": torchvision_v2,
-    "dali-operators": partial(ours, compiled=False),
+    "dali-operators": partial(ours, crop_device="dali"),
     "decode-only": decode_only,
 }
 NUM_PHOTOGRAPHS = 256

@@ -65,8 +65,9 @@ def broken_rules(config: Config) -> Iterator[Problem]:
 
 def _crop_rules(config: Config) -> Iterator[Problem]:
     data, patch, (num_global, num_local) = config.data, config.model.patch_size, config.data.crop_counts
-    if (config.device, data.crop_device) == ("cpu", "gpu"):
-        yield "data.crop_device", "gpu needs device: gpu; a run on the CPU makes its crops there, write auto or cpu"
+    if config.device == "cpu" and data.crop_device in ("gpu", "dali"):
+        problem = f"{data.crop_device} needs device: gpu; a run on the CPU makes its crops there, write auto or cpu"
+        yield "data.crop_device", problem
     for key in ("global_blur_prob", "solarize_prob"):
         values = getattr(data.augmentation, key)
         if isinstance(values, tuple) and len(values) < num_global:

@@ -100,8 +100,9 @@ class Data(Section):
     """Fraction of the JPEGs that the GPU's JPEG engine decodes, if it has one; auto: 0.65, DALI's own default."""
     prefetch: PositiveInt = defaults.PREFETCH
     """Batches that are prefetched."""
-    crop_device: Literal["auto", "gpu", "cpu"] = "auto"
-    """Where a GPU run makes its crops. cpu: in the compiled CPU operator, then uploaded; auto: the GPU if its decoder works."""
+    crop_device: Literal["auto", "gpu", "dali", "cpu"] = "auto"
+    """Where a GPU run makes its crops. gpu: decoded there, by one kernel; dali: decoded there, by DALI's operators; cpu: decoded
+    and made on the CPU, then uploaded; auto: the first of these that works, and in a resumed run what the run has used so far."""
     pin_memory: StrictBool = True
     """Accepted because the user's guide has it, but without effect: DALI always uploads through pinned memory."""
     max_bad_share: FractionBelowOne = defaults.MAX_BAD_SHARE

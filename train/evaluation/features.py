@@ -78,8 +78,7 @@ def extract(loader: MultiCropLoader, extractors: Mapping[str, Extractor]) -> dic
                 stores[name][key][rows] = part.to("cpu", STORED_DTYPE)
         labels[rows] = batch.labels.cpu()
         done += len(batch.labels)
-    if loader.index.remote is not None:
-        loader.close()  # frees its shards, so that the cache has room for those of the training
+    loader.close()  # a training run goes on: it needs the memory, the threads and the room in the cache of shards
     return {name: Features(values, labels) for name, values in stores.items()}
 
 

@@ -57,8 +57,7 @@ def find_checkpoint(
     if not settings.exists():
         raise FileNotFoundError(f"{settings}: no such file; name the checkpoint's settings with --config")
     changes: dict[str, Any] = {"data.data_path": data, "evaluation.max_samples": max_samples, "device": device}
-    if device == "cpu":
-        changes["data.crop_device"] = "auto"  # a run trained on a GPU may have `gpu` here
+    changes["data.crop_device"] = "auto"  # the run's own choice may not work here
     return checkpoint, load_config(settings, [f"{key}={value}" for key, value in changes.items() if value is not None])
 
 

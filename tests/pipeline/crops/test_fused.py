@@ -2,10 +2,13 @@
 
 import ctypes
 import gc
+import os
 import re
 import shutil
 import subprocess
+import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -82,9 +85,9 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[HostKernel]:
 
 def crops_of(kernel: HostKernel, image: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
     """`values`: `[n, P]`; returns `[n, 3, S, S]`."""
-    crops = FusedCrops([ViewRecipe(size, None)] * len(values), kernel)
-    batch = crops.prepare([image.ctypes.data], np.array([image.shape[:2]]), values[None])
-    return torch.cat(crops.make(batch, torch.from_numpy(batch.rows), image)).numpy()
+    crops = FusedCrops([size] * len(values), kernel)
+    rows, rooms = crops.prepare([image.ctypes.data], np.array([image.shape[:2]]), values[None])
+    return torch.cat(crops.make([torch.from_numpy(part) for part in rows], rooms, image)).numpy()
 
 
 def expected_crops(image: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
@@ -184,12 +187,12 @@ def test_crops_of_a_batch_are_those_of_its_images_and_join_without_a_copy(kernel
     images = [rng.integers(0, 256, (*rng.integers(20, 200, 2), 3), np.uint8) for _ in range(5)]
     sides = np.array([image.shape[:2] for image in images])
     sizes = (64, 32, 64, 17, 32, 32)
-    recipes = tuple(ViewRecipe(**{**CHECKED.__dict__, "size": size}) for size in sizes)
+    recipes = tuple(replace(CHECKED, size=size) for size in sizes)
     values = draw_parameters(recipes, 3, 0, 0, *sides.T).swapaxes(0, 1)
     for kernel in kernels:
-        crops = FusedCrops(recipes, kernel)
-        batch = crops.prepare([image.ctypes.data for image in images], sides, values)
-        made = crops.make(batch, torch.from_numpy(batch.rows), images)
+        crops = FusedCrops(sizes, kernel)
+        rows, rooms = crops.prepare([image.ctypes.data for image in images], sides, values)
+        made = crops.make([torch.from_numpy(part) for part in rows], rooms, images)
         for number, image in enumerate(images):
             expected = crop_once(image, np.ascontiguousarray(values[number]), sizes)
             assert all(np.array_equal(crop[number].numpy(), wanted) for crop, wanted in zip(made, expected, strict=True))
@@ -203,21 +206,22 @@ def test_images_live_until_the_kernel_has_read_them(kernels: list[HostKernel]) -
     class Images:
         pass
 
-    crops, kept = FusedCrops([ViewRecipe(8, None)], kernels[0]), list[weakref.ref[Images]]()
+    crops, kept = FusedCrops([8], kernels[0]), list[weakref.ref[Images]]()
     image, values = np.zeros((9, 9, 3), np.uint8), np.array([[[0, 0, 9, 9, *[0] * 8]]], np.float32)
-    batch = crops.prepare([image.ctypes.data], np.array([image.shape[:2]]), values)
+    rows, rooms = crops.prepare([image.ctypes.data], np.array([image.shape[:2]]), values)
+    rows = [torch.from_numpy(part) for part in rows]
     HostEvent.done = False
     try:
         for count in range(1, MAX_HELD + 3):
             images = Images()
             kept.append(weakref.ref(images))
-            crops.make(batch, torch.from_numpy(batch.rows), images)
+            crops.make(rows, rooms, images)
             del images
             assert [ref() is not None for ref in kept] == [number >= count - MAX_HELD for number in range(count)]
         events = kernels[0].events[-len(kept) :]
         assert [event.waited for event in events] == [True] * 2 + [False] * MAX_HELD
         events[2].done = True
-        crops.make(batch, torch.from_numpy(batch.rows), None)
+        crops.make(rows, rooms, None)
         assert [ref() is not None for ref in kept] == [False] * 3 + [True] * (MAX_HELD - 1)
         del crops
         gc.collect()
@@ -263,6 +267,16 @@ def test_a_cubin_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         cubin.cached_cubin("sm_999")
 
 
+def test_the_driver_gets_the_kernels_arguments(kernels: list[HostKernel], tmp_path: Path) -> None:
+    """cuda.bindings, on a library with the few functions of the driver that it calls."""
+    source = Path(__file__).with_name("fake_driver.c")
+    subprocess.run(["gcc", "-shared", "-fPIC", source, "-o", tmp_path / "libcuda.so.1", "-ldl"], check=True)
+    changes = {"LD_LIBRARY_PATH": str(tmp_path), "HOST_KERNEL": kernels[0].library._name}
+    script = [sys.executable, "-m", "tests.pipeline.crops.on_fake_driver"]
+    ended = subprocess.run(script, env=os.environ | changes, cwd=Path(__file__).parents[3], capture_output=True, text=True)
+    assert (ended.stdout, ended.returncode) == ("equal\n", 0), ended.stderr
+
+
 @pytest.mark.gpu
 def test_the_kernel_on_the_gpu_makes_the_cpu_operators_bytes() -> None:
     kernel = cubin.CropKernel(torch.device("cuda", 0))
@@ -271,7 +285,7 @@ def test_the_kernel_on_the_gpu_makes_the_cpu_operators_bytes() -> None:
         rng = np.random.default_rng(number)
         image, size = random_image(rng), int(rng.integers(1, 257))
         values = random_values(rng, image, size, number)[None]
-        crops, on_device = FusedCrops([ViewRecipe(size, None)], kernel), torch.from_numpy(image).cuda()
-        batch = crops.prepare([on_device.data_ptr()], np.array([image.shape[:2]]), values[None])
-        made = crops.make(batch, torch.from_numpy(batch.rows).cuda(), on_device)[0]
+        crops, on_device = FusedCrops([size], kernel), torch.from_numpy(image).cuda()
+        rows, rooms = crops.prepare([on_device.data_ptr()], np.array([image.shape[:2]]), values[None])
+        made = crops.make([torch.from_numpy(rows[0]).cuda()], rooms, on_device)[0]
         assert np.array_equal(made.cpu().numpy(), expected_crops(image, values, size)), f"case {number}"

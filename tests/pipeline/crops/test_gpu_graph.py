@@ -14,7 +14,7 @@ from train.config.load import load_config
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 OPERATIONS = ("jitter_prob", "gray_prob", "blur_prob", "solarize_prob")
-CROPPED_ON = {"gpu": {"mixed"}, "cpu": {"cpu"}}  # DALI's name for the decoder
+CROPPED_ON = {"gpu": {"mixed"}, "dali": {"mixed"}, "cpu": {"cpu"}}  # DALI's name for the decoder
 
 
 def nothing() -> np.ndarray:
@@ -38,7 +38,8 @@ def operators(graph: Pipeline, name: str) -> list[str]:
 def test_any_operations_make_a_legal_graph(used: tuple[float, ...], crop_device: str) -> None:
     recipe = ViewRecipe(32, (0.1, 1.0), **dict(zip(OPERATIONS, used, strict=True)))
     graph = defined((recipe, recipe), crop_device)
-    assert [output.device for output in graph._graph_outputs] == ["gpu", "gpu"]
+    # For the kernel: images, and the parameters for the host.
+    assert [output.device for output in graph._graph_outputs] == ["gpu", "cpu" if crop_device == "gpu" else "gpu"]
 
 
 @pytest.mark.parametrize("crop_device", CROPPED_ON)
@@ -46,15 +47,28 @@ def test_any_operations_make_a_legal_graph(used: tuple[float, ...], crop_device:
 def test_each_shipped_config_makes_a_legal_graph(config: Path, crop_device: str, data_path: Path) -> None:
     recipes = build_dataset(load_config(config, [f"data.data_path={data_path}", "data.dataset=custom"])).recipes
     graph = defined(recipes, crop_device)
-    assert [output.device for output in graph._graph_outputs] == ["gpu"] * len(recipes)
+    assert [output.device for output in graph._graph_outputs] == (
+        ["gpu", "cpu"] if crop_device == "gpu" else ["gpu"] * len(recipes)
+    )
     assert set(operators(graph, "Image")) == CROPPED_ON[crop_device]
+
+
+ALL = ViewRecipe(32, (0.1, 1.0), jitter_prob=0.8, gray_prob=0.2, blur_prob=0.5, solarize_prob=0.5)
 
 
 def test_no_operator_launches_a_kernel_for_each_sample() -> None:
     """On a GPU color_space_conversion does."""
-    graph = defined((ViewRecipe(32, (0.1, 1.0), jitter_prob=0.8, gray_prob=0.2, blur_prob=0.5, solarize_prob=0.5),), "gpu")
+    graph = defined((ALL,), "dali")
     assert operators(graph, "BrightnessContrast") == ["gpu", "gpu"]
     assert operators(graph, "ColorSpaceConversion") == []
+
+
+@pytest.mark.parametrize(("crop_device", "count"), [("gpu", 0), ("dali", 1)])
+def test_all_small_arrays_of_a_batch_are_uploaded_at_once(crop_device: str, count: int) -> None:
+    """DALI waits for its stream at every upload."""
+    graph = defined((ALL,) * 8, crop_device)
+    inputs = [node for op in graph._ops for node in op._inputs if (node.device, node.source._op.device) == ("gpu", "cpu")]
+    assert len({node.name for node in inputs}) == count
 
 
 @pytest.mark.parametrize("reader", [("cpu", "gpu"), ("gpu", "tpu"), ("cuda", "cpu")])
