@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import accumulate, groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from pipeline.dataset import CropBatch
 from pipeline.order import BatchSequence, BatchStart
 from pipeline.shards.cache import Pins
 from pipeline.shards.fetcher import FolderWatch, ShardFetcher
-from pipeline.shards.index import write_dali_indices
+from pipeline.shards.index import ShardIndex, write_dali_indices
 
 if TYPE_CHECKING:
     from pipeline.crops.fused import FusedCrops
@@ -102,27 +102,34 @@ class Window:
             outputs = self.graph.run(stream)
         except RuntimeError as error:
             raise GraphFailed(str(error)) from None
-        rows, first, parameters = self.fed.popleft()
         self.taken += 1
-        # DALI's batches are all of one size; the last one of an epoch without `drop_last` is cut.
-        valid = max(0, min(len(rows), len(self.sequence.index) - first))
-        samples, drawn = self.sequence.index.samples[rows[:valid]], parameters[:valid]
-        sides = np.stack([samples["height"], samples["width"]] * 2, axis=1).astype(np.float32)
-        parts = [
-            samples["label"].astype(np.int64),
-            drawn[..., Y0:FLIP] / sides[:, None],
-            drawn[..., FLIP] != 0,
-            np.arange(first, first + valid),
-        ]
-        if self._fused is None:
-            crops, parts = [as_torch(output) for output in outputs], upload(parts, self.reader.torch_device)
-        else:
-            images = outputs[0]
-            addresses, shapes = [images[i].data_ptr() for i in range(len(images))], images.shape()
-            kernel_rows, rooms = self._fused.prepare(addresses, np.array([shape[:2] for shape in shapes]), parameters)
-            there = upload([*parts, *kernel_rows], self.reader.torch_device)
-            crops, parts = self._fused.make(there[len(parts) :], rooms, images), there[: len(parts)]
-        return CropBatch([crop[:valid] for crop in crops], *parts)
+        return make_batch(self.sequence.index, self.fed.popleft(), outputs, self._fused, self.reader.torch_device)
+
+
+def make_batch(
+    index: ShardIndex, fed: Fed, outputs: Sequence[Any], fused: "FusedCrops | None", device: torch.device
+) -> CropBatch:
+    """Return the batch that was `fed` to a graph, from the graph's outputs, without waiting for the device."""
+    rows, first, parameters = fed
+    # DALI's batches are all of one size; the last one of an epoch without `drop_last` is cut.
+    valid = max(0, min(len(rows), len(index) - first))
+    samples, drawn = index.samples[rows[:valid]], parameters[:valid]
+    sides = np.stack([samples["height"], samples["width"]] * 2, axis=1).astype(np.float32)
+    parts = [
+        samples["label"].astype(np.int64),
+        drawn[..., Y0:FLIP] / sides[:, None],
+        drawn[..., FLIP] != 0,
+        np.arange(first, first + valid),
+    ]
+    if fused is None:
+        crops, tensors = [as_torch(output) for output in outputs], upload(parts, device)
+    else:
+        images = outputs[0]
+        addresses, shapes = [images[i].data_ptr() for i in range(len(images))], images.shape()
+        kernel_rows, rooms = fused.prepare(addresses, np.array([shape[:2] for shape in shapes]), parameters)
+        tensors = upload([*parts, *kernel_rows], device)
+        crops = fused.make(tensors[len(parts) :], rooms, images)
+    return CropBatch([crop[:valid] for crop in crops], *tensors[: len(parts)])
 
 
 def plan_window(sequence: BatchSequence, start: BatchStart, limit: int | None) -> tuple[list[BatchStart], np.ndarray]:

@@ -25,7 +25,7 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("gpu pipeline", "threads", CORES, "DALI threads, or worker processes of a DataLoader."),
     ("gpu", "minutes", 8.0, "Time limit for all parts together."),
     ("gpu", "parts", str, "Run only these, separated by commas: images/s, step, training."),
-    ("pipeline", "rows", str, "Run only these: ours, torchvision-pil, torchvision-v2, dali-operators, decode-only."),
+    ("pipeline", "rows", str, "Run only these: ours, torchvision-pil, torchvision-v2, dali-operators, decode-only, gpu-host."),
     ("pipeline", "images", 256, "Images per row and round."),
     ("pipeline", "batch", 32, "Images per batch."),
     ("scale", "batch", 64, "Images per batch."),

@@ -1,10 +1,11 @@
-"""The loaders that `bench.py pipeline` compares: ours, only decoding, and torchvision."""
+"""The loaders that `bench.py pipeline` compares: ours, parts of it, and torchvision."""
 
 import io
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,7 +18,9 @@ from torchvision.transforms import v2
 
 from pipeline import build_multicrop_dataloader, build_multicrop_dataset
 from pipeline.crops.augment import ViewRecipe
+from pipeline.order import BatchStart
 from pipeline.shards.index import ShardIndex
+from pipeline.window import Fed, feed, make_batch, plan_window
 from tools.benchmarks.measure import LoaderSetup
 
 EXTENSIONS = "jpg;jpeg;png;JPEG;JPG;PNG"
@@ -47,6 +50,35 @@ def decode_only(setup: LoaderSetup) -> Iterator[Sequence[Any]]:
     pipe = graph(batch_size=setup.batch_size, num_threads=setup.threads, device_id=device_id, prefetch_queue_depth=2, seed=1)
     while True:
         yield pipe.run()
+
+
+class NoKernel:
+    """A kernel that makes nothing, on a device that has done everything: the host's work is left."""
+
+    device, shared_limit = torch.device("cpu"), 1 << 30
+
+    def launch(self, *_: int) -> None: ...
+
+    def mark(self) -> "NoKernel":
+        return self
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None: ...
+
+
+def gpu_host(setup: LoaderSetup) -> Iterator[Sequence[Any]]:
+    """Yield batches of the GPU's kernel, for which the host does all but decode and launch; their crops are never made."""
+    from pipeline.crops.fused import FusedCrops
+
+    dataset, images = build_multicrop_dataset("custom", setup.folder), next(decode_only(setup))
+    loader = build_multicrop_dataloader(dataset, setup.batch_size, device="cpu", num_workers=setup.threads)
+    crops, fed = FusedCrops([recipe.size for recipe in dataset.recipes], cast(Any, NoKernel())), deque[Fed]()
+    starts, rows = plan_window(loader.sequence, BatchStart(0, 0), None)
+    while True:
+        for _ in feed(loader.sequence, dataset.recipes, starts, rows, fed):
+            yield make_batch(dataset.index, fed.popleft(), images, crops, NoKernel.device).crops
 
 
 def torchvision_pil(setup: LoaderSetup) -> Iterator[Sequence[torch.Tensor]]:

@@ -2,7 +2,8 @@
 
 All loaders make the default 2 x 224 + 6 x 96 crops of the same shards with the same recipe, on the same number of worker
 threads (DALI) or worker processes (torch), as normalised float32 tensors. `dali-operators` is our graph with a chain of DALI's
-operators for each crop; `decode-only` only reads and decodes.
+operators for each crop; `decode-only` only reads and decodes. `gpu-host` is what a GPU's kernel leaves to the host, beside
+decoding and launches.
 
 CPU time is the user and system time of a loader's process, its threads and its live workers, over the batches in the middle
 of a stream, without start-up and shutdown. Each loader has a process to itself, and only one works at a time.
@@ -16,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from pipeline.shards.index import open_index
-from tools.benchmarks.loaders import decode_only, ours, torchvision_pil, torchvision_v2
+from tools.benchmarks.loaders import decode_only, gpu_host, ours, torchvision_pil, torchvision_v2
 from tools.benchmarks.measure import Loader, LoaderSetup, choose, error_line, full_batches, interleave, seconds_per_image, table
 from tools.benchmarks.photographs import benchmark_shards
 from tools.own_process import isolated_executor
@@ -27,6 +28,7 @@ LOADERS: dict[str, Loader] = {
     "torchvision-v2": torchvision_v2,
     "dali-operators": partial(ours, crop_device="dali"),
     "decode-only": decode_only,
+    "gpu-host": gpu_host,
 }
 NUM_PHOTOGRAPHS = 256
 Seconds = tuple[float, float]
