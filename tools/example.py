@@ -28,7 +28,6 @@ from model.masks import STRATEGIES
 from model.predictor import Predictor
 from pipeline import build_multicrop_dataloader, build_multicrop_dataset
 from pipeline.dataset import MultiCropDataset, resolve_device
-from pipeline.text import Every
 from tools.shards.photographs import PHOTOGRAPHS, photograph_path
 from train.optim import build_optimizer
 from train.output import pictures
@@ -36,7 +35,7 @@ from train.output import pictures
 BATCH_SIZE, LR, EMA_MOMENTUM = 6, 1e-3, 0.99
 SLICES, PROJECTOR = 64, 64
 SOURCE_SIDE = 400  # pixels of the main picture of the overview
-PRINT_EVERY_S = 5.0
+PRINT_EVERY = 20  # steps
 
 
 def write_photographs(folder: Path) -> None:
@@ -67,9 +66,8 @@ def train(model: HJEPA, dataset: MultiCropDataset, device: torch.device, steps: 
     optimizer = build_optimizer(model, 0.05, (0.9, 0.95))
     for group in optimizer.param_groups:
         group["lr"] = LR
-    generator, stream = torch.Generator(device), chain.from_iterable(repeat(loader))
-    notice = Every(PRINT_EVERY_S)
-    for step, batch in enumerate(islice(stream, steps), 1):
+    generator = torch.Generator(device)
+    for step, batch in enumerate(islice(chain.from_iterable(repeat(loader)), steps), 1):
         masks = mask_gen(batch_size=len(batch.labels))
         directions = random_directions(PROJECTOR, SLICES, generator, device)
         losses = model(batch.crops, batch.boxes, batch.flips, masks, directions)
@@ -77,19 +75,11 @@ def train(model: HJEPA, dataset: MultiCropDataset, device: torch.device, steps: 
         optimizer.step()
         optimizer.zero_grad()
         model.update_target(EMA_MOMENTUM)
-        if step in (1, steps) or notice.due():
+        if step in (1, steps) or step % PRINT_EVERY == 0:
             print(f"  step {step}: " + ", ".join(f"{k} {v.item():.3f}" for k, v in losses.items() if v.ndim == 0))
 
 
-def mask_tiles(views: pictures.Views, image: int, strategy: str) -> list[Image.Image]:
-    """Return the first global of the image, what the strategy's encoder sees of it, and the cells to predict."""
-    torch.manual_seed(1)
-    mask_gen = MultiCropMaskGenerator(strategy, num_global_crops=2, num_local_crops=6, device=views.batch.boxes.device)
-    plan = mask_gen(len(views.batch.labels))
-    return pictures.mask_tiles(views, plan, image, 0, mask_gen.grid, mask_gen.strides)
-
-
-def tour(data: Path | None, out: Path, steps: int, image: int) -> None:
+def tour(data: Path | None, out: Path, steps: int) -> None:
     """Raises ValueError or OSError when the shards or the folder for the pictures cannot be used."""
     out.mkdir(parents=True, exist_ok=True)
     if data is None:
@@ -105,11 +95,15 @@ def tour(data: Path | None, out: Path, steps: int, image: int) -> None:
     crops, labels = batch.crops, batch.labels
     print(f"2. a batch: {len(crops)} crops, {[tuple(crop.shape) for crop in crops[1:3]]} ..., labels {labels.tolist()}")
 
-    views = pictures.Views(batch, 2, dataset.mean, dataset.std)
-    paths = [out / f"{strategy}.png" for strategy in STRATEGIES]
-    for strategy, path in zip(STRATEGIES, paths, strict=True):
-        pictures.save_rows(path, [mask_tiles(views, image, strategy)])
-    print("3. masks: " + ", ".join(map(str, paths)))
+    views, tiles = pictures.Views(batch, 2, dataset.mean, dataset.std), {}
+    for strategy in STRATEGIES:
+        torch.manual_seed(1)
+        mask_gen = MultiCropMaskGenerator(strategy, num_global_crops=2, num_local_crops=6, device=device)
+        masks = mask_gen(batch_size=len(labels))
+        # The first global of the first image, what the encoder sees of it, and the cells to predict.
+        tiles[strategy] = pictures.mask_tiles(views, masks, 0, 0, mask_gen.grid, mask_gen.strides)
+        pictures.save_rows(out / f"{strategy}.png", [tiles[strategy]])
+    print(f"3. masks: {', '.join(STRATEGIES)}")
 
     torch.manual_seed(0)
     model = build_hjepa(dataset).to(device)
@@ -117,14 +111,13 @@ def tour(data: Path | None, out: Path, steps: int, image: int) -> None:
     train(model, dataset, device, steps)
 
     # The image with its boxes at the left; its crops, the features of its target and the masks of its first global at the right.
-    encoded = dataset.index.encoded(int(loader.rows_at(0, image, image + 1)[0]))
-    source = pictures.source_tile(views, image, encoded, SOURCE_SIDE, " (dashed: flipped)")
-    colours = pictures.to_picture(pictures.feature_colours(model.target, crops[0])[image])
+    encoded = dataset.index.encoded(int(loader.rows_at(0, 0, 1)[0]))
+    source = pictures.source_tile(views, 0, encoded, SOURCE_SIDE, " (dashed: flipped)")
+    colours = pictures.to_picture(pictures.feature_colours(model.target, crops[0])[0])
     features = pictures.tile(colours, "its features, as colours", pictures.GLOBAL_SIDE)
-    masks = mask_tiles(views, image, "global_only")[1:]
-    details = pictures.join_rows([pictures.crop_tiles(views, image), [features, *masks]])
+    details = pictures.join_rows([pictures.crop_tiles(views, 0), [features, *tiles["global_only"][1:]]])
     pictures.save_rows(out / "overview.png", [[source, details]])
-    print(f"5. features: {out / 'overview.png'}")
+    print(f"5. pictures: {out}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -133,9 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--data", type=path_argument, metavar="FOLDER", help="A folder with train/*.tar. The default is photographs.")
     add("--out", type=path_argument, default=Path("example"), help=f"The folder of the pictures. {default}")
     add("--steps", type=int, default=60, help=f"The number of training steps. {default}")
-    add("--image", type=int, default=0, help=f"The image of the first batch to draw. {default}")
     args = parser.parse_args(arguments)
-    return run_command("example", lambda: tour(args.data, args.out, args.steps, args.image))
+    return run_command("example", lambda: tour(args.data, args.out, args.steps))
 
 
 if __name__ == "__main__":
