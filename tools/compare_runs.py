@@ -15,10 +15,22 @@ from train.output.log import draw_curves, read_metrics
 from train.output.report import REMEDY, html_table, line_charts, summary_rows, write_html
 
 
-def write_comparison(folders: Mapping[str, Path], out: Path) -> Path:
+def marked(folders: dict[str, Path]) -> tuple[dict[str, Path], str]:
+    """Return the runs, with a letter in each name if they were not all measured alike, and a sentence that says so, else ""."""
+    paths = {name: folder / "baselines.json" for name, folder in folders.items()}
+    keys = {name: str(read_object(path, REMEDY).get("measured_on")) for name, path in paths.items() if path.exists()}
+    kinds = list(dict.fromkeys(keys.values()))
+    if len(kinds) < 2:
+        return folders, ""
+    letters = {name: f"{name} [{chr(ord('A') + kinds.index(keys[name]))}]" if name in keys else name for name in folders}
+    note = "Accuracies of [A] and [B] do not compare: the images, evaluation.knn_k or evaluation.crop_ratio differ"
+    return {letters[name]: folder for name, folder in folders.items()}, note
+
+
+def write_comparison(folders: Mapping[str, Path], out: Path, note: str = "") -> Path:
     """Write the page `out` about several runs, by name: results side by side, the settings that differ, and shared charts.
 
-    Raises OSError.
+    `note`: a sentence that comes first. Raises OSError.
     """
     results, settings = [], []
     for folder in folders.values():
@@ -31,6 +43,7 @@ def write_comparison(folders: Mapping[str, Path], out: Path) -> Path:
 
     keys = sorted({key for run in settings for key in run})
     parts = [
+        f"<p>{note}</p>",
         f"<h2>Figures</h2>{side_by_side(results, dict.fromkeys(name for run in results for name in run))}",
         "<h2>Settings that differ</h2>",
         side_by_side(settings, [key for key in keys if len({repr(run.get(key)) for run in settings}) > 1]),
@@ -46,10 +59,13 @@ def compare(folders: Sequence[Path], out: Path, page: Path | None) -> None:
         if not read_metrics(folder):
             raise ValueError(f"{folder}: no metrics.jsonl with a line in it; give the folders of runs, such as runs/quickstart")
         named[folder.name if folder.name not in named else str(folder)] = folder
+    named, note = marked(named)
     if page is None:
         draw_curves(out, {name: read_metrics(folder) for name, folder in named.items()})
     else:
-        write_comparison(named, page)
+        write_comparison(named, page, note)
+    if note:
+        print(note)
     print(f"wrote {page or out}")
 
 

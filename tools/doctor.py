@@ -24,7 +24,7 @@ from train.config.load import load_config
 FAILED = 1
 # In the order of the report: later checks rely on earlier ones.
 CHECKS = {**PACKAGE_CHECKS, **MACHINE_CHECKS, **DATA_CHECKS}
-STATUSES = ("ok", "warn", "fail", "skip")
+STATUSES = {"ok": "ok", "warn": "with a warning", "fail": "failed", "skip": "skipped, for the reasons above"}
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -65,7 +65,7 @@ def diagnose(options: argparse.Namespace) -> int:
             fix = f"\n      -> {finding.fix}" if finding.fix else ""
             say(f"{finding.status:4}  {name}: {printable(finding.text)}{fix}")
     counts = Counter(row["status"] for row in rows)
-    summary = ", ".join(f"{counts[status]} {status}" for status in STATUSES)
+    summary = ", ".join(f"{counts[status]} {name}" for status, name in STATUSES.items())
     print(json.dumps(rows, indent=1) if options.json else summary)
     return FAILED if counts["fail"] else 0
 

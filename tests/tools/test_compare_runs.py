@@ -1,6 +1,8 @@
 """Curves of several runs in one picture."""
 
+import html
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,27 @@ def test_each_run_has_a_curve_of_its_own_colour(tmp_path: Path) -> None:
     assert blue in colours(tmp_path / "one.png")
     assert orange not in colours(tmp_path / "one.png")
     assert {blue, orange} <= colours(tmp_path / "two.png")
+
+
+def test_measurements_of_other_images_are_marked_and_a_run_has_its_place_in_every_panel(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [write_log(tmp_path / name, 1.0) for name in "abcd"]
+    for run, val in zip(runs, ("x", "x", "y"), strict=False):  # d has measured nothing
+        key = {"train": "t", "val": val, "knn_k": 20, "crop_ratio": 1.0}
+        (run / "baselines.json").write_text(json.dumps({"measured_on": key, "knn": {}}))
+    for run in runs:
+        (run / "config.yaml").write_text("seed: 0\n")
+    (runs[1] / "metrics.jsonl").write_text('{"step": 10, "loss": 1.0}\n')
+    page = tmp_path / "page.html"
+    assert main([*map(str, runs[:2]), "--html", str(page)]) == 0
+    assert "do not compare" not in capsys.readouterr().out + page.read_text()
+    assert main([*map(str, runs), "--html", str(page)]) == 0
+    assert "Accuracies of [A] and [B] do not compare" in capsys.readouterr().out
+    text = html.unescape(page.read_text())
+    assert "Accuracies of [A] and [B] do not compare" in text
+    panels = [list(json.loads(data)) for data in re.findall(r'data-lines="([^>]*)"></figure>', text)]
+    assert panels == [["a [A]", "b [A]", "c [B]", "d"]] * 3
 
 
 def test_a_folder_without_a_log_is_one_clean_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

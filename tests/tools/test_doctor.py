@@ -46,6 +46,7 @@ def test_on_a_sound_machine_nothing_fails_and_what_does_not_apply_is_skipped(
     assert [row["name"] for row in rows] == list(doctor.CHECKS)
     assert {row["name"] for row in rows if row["status"] == "fail"} == set()
     assert {row["name"]: row["status"] for row in rows}["compiler"] == "skip"  # not "ok"
+    assert all(row["text"] for row in rows)
     assert set(rows[0]) == {"name", "status", "text", "fix", "seconds"}
     assert list((tmp_path / "runs").iterdir()) == []  # nothing of the trials is left
 
@@ -184,6 +185,26 @@ def test_a_missing_gpu_fails() -> None:
     finding = diagnosis("GPUs", Case(load_config(QUICKSTART, ["device=gpu"])))
     assert finding.status == "fail"
     assert "docker run --gpus all" in finding.fix
+
+
+def test_a_large_encoder_without_a_gpu_is_a_warning_unless_the_cpu_is_meant() -> None:
+    if machine.sees_gpu():
+        pytest.skip("there is a GPU")
+    config = ROOT / "configs" / "multicrop_training.yaml"
+    finding = diagnosis("GPUs", Case(load_config(config, [])))
+    assert finding.status == "warn"
+    assert "trains 86 M parameters on the CPU" in finding.text
+    for path, device in ((config, "cpu"), (QUICKSTART, "auto")):
+        assert diagnosis("GPUs", Case(load_config(path, [f"device={device}"]))).status == "skip"
+
+
+def test_what_cannot_be_checked_says_why_and_is_counted_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["--out", str(tmp_path)]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert "skip  shards: index: neither a CONFIG nor --data names shards" in lines
+    assert 'skip  shards: classes: no shards to check, see "shards: index"' in lines
+    ok, skipped = (sum(line.startswith(f"{status:4}  ") for line in lines) for status in ("ok", "skip"))
+    assert last == f"{ok} ok, 0 with a warning, 0 failed, {skipped} skipped, for the reasons above"
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ from pipeline.shards.manifest import MANIFEST_NAME, check_class_count, read_mani
 from tools.checks.check import Case, Check, Finding, fail, ok, skip, warn
 
 SAMPLED_SHARDS, SAMPLED_IMAGES = 8, 32
+INDEX_CHECK = "shards: index"
 VERIFY = "python tools/make_shards.py verify FOLDER"
 COPY_AGAIN = f"copy the shard again, or convert again; all shards: {VERIFY}"
 
@@ -32,14 +33,14 @@ def with_index(check: Callable[[Case, ShardIndex], Finding]) -> Callable[[Case],
 
     def find(case: Case) -> Finding:
         index = read_index(case, "train")
-        return skip("no readable shards") if index is None else check(case, index)
+        return skip(f'no shards to check, see "{INDEX_CHECK}"') if index is None else check(case, index)
 
     return find
 
 
 def check_index(case: Case) -> Finding:
     if case.data is None:
-        return skip("no CONFIG and no --data")
+        return skip("neither a CONFIG nor --data names shards")
     index = opened(case.dataset, case.data, "train")
     return ok(f"{index.folder}: {len(index):,} images in {len(index.shards)} shards")
 
@@ -88,7 +89,7 @@ def check_labels(case: Case, index: ShardIndex) -> Finding:
         fix = "convert the folder whose folders are the classes; without classes, ignore all accuracies"
         return warn(problems.one_label, fix)
     if val is None:
-        return skip("no val split")
+        return skip("no val split, so nothing will be measured")
     features.check_classes(index, val)
     if problems.unknown:
         return warn(problems.unknown, "leave those images out of val, or add some of their classes to train")
@@ -96,7 +97,7 @@ def check_labels(case: Case, index: ShardIndex) -> Finding:
 
 
 DATA_CHECKS = {
-    "shards: index": Check(check_index, VERIFY),
+    INDEX_CHECK: Check(check_index, VERIFY),
     "shards: manifest": Check(
         with_index(check_manifest), "copy the folder again; if the manifest is old: tools/make_shards.py index FOLDER"
     ),

@@ -12,10 +12,12 @@ from PIL import Image
 from pipeline.files import write_atomic
 from tools.checks.check import INSTALL, Case, Check, Finding, fail, ok, sees_gpu, skip, warn
 from tools.checks.packages import FLAVOURS, flavour, library_exists, packages_folder
+from train.config.schema import Config
 
 SHARED_MEMORY = Path("/dev/shm")
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 GIB = 2**30
+MAX_CPU_PARAMETERS = 15e6  # of an encoder; a ViT-S has 22 M
 MIN_SHARED, MIN_DISK, AMPLE_DISK = 1 * GIB, 1 * GIB, 10 * GIB
 DRIVER = Path("/proc/driver/nvidia/version")
 MIN_DRIVER = {12: (525, 60), 13: (580, 65)}  # by CUDA's major version, for Linux: the table of CUDA's release notes
@@ -103,7 +105,24 @@ def check_gpus(case: Case) -> Finding:
     if case.needs_gpu or version is not None:
         fix = "docker run --gpus all (NVIDIA Container Toolkit), Slurm --gpus-per-node, CUDA_VISIBLE_DEVICES; or device=cpu"
         return fail(f"torch sees no GPU; driver {version or 'not loaded'}", fix)
-    return skip("no GPU")
+    if (
+        case.config is not None
+        and case.config.device == "auto"
+        and (count := encoder_parameters(case.config)) > MAX_CPU_PARAMETERS
+    ):
+        fix = "a machine with a GPU; a smaller encoder, as in configs/laptop.yaml; or device=cpu, if it is meant"
+        return warn(f"no GPU, so that device: auto trains {count / 1e6:.0f} M parameters on the CPU", fix)
+    return skip("no GPU, and none is asked for")
+
+
+def encoder_parameters(config: Config) -> int:
+    """Return their number, without allocating any."""
+    import torch
+
+    from train.build import build_model
+
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build_model(config, torch.device("meta")).encoder.parameters())
 
 
 def decode_difference(device: str, hw_decoder_load: float = 0.0) -> float:
@@ -141,7 +160,7 @@ def check_decoder(case: Case) -> Finding:
 def check_all_reduce(_: Case) -> Finding:
     """Sum over all GPUs of this machine."""
     if not sees_gpu():
-        return skip("no GPU")
+        return skip("no GPU, so nothing to sum over")
     import torch
 
     count = torch.cuda.device_count()

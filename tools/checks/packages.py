@@ -91,7 +91,7 @@ def library_exists(library: str, folder: Path) -> bool:
 
 def check_compiler(case: Case) -> Finding:
     if case.config is None or not case.config.training.compile:
-        return skip("training.compile is false")
+        return skip("only needed for training.compile=true")
     return ok(f"{find_compiler()}, for training.compile={str(case.config.training.compile).lower()}")
 
 
