@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -23,8 +24,8 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("gpu pipeline", "shards", Path, "Read these shards instead of temporary ones of photographs of about 100 KB."),
     ("gpu step", "device", "auto", "auto, cpu or gpu; `gpu --device cpu` is a rehearsal with small sizes."),
     ("gpu pipeline", "threads", CORES, "DALI threads, or worker processes of a DataLoader."),
-    ("gpu", "minutes", 8.0, "Time limit for all parts together."),
-    ("gpu", "parts", str, "Run only these, separated by commas: images/s, step, training."),
+    ("gpu", "minutes", float, "Time limit with the start. The default is 8, and 3 with --parts."),
+    ("gpu", "parts", str, "Run only these: parity, images/s, training, step, memory, masks, save, compile."),
     ("pipeline", "rows", str, "Run only these: ours, torchvision-pil, torchvision-v2, dali-operators, decode-only, gpu-host."),
     ("pipeline", "images", 256, "Images per row and round."),
     ("pipeline", "batch", 32, "Images per batch."),
@@ -51,6 +52,7 @@ def add_options(command: argparse.ArgumentParser, name: str) -> None:
 
 def run_chosen(options: argparse.Namespace) -> None:
     """Run one benchmark, which prints its own table, and write its figures to `--json`. Raises ValueError for counts below 1."""
+    options.started = time.monotonic()  # before the imports
     for name, value in vars(options).items():
         if isinstance(value, int) and value < 1:
             raise ValueError(f"--{name}: {value}, must be at least 1")

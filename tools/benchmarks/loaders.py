@@ -18,6 +18,8 @@ from torchvision.transforms import v2
 
 from pipeline import build_multicrop_dataloader, build_multicrop_dataset
 from pipeline.crops.augment import ViewRecipe
+from pipeline.crops.graph import parsed
+from pipeline.defaults import HW_DECODER_LOAD
 from pipeline.order import BatchStart
 from pipeline.shards.index import ShardIndex
 from pipeline.window import Fed, feed, make_batch, plan_window
@@ -39,12 +41,14 @@ def ours(setup: LoaderSetup, **options: Any) -> Iterator[Sequence[torch.Tensor]]
 
 
 def decode_only(setup: LoaderSetup) -> Iterator[Sequence[Any]]:
-    """Yield the output of DALI's reader and decoder, with nothing after them."""
+    """Yield the output of DALI's reader and decoder, with the options of our graph and nothing after them."""
+    decoder = {"device": "mixed", "hw_decoder_load": HW_DECODER_LOAD} if setup.device == "gpu" else {"device": "cpu"}
 
     @pipeline_def
     def graph() -> "types.DataNode":
-        encoded = fn.readers.webdataset(paths=sorted(map(str, setup.folder.glob("*.tar"))), ext=[EXTENSIONS], random_shuffle=True)
-        return fn.decoders.image(encoded, device="mixed" if setup.device == "gpu" else "cpu", output_type=types.RGB)
+        encoded = fn.readers.webdataset(paths=sorted(map(str, setup.folder.glob("*.tar"))), ext=[EXTENSIONS], dont_use_mmap=True)
+        options = {"output_type": types.RGB, "adjust_orientation": False, "jpeg_fancy_upsampling": True}
+        return fn.decoders.image(parsed(encoded), **options, **decoder)
 
     device_id = 0 if setup.device == "gpu" else None
     pipe = graph(batch_size=setup.batch_size, num_threads=setup.threads, device_id=device_id, prefetch_queue_depth=2, seed=1)

@@ -6,24 +6,33 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tools import bench
-from tools.benchmarks.gpu import PARTS, GpuCase, Measurement, Result, run_limited, start_server
+from tools.benchmarks.gpu import MINUTES, MINUTES_OF_PARTS, Result, run_limited, start_server
+from tools.benchmarks.gpu_parts import PARTS, Figures, GpuCase, Measurement, plan, unit_loads
 
 ROOT = Path(__file__).parents[3]
 CASE = GpuCase(Path(), "cpu", 1)
-QUICK = {"images/s"}
+QUICK = {"parity", "images/s"}
+START_S = 45  # imports, photographs, and the first compilation of the CPU operator
 
 
 def rehearse(parts: set[str], data_path: Path, out: Path) -> tuple[list[dict], str]:
-    command = [sys.executable, "tools/bench.py", "gpu", "--device", "cpu", "--minutes", "60", "--threads", "1"]
+    command = [sys.executable, "tools/bench.py", "gpu", "--device", "cpu", "--threads", "1"]
     options = ["--shards", str(data_path), "--parts", ",".join(sorted(parts)), "--json", str(out)]
     done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text())["lines"], done.stdout
+
+
+def test_all_parts_fit_eight_minutes_and_each_of_them_three() -> None:
+    needs = {part: sum(each.needs_s for each in plan("gpu") if each.part == part) for part in PARTS}
+    assert START_S + sum(needs.values()) <= 60 * MINUTES
+    assert START_S + max(needs.values()) <= 60 * MINUTES_OF_PARTS
 
 
 def check_table(parts: set[str], lines: list[dict], printed: str) -> None:
@@ -48,17 +57,17 @@ def test_a_rehearsal_of_all_parts_gives_figures_for_each(data_path: Path, tmp_pa
     assert all(figures["images/s"] > 0 for figures in rates.values())
 
 
-def fails(case: GpuCase) -> list[Result]:
+def fails(case: GpuCase) -> dict[str, Figures]:
     raise TypeError("pages of trace\nencountered:\n\nno such argument\nmore")
 
 
-def dies(case: GpuCase) -> list[Result]:
+def dies(case: GpuCase) -> dict[str, Figures]:
     os._exit(9)
 
 
-def hangs(case: GpuCase) -> list[Result]:
+def hangs(case: GpuCase) -> dict[str, Figures]:
     time.sleep(600)
-    return []
+    return {}
 
 
 @pytest.mark.parametrize(
@@ -79,10 +88,26 @@ def test_figures_are_shown_with_their_units() -> None:
     assert Result("", error="why").text == "FAILED: why"
 
 
+def test_the_load_of_the_jpeg_engine_is_what_nvidia_smi_says_after_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = tmp_path / "said"
+    lines = "for x in '0, 0' '0, 90' '60, 80' '80, [N/A]'; do echo $x; done"
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{lines}; touch {said}; exec sleep 60\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="1a2b"))
+    with unit_loads() as loads:
+        while not said.exists():
+            time.sleep(0.01)
+    assert loads == {"% JPEG engine": 70, "% GPU": 80}
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--parts", "step,theirs"], "unknown name 'theirs', allowed are images/s, step"),
+        (["--parts", "step,theirs"], "unknown name 'theirs', allowed are parity, images/s"),
         pytest.param(
             ["--device", "gpu"], "torch sees no CUDA GPU",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),

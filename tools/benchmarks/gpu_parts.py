@@ -1,0 +1,194 @@
+"""The measurements of `bench.py gpu`; each runs in a process of its own, in a rehearsal on the CPU with small sizes."""
+
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from tools.benchmarks.loaders import decode_only, ours
+from tools.benchmarks.measure import Loader, LoaderSetup, cpu_seconds, median_times, peak_bytes, seconds_per_image, synchronize
+from tools.benchmarks.step import CONFIG, ENCODERS, MASKED_IMAGES, make_steps
+from train.checkpoint import write_checkpoint
+from train.config.load import load_config
+from train.trainer import Trainer
+
+CHECKED_SIZES = (224, 96, 32, 448)
+# The smallest model that has all parts of the real one.
+TINY_ENCODER = "{img_size: 32, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2, init_values: 0.1}"
+REHEARSAL = (
+    "device=cpu", "data.batch_size=8", "data.multicrop.global_crop_size=32", "data.multicrop.local_crop_size=16",
+    "model.encoder=vit_small_patch16_dinov3", f"model.encoder_kwargs={TINY_ENCODER}", "model.predictor_width=24",
+    "model.predictor_depth=1", "model.predictor_heads=2", "model.projector_hidden=16", "model.projector_dim=8",
+)  # fmt: skip
+WARM_UP_STEPS = 3
+Figures = dict[str, float]
+"""By unit."""
+
+
+@dataclass(frozen=True)
+class GpuCase:
+    """`device`: `gpu`, or `cpu` for a rehearsal. `seconds`: how long to repeat what has no fixed number of rounds."""
+
+    folder: Path
+    device: str
+    threads: int
+    seconds: float = 1.0
+
+    @property
+    def rehearsal(self) -> bool:
+        return self.device == "cpu"
+
+    def trainer(self, encoder: str, crop_device: str, *changes: str) -> Trainer:
+        """Return a trainer after some steps, which allocate and compile."""
+        settings = ["data.dataset=custom", f"data.data_path={self.folder}", f"data.num_workers={self.threads}", *changes]
+        settings += REHEARSAL if self.rehearsal else (f"model.encoder={encoder}", f"data.crop_device={crop_device}")
+        trainer = Trainer(load_config(CONFIG, settings))
+        for _ in range(WARM_UP_STEPS):
+            trainer.train_step()
+        synchronize(self.device)
+        return trainer
+
+
+Measurement = Callable[[GpuCase], dict[str, Figures]]
+
+
+class Planned(NamedTuple):
+    """`measure` returns rows by name; on a GPU it takes up to `needs_s` seconds, with the start of its process."""
+
+    part: str
+    name: str
+    needs_s: float
+    measure: Measurement
+
+
+def parity(case: GpuCase) -> dict[str, Figures]:
+    """Compare the kernel's crops with the CPU operator's; a rehearsal only compiles it, for an H100."""
+    from pipeline.crops.cubin import CropKernel, compile_kernel
+    from pipeline.crops.fused import self_check
+
+    started = time.perf_counter()
+    if case.rehearsal:
+        compile_kernel("sm_90")
+        return {"compiled for sm_90, not run": {"s": time.perf_counter() - started}}
+    self_check(CHECKED_SIZES, CropKernel(torch.device("cuda", 0)))
+    return {f"equal bytes at {', '.join(map(str, CHECKED_SIZES))} px": {"s": time.perf_counter() - started}}
+
+
+def loader_rate(name: str, loader: Loader, case: GpuCase) -> dict[str, Figures]:
+    """Measure a loader as training uses it, with uint8 crops; the CPU load is that of this process."""
+    setup = LoaderSetup(case.folder, 8 if case.rehearsal else 128, case.threads, case.device)
+    with unit_loads() as loads:
+        wall, cpu = seconds_per_image(loader, setup, 10**9, case.seconds)
+    return {name: {"images/s": 1 / wall, "CPU ms an image": 1e3 * cpu, "cores busy": cpu / wall, **loads}}
+
+
+@contextmanager
+def unit_loads() -> Iterator[Figures]:
+    """Fill in, at the end, how busy the JPEG engine and the multiprocessors were, as far as nvidia-smi tells."""
+    loads: Figures = {}
+    if not torch.cuda.is_available():
+        yield loads
+        return
+    device = f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}"
+    query = ["nvidia-smi", device, "--query-gpu=utilization.jpeg,utilization.gpu", "--format=csv,noheader,nounits", "-lms", "100"]
+    with subprocess.Popen(query, stdout=subprocess.PIPE, text=True) as sampler:
+        yield loads
+        sampler.terminate()
+        samples = sampler.communicate()[0].splitlines()
+    for unit, column in zip(("% JPEG engine", "% GPU"), zip(*(line.split(",") for line in samples), strict=False), strict=False):
+        if values := [float(value) for value in column[len(column) // 2 :] if value.strip().isdigit()]:  # after the start
+            loads[unit] = sum(values) / len(values)
+
+
+def training_rate(name: str, encoder: str, crop_device: str, compiled: str, case: GpuCase) -> dict[str, Figures]:
+    """Train on new batches, then on one again and again: the difference is what the loader costs."""
+    started = time.perf_counter()
+    trainer = case.trainer(encoder, crop_device, f"training.compile={compiled}")
+    figures, batch = {"s to start": time.perf_counter() - started}, next(trainer._batches)
+    for unit in ("images/s", "images/s without the loader"):
+        started, cpu, images = time.perf_counter(), cpu_seconds(), trainer.state.images
+        while time.perf_counter() - started < case.seconds / 2:
+            trainer.train_step()
+        synchronize(case.device)
+        elapsed = time.perf_counter() - started
+        figures[unit] = (trainer.state.images - images) / elapsed
+        figures.setdefault("cores busy", (cpu_seconds() - cpu) / elapsed)
+        trainer._batches = repeat(batch)
+    if not case.rehearsal:
+        free, total = torch.cuda.mem_get_info()
+        figures["peak GiB of torch"] = torch.cuda.max_memory_allocated() / 2**30
+        figures["GiB of DALI and libraries"] = (total - free - torch.cuda.memory_reserved()) / 2**30
+    return {f"{name}, batch {trainer.config.data.batch_size}": figures}
+
+
+def step_rows(name: str, encoder: str, part: str, case: GpuCase) -> dict[str, Figures]:
+    """Measure forward, backward and target update without data (step, memory), or masks of a batch; `naive` loops over crops."""
+    device, (batch, rounds) = torch.device("cpu" if case.rehearsal else "cuda"), (1, 1) if case.rehearsal else (64, 5)
+    steps = {
+        key: step for key, step in make_steps(encoder, batch, device).items() if key.startswith("masks/") == (part == "masks")
+    }
+    values, unit = {key: 1e3 * value for key, value in median_times(steps, rounds, device).items()}, "ms"
+    if part == "memory":
+        values, unit = {key: 1e-6 * peak_bytes(step, device) for key, step in steps.items()}, "MB"
+    images, naive = MASKED_IMAGES if part == "masks" else batch, values.get("naive")
+    return {
+        f"{name}, {key}, {images} images": {unit: value, **({"of naive": value / naive} if naive else {})}
+        for key, value in values.items()
+    }
+
+
+def save(name: str, encoder: str, case: GpuCase) -> dict[str, Figures]:
+    """Save a checkpoint: how long training stands still for it, and the memory of the GPU that it takes."""
+    trainer = case.trainer(encoder, "cpu")
+    trainer.snapshot(None)  # the first one allocates
+    step_s = median_times({"step": trainer.train_step}, 3, trainer.device)["step"]
+    before, started = torch.cuda.memory_reserved(), time.perf_counter()
+    snapshot = trainer.snapshot(None)
+    host_s = time.perf_counter() - started
+    trainer.train_step()
+    synchronize(case.device)
+    extra_s, memory, started = time.perf_counter() - started - step_s, torch.cuda.memory_reserved() - before, time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        num_bytes = sum(file.stat().st_size for file in write_checkpoint(Path(folder), snapshot).iterdir())
+    figures = {"MB": num_bytes / 1e6, "ms of the host": 1e3 * host_s, "ms more in the next step": 1e3 * extra_s}
+    return {name: {**figures, "s to disk, beside training": time.perf_counter() - started, "MB of the GPU": memory / 1e6}}
+
+
+def plan(device: str) -> list[Planned]:
+    """Return all measurements, in the order of the table."""
+    is_cpu = device == "cpu"
+    (small, encoder), *others = ("ViT-S", ENCODERS["small"]), ("ViT-B", "vit_base_patch16_dinov3")
+    if is_cpu:
+        small, encoder, others = "ViT-T", ENCODERS["tiny"], []
+    ways = {"the kernel": "gpu", "DALI's graph": "dali", "CPU crops, uploaded": "cpu"}
+    loaders: dict[str, Loader] = {"decode only": decode_only}
+    loaders |= {name: partial(ours, normalized=False, crop_device="auto" if is_cpu else where) for name, where in ways.items()}
+    trained = [(f"{small}, {way}", encoder, where) for way, where in ways.items()]
+    trained += [(f"{name}, the kernel", other, "gpu") for name, other in others]
+    name, largest = others[-1] if others else (small, encoder)
+    return [
+        Planned("parity", "the kernel", 15, parity),
+        *(Planned("images/s", name, 14, partial(loader_rate, name, loader)) for name, loader in loaders.items()),
+        *(Planned("training", name, 20, partial(training_rate, name, model, where, "false")) for name, model, where in trained),
+        *(
+            Planned(part, name, needs_s, partial(step_rows, name, other, part))
+            for part, needs_s in (("step", 25), ("memory", 15), ("masks", 12))
+            for name, other in ((small, encoder), *(others if part != "masks" else ()))
+        ),
+        Planned("save", name, 25, partial(save, name, largest)),
+        *(
+            Planned("compile", how, 65, partial(training_rate, f"{small}, training.compile={how}", encoder, "gpu", how))
+            for how in (("true",) if is_cpu else ("true", "cudagraphs"))
+        ),
+    ]
+
+
+PARTS = tuple(dict.fromkeys(planned.part for planned in plan("gpu")))
