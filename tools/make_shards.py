@@ -15,6 +15,7 @@ from tools.shards.catalogue import LooseFiles, Source, hold_out
 from tools.shards.classes import adopt_classes
 from tools.shards.convert import ConvertOptions, assign_images, convert, describe_conversion, only_writer
 from tools.shards.images import VERIFY_LEVELS, ImagePolicy
+from tools.shards.layouts.labels import label_by_file, without_labels
 from tools.shards.layouts.parquet import delete_spool
 from tools.shards.layouts.source import LAYOUTS, open_source
 from tools.shards.photographs import NUM_SHARDS, photograph_source
@@ -71,6 +72,9 @@ def add_convert(command: argparse.ArgumentParser) -> None:
     add("--split", choices=("train", "val"), default="train", help=f"The split to convert {default}.")
     add("--val-ratio", type=float, default=0.0, metavar="R", help="Hold out this share of every class as OUT/val.")
     add("--layout", choices=("auto", *LAYOUTS), default="auto", help=f"How the source is read {default}.")
+    labels = command.add_mutually_exclusive_group()
+    labels.add_argument("--labels", type=path_argument, metavar="FILE", help="Take labels from lines name,label of a csv or txt.")
+    labels.add_argument("--no-labels", action="store_true", help="Leave all labels out.")
     add = command.add_argument_group("images").add_argument
     add("--resize", type=positive, default=0, metavar="PIXELS", help="Reduce the shorter side to this; never enlarge.")
     add("--quality", type=int, choices=range(1, 101), metavar="1..100",
@@ -109,6 +113,8 @@ def run_convert(parsed: argparse.Namespace) -> None:
     with notify_after(2, f"listing the images of {parsed.source} ..."):
         source = open_source(parsed.source, parsed.split, parsed.layout, None if parsed.dry_run else spools)
         check_out_is_outside(source, parsed.out)
+        if parsed.labels or parsed.no_labels:
+            source = label_by_file(source, parsed.labels) if parsed.labels else without_labels(source)
         parts = {parsed.split: source}
         if parsed.val_ratio:
             parts["train"], parts["val"] = hold_out(source, parsed.val_ratio, parsed.seed)

@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeline.defaults import STORE_RETRY_S
 from pipeline.shards import index_file
+from pipeline.shards.advice import advise
 from pipeline.shards.cache import CacheSettings, Pins, ShardCache, StoredShard
 from pipeline.shards.fetcher import FolderWatch, ShardFetcher
 from pipeline.shards.index_file import INDEX_NAME, SAMPLE_DTYPE, UNLABELLED, load_index, save_index
@@ -156,19 +157,19 @@ def split_folder(dataset_name: str, data_path: Path | str, split: str) -> Path |
 def split_folder(dataset_name: str, data_path: Path | str, split: str) -> Path | str:
     """The folder with the shards of `split`: `data_path/split`, or `data_path` itself if it holds tars.
 
-    The same holds for a prefix in a store, where the index decides. Raises FileNotFoundError that names the command which makes
-    the shards of `dataset_name`, StoreError, and ValueError for a URL without a bucket.
+    The same holds for a prefix in a store, where the index decides. Raises FileNotFoundError that says how to get shards,
+    StoreError, and ValueError for a URL without a bucket.
     """
     if is_remote(data_path):
         return _remote_split(str(data_path), split)
-    data_path = Path(data_path)
-    for folder in (data_path / split, data_path):
+    folders = Path(data_path) / split, Path(data_path)
+    for folder in folders:
         if tar_names(folder):
             return folder
-    command = f"python tools/make_shards.py convert SOURCE --out {data_path} --split {split}"
     if dataset_name == "sample":
         command = f"python tools/make_shards.py sample --out {data_path}"
-    raise FileNotFoundError(f"{data_path / split}: no {dataset_name} shards (*.tar) here. Make them with `{command}`")
+        raise FileNotFoundError(f"{folders[0]}: no sample shards (*.tar) here. Make them with `{command}`")
+    raise FileNotFoundError(advise(str(data_path), split))
 
 
 def _remote_split(prefix: str, split: str) -> str:

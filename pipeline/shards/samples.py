@@ -29,19 +29,16 @@ Label = int | str
 MAX_LABEL_BYTES = 1 << 24
 MAX_LABEL = 1 << 24  # more classes than any set of images has; above it, a label is an identifier
 NUMBERS = re.compile(r"[\s\0[]*-?\d+(?:(?:\s*[,;]\s*|\s+)-?\d+)*[\s\0\]]*")  # `3`, `[3]`, `3 17 20`, `[3, 17]`
+LABEL_NAMES = ("label", "labels", "fine_label", "class", "class_id", "cls", "target", "category", "y")  # of columns
 ORPHANS = "cls members without an image"
 # `k.image.jpg` is the image of a sample that also has `k.depth.png`.
 IMAGE_PARTS = ("image", "img", "jpg", "rgb", "input", "photo")
 
 
-class NotOneLabelError(ValueError):
-    """The value is sound but no single label: several numbers, boxes, text that is no JSON."""
-
-
 class LabelMembers:
     """The `cls` and `json` members of one tar, of which only those with an image's name are read.
 
-    `refused`: the members that hold something else than one label, and what.
+    `refused`: what is no label in others, and where.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,10 +54,7 @@ class LabelMembers:
             self._members[extension].setdefault(key, []).append(member)
 
     def of(self, key: str) -> list[Label]:
-        """Return the labels with a key, those in `cls` before those in `json`, in the order of the members.
-
-        Joined tars can have several members of one name. Raises ValueError for a label that cannot be parsed.
-        """
+        """Return the labels with a key, those in `cls` before those in `json`; joined tars can have several of one name."""
         kinds = [kind[key] for kind in self._members.values() if key in kind]
         if kinds and key not in self._labels:
             found = ([label for member in kind if (label := self._read(member)) is not None] for kind in kinds)
@@ -72,49 +66,28 @@ class LabelMembers:
         return [member.name for key, kind in self._members[extension].items() if key not in self._labels for member in kind]
 
     def _read(self, member: TarMember) -> Label | None:
+        """Return the label in a `cls` member, or in a `json` member or its `label`; None where there is none."""
+        content = read_bytes(self._path, member.offset, min(member.size, MAX_LABEL_BYTES))
         try:
-            return read_label(self._path, member)
-        except NotOneLabelError as error:
-            self.refused.append(f"{member.name} ({error})")
+            value = content.decode("utf-8-sig") if sample_key(member.name)[1] == "cls" else json.loads(content)
+            value = value.get("label") if isinstance(value, dict) else value
+            return None if value is None else label_of(value)
+        except (ValueError, RecursionError):
+            self.refused.append(f"{content[:40]!r} in {member.name}")
             return None
-
-
-def read_label(path: Path, member: TarMember) -> Label | None:
-    """Return the label in a `cls` member, or in a `json` member or its `label`; None where there is none.
-
-    Raises NotOneLabelError, and ValueError for a label that cannot be parsed.
-    """
-    if member.size > MAX_LABEL_BYTES:
-        raise NotOneLabelError(f"{member.size:,} bytes")
-    content, is_cls = read_bytes(path, member.offset, member.size), sample_key(member.name)[1] == "cls"
-    try:
-        value = content.decode("utf-8-sig") if is_cls else json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise NotOneLabelError(f"no {'text' if is_cls else 'JSON'}: {error}") from None
-    value = value.get("label") if isinstance(value, dict) else value
-    try:
-        return None if value is None else label_of(value)
-    except NotOneLabelError:
-        raise
-    except ValueError:
-        raise ValueError(
-            f"{path}: {member.name} at byte {member.offset} holds {content[:40]!r}, which is no label: allowed are numbers of "
-            f"0..{MAX_LABEL - 1:,}, -1 for none, or the name of a class; in json they are the value or its `label`. Fix the data "
-            "set, or convert it with --no-labels"
-        ) from None
 
 
 def label_of(value: Any) -> Label:
     """Return 2 for `2`, `2.0`, `"2"`, `[2]` and `"[2]"`, and other text, the name of a class, without blanks.
 
-    Raises NotOneLabelError for several numbers and for objects, ValueError for other values.
+    Raises ValueError for several numbers, objects, fractions and numbers out of range.
     """
     if isinstance(value, str) and NUMBERS.fullmatch(value):
         value = re.findall(r"-?\d+", value)
     if isinstance(value, list) and len(value) == 1:
         (value,) = value
     if not isinstance(value, int | float | str):
-        raise NotOneLabelError(str(value)[:40])
+        raise ValueError(f"{value!r} is not one number or one name")
     text = value.strip("\0 \t\r\n") if isinstance(value, str) else ""
     try:
         number = float(text or value)
@@ -171,7 +144,7 @@ def match_labels(images: Sequence[str], members: LabelMembers, path: Path) -> Ma
         "further images of samples": [images[number] for number in sorted(parts)],
         ORPHANS: members.unused("cls"),
         "json members without an image": members.unused("json"),
-        "labels that are not one number or name": members.refused,
+        "what is not one number or one name": members.refused,
     }
     return Matches(assigned, parts, left_out)
 

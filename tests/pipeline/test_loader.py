@@ -169,7 +169,7 @@ def test_a_state_belongs_to_its_samples_wherever_their_folder_lies(
 
 
 def test_missing_shards_name_the_command_that_makes_them(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"make_shards.py convert SOURCE --out .* --split train"):
+    with pytest.raises(FileNotFoundError, match=r"make_shards.py convert SOURCE --out .* --val-ratio 0.1`"):
         build_multicrop_dataset("imagenet", tmp_path)
 
 

@@ -163,8 +163,8 @@ def test_labels_of_foreign_shards_that_train_does_not_have_are_named_and_the_res
 def test_one_label_for_all_images_gives_no_accuracies_and_all_three_commands_say_why(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for split in ("train", "val"):
-        convert(class_folders(tmp_path / split, ("photographs",)), tmp_path / "shards", split)
+    for split, colours in (("train", (0,)), ("val", (1,))):
+        convert(class_folders(tmp_path / split, ("photographs",), colours), tmp_path / "shards", split)
     capsys.readouterr()
     assert train(command(QUICKSTART, tmp_path / "shards", tmp_path / "runs", *SHORT)) == 0
     said = capsys.readouterr().out

@@ -324,7 +324,7 @@ def test_without_data_one_line_says_what_is_missing_and_which_command_makes_it(t
     )  # fmt: skip
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
-    assert "no imagenet shards" in result.stderr
+    assert "no shards (*.tar) here" in result.stderr
     assert "python tools/make_shards.py convert" in result.stderr
 
 

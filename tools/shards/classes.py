@@ -30,17 +30,16 @@ def class_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (int(name), name)) if are_integers(names) else sorted(names)
 
 
-def number_labels(labels: list[Label], where: str) -> tuple[list[int], tuple[str, ...]]:
+def number_labels(labels: Sequence[Label]) -> tuple[list[int], tuple[str, ...]]:
     """Replace labels that are names by numbers in the order of the names; returns the names too, () where there are none.
 
-    Raises ValueError where some labels are names and others numbers.
+    Where some labels are names, numbers are names too.
     """
-    names = class_order({label for label in labels if isinstance(label, str)})
-    numbers = (label for label in labels if isinstance(label, int) and label != UNLABELLED)
-    if names and (number := next(numbers, None)) is not None:
-        raise ValueError(f"{where}: labels are numbers ({number}) as well as names ({names[0]!r}): use one of them for all")
-    number_of: dict[Label, int] = {name: number for number, name in enumerate(names)}
-    return [int(number_of.get(label, label)) for label in labels], tuple(names)
+    if not any(isinstance(label, str) for label in labels):
+        return [int(label) for label in labels], ()
+    names = class_order({str(label) for label in labels if label != UNLABELLED})
+    number_of = {name: number for number, name in enumerate(names)}
+    return [UNLABELLED if label == UNLABELLED else number_of[str(label)] for label in labels], tuple(names)
 
 
 def adopt_classes(source: Source, out: Path, split: str) -> Source:

@@ -134,6 +134,13 @@ def _claim_folder(conversion: Conversion, options: ConvertOptions) -> None:
     }
     folder = conversion.folder
     path = folder / RECORD_FOLDER / IDENTITY_NAME
+    for other in folder.parent.glob(f"*/{RECORD_FOLDER}/{IDENTITY_NAME}"):
+        varied = len(set(conversion.source.catalogue.size)) > 1  # else the digest hardly tells images apart
+        if other != path and varied and read_object(other, f"Remove {other}").get("source") == identity["source"]:
+            raise ValueError(
+                f"{folder}: would hold the same images as {other.parents[1]}, and accuracies on them would mean nothing. "
+                "Convert into another --out with --val-ratio 0.1, which sets a tenth of them aside"
+            )
     if not path.exists():
         if foreign := sorted(item.name for item in folder.glob("*.tar")):
             raise ValueError(f"{folder}: holds other shards ({foreign[0]}, ...): choose another --out")

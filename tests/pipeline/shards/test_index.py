@@ -317,14 +317,3 @@ def test_the_scan_reads_only_heads_of_images(tmp_path: Path) -> None:
 def bytes_read() -> int:
     """Return the number of bytes that this process has read from files."""
     return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
-
-
-@pytest.mark.parametrize(("suffix", "content"), [("cls", b"1.5"), ("cls", b"")])
-def test_a_label_that_is_none_is_named(tmp_path: Path, suffix: str, content: bytes) -> None:
-    tar = write_shards(tmp_path / "train", [1]) / "photos-000000.tar"
-    with tarfile.open(tar, "a") as archive:
-        info = tarfile.TarInfo(f"00000000.{suffix}")
-        info.size = len(content)
-        archive.addfile(info, io.BytesIO(content))
-    with pytest.raises(ValueError, match=rf"00000000\.{suffix} .*holds .* no label"):
-        open_index(tmp_path / "train")

@@ -21,8 +21,8 @@ def folders(root: Path, names: Sequence[str], colours: Sequence[int] | None = No
     for place, name in enumerate(names):
         (root / name).mkdir(parents=True)
         for number in range(3):
-            colour = place if colours is None else colours[place]
-            (root / name / f"{number}.jpg").write_bytes(sources.picture(colour, number))
+            colour, picture = (place, number) if colours is None else (colours[place], number + 3)
+            (root / name / f"{number}.jpg").write_bytes(sources.picture(colour, picture))
     return root
 
 

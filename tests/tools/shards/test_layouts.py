@@ -27,10 +27,12 @@ def test_the_archive_may_be_named_directly(tmp_path: Path) -> None:
     assert assert_colours_tell_labels(run_convert(archive, tmp_path / "out"), 15) == [0, 230, 278]
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_the_kaggle_tree_takes_labels_from_its_mapping(tmp_path: Path, split: str) -> None:
-    folder = run_convert(sources.kaggle_tree(tmp_path / "in"), tmp_path / "out", "--split", split)
-    assert assert_colours_tell_labels(folder, 12 if split == "train" else 3) == [0, 1, 2]
+def test_the_kaggle_tree_is_folders_and_a_list_of_labels(tmp_path: Path) -> None:
+    root = sources.kaggle_tree(tmp_path / "in")
+    assert assert_colours_tell_labels(run_convert(root, tmp_path / "out"), 12) == [0, 1, 2]
+    labels = str(root / "LOC_val_solution.csv")
+    folder = run_convert(root, tmp_path / "out", "--split", "val", "--labels", labels)
+    assert assert_colours_tell_labels(folder, 3) == [0, 1, 2]
 
 
 def test_class_folders_are_labelled_in_sorted_order(tmp_path: Path) -> None:

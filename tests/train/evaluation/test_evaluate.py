@@ -84,7 +84,7 @@ def test_what_cannot_be_measured_is_one_clean_line(
     run: Path, data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "neither a run's folder nor a checkpoint" in refusal([str(tmp_path / "nothing")], capsys)
-    assert "no custom shards (*.tar) here" in refusal([str(run), "--data", str(tmp_path / "none")], capsys)
+    assert "no shards (*.tar) here" in refusal([str(run), "--data", str(tmp_path / "none")], capsys)
     assert "evaluation.max_samples" in refusal([str(run), "--max-samples", "0"], capsys)
 
     copy = tmp_path / "copy"
@@ -108,6 +108,5 @@ def test_shards_without_labels_are_one_clean_line(
     photos.mkdir()
     for number, picture in enumerate(photographs(12)):
         picture.save(photos / f"{number}.jpg")
-    for split in ("train", "val"):
-        assert make_shards(["convert", str(photos), "--out", str(tmp_path / "bare"), "--split", split]) == 0
+    assert make_shards(["convert", str(photos), "--out", str(tmp_path / "bare"), "--val-ratio", "0.25"]) == 0
     assert "samples without labels" in refusal([str(run), "--data", str(tmp_path / "bare")], capsys)

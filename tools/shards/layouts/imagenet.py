@@ -1,28 +1,23 @@
-"""ImageNet-1k: the original validation archive with its devkit, the tree that Kaggle distributes, and the label order.
+"""ImageNet-1k: the original validation archive with its devkit, and the label order.
 
 The original train archive is a tar of class tars, which `tars` reads.
 """
 
-import csv
 import io
 import re
 import zlib
-from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.shards.tar import tar_members
-from tools.shards.catalogue import Catalogue, FileRanges, LooseFiles, Source
+from tools.shards.catalogue import Catalogue, FileRanges, Source
 from tools.shards.layouts.archives import read_tgz
-from tools.shards.layouts.folders import add_images, walk_images
-from tools.shards.layouts.splits import visible_folders
 
 ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 DEVKIT, META, GROUND_TRUTH = "ILSVRC2012_devkit_t12", "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
 WNID, VAL_IMAGE = re.compile(r"n\d{8}"), re.compile(r"ILSVRC2012_val_(\d{8})\.")
-KAGGLE_IMAGES, MAPPING, SOLUTION = "ILSVRC/Data/CLS-LOC", "LOC_synset_mapping.txt", "LOC_val_solution.csv"
 # SciPy raises these on damaged bytes; NameError includes an UnboundLocalError.
 SCIPY_ERRORS = (
     ArithmeticError, LookupError, MemoryError, NameError, NotImplementedError, OSError, TypeError, ValueError, zlib.error,
@@ -88,42 +83,3 @@ def _read_devkit(folder: Path) -> tuple[dict[int, str], list[int]]:
     if unknown := sorted(set(truth) - wnids.keys()):
         raise ValueError(f"{archive}: {GROUND_TRUTH} uses ILSVRC2012_ID {unknown[0]}, not in {META}: wrong devkit")
     return wnids, truth
-
-
-def open_kaggle(path: Path, split: str, spools: Path | None) -> Source | None:
-    """Take train labels from the folders, val labels from LOC_val_solution.csv, the order from LOC_synset_mapping.txt."""
-    candidates = (path, path.parent, *path.parents[1:3])
-    root = next((folder for folder in candidates if (folder / KAGGLE_IMAGES).is_dir()), None)
-    if root is None or not (root / KAGGLE_IMAGES / split).is_dir():
-        return None
-    images = root / KAGGLE_IMAGES / split
-    folders = visible_folders(images) if split == "train" else []
-    # A line of the mapping is a wnid and its names in words; the order of the lines is that of the labels.
-    mapping = (root / MAPPING).read_text(encoding="utf-8") if (root / MAPPING).is_file() else ""
-    lines = [line.partition(" ") for line in mapping.splitlines() if line.strip()]
-    classes, class_names = [wnid for wnid, _, _ in lines] or label_order(folders), [words for _, _, words in lines]
-    labels = {wnid: label for label, wnid in enumerate(classes)}
-    catalogue, skipped = Catalogue([LooseFiles(images)]), Counter[str]()
-    for wnid in folders:
-        if wnid not in labels:
-            raise ValueError(f"{images / wnid}: this class is not in {MAPPING}")
-        add_images(catalogue, images, wnid, labels[wnid], skipped)
-    if split == "val":
-        solution = _val_solution(root / SOLUTION)
-        for name, size in walk_images(images, "", skipped):
-            wnid = solution.get(Path(name).stem, "")
-            if wnid not in labels:
-                raise ValueError(f"{images / name}: no line, or an unknown class {wnid!r}, in {SOLUTION}")
-            catalogue.add(0, 0, size, labels[wnid], name)
-    notes = (f"Kaggle tree {root}",)
-    return Source("kaggle", "imagenet", catalogue, tuple(classes), tuple(class_names), notes=notes, skipped=skipped)
-
-
-def _val_solution(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing; it holds the labels of the val images: copy it from the download")
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"ImageId", "PredictionString"} <= rows[0].keys():
-        raise ValueError(f"{path}: needs the columns ImageId and PredictionString")
-    return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows if row["PredictionString"].split()}

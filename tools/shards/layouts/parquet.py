@@ -17,7 +17,7 @@ import numpy as np
 from pipeline.files import partial_file
 from pipeline.lock import locked
 from pipeline.shards.index import UNLABELLED
-from pipeline.shards.samples import Label, label_of
+from pipeline.shards.samples import LABEL_NAMES, Label, label_of
 from pipeline.shards.tar import is_hidden
 from pipeline.text import plural, truncate_list
 from tools.shards.catalogue import Catalogue, FileRanges, Source
@@ -28,7 +28,6 @@ IMAGE_ROWS, LABEL_ROWS = 64, 1 << 16  # rows that are decoded at once; bounds th
 IMAGE_NAMES = (
     "image", "img", "images", "picture", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "img_bytes", "bytes",
 )  # fmt: skip
-LABEL_NAMES = ("label", "labels", "fine_label", "class", "class_id", "cls", "target", "category", "y")
 BINARY_TYPES = ("binary", "large_binary")
 # pyarrow raises these on damaged files; its own errors derive from them.
 PARQUET_ERRORS = (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
@@ -110,7 +109,7 @@ def open_parquet(path: Path, split: str, spools: Path | None) -> Source | None:
     tops = {file.relative_to(path).parts[0] for file in files if len(file.relative_to(path).parts) > 2}
     if len(tops) > 1:
         raise ValueError(f"{path}: parquet files of several sets, {truncate_list(sorted(tops))}: convert one of them")
-    labels, classes = read_labels(files, columns) if columns.label else ([], ())
+    labels, classes, note = read_labels(files, columns) if columns.label else ([], (), "")
     images = SpooledImages(files, columns.image, spools) if spools else None
     catalogue, offset = Catalogue([images] if images else []), 0
     for file, sizes in zip(files, images.sizes() if images else map(_estimated_sizes, files), strict=True):
@@ -120,7 +119,7 @@ def open_parquet(path: Path, split: str, spools: Path | None) -> Source | None:
             catalogue.add(0, offset, size, label, f"{name}/{row:06d}")
             offset += size
     unlabelled = f"no labels: no column is called {', '.join(LABEL_NAMES)}"
-    labels_from = f"labels from {columns.label}" if columns.label else unlabelled
+    labels_from = f"labels from {columns.label}{note}" if columns.label else unlabelled
     notes = [plural(len(files), "parquet file"), f"images from the column {columns.image}, {labels_from}"]
     if num_others:
         notes.append(f"{num_others} without images are left out")
@@ -193,30 +192,22 @@ def read_column(path: Path, column: str, batch_rows: int) -> Iterator[Any]:
         raise ValueError(f"{where}: cannot be read ({_first_line(error)}). Copy or download it again") from None
 
 
-def read_labels(files: list[Path], columns: Columns) -> tuple[list[int], tuple[str, ...]]:
-    """Return the label of each row of all files, and the classes.
-
-    Raises ValueError with file, column and row for a value that is no label.
-    """
-    where = f"{files[0].parent}: column {columns.label}"
-    labels, names = number_labels([label for path in files for label in _labels_of_file(path, columns.label)], where)
+def read_labels(files: list[Path], columns: Columns) -> tuple[list[int], tuple[str, ...], str]:
+    """Return the label of each row of all files, the classes, and a note. Raises ValueError for a label above the named ones."""
+    found: list[Label] = []
+    refused = list[str]()
+    for value in (value for path in files for value in read_column(path, columns.label, LABEL_ROWS)):
+        try:
+            found.append(UNLABELLED if value is None else label_of(value))
+        except ValueError:
+            refused.append(f"{str(value)[:40]!r} in row {len(found):,}")
+            found.append(UNLABELLED)
+    labels, names = number_labels(found)
     if columns.names and not names and max(labels, default=UNLABELLED) >= len(columns.names):
         count = f"the metadata name {len(columns.names)} classes"
-        raise ValueError(f"{where}: label {max(labels)}, but {count}: damaged or changed")
-    return labels, names or columns.names
-
-
-def _labels_of_file(path: Path, column: str) -> list[Label]:
-    labels: list[Label] = []
-    for value in read_column(path, column, LABEL_ROWS):
-        try:
-            labels.append(UNLABELLED if value is None else label_of(value))
-        except ValueError:
-            raise ValueError(
-                f"{path}: column {column}, row {len(labels):,} holds {str(value)[:40]!r}, which is no label: one number or "
-                "one name for each image is needed. Fix it, or remove the column to convert without labels"
-            ) from None
-    return labels
+        raise ValueError(f"{files[0].parent}: column {columns.label}: label {max(labels)}, but {count}: damaged or changed")
+    note = f", {len(refused):,} of which are not one number or one name, such as {refused[0]}" if refused else ""
+    return labels, names or columns.names, note
 
 
 def _first_line(error: BaseException) -> str:

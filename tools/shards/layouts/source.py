@@ -15,7 +15,7 @@ from tools.shards.images import is_image
 from tools.shards.layouts.cifar import open_cifar
 from tools.shards.layouts.folders import folders_are_classes, image_folders, image_root, open_flat, open_folders, walk_images
 from tools.shards.layouts.idx import open_idx
-from tools.shards.layouts.imagenet import open_imagenet_val, open_kaggle
+from tools.shards.layouts.imagenet import open_imagenet_val
 from tools.shards.layouts.parquet import open_parquet
 from tools.shards.layouts.splits import NoSplitError
 from tools.shards.layouts.tars import open_tars
@@ -25,7 +25,6 @@ from tools.shards.skipped_files import describe_compression, describe_no_images
 # another layout. The third argument is the folder in which `parquet` spools images, None for a dry run.
 LAYOUTS: dict[str, Callable[[Path, str, Path | None], Source | None]] = {
     "imagenet-val": open_imagenet_val,
-    "kaggle": open_kaggle,
     "cifar": open_cifar,
     "idx": open_idx,
     "parquet": open_parquet,

@@ -145,7 +145,7 @@ def _label_images(listing: Listing, tars: list[Path], name: str) -> tuple[str, t
     manifest = read_manifest(tars[0].parent)  # one of our own
     own_name = manifest.name if manifest and manifest.name else name
     if num_unlabelled < total:
-        labels, classes = number_labels(listing.labels, where)
+        labels, classes = number_labels(listing.labels)
         listing.catalogue.label = array("i", labels)
         missing = f"; {num_unlabelled:,} of {total:,} images have none" if num_unlabelled else ""
         note = f"labels from cls or json members{missing}"
