@@ -124,7 +124,7 @@ def run_convert(parsed: argparse.Namespace) -> None:
         say(skipped)
     if parsed.dry_run:
         for split, part in parts.items():
-            say("\n".join(describe_conversion(assign_images(part, parsed.out / split, split, options), options)))
+            say("\n".join(describe_conversion(assign_images(part, parsed.out / split, split, options))))
         return
     with ExitStack() as opened:
         for split in parts:

@@ -59,18 +59,21 @@ def save_index(folder: Path, shards: list[str], samples: np.ndarray) -> None:
     `samples`: `[N]` of SAMPLE_DTYPE, ordered by shard and, inside a shard, by offset.
     """
     counts = np.bincount(samples["shard"], minlength=len(shards)).tolist()
-    write_index(folder, dict(zip(shards, counts, strict=True)), samples.astype(SAMPLE_DTYPE, copy=False))
+    files = index_files(dict(zip(shards, counts, strict=True)), samples.astype(SAMPLE_DTYPE, copy=False))
+    for name, content in files.items():
+        write_atomic(folder / name, content)
 
 
-def write_index(folder: Path, shards: dict[str, int], samples: np.ndarray) -> None:
+def index_files(shards: dict[str, int], samples: np.ndarray) -> dict[str, bytes]:
+    """Return the content of INDEX_FILES by name. `shards`: the number of samples by name."""
     file = io.BytesIO()
     np.save(file, samples)
     checksum = _checksum(shards, file.getbuffer())
     # The checksum at the end, which numpy passes over, ties a large file to its JSON without reading all of it: a crash or
     # another writer between the two renames never leaves a pair that looks right.
     file.write(checksum)
-    write_atomic(folder / SAMPLES_NAME, file.getbuffer())
-    write_atomic(folder / INDEX_NAME, json.dumps({"checksum": checksum.hex(), "shards": shards}, indent=1) + "\n")
+    text = json.dumps({"checksum": checksum.hex(), "shards": shards}, indent=1) + "\n"
+    return {SAMPLES_NAME: file.getvalue(), INDEX_NAME: text.encode()}
 
 
 def _checksum(shards: dict[str, int], array_file: bytes | memoryview) -> bytes:

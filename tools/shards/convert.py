@@ -43,7 +43,6 @@ from train.output.display import ProgressDisplay
 # A shard is large enough for sequential reads from a store, and small enough to be cached and written again.
 SHARD_BYTES, SHARD_SAMPLES = 256 << 20, 10_000
 MAX_TRIED = 1_000  # images that are checked to find an example of a bad one
-MAX_PROBED = 64  # images from which a dry run estimates the time
 MB = 1e6
 TAR_OVERHEAD = 3_000  # bytes per image: headers, padding, `cls` and `json`
 IN_WORDS = {"source": "the images, or --val-ratio,", "prefix": "the name of the source"}
@@ -225,15 +224,9 @@ def _first_reject(conversion: Conversion) -> str:
     return ""
 
 
-def describe_conversion(conversion: Conversion, options: ConvertOptions) -> list[str]:
-    """Return lines on what a conversion would do; checks a few images to estimate the time."""
+def describe_conversion(conversion: Conversion) -> list[str]:
+    """Return lines on what a conversion would do."""
     source, catalogue = conversion.source, conversion.source.catalogue
-    # A dry run has not copied the images of parquet files yet.
-    probed = [] if source.layout == "parquet" else conversion.order[:MAX_PROBED].tolist()
-    start = time.perf_counter()
-    for row in probed:
-        check_row(conversion, row)
-    seconds = (time.perf_counter() - start) / max(len(probed), 1) * len(catalogue) / options.workers
     existing = next(path for path in (conversion.folder, *conversion.folder.parents) if path.exists())
     num_bytes = _num_bytes(catalogue, conversion.policy)
     needed, free = num_bytes + TAR_OVERHEAD * len(catalogue), shutil.disk_usage(existing).free
@@ -243,6 +236,5 @@ def describe_conversion(conversion: Conversion, options: ConvertOptions) -> list
     return [
         f"images   {len(catalogue):,} {classes}, {num_bytes / MB:,.1f} MB",
         f"shards   {conversion.num_shards:,} of about {per_shard:,} images: {first} ...",
-        f"time     about {seconds:,.1f} s with {options.workers} workers (from {len(probed)} images, without writing)",
         f"disk     about {needed / MB:,.1f} MB needed, {free / MB:,.1f} MB free",
     ]

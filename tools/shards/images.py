@@ -119,7 +119,7 @@ def _check(content: bytes, name: str, policy: ImagePolicy, with_sums: bool) -> C
     jpeg = read_jpeg(content)
     try:
         if _keeps_its_bytes(content, jpeg, policy):
-            misnamed = () if name.lower().endswith(FORMATS["JPEG"]) or "." not in name else ("misnamed",)
+            misnamed = () if name.lower().endswith(FORMATS["JPEG"]) or "." not in name.rpartition("/")[2] else ("misnamed",)
             image = CheckedImage(content, "jpg", jpeg.height, jpeg.width, misnamed)
         else:
             image = _check_with_pillow(content, name, policy, jpeg)

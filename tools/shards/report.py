@@ -12,14 +12,14 @@ import numpy as np
 
 from pipeline.files import write_atomic
 from pipeline.lock import locked
-from pipeline.shards.index import INDEX_NAME, open_index, save_index
+from pipeline.shards.index_file import index_files
 from pipeline.shards.manifest import MANIFEST_NAME, read_manifest
+from pipeline.shards.storage import read_bytes
 from pipeline.text import truncate_list
 from tools.shards.writer import IDENTITY_NAME, RECORD_FOLDER, Conversion, ShardRecord
 
 STATS_NAME, REJECTED_NAME = "stats.json", "rejected.jsonl"
 FORMAT_VERSION = 1
-SIZE_EDGES = (0, 32, 64, 128, 256, 384, 512, 768, 1024, 2048, 4096, 1 << 31)
 MAX_LISTED = 100  # groups of duplicates, and images of one colour, that stats.json lists
 
 
@@ -38,9 +38,8 @@ class StoredSplit:
         return self.classes[label] if self.classes else str(label)
 
     def read(self, row: int) -> bytes:
-        with (self.folder / self.shards[self.rows["shard"][row]]).open("rb") as file:
-            file.seek(int(self.rows["offset"][row]))
-            return file.read(int(self.rows["size"][row]))
+        shard, offset, size = self.rows[["shard", "offset", "size"]][row]
+        return read_bytes(self.folder / self.shards[shard], int(offset), int(size))
 
 
 def finish_split(conversion: Conversion, split: str, seed: int) -> tuple[bool, int]:
@@ -57,33 +56,21 @@ def finish_split(conversion: Conversion, split: str, seed: int) -> tuple[bool, i
         # All shards are complete, so no process is writing any more: these are left from killed runs.
         for partial in (*folder.glob(".*.partial"), *(folder / RECORD_FOLDER).glob(".*.partial")):
             partial.unlink(missing_ok=True)
-        changed = not _index_holds(stored)
-        if changed:
-            save_index(folder, stored.shards, stored.rows)
         rejected = [bad for record in stored.records for bad in record.rejected]
-        files = {MANIFEST_NAME: dump(_manifest(conversion, split, seed, stored)), STATS_NAME: dump(_describe_images(stored))}
+        files = index_files({name: len(record.rows) for name, record in zip(names, stored.records, strict=True)}, stored.rows)
+        files |= {MANIFEST_NAME: dump(_manifest(conversion, split, seed, stored)), STATS_NAME: dump(_describe_images(stored))}
         if rejected:
             files[REJECTED_NAME] = "".join(json.dumps(bad) + "\n" for bad in rejected).encode()
         else:
             (folder / REJECTED_NAME).unlink(missing_ok=True)
         # A finished split keeps its files untouched, so that a second run can say that there was nothing to do.
+        changed = False
         for name, content in files.items():
             path = folder / name
             if not path.exists() or path.read_bytes() != content:
                 write_atomic(path, content)
                 changed = True
         return changed, len(rejected)
-
-
-def _index_holds(stored: StoredSplit) -> bool:
-    """Return True if the index has this content; an index that is missing or damaged has not."""
-    if not (stored.folder / INDEX_NAME).exists():
-        return False  # `open_index` scans all tars then
-    try:
-        index = open_index(stored.folder)
-    except ValueError:
-        return False
-    return index.shards == tuple(stored.shards) and np.array_equal(index.samples, stored.rows)
 
 
 def dump(value: dict[str, Any]) -> bytes:
@@ -119,9 +106,6 @@ def _manifest(conversion: Conversion, split: str, seed: int, stored: StoredSplit
 def _describe_images(stored: StoredSplit) -> dict[str, Any]:
     """Return the content of STATS_NAME: counts, sizes in pixels and bytes, images per class, duplicates, mean and std."""
     rows, groups = stored.rows, equal_groups([stored])
-    shorter = np.minimum(rows["height"], rows["width"])
-    counts = np.histogram(shorter, SIZE_EDGES)[0].tolist()
-    histogram = {f"{low}-{high - 1}": n for low, high, n in zip(SIZE_EDGES, SIZE_EDGES[1:], counts, strict=False) if n}
     labels = np.bincount(rows["label"][rows["label"] >= 0], minlength=len(stored.classes))
     spreads = {
         name: {"min": int(values.min()), "median": float(np.median(values)), "max": int(values.max())}
@@ -130,7 +114,6 @@ def _describe_images(stored: StoredSplit) -> dict[str, Any]:
     return {
         "num_samples": len(rows),
         "num_unlabelled": int((rows["label"] < 0).sum()),
-        "shorter_side": histogram,
         **spreads,
         "per_class": {stored.class_name(label): int(n) for label, n in enumerate(labels)},
         "duplicates": {

@@ -11,6 +11,7 @@ import numpy as np
 from pipeline.files import file_checksum
 from pipeline.shards.index import INDEX_NAME, ShardIndex, open_index, save_index, scan_shard
 from pipeline.shards.manifest import MANIFEST_NAME, Manifest, check_class_count, read_manifest
+from pipeline.shards.storage import read_bytes
 from pipeline.shards.tar import tar_members
 from tools.shards.writer import BATCH_IMAGES
 
@@ -70,19 +71,11 @@ def _verify_shard(path: Path, rows: np.ndarray, sha256: str) -> list[str]:
     # The decoder names an image by its number in a batch, a person finds it by its name in the tar.
     names = {member.offset: member.name for member in tar_members(path)}
     for batch in np.split(scanned, range(BATCH_IMAGES, len(scanned), BATCH_IMAGES)):  # bounds the memory
-        sizes = batch["height"].tolist(), batch["width"].tolist()
-        errors = decode_errors(list(zip(_contents(path, batch), *sizes, strict=True)))
+        contents = [read_bytes(path, int(row["offset"]), int(row["size"])) for row in batch]
+        errors = decode_errors(list(zip(contents, batch["height"].tolist(), batch["width"].tolist(), strict=True)))
         bad = [(offset, error) for offset, error in zip(batch["offset"].tolist(), errors, strict=True) if error]
         problems += [f"{path}: {names[offset]}: {reason}" for offset, reason in bad]
     return problems
-
-
-def _contents(path: Path, rows: np.ndarray) -> Iterator[bytes]:
-    """Yield the images of some rows of one tar."""
-    with path.open("rb") as file:
-        for row in rows:
-            file.seek(int(row["offset"]))
-            yield file.read(int(row["size"]))
 
 
 def index_split(folder: Path, workers: int) -> int:

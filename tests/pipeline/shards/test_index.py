@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline import build_multicrop_dataset
 from pipeline.shards import index_file
 from pipeline.shards.index import SAMPLE_DTYPE, ShardIndex, open_index, save_index, scan_shard
-from pipeline.shards.index_file import INDEX_FILES, INDEX_NAME, SAMPLES_NAME, write_index
+from pipeline.shards.index_file import INDEX_FILES, INDEX_NAME, SAMPLES_NAME, index_files
 from tests.conftest import write_shards
 from train.run import main
 
@@ -198,7 +198,8 @@ INDEX_DAMAGE: dict[str, tuple[Callable[[ShardIndex], tuple[list[str], list[int],
 def test_an_index_that_does_not_fit_is_one_line(folder: Path, index: ShardIndex, defect: str) -> None:
     change, words = INDEX_DAMAGE[defect]
     shards, counts, samples = change(index)
-    write_index(folder, dict(zip(shards, counts, strict=True)), samples)
+    for name, content in index_files(dict(zip(shards, counts, strict=True)), samples).items():
+        (folder / name).write_bytes(content)
     with pytest.raises(ValueError, match=words) as caught:
         open_index(folder)
     assert str(caught.value).startswith(str(folder))
