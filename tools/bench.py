@@ -1,7 +1,6 @@
 """Measure the project: `python tools/bench.py COMMAND [--json OUT]`, one command per module of `tools/benchmarks/`."""
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -10,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from train.command import path_argument, run_command
+from train.command import CommandParser, path_argument, run_command, write_json
 
 COMMANDS = {
     "gpu": "Everything that only a GPU can tell, as one table for the README.",
@@ -38,8 +37,8 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
 CHOICES = {"device": ("auto", "cpu", "gpu"), "model": ("small", "tiny")}
 
 
-def add_options(command: argparse.ArgumentParser, name: str) -> None:
-    command.add_argument("--json", type=path_argument, metavar="OUT", help="Also write the figures to this file.")
+def add_options(command: CommandParser, name: str) -> None:
+    command.add_json("the figures")
     for commands, flag, default, text in OPTIONS:
         if name not in commands.split():
             continue
@@ -58,11 +57,11 @@ def run_chosen(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name}: {value}, must be at least 1")
     figures = import_module(f"tools.benchmarks.{options.command}").run_benchmark(options)
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+        write_json(options.json, figures)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
+    parser = CommandParser(prog="bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         add_options(commands.add_parser(name, help=text, description=text), name)

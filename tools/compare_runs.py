@@ -1,6 +1,5 @@
 """Compare several runs: `python tools/compare_runs.py RUN [RUN ...] [--out PNG] [--html PAGE]`."""
 
-import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import yaml
 
 from pipeline.shards.manifest import read_object
-from train.command import path_argument, run_command
+from train.command import CommandParser, path_argument, run_command
 from train.config.yaml12 import flatten
 from train.output.log import draw_curves, read_metrics
 from train.output.report import REMEDY, html_table, line_charts, summary_rows, write_html
@@ -70,7 +69,7 @@ def compare(folders: Sequence[Path], out: Path, page: Path | None) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="compare_runs", description=(__doc__ or "").splitlines()[0])
+    parser = CommandParser(prog="compare_runs", description=(__doc__ or "").splitlines()[0])
     add, default = parser.add_argument, Path("curves.png")
     add("runs", nargs="+", type=path_argument, metavar="RUN", help="The folder of a run.")
     add("--out", type=path_argument, default=default, metavar="PNG", help="The curves to draw. The default is %(default)s.")

@@ -5,7 +5,6 @@ The exit code is 1 when a check fails, and 2 when the settings themselves are wr
 
 import argparse
 import faulthandler
-import json
 import sys
 import time
 from collections import Counter
@@ -18,7 +17,7 @@ from tools.checks.check import Case, examine
 from tools.checks.data import DATA_CHECKS
 from tools.checks.machine import MACHINE_CHECKS
 from tools.checks.packages import PACKAGE_CHECKS
-from train.command import path_argument, place_argument, run_command
+from train.command import SETTING, CommandParser, path_argument, place_argument, run_command, write_json
 from train.config.load import load_config
 
 FAILED = 1
@@ -29,7 +28,7 @@ STATUSES = {"ok": "ok", "warn": "with a warning", "fail": "failed", "skip": "ski
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="doctor.py", description=__doc__, formatter_class=formatter)
+    parser = CommandParser(prog="doctor.py", description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add(
         "config",
@@ -37,10 +36,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=path_argument,
         help="The YAML file of a run, whose data, threads, device and rate are then checked too.",
     )
-    add("overrides", nargs="*", metavar="section.key=value", help="Settings that replace those of the file.")
+    add("overrides", nargs="*", metavar=SETTING, help="Settings that replace those of the file.")
     add("--data", type=place_argument, metavar="FOLDER", help="Check these shards. The default is data.data_path of the config.")
     add("--out", type=path_argument, metavar="FOLDER", help="Check this folder for runs. The default is the config's, or runs.")
-    add("--json", action="store_true", help="Print a list of {name, status, text, fix, seconds}.")
+    parser.add_json("a list of {name, status, text, fix, seconds}")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -61,12 +60,15 @@ def diagnose(options: argparse.Namespace) -> int:
         started = time.monotonic()
         finding = examine(check, case)
         rows.append({"name": name, **asdict(finding), "seconds": round(time.monotonic() - started, 2)})
-        if not options.json:
+        if options.json != "-":
             fix = f"\n      -> {finding.fix}" if finding.fix else ""
             say(f"{finding.status:4}  {name}: {printable(finding.text)}{fix}")
     counts = Counter(row["status"] for row in rows)
     summary = ", ".join(f"{counts[status]} {name}" for status, name in STATUSES.items())
-    print(json.dumps(rows, indent=1) if options.json else summary)
+    if options.json != "-":
+        print(summary)
+    if options.json:
+        write_json(options.json, rows)
     return FAILED if counts["fail"] else 0
 
 

@@ -20,7 +20,7 @@ from pipeline.files import partial_file
 from pipeline.shards.converted import CACHE, converted
 from pipeline.text import plural
 from tools.shards.verify import split_folders
-from train.command import path_argument, run_command, show_messages
+from train.command import CommandParser, device_argument, path_argument, run_command, show_messages
 from train.output.display import LOADING
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ THUMBNAIL, MAX_GROUPS, MAX_UNSURE, NUM_NEAREST = 112, 200, 60, 10
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(prog="embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, default = parser.add_argument, "The default is %(default)s."
     add("model", type=path_argument, metavar="EXPORT_OR_RUN", help="The folder of an export, a run or a checkpoint.")
     add("source", type=path_argument, help="Pictures, shards, or a data set; converted once into a cache where needed.")
@@ -39,7 +39,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--tokens", action="store_true", help="Write the vectors of all patches too (float16).")
     add("--cache", type=path_argument, default=CACHE, metavar="DIR", help=f"Where converted images are kept. {default}")
     add("--batch-size", type=int, default=64, metavar="N", help=f"Images at a time. {default}")
-    add("--device", choices=("auto", "cpu", "gpu"), default="auto", help=f"Where to compute. {default}")
+    add("--device", type=device_argument, choices=("auto", "cpu", "gpu"), default="auto", help=f"Where to compute. {default}")
     add = parser.add_argument_group("questions").add_argument
     add("--duplicates", type=float, nargs="?", const=0.98, metavar="SIMILARITY",
         help="Show groups of images at least this similar (cosine; 0.98 where none is given).")  # fmt: skip

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import chain, islice, repeat
 from pathlib import Path
 
-from train.command import path_argument, run_command
+from train.command import CommandParser, path_argument, run_command
 from train.output.display import LOADING
 
 if __name__ == "__main__":
@@ -121,7 +121,7 @@ def tour(data: Path | None, out: Path, steps: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="example", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(prog="example", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, default = parser.add_argument, "The default is %(default)s."
     add("--data", type=path_argument, metavar="FOLDER", help="A folder with train/*.tar. The default is photographs.")
     add("--out", type=path_argument, default=Path("example"), help=f"The folder of the pictures. {default}")

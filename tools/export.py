@@ -4,7 +4,6 @@ DIR gets model.safetensors, config.json and README.md, the model card. It loads 
 `timm.create_model("local-dir:DIR", pretrained=True)` and no code of this project.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.shards.manifest import read_object
-from train.command import path_argument, run_command
+from train.command import CommandParser, path_argument, run_command
 from train.config.schema import Config
 from train.output.display import LOADING
 from train.output.report import markdown_table
@@ -122,7 +121,7 @@ def export(run: Path, out: Path, settings: Path | None, licence: str, figures: P
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="export", description=(__doc__ or "").splitlines()[0])
+    parser = CommandParser(prog="export", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("run", type=path_argument, help="The folder of a run, whose newest checkpoint is exported, or one of its checkpoints.")
     add("--out", type=path_argument, required=True, metavar="DIR", help="The folder to create or to export to again.")

@@ -24,7 +24,7 @@ from tools.shards.skipped_files import describe_skipped
 from tools.shards.upload import staging_folder, upload_split
 from tools.shards.verify import index_split, split_folders, verify_split
 from tools.shards.writer import RECORD_FOLDER
-from train.command import BAD_INPUT, path_argument, place_argument, run_command, show_messages
+from train.command import BAD_INPUT, CommandParser, path_argument, place_argument, run_command, show_messages
 
 WORKER_BYTES = 1 << 29  # of memory, for each process that decodes images
 
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="make_shards", description=__doc__)
+    parser = CommandParser(prog="make_shards", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     sample = commands.add_parser("sample", help="Cut the quickstart's tiles from photographs in installed packages.")
     sample.add_argument("--out", type=path_argument, default=Path("shards/sample"), help="Output folder (default: %(default)s).")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.text import printable, say
-from train.command import path_argument, run_command
+from train.command import SETTING, CommandParser, path_argument, run_command
 from train.config.load import load_config
 from train.output.display import LOADING
 from train.shards import with_shards
@@ -23,10 +23,10 @@ SOURCE_SIDE = 400  # pixels
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="preview", description=(__doc__ or "").splitlines()[0])
+    parser = CommandParser(prog="preview", description=(__doc__ or "").splitlines()[0])
     add, default = parser.add_argument, "The default is %(default)s."
     add("config", type=path_argument, help="The YAML file of a run.")
-    add("overrides", nargs="*", metavar="section.key=value", help="Settings that replace those of the file.")
+    add("overrides", nargs="*", metavar=SETTING, help="Settings that replace those of the file.")
     add("--epoch", type=int, default=0, help=f"The epoch, counted from 0. {default}")
     add("--position", type=int, default=0, help=f"The first sample's position in the epoch. {default}")
     add("--count", type=int, default=2, help=f"The number of samples to draw, of one batch. {default}")

@@ -20,7 +20,7 @@ from typing import Any
 
 from tools.own_process import run_in_subprocess
 from tools.studies.grid import BASE, IMAGES, PEERS, TIME, VARIANTS, Base, Trial, plan_sections, plan_trials
-from train.command import path_argument, run_command
+from train.command import CommandParser, path_argument, run_command
 from train.config.load import load_config
 
 CURVE_FIELDS = ("variant", "equal", "seed", "knn", "linear", "rankme", "steps", "images", "cpu_s")
@@ -29,7 +29,7 @@ ARENA_POINTS = 5
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="study", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = CommandParser(prog="study", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("config", type=path_argument, help="The base variant, the YAML file of a run.")
     add("overrides", nargs="*", metavar="KEY=VALUE", help="Settings that replace those of the file, for all variants.")

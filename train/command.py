@@ -2,15 +2,17 @@
 
 import argparse
 import io
+import json
 import logging
 import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from rich.console import Console
 
@@ -19,6 +21,7 @@ from pipeline.shards.storage import is_remote
 from pipeline.text import printable
 
 BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
+SETTING = "section.key=value"
 LOGGED_PACKAGES = ("pipeline", "model", "train", "tools")
 
 log = logging.getLogger(__name__)
@@ -42,6 +45,47 @@ def show_messages(console: Console | None = None) -> None:
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
         logger.setLevel(logging.INFO)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Takes `--a_b` for `--a-b` and the reverse, and says how a setting is written where an unknown flag looks like one."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = [self._known_spelling(word) for word in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(words, namespace)
+
+    def _known_spelling(self, word: str) -> str:
+        flag, equals, value = word.partition("=")
+        spellings = (flag, f"--{flag[2:].replace('_', '-')}", f"--{flag[2:].replace('-', '_')}") if flag.startswith("--") else ()
+        return next((f"{known}{equals}{value}" for known in spellings if known in self._option_string_actions), word)
+
+    def add_json(self, what: str) -> None:
+        """Add `--json FILE`, for `write_json`; `-` or no file is stdout."""
+        self.add_argument("--json", nargs="?", const="-", metavar="FILE", help=f"Write {what} to this file, or to stdout.")
+
+    def error(self, message: str) -> NoReturn:
+        from train.config.load import meant_keys
+
+        found = re.match(r"unrecognized arguments: --?([a-zA-Z][\w.-]*)(?:[= ](\S+))?", message)
+        takes_settings = any(action.metavar == SETTING for action in self._actions)
+        if found and takes_settings and (keys := meant_keys(found[1].replace("-", "_"))):
+            message += f"; write {' or '.join(f'{key}={found[2] or chr(46) * 3}' for key in keys)}"
+        super().error(message)
+
+
+def write_json(target: str, value: Any) -> None:
+    """Write `value` to the file `target`, whose folder is made; `-` is stdout."""
+    text = json.dumps(value, indent=1) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+        return
+    Path(expand_path(target)).parent.mkdir(parents=True, exist_ok=True)
+    Path(expand_path(target)).write_text(text)
+
+
+def device_argument(text: str) -> str:
+    """Return the device of a command line; `cuda` is another name for gpu."""
+    return "gpu" if text == "cuda" else text
 
 
 def path_argument(text: str) -> Path:

@@ -5,12 +5,11 @@ Each probe also measures raw pixels and the run's random initialisation. The sam
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
 
-from train.command import path_argument, place_argument, run_command, show_messages
+from train.command import CommandParser, device_argument, path_argument, place_argument, run_command, show_messages, write_json
 from train.output.display import LOADING
 from train.shards import with_shards
 
@@ -18,18 +17,18 @@ PROBES = ("knn", "linear", "attentive", "lowshot")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m train.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, probes = parser.add_argument, f"The probes: any of {', '.join(PROBES)}. The default is knn and linear."
     add("run", type=path_argument, help="The folder of a run, whose newest checkpoint is measured, or one of its checkpoints.")
     add("--probe", nargs="+", choices=PROBES, default=["knn", "linear"], metavar="PROBE", help=probes)
-    add("--json", type=path_argument, metavar="OUT", help="Write the results to this file too.")
+    parser.add_json("the results")
     add = parser.add_argument_group("instead of what the run was trained with").add_argument
     add("--data", type=place_argument, metavar="SHARDS", help="Measure on this folder, which contains train/ and val/.")
     add("--config", type=path_argument, help="Read the settings from this file instead of the run's config.yaml.")
     add("--max-samples", type=int, metavar="N", help="Use at most this many images of each split.")
-    add("--device", choices=("auto", "cpu", "gpu"), help="Measure on this device.")
+    add("--device", type=device_argument, choices=("auto", "cpu", "gpu"), help="Measure on this device.")
     return parser.parse_args(arguments)
 
 
@@ -45,10 +44,10 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     checkpoint, config = find_checkpoint(args.run, args.config, args.data, args.max_samples, args.device)
     report = evaluate(checkpoint, with_shards(config), tuple(args.probe))
-    print(report_table(report))
+    if args.json != "-":
+        print(report_table(report))
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(args.json, report)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

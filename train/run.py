@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.files import expand_path
-from train.command import BAD_INPUT, StopSignal, run_command, show_messages
+from train.command import BAD_INPUT, SETTING, CommandParser, StopSignal, run_command, show_messages
 from train.config.load import SHORT_FLAGS, load_config_with_origins
 from train.config.schema import Config
 from train.config.yaml12 import ConfigError
@@ -26,12 +26,10 @@ from train.shards import with_shards
 
 def parse_arguments(arguments: Sequence[str] | None) -> tuple[Path, list[str], argparse.Namespace]:
     """Return the config file, all overrides as `section.key=value`, and the options."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="python -m train.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", help="The YAML file of the run.")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value",
+        "overrides", nargs="*", metavar=SETTING,
         help="Settings that replace those of the file, for example training.max_steps=500.",
     )  # fmt: skip
     parser.add_argument("--config", dest="config_flag", metavar="CONFIG", help="The same as the first argument.")

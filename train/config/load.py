@@ -70,6 +70,8 @@ def _apply(override: str, values: dict[str, Any], origins: dict[str, str]) -> No
     key, equals, text = override.partition("=")
     replaced = [old for old in origins if old == key or old.startswith((f"{key}.", f"{key}["))]
     problem = "" if equals else "expected section.key=value"
+    if key.startswith(("+", "-")):
+        problem = f"write {override.lstrip('+-')}"
     if _is_section(all_keys().get(key)):
         problem = "is a section; set its keys one by one"
     if any(origins[old] == COMMAND_LINE for old in replaced):

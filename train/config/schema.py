@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
 
 from model import defaults as model_defaults
 from pipeline import defaults
@@ -25,6 +25,7 @@ FractionBelowOne = Annotated[StrictFloat, Field(ge=0, lt=1)]
 PositiveFraction = Annotated[StrictFloat, Field(gt=0, le=1)]
 # A stronger jitter would shift the hue (by a quarter of the strength) out of its range of -0.5..0.5.
 JitterStrength = Annotated[StrictFloat, Field(ge=0, le=2)]
+Device = Annotated[Literal["auto", "cpu", "gpu"], BeforeValidator(lambda value: "gpu" if value == "cuda" else value)]
 PerGlobalCrop = Fraction | tuple[Fraction, ...]
 Scalar = StrictBool | StrictInt | StrictFloat | str | None
 Name = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]  # without control characters
@@ -246,7 +247,7 @@ class Evaluation(Section):
 
 
 class Config(Section):
-    device: Literal["auto", "cpu", "gpu"] = "auto"
+    device: Device = "auto"
     """For DALI and torch; auto: the GPU if there is one."""
     seed: NonNegativeInt = 0
     data: Data
