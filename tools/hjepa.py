@@ -18,7 +18,7 @@ COMMANDS = {
     "compare": ("tools.compare_runs", [], "Compare runs: curves, results, settings that differ."),
     "preview": ("tools.preview", [], "Draw the crops and masks that training sees."),
     "convert": ("tools.make_shards", ["convert"], "Convert images to shards."),
-    "shards": ("tools.make_shards", [], "Verify, index and describe shards; make the sample."),
+    "shards": ("tools.make_shards", [], "Verify or index shards; make the sample."),
     "doctor": ("tools.doctor", [], "Check the machine, the packages and the data."),
     "bench": ("tools.bench", [], "Measure the pipeline, a step, a GPU node."),
 }
