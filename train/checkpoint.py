@@ -278,7 +278,7 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path, keep_last: int, keep_best: int) -> None:
         self._folder, self._keep_last, self._keep_best = folder, keep_last, keep_best
-        self._thread = threading.Thread()
+        self._thread, self._is_saved = threading.Thread(), True
 
     def write(self, take: Callable[[], Snapshot]) -> None:
         """Take a snapshot and start writing it. Waits only for the previous one, whose memory it overwrites."""
@@ -286,14 +286,17 @@ class CheckpointWriter:
         self._thread = threading.Thread(target=self._write, args=(take(),), name=CHECKPOINT_WRITER)
         self._thread.start()
 
-    def wait(self) -> None:
-        """Wait until the last snapshot is on disk, or was refused by it."""
+    def wait(self) -> bool:
+        """Wait until the last snapshot is on disk, or was refused by it. Returns False in that case."""
         if self._thread.ident is not None:
             self._thread.join()
+        return self._is_saved
 
     def _write(self, snapshot: Snapshot) -> None:
+        self._is_saved = False
         try:
             write_checkpoint(self._folder, snapshot)
+            self._is_saved = True
             prune_checkpoints(self._folder, self._keep_last, self._keep_best)
         except OSError as error:
             existing = [path for path in list_checkpoints(self._folder) if is_sound(path)]

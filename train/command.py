@@ -1,6 +1,7 @@
 """How every command prints its messages and its errors, and how signals stop a run."""
 
 import argparse
+import errno
 import io
 import json
 import logging
@@ -9,10 +10,11 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, NoReturn, Self
+from types import FrameType
+from typing import Any, NoReturn, Self, TextIO, cast
 
 from rich.console import Console
 
@@ -101,6 +103,31 @@ def place_argument(text: str) -> Path | str:
     return text if is_remote(text) else path_argument(text)
 
 
+class Output:
+    """A stream whose failure ends no command. The rest is dropped; for any cause but a reader that has gone, stderr says so."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, work: Callable[..., object], *arguments: str) -> None:
+        try:
+            work(*arguments)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # for libraries and the end of Python as well
+            if error.errno not in (errno.EPIPE, errno.EIO):  # of a pipe, of a terminal
+                print(f"output lost: {error.strerror}; the command goes on without it", file=sys.stderr)
+
+
 def run_command(name: str, work: Callable[[], int | None], interrupted: str = "interrupted") -> int:
     """Return the exit code of `work()`, which is what it returns, or 0 for None.
 
@@ -110,30 +137,56 @@ def run_command(name: str, work: Callable[[], int | None], interrupted: str = "i
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names need not be text that a terminal can print
             stream.reconfigure(errors="backslashreplace")
+    with _output_may_fail():
+        try:
+            return work() or 0
+        except (ValueError, OSError) as error:
+            message, code = str(error), BAD_INPUT
+        except ModuleNotFoundError as error:
+            install = "pip install --require-hashes -r requirements.lock; python tools/doctor.py says more"
+            message, code = f"{error}: {install}", BAD_INPUT
+        except KeyboardInterrupt:
+            message, code = interrupted, INTERRUPTED
+        print(f"{name}: {printable(message, chr(10))}", file=sys.stderr)
+        return code
+
+
+@contextmanager
+def _output_may_fail() -> Iterator[None]:
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = cast(Any, [stream and Output(stream) for stream in streams])
     try:
-        return work() or 0
-    except (ValueError, OSError) as error:
-        message, code = str(error), BAD_INPUT
-    except ModuleNotFoundError as error:
-        install = "pip install --require-hashes -r requirements.lock; python tools/doctor.py says more"
-        message, code = f"{error}: {install}", BAD_INPUT
-    except KeyboardInterrupt:
-        message, code = interrupted, INTERRUPTED
-    print(f"{name}: {printable(message, chr(10))}", file=sys.stderr)
-    return code
+        yield
+    finally:
+        print(end="", flush=True)
+        sys.stdout, sys.stderr = streams
 
 
-class StopSignal:
-    """While open, SIGINT, SIGTERM and SIGUSR1 only set `asked`; a second SIGINT, a second later or more, exits at once."""
+@contextmanager
+def on_signal(number: int, handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Call `handler` when the signal arrives while open."""
+    previous = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, previous)
+
+
+class StopSignal(ExitStack):
+    """While open, SIGINT, SIGTERM and SIGUSR1 only set `asked`; a second SIGINT, a second later or more, interrupts at once.
+
+    So does SIGHUP under torchrun, which kills its ranks half a minute after its terminal was closed.
+    """
 
     def __init__(self) -> None:
+        super().__init__()
         self.asked = False
         self._asked_at = 0.0
-        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            self._previous[number] = signal.signal(number, self._handle)
+        hangup = (signal.SIGHUP,) if "TORCHELASTIC_RUN_ID" in os.environ else ()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *hangup):
+            self.enter_context(on_signal(number, self._handle))
         return self
 
     def _handle(self, number: int, _: FrameType | None) -> None:
@@ -141,11 +194,7 @@ class StopSignal:
         if self.asked:
             # Under torchrun, one Ctrl-C arrives twice: from the terminal, and forwarded.
             if number == signal.SIGINT and now - self._asked_at > 1:
-                os._exit(128 + number)
+                raise KeyboardInterrupt
             return
         self.asked, self._asked_at = True, now
         log.warning(f"{signal.Signals(number).name}: finishing the step and saving; Ctrl-C exits at once")
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)

@@ -7,7 +7,7 @@ import time
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Self, cast
 
 import torch
 from rich.console import Console
@@ -17,9 +17,10 @@ from pipeline.dataset import own_cores
 from pipeline.files import write_atomic
 from pipeline.memory import memory_limit
 from pipeline.shards.index import UNLABELLED
-from pipeline.shards.storage import StoreError
 from pipeline.text import plural
 from train.checkpoint import CheckpointWriter, abandon_others, checkpoint_step, list_checkpoints
+from train.command import INTERRUPTED
+from train.distributed import LOST
 from train.evaluation.online import OnlineEvaluation
 from train.monitor import memory_metrics
 from train.output.display import Display
@@ -27,12 +28,11 @@ from train.output.folder import check_run_folder, open_run_folder
 from train.output.log import MetricsLog, open_wandb
 from train.output.pictures import NEIGHBOURS, NUM_LOOKED_AT, QUERIES, colourful, draw_run
 from train.output.report import advice, current_summary, stop_setting, summary_table, write_page, write_summary
-from train.trainer import DIVERGED, STOPPED, Trainer
+from train.trainer import DIVERGED, NOT_WRITTEN, STOPPED, Trainer
 
 log = logging.getLogger(__name__)
 
-NOT_WRITTEN = 4  # exit code: the disk refused the last checkpoint or the summary
-STATUSES = {0: "complete", STOPPED: "stopped", DIVERGED: "diverged"}  # other exit codes: failed
+STATUSES = {0: "complete", STOPPED: "stopped", DIVERGED: "diverged", INTERRUPTED: "interrupted"}  # other exit codes: failed
 HEARTBEAT_S = 5.0
 GIB = 2**30
 
@@ -122,7 +122,8 @@ class Recorder:
     """Writes the run of `trainer` into its folder, and shows it on `console`; for rank 0.
 
     `heartbeat.json` holds `{status, step, total_steps, time, pid}`, with the time in seconds since 1970. Its status is training,
-    evaluating or, at the end, complete, stopped (run it again), diverged or failed.
+    evaluating or, at the end, complete, stopped (run it again), diverged, interrupted or failed. As a context, it notes the end
+    of a run that an exception ends.
     """
 
     def __init__(self, trainer: Trainer, evaluation: OnlineEvaluation, console: Console) -> None:
@@ -162,8 +163,8 @@ class Recorder:
         """Measure the target encoder and draw, during the run."""
         try:
             self._measure()
-        except StoreError as error:  # the trainer saves and stops
-            self._trainer.store_error = error
+        except Exception as error:  # noqa: BLE001  # whatever it is: the trainer saves and stops
+            self._trainer.error = error
 
     def _measure(self) -> None:
         """Measure the target encoder and draw the run as it is now; both go to the logs."""
@@ -192,6 +193,18 @@ class Recorder:
     def wait(self) -> None:
         """Wait until the checkpoint is on disk, or was refused by it."""
         self._writer.wait()
+
+    def finish(self) -> bool:
+        """Save the last step, unless the run is complete and has done so. Returns True if it is on disk."""
+        try:
+            if not self._trainer.complete:
+                self._trainer.read_counts()
+                self.save()
+            return self._writer.wait()
+        except RuntimeError:
+            if self._trainer.error is None:
+                raise
+            return False  # the GPU that failed gives nothing any more
 
     def rewind(self, checkpoint: Path) -> None:
         """Drop what was logged after the checkpoint to which the trainer has gone back, and move newer ones aside."""
@@ -231,6 +244,13 @@ class Recorder:
             "checkpoint"
         )
         return NOT_WRITTEN
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.close(INTERRUPTED if issubclass(kind, KeyboardInterrupt) else LOST)
 
     def close(self, code: int) -> None:
         """Note how the run ended, given its exit code."""

@@ -4,24 +4,28 @@ Several GPUs: `torchrun --nproc_per_node=8 -m train.run configs/multicrop_traini
 """
 
 import argparse
+import logging
 import os
 import shutil
+import signal
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
 
 from pipeline.files import expand_path
-from train.command import BAD_INPUT, SETTING, CommandParser, StopSignal, run_command, show_messages
+from train.command import BAD_INPUT, SETTING, CommandParser, StopSignal, on_signal, run_command, show_messages
 from train.config.load import SHORT_FLAGS, load_config_with_origins
 from train.config.schema import Config
 from train.config.yaml12 import ConfigError
 from train.output.display import LOADING
 from train.shards import with_shards
+
+log = logging.getLogger(__name__)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> tuple[Path, list[str], argparse.Namespace]:
@@ -112,7 +116,7 @@ def execute(config: Config, console: Console, is_dry_run: bool) -> int:
 
     from pipeline.dataset import resolve_device
     from train.build import torch_threads
-    from train.distributed import LOST, process_group, ranks_from_environment, use_device
+    from train.distributed import process_group, ranks_from_environment, use_device
     from train.output.folder import run_folder
     from train.recorder import dry_run, open_recorder
     from train.trainer import Trainer, train
@@ -128,17 +132,13 @@ def execute(config: Config, console: Console, is_dry_run: bool) -> int:
                 return 0
             trainer = Trainer(config, ranks, quarantine=run_folder(config) / "quarantine.jsonl")
             recorder = open_recorder(trainer, console, opened)
-            try:
-                with StopSignal() as stop:
-                    code = train(trainer, recorder, stop)
-            except BaseException:  # a rank of several ends before it gets any further
-                if recorder:
-                    recorder.close(LOST)
-                raise
-        if code == 0 and recorder:
-            with out_of_memory_explained(config, device):
+            with recorder or nullcontext(), StopSignal() as stop:
+                code = train(trainer, recorder, stop)
+                if recorder and code:  # here, where the signals of a torchrun that sees another rank leave do no harm
+                    recorder.close(code)
+        if recorder and not code:
+            with recorder, out_of_memory_explained(config, device):
                 code = recorder.report()  # rank 0 evaluates after the others have left
-        if recorder:
             recorder.close(code)
     return code
 
@@ -164,9 +164,15 @@ def out_of_memory_explained(config: Config, device: object) -> Iterator[None]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     path, overrides, options = parse_arguments(arguments)
-    # While training, a signal is caught and answered with a checkpoint; Ctrl-C before or after that ends the command.
-    resumes = "interrupted; the same command continues from the newest checkpoint"
-    return run_command("train", lambda: launch(options, path, overrides), interrupted=resumes)
+    # While training, signals are caught and answered with a checkpoint; before and after that, they end the command as Ctrl-C
+    # does. Only a terminal that is closed ends nothing.
+    resumes, stop = "interrupted; the same command continues from the newest checkpoint", signal.default_int_handler
+    with on_signal(signal.SIGHUP, go_on), on_signal(signal.SIGTERM, stop), on_signal(signal.SIGUSR1, stop):
+        return run_command("train", lambda: launch(options, path, overrides), interrupted=resumes)
+
+
+def go_on(*_: object) -> None:
+    log.warning(f"SIGHUP: the terminal is gone; the run goes on without it, and `kill {os.getpid()}` stops it")
 
 
 if __name__ == "__main__":

@@ -41,8 +41,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Exit codes of `train`, next to 0.
-STORE_FAILED = 2  # the disk or the object store did not deliver the next images; the last checkpoint is of the last step
+FAILED = 2  # a rank could not get its next images; the last checkpoint is of the last step
 DIVERGED = 3  # too many steps without finite numbers; the last checkpoint is sound
+NOT_WRITTEN = 4  # the disk refused the last checkpoint or the summary
 STOPPED = 75  # EX_TEMPFAIL: stopped on request, with a checkpoint; the same command continues from it
 
 DIVERGED_ADVICE = (
@@ -89,8 +90,8 @@ class Trainer:
         self._generator = torch.Generator(self.device)
         self._ready = list[CropBatch]()  # the batches of the next step
         self._loader_state: dict[str, Any] | None = None  # from before they were made; None once they are used
-        self.store_error: OSError | None = None
-        """Why the object store failed; None while it works."""
+        self.error: Exception | None = None
+        """Why no further step can be taken; None while all is well."""
         self._start_from(RunState())
 
     def _start_from(self, state: RunState) -> None:
@@ -139,24 +140,24 @@ class Trainer:
         return None if number < 0 else checkpoint_path(folder, number)
 
     def fetch_batches(self, cancelled: Callable[[], bool]) -> bool:
-        """Make the batches of the next step, so that a failing disk or object store cannot break the step itself.
+        """Make the batches of the next step, so that what fails there cannot break the step itself.
 
-        Returns False when `cancelled()` turns true or the storage fails; `store_error` then says why.
+        Returns False when `cancelled()` turns true or the data fail; `error` then says why.
         """
         started, parts = time.perf_counter(), self.config.training.accumulation_steps
         try:
-            if self.store_error is None:
+            if self.error is None:
                 self._loader_state = self.loader.state_dict()
                 self.loader.prepare(parts, cancelled)
                 self._ready = [next(self._batches) for _ in range(parts)]
         except Cancelled:
             pass
-        except OSError as error:  # of the shards' disk or store, or of the disk that caches them
-            self.store_error = error
+        except Exception as error:  # noqa: BLE001  # whatever the loader has met: the steps that were taken are saved
+            self.error = error
         waited = time.perf_counter() - started
         self.state.wait_s, self.state.train_s = self.state.wait_s + waited, self.state.train_s + waited
         self.state.store_wait_s = self._store_wait_before_s + self.loader.store_wait_s
-        return self.store_error is None and not cancelled()
+        return self.error is None and not cancelled()
 
     def train_step(self) -> dict[str, float]:
         """Take one optimiser step. Returns its entry of metrics.jsonl at a logging step, else an empty dict."""
@@ -215,11 +216,11 @@ class Trainer:
 
 
 def train(trainer: Trainer, recorder: "Recorder | None", stop: StopSignal) -> int:
-    """Train to the end of the schedule; only rank 0 has a recorder. Returns 0, STOPPED, STORE_FAILED or DIVERGED."""
+    """Train to the end of the schedule; only rank 0 has a recorder. Returns an exit code."""
     config, ranks = trainer.config, trainer.ranks
     eval_steps, rolled_back_to = config.evaluation.eval_frequency * trainer.steps_per_epoch, None
     with recorder.display if recorder else nullcontext(), Watchdog(ranks, config.training.timeout_s) as watchdog:
-        # Stop all ranks before the same step: when one of them is asked to, or cannot get its shards.
+        # Stop all ranks before the same step: when one of them is asked to, or cannot get its images.
         while not trainer.complete and ranks.all(trainer.fetch_batches(lambda: stop.asked)):
             line = trainer.train_step()
             if recorder:
@@ -257,19 +258,19 @@ def train(trainer: Trainer, recorder: "Recorder | None", stop: StopSignal) -> in
             watchdog.beat()
 
     # Leave with a checkpoint. torchrun kills the others half a minute after one rank has left, so all wait for rank 0's.
-    trainer.read_counts()
-    if recorder:
-        if not trainer.complete:
-            recorder.save()
-        recorder.wait()
-    ranks.barrier()
+    is_saved = recorder.finish() if recorder else True
+    is_well = ranks.all(trainer.error is None)
     if trainer.complete:
         return 0
-    if trainer.store_error is not None:
-        log.error(f"{trainer.store_error}; saved at step {trainer.state.step}, from which the same command continues")
-        return STORE_FAILED
-    log.info(f"stopped at step {trainer.state.step}; the same command continues from there")
-    return STOPPED
+    go_on = "the same command continues from there" if is_saved else "NOT saved: the checkpoint before it is still there"
+    stopped = f"stopped at step {trainer.state.step}; {go_on}"
+    if is_well:
+        log.info(stopped)
+        return STOPPED if is_saved else NOT_WRITTEN
+    log.error(f"{trainer.error or 'another rank could not get its images'}; {stopped}")
+    if trainer.error is None or (ranks.is_first and isinstance(trainer.error, OSError | ValueError)):
+        return FAILED
+    raise trainer.error  # a bug, or what a rank has met whose log is not shown
 
 
 def step_seed(seed: int, step: int, lane: int) -> int:

@@ -234,20 +234,6 @@ def test_a_run_stopped_at_random_steps_and_resumed_ends_with_the_same_weights_bi
     assert losses[0] == losses[1]
 
 
-def test_a_second_ctrl_c_leaves_at_once_unless_it_is_the_first_passed_on_twice() -> None:
-    text = (
-        "import os, signal, time\n"
-        "from train.command import StopSignal\n"
-        "with StopSignal() as stop:\n"
-        "    for wait in (0, 0, 1.2):\n"
-        "        time.sleep(wait); os.kill(os.getpid(), signal.SIGINT); print(stop.asked, flush=True)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 130
-    assert result.stdout.splitlines() == ["True", "True"]
-    assert result.stderr.startswith("SIGINT: ")
-
-
 @contextmanager
 def sizes_limited(most: int) -> Iterator[None]:
     """While open, no file of this process may grow beyond `most` bytes."""

@@ -152,7 +152,7 @@ def test_a_run_whose_shard_is_cut_off_saves_stops_and_continues_as_if_nothing_ha
     last = [line for line in capfd.readouterr().out.splitlines() if line.strip()][-1]
     assert "changed since the run began, tried for 0.3 s" in last
     (saved,) = list_checkpoints(tmp_path / "cut" / "checkpoints")
-    assert f"saved at step {int(saved.name[5:])}, from which the same command continues" in last
+    assert f"stopped at step {int(saved.name[5:])}; the same command continues from there" in last
     assert not (tmp_path / "cut" / "quarantine.jsonl").exists()
     assert json.loads((tmp_path / "cut" / "heartbeat.json").read_text())["status"] == "failed"
     for restore in restored:

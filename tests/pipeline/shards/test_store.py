@@ -130,7 +130,7 @@ def test_a_store_that_fails_ends_the_run_with_a_checkpoint_from_which_it_continu
         last = capsys.readouterr().out.splitlines()[-1]
         assert last.startswith(f"{store.url}/")
         assert "ExpiredToken" in last
-        step = re.search(r"; saved at step (\d+), from which the same command continues$", last)
+        step = re.search(r"; stopped at step (\d+); the same command continues from there$", last)
         assert step is not None
         saved = sorted(path.name for path in (out / "checkpoints").iterdir())
         assert saved[-1] == f"step_{int(step[1]):08d}"
