@@ -47,7 +47,6 @@ reference: fashion
 	$(RUN) -m train.evaluate runs/$(REFERENCE) --probe knn linear attentive --max-samples 60000 --json runs/$(REFERENCE)/evaluation.json
 	$(RUN) tools/export.py runs/$(REFERENCE) --out runs/$(REFERENCE)/exported --figures runs/$(REFERENCE)/evaluation.json
 	cp runs/$(REFERENCE)/exported/README.md results/$(REFERENCE)/
-	$(RUN) tools/compare_runs.py runs/$(REFERENCE) --out results/$(REFERENCE)/curves.png
 
 fashion: $(INSTALLED)
 	@test -d shards/fashion_mnist/val -o -d $(FASHION) || { echo "make: no $(FASHION): apt-get install dataset-fashion-mnist, or name a folder: FASHION=FOLDER" >&2; exit 1; }

@@ -1,4 +1,4 @@
-"""Compare several runs: `python tools/compare_runs.py RUN [RUN ...] [--out PNG] [--html PAGE]`."""
+"""Write a page that compares runs: `python tools/compare_runs.py RUN [RUN ...] [--html PAGE]`."""
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +10,7 @@ import yaml
 from pipeline.shards.manifest import read_object
 from train.command import CommandParser, path_argument, run_command
 from train.config.yaml12 import flatten
-from train.output.log import draw_curves, read_metrics
+from train.output.log import read_metrics
 from train.output.report import REMEDY, html_table, line_charts, summary_rows, write_html
 
 
@@ -51,31 +51,27 @@ def write_comparison(folders: Mapping[str, Path], out: Path, note: str = "") -> 
     return write_html(out, ", ".join(folders), parts)
 
 
-def compare(folders: Sequence[Path], out: Path, page: Path | None) -> None:
-    """Draw the curves of the runs into `out`, or write `page`. Raises ValueError for a folder that logged nothing."""
+def compare(folders: Sequence[Path], page: Path) -> None:
+    """Write `page` about the runs. Raises ValueError for a folder that logged nothing."""
     named: dict[str, Path] = {}
     for folder in folders:
         if not read_metrics(folder):
             raise ValueError(f"{folder}: no metrics.jsonl with a line in it; give the folders of runs, such as runs/quickstart")
         named[folder.name if folder.name not in named else str(folder)] = folder
     named, note = marked(named)
-    if page is None:
-        draw_curves(out, {name: read_metrics(folder) for name, folder in named.items()})
-    else:
-        write_comparison(named, page, note)
+    write_comparison(named, page, note)
     if note:
         print(note)
-    print(f"wrote {page or out}")
+    print(f"wrote {page}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = CommandParser(prog="compare_runs", description=(__doc__ or "").splitlines()[0])
-    add, default = parser.add_argument, Path("curves.png")
+    add, default = parser.add_argument, Path("compared.html")
     add("runs", nargs="+", type=path_argument, metavar="RUN", help="The folder of a run.")
-    add("--out", type=path_argument, default=default, metavar="PNG", help="The curves to draw. The default is %(default)s.")
-    add("--html", type=path_argument, metavar="PAGE", help="Write a page with curves, results and differing settings instead.")
+    add("--html", type=path_argument, default=default, metavar="PAGE", help="The page to write. The default is %(default)s.")
     args = parser.parse_args(arguments)
-    return run_command("compare_runs", lambda: compare(args.runs, args.out, args.html))
+    return run_command("compare_runs", lambda: compare(args.runs, args.html))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
-"""Curves of several runs in one picture."""
+"""The page about several runs."""
 
 import html
 import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from tools.compare_runs import main
 
@@ -18,20 +16,6 @@ def write_log(folder: Path, level: float) -> Path:
     lines.insert(2, {"step": 25, "knn": 40 * level})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
-
-
-def colours(path: Path) -> set[tuple[int, ...]]:
-    return set(map(tuple, np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3).tolist()))
-
-
-def test_each_run_has_a_curve_of_its_own_colour(tmp_path: Path) -> None:
-    runs = [write_log(tmp_path / name, level) for name, level in (("a", 1.0), ("b", 2.0))]
-    blue, orange = (31, 119, 180), (255, 127, 14)  # matplotlib's first two
-    assert main([str(runs[0]), "--out", str(tmp_path / "one.png")]) == 0
-    assert main([*map(str, runs), "--out", str(tmp_path / "two.png")]) == 0
-    assert blue in colours(tmp_path / "one.png")
-    assert orange not in colours(tmp_path / "one.png")
-    assert {blue, orange} <= colours(tmp_path / "two.png")
 
 
 def test_measurements_of_other_images_are_marked_and_a_run_has_its_place_in_every_panel(

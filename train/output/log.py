@@ -32,8 +32,6 @@ PANELS = {
     "Learning rate": ("lr",),
     "Gradient norm": ("grad_norm",),
 }
-MAX_COLUMNS = 4  # of panels in a figure
-MIN_POINTS_FOR_LINE = 12  # with fewer, each point is marked: a single one has no line
 
 log = logging.getLogger(__name__)
 
@@ -159,29 +157,3 @@ def curves_by_panel(runs: Mapping[str, MetricLines]) -> dict[str, dict[str, Curv
                 if points or len(runs) > 1:  # a run without points keeps its colour
                     panels.setdefault(panel, {})[metric if len(runs) == 1 else run] = points
     return {panel: curves for panel, curves in panels.items() if any(curves.values())}
-
-
-def draw_curves(path: Path, runs: Mapping[str, MetricLines]) -> None:
-    """Draw a panel for each of PANELS that the runs, by name, have logged."""
-    import matplotlib as mpl  # takes a second to import
-
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
-    panels = curves_by_panel(runs)
-    columns = min(MAX_COLUMNS, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = plt.figure(figsize=(3.9 * columns, 3.1 * rows + 0.3), layout="tight")
-    for number, (title, curves) in enumerate(panels.items(), 1):
-        axis = figure.add_subplot(rows, columns, number)
-        for colour, (name, points) in enumerate(curves.items()):
-            marker = "o" if len(points) < MIN_POINTS_FOR_LINE else None
-            axis.plot(*zip(*points, strict=True), color=f"C{colour}", linewidth=1.2, marker=marker, markersize=4, label=name)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step", fontsize=8)
-        axis.grid(alpha=0.3)
-        if len(curves) > 1:
-            axis.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
