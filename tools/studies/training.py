@@ -16,7 +16,7 @@ from tools.studies.peers import build_peer, peer_losses
 from train.build import build_dataset, build_evaluation_loaders, build_model, build_training_loader
 from train.config.load import load_config
 from train.config.schema import Config
-from train.config.yaml12 import changed_settings
+from train.config.yaml12 import changed_settings, flatten
 from train.evaluation.features import Extractor, colour_histogram, pixels, pooled_features
 from train.evaluation.measure import measure
 from train.trainer import Trainer
@@ -26,7 +26,10 @@ MANY_EPOCHS = 100_000  # max_steps decides
 MANY_STEPS = 10_000  # the budget decides
 CPU = torch.device("cpu")
 # Settings that can differ between the calls of one study: where files are, and what each trial sets itself.
-FREE_KEYS = ("device", "seed", "training.max_steps", "training.epochs", "checkpoint.", "logging.", "data.data_path")
+FREE_KEYS = (
+    "device", "seed", "training.max_steps", "training.epochs", "checkpoint.", "logging.", "data.data_path",
+    "evaluation.eval_frequency",
+)  # fmt: skip
 
 
 def trial_config(base: Base, variant: str, seed: int, max_steps: int) -> Config:
@@ -120,8 +123,9 @@ def calibrate(path: Path, base: Base, budget: float, points: int, variants: Sequ
     options, settings = {"budget_s": budget, "points": points}, load_config(Path(base.config), base.overrides).resolved
     saved = json.loads(path.read_text()) if path.exists() else {}
     record: dict[str, Any] = {**options, "settings": settings, "step_cpu_ms": {}, "steps": {}, **saved}
-    before = {**record["settings"], **{key: record[key] for key in options}}
-    if changes := changed_settings(before, {**settings, **options}, FREE_KEYS):
+    before, after = flatten({**record["settings"], **{key: record[key] for key in options}}), flatten({**settings, **options})
+    common = before.keys() & after.keys()  # another version can have other settings
+    if changes := changed_settings({key: before[key] for key in common}, {key: after[key] for key in common}, FREE_KEYS):
         raise ValueError(f"{path}: belongs to another study ({'; '.join(changes)}); choose another --out, or move its files away")
     if missing := [name for name in variants if name not in record["steps"]]:
         timed = [BASE, *(name for name in missing if name != BASE)]
