@@ -4,8 +4,8 @@ import io
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
-from typing import Any, cast
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,20 +56,9 @@ def decode_only(setup: LoaderSetup) -> Iterator[Sequence[Any]]:
         yield pipe.run()
 
 
-class NoKernel:
-    """A kernel that makes nothing, on a device that has done everything: the host's work is left."""
-
-    device, shared_limit = torch.device("cpu"), 1 << 30
-
-    def launch(self, *_: int) -> None: ...
-
-    def mark(self) -> "NoKernel":
-        return self
-
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None: ...
+# In place of the GPU's kernel: it makes nothing, on a device that has done everything.
+DONE = SimpleNamespace(query=lambda: True, synchronize=lambda: None)
+NO_KERNEL: Any = SimpleNamespace(device=torch.device("cpu"), shared_limit=1 << 30, launch=lambda *_: None, mark=lambda: DONE)
 
 
 def gpu_host(setup: LoaderSetup) -> Iterator[Sequence[Any]]:
@@ -78,11 +67,11 @@ def gpu_host(setup: LoaderSetup) -> Iterator[Sequence[Any]]:
 
     dataset, images = build_multicrop_dataset("custom", setup.folder), next(decode_only(setup))
     loader = build_multicrop_dataloader(dataset, setup.batch_size, device="cpu", num_workers=setup.threads)
-    crops, fed = FusedCrops([recipe.size for recipe in dataset.recipes], cast(Any, NoKernel())), deque[Fed]()
+    crops, fed = FusedCrops([recipe.size for recipe in dataset.recipes], NO_KERNEL), deque[Fed]()
     starts, rows = plan_window(loader.sequence, BatchStart(0, 0), None)
     while True:
         for _ in feed(loader.sequence, dataset.recipes, starts, rows, fed):
-            yield make_batch(dataset.index, fed.popleft(), images, crops, NoKernel.device).crops
+            yield make_batch(dataset.index, fed.popleft(), images, crops, NO_KERNEL.device).crops
 
 
 def torchvision_pil(setup: LoaderSetup) -> Iterator[Sequence[torch.Tensor]]:

@@ -1,5 +1,8 @@
 """Frozen features: of the pipeline's centre crops, all or a part, and the baselines that need no encoder."""
 
+import gc
+import threading
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +16,7 @@ from pipeline.dataset import centre_crop_dataset
 from pipeline.defaults import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.loader import MultiCropLoader, build_multicrop_dataloader
 from pipeline.shards.index import UNLABELLED, ShardIndex
+from pipeline.window import WindowBuilder
 from train.evaluation import features
 from train.evaluation.features import (
     LabelProblems,
@@ -76,6 +80,20 @@ def test_features_are_computed_in_bf16_on_a_gpu_and_in_float32_on_a_cpu(encoder:
     tolerance = {"rtol": 5e-2, "atol": 5e-2} if device == "cuda" else {"rtol": 0.0, "atol": 0.0}
     for name, values in extractor(crops).items():
         torch.testing.assert_close(found[name].float(), values, **tolerance)
+
+
+def test_extracting_leaves_no_graph_behind(index: ShardIndex) -> None:
+    """A training run goes on beside it."""
+    loader = centre_loader(index, 16)
+    next(iter(loader))
+    graph = weakref.ref(loader._window.graph)
+    assert graph() is not None
+    for _ in range(2):
+        extract(loader, {"pixels": pixels})
+    gc.collect()
+    assert loader._window is None
+    assert graph() is None
+    assert [thread for thread in threading.enumerate() if isinstance(thread, WindowBuilder)] == []
 
 
 def test_a_part_of_a_split_is_spread_evenly_over_it(index: ShardIndex) -> None:
