@@ -109,27 +109,21 @@ def build_training_loader(
 
 
 def with_crop_device(config: Config, ranks: Ranks = SINGLE_PROCESS, kept: str | None = None) -> Config:
-    """Return `config` with data.crop_device decided for a GPU run: if it is auto, `kept`, or the best that works on every rank.
+    """Return `config` with data.crop_device decided for a GPU run: if it is auto, `kept`, or the best that works on rank 0.
 
     `kept`: where the run that continues has made its crops; any other way makes other pixels. Raises DeviceError if the kernel
-    is asked for and does not work.
+    is chosen and does not work on this rank.
     """
-    asked: str = config.data.crop_device
+    asked = config.data.crop_device
     if resolve_device(config.device) != "gpu" or asked in ("dali", "cpu"):
         return config
+    mine, reason = choose_crop_device(tuple(crop_sizes(config)), ranks.local_rank)
     if asked == "auto":
-        known = ranks.from_first(CROP_DEVICES.index(kept) if kept in CROP_DEVICES else len(CROP_DEVICES))
-        asked = (*CROP_DEVICES, "auto")[known]
-    if asked in ("auto", "gpu"):
-        mine, reason = choose_crop_device(tuple(crop_sizes(config)), ranks.local_rank)
-        order = CROP_DEVICES.index(mine)
-        chosen = next(name for place, name in enumerate(CROP_DEVICES) if ranks.all(order <= place))
-        if asked == "gpu" != chosen:
-            said = reason or "crops are made otherwise on another rank"
-            raise DeviceError(f"data.crop_device: gpu: {said}. data.crop_device={chosen} works, with slightly other pixels")
-        if reason:
+        asked = CROP_DEVICES[ranks.from_first(CROP_DEVICES.index(kept if kept in CROP_DEVICES else mine))]
+        if reason and asked == mine:
             log.warning(reason)
-        asked = chosen
+    if asked == "gpu" != mine:
+        raise DeviceError(f"data.crop_device: gpu: {reason}. data.crop_device={mine} works, with slightly other pixels")
     return config.model_copy(update={"data": config.data.model_copy(update={"crop_device": asked})})
 
 
