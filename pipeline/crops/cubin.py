@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,20 @@ DEFINITIONS = {
 OPTIONS = tuple(f"-D{name}={value!r}" for name, value in DEFINITIONS.items())
 
 
+def binding(name: str) -> Any:
+    """Return a module of cuda.bindings, which torch brings along. Raises DeviceError."""
+    try:
+        return import_module(f"cuda.bindings.{name}")
+    except ImportError as error:
+        raise DeviceError(f"cuda.bindings does not load: {error}") from None
+
+
 def checked(function: Callable, *arguments: Any) -> Any:
     """Call a function of cuda.bindings and return its results without the error code. Raises DeviceError."""
-    code, *results = function(*arguments)
+    try:
+        code, *results = function(*arguments)
+    except RuntimeError as error:  # there is no such library
+        raise DeviceError(f"{function.__name__} failed: {str(error).splitlines()[0]}") from None
     if int(code):
         raise DeviceError(f"{function.__name__} failed with {code.name}")
     return results[0] if len(results) == 1 else results
@@ -36,23 +48,17 @@ def checked(function: Callable, *arguments: Any) -> Any:
 def compile_kernel(architecture: str, *options: str) -> tuple[bytes, str]:
     """Return the cubin for `architecture`, such as `sm_90`, and NVRTC's log. Raises DeviceError."""
     # A cubin, not PTX: a driver refuses the PTX of a toolkit that is newer than itself.
-    try:
-        from cuda.bindings import nvrtc
-
-        program = checked(nvrtc.nvrtcCreateProgram, SOURCE.read_bytes(), SOURCE.name.encode(), 0, [], [])
-        given = [option.encode() for option in (f"--gpu-architecture={architecture}", "--std=c++17", *OPTIONS, *options)]
-        (code,) = nvrtc.nvrtcCompileProgram(program, len(given), given)
-        log = bytes(checked(nvrtc.nvrtcGetProgramLogSize, program))
-        checked(nvrtc.nvrtcGetProgramLog, program, log)
-        if int(code):
-            raise DeviceError(
-                f"NVRTC does not compile the crop kernel for {architecture}: {' '.join(log.decode().split())[:200]}"
-            )
-        cubin = bytes(checked(nvrtc.nvrtcGetCUBINSize, program))
-        checked(nvrtc.nvrtcGetCUBIN, program, cubin)
-        checked(nvrtc.nvrtcDestroyProgram, program)
-    except (ImportError, RuntimeError) as error:  # no cuda.bindings, or no NVRTC for it to load
-        raise DeviceError(f"NVRTC does not load: {str(error).splitlines()[0]}") from None
+    nvrtc = binding("nvrtc")
+    program = checked(nvrtc.nvrtcCreateProgram, SOURCE.read_bytes(), SOURCE.name.encode(), 0, [], [])
+    given = [option.encode() for option in (f"--gpu-architecture={architecture}", "--std=c++17", *OPTIONS, *options)]
+    (code,) = nvrtc.nvrtcCompileProgram(program, len(given), given)
+    log = bytes(checked(nvrtc.nvrtcGetProgramLogSize, program))
+    checked(nvrtc.nvrtcGetProgramLog, program, log)
+    if int(code):
+        raise DeviceError(f"NVRTC does not compile the crop kernel for {architecture}: {' '.join(log.decode().split())[:200]}")
+    cubin = bytes(checked(nvrtc.nvrtcGetCUBINSize, program))
+    checked(nvrtc.nvrtcGetCUBIN, program, cubin)
+    checked(nvrtc.nvrtcDestroyProgram, program)
     return cubin, log.decode().strip("\0\n ")
 
 
@@ -73,9 +79,7 @@ class CropKernel:
 
     def __init__(self, device: torch.device) -> None:
         self.device, properties = device, torch.cuda.get_device_properties(device)
-        cubin = cached_cubin(f"sm_{properties.major}{properties.minor}")
-        from cuda.bindings import driver
-
+        cubin, driver = cached_cubin(f"sm_{properties.major}{properties.minor}"), binding("driver")
         self.shared_limit: int = properties.shared_memory_per_block_optin
         torch.empty(1, device=device)  # makes torch's CUDA context, into which the driver then loads
         with torch.cuda.device(device):

@@ -289,6 +289,18 @@ def test_the_driver_gets_the_kernels_arguments(kernels: list[HostKernel], tmp_pa
     assert (ended.stdout, ended.returncode) == ("equal\n", 0), ended.stderr
 
 
+def test_what_is_missing_for_the_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing() -> None:
+        raise RuntimeError("libnvrtc.so: not found\nsearched in many places")
+
+    with pytest.raises(DeviceError, match=r"^nothing failed: libnvrtc.so: not found$"):
+        cubin.checked(nothing)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    monkeypatch.delitem(sys.modules, "cuda.bindings.driver", raising=False)
+    with pytest.raises(DeviceError, match=r"^cuda.bindings does not load: "):
+        cubin.binding("driver")
+
+
 @pytest.mark.gpu
 def test_the_kernel_on_the_gpu_makes_the_cpu_operators_bytes() -> None:
     kernel = cubin.CropKernel(torch.device("cuda", 0))
