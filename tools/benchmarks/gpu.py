@@ -5,7 +5,6 @@ reason and does not stop the others. Needs no network.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import threading
@@ -23,6 +22,7 @@ from tools.benchmarks.measure import choose, error_line, table
 from tools.benchmarks.photographs import benchmark_shards
 from tools.checks.machine import driver_version
 from tools.own_process import die_with_parent
+from train.command import write_json
 
 NUM_PHOTOGRAPHS, NUM_REHEARSED = 256, 48
 MEASURED_S, REHEARSED_S, PATIENCE_S = 6.0, 1.0, 600.0  # a rehearsal is slow, but never stopped
@@ -66,8 +66,8 @@ def run_benchmark(options: argparse.Namespace) -> dict[str, Any]:
                 results.append(replace(result, part=part))
                 print(f"[{time.monotonic() - started:4.0f} s] {part}: {result.name}: {result.text}", flush=True)
             figures = {"where": where, "device": device, "lines": [asdict(result) for result in results]}
-            if options.json:  # at once: the results stay if a later measurement takes the machine down
-                options.json.write_text(json.dumps(figures, indent=1) + "\n")
+            if options.json not in (None, "-"):  # at once: the results stay if a later measurement takes the machine down
+                write_json(options.json, figures)
     print(f"\n{where}; `python tools/bench.py gpu`\n")
     print(table(["part", "", "figures"], ((result.part, result.name, result.text) for result in results), left=3))
     return figures
