@@ -146,7 +146,7 @@ def test_a_row_that_fails_is_one_line_with_its_name() -> None:
     [
         (["--rows", "ours,theirs"], "'theirs', allowed are ours, torchvision-pil"),
         (["--rounds", "0"], "--rounds: 0, must be at least 1"),
-        (["--shards", "nowhere"], "nowhere/train: no custom shards"),
+        (["--shards", "nowhere"], "nowhere/train: no shards"),
     ],
 )
 def test_bad_options_are_one_clear_line(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
