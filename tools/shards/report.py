@@ -1,6 +1,5 @@
 """The files next to the tars of a finished split: index, manifest, statistics, rejected images."""
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +13,6 @@ from pipeline.files import write_atomic
 from pipeline.lock import locked
 from pipeline.shards.index_file import index_files
 from pipeline.shards.manifest import MANIFEST_NAME, read_manifest
-from pipeline.shards.storage import read_bytes
 from pipeline.text import truncate_list
 from tools.shards.writer import IDENTITY_NAME, RECORD_FOLDER, Conversion, ShardRecord
 
@@ -30,16 +28,12 @@ class StoredSplit:
         self.folder, self.shards, self.classes = folder, shards, classes
         self.records = [ShardRecord.load(folder / RECORD_FOLDER / f"{shard:06d}.npz") for shard in range(len(shards))]
         self.rows = np.concatenate([record.rows for record in self.records])
-        self.fingerprints = np.concatenate([record.fingerprints for record in self.records])
+        self.digests = np.concatenate([record.digests for record in self.records])
         self.one_colour = [name for record in self.records for name in record.one_colour]
         self.changes = sum((Counter(record.changes) for record in self.records), Counter())
 
     def class_name(self, label: int) -> str:
         return self.classes[label] if self.classes else str(label)
-
-    def read(self, row: int) -> bytes:
-        shard, offset, size = self.rows[["shard", "offset", "size"]][row]
-        return read_bytes(self.folder / self.shards[shard], int(offset), int(size))
 
 
 def finish_split(conversion: Conversion, split: str, seed: int) -> tuple[bool, int]:
@@ -105,7 +99,7 @@ def _manifest(conversion: Conversion, split: str, seed: int, stored: StoredSplit
 
 def _describe_images(stored: StoredSplit) -> dict[str, Any]:
     """Return the content of STATS_NAME: counts, sizes in pixels and bytes, images per class, duplicates, mean and std."""
-    rows, groups = stored.rows, equal_groups([stored])
+    rows, groups = stored.rows, equal_groups(stored.digests)
     labels = np.bincount(rows["label"][rows["label"] >= 0], minlength=len(stored.classes))
     spreads = {
         name: {"min": int(values.min()), "median": float(np.median(values)), "max": int(values.max())}
@@ -119,7 +113,7 @@ def _describe_images(stored: StoredSplit) -> dict[str, Any]:
         "duplicates": {
             "groups": len(groups),
             "extra_images": sum(map(len, groups)) - len(groups),
-            "first_groups": [rows[["shard", "offset"]][[row for _, row in group]].tolist() for group in groups[:MAX_LISTED]],
+            "first_groups": [rows[["shard", "offset"]][group].tolist() for group in groups[:MAX_LISTED]],
         },
         "one_colour": {"images": len(stored.one_colour), "first": stored.one_colour[:MAX_LISTED]},
         **_mean_and_std([np.concatenate(record.pixels) for record in stored.records]),
@@ -135,16 +129,13 @@ def _mean_and_std(sums: Sequence[np.ndarray]) -> dict[str, Any]:
     return {"mean": [round(m, 6) for m in mean], "std": [round(s, 6) for s in std], "mean_std_pixels": count}
 
 
-def equal_groups(splits: Sequence[StoredSplit]) -> list[list[tuple[int, int]]]:
-    """Return the groups of images with the same bytes, each image as (number of its split, row)."""
-    prints = np.concatenate([split.fingerprints for split in splits])
-    _, inverse, counts = np.unique(prints, return_inverse=True, return_counts=True)
-    ends = np.cumsum([len(split.rows) for split in splits])
-    groups: dict[bytes, list[tuple[int, int]]] = {}
-    for number, (split, is_candidate) in enumerate(zip(splits, np.split(counts[inverse] > 1, ends[:-1]), strict=True)):
-        for row in np.flatnonzero(is_candidate).tolist():
-            groups.setdefault(hashlib.sha256(split.read(row)).digest(), []).append((number, row))
-    return [group for group in groups.values() if len(group) > 1]
+def equal_groups(digests: np.ndarray) -> list[list[int]]:
+    """Return the groups of equal digests, each as its places."""
+    _, group_of, counts = np.unique(digests, return_inverse=True, return_counts=True)
+    groups: dict[int, list[int]] = {}
+    for place in np.flatnonzero(counts[group_of] > 1).tolist():
+        groups.setdefault(group_of[place], []).append(place)
+    return list(groups.values())
 
 
 def remarks(out: Path) -> list[str]:
@@ -152,7 +143,9 @@ def remarks(out: Path) -> list[str]:
     folders = [out / split for split in ("train", "val") if (out / split / RECORD_FOLDER / IDENTITY_NAME).exists()]
     manifests = {folder: manifest for folder in folders if (manifest := read_manifest(folder))}
     splits = [StoredSplit(folder, list(manifest.checksums), manifest.classes) for folder, manifest in manifests.items()]
-    groups, lines = [[number for number, _ in group] for group in equal_groups(splits)], []
+    owner = np.repeat(np.arange(len(splits)), [len(stored.rows) for stored in splits])
+    equal = equal_groups(np.concatenate([stored.digests for stored in splits]))
+    groups, lines = [owner[places].tolist() for places in equal], []
     for number, stored in enumerate(splits):
         split, total, flat = stored.folder.name, len(stored.rows), stored.one_colour
         changes = ", ".join(f"{count:,} {kind}" for kind, count in stored.changes.most_common())
@@ -164,7 +157,7 @@ def remarks(out: Path) -> list[str]:
             f"changed by the rules of docs/pipeline.md: {changes}": changes,
             f"{len(flat):,} of {total:,} images have one colour: {truncate_list(flat)}": flat,
             f"{copies:,} of {total:,} images are copies of others": copies,
-            f"{in_train:,} of {total:,} images are also in train, so accuracies will mean little": in_train,
+            f"{in_train:,} of {total:,} images are also in train, which flatters accuracies": in_train,
             f"classes with a single image: {truncate_list(single)}": single and split == "train",
             "all images have one label, so accuracies will mean nothing": len(labels) == 1 and labels[0] >= 0,
         }

@@ -52,10 +52,10 @@ class Conversion:
 
 @dataclass
 class ShardRecord:
-    """All that is known of a finished shard without reading it. `rows`: `[n]` of SAMPLE_DTYPE. `one_colour`: names."""
+    """All that is known of a finished shard without reading it. `rows`: `[n]` of SAMPLE_DTYPE; `digests`: of the images."""
 
     rows: np.ndarray
-    fingerprints: np.ndarray
+    digests: np.ndarray
     sha256: str
     num_bytes: int
     rejected: list[dict[str, str | int]]
@@ -64,9 +64,9 @@ class ShardRecord:
     one_colour: list[str] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
-        meta = {name: value for name, value in vars(self).items() if name not in ("rows", "fingerprints")}
+        meta = {name: value for name, value in vars(self).items() if name not in ("rows", "digests")}
         buffer = io.BytesIO()
-        np.savez(buffer, rows=self.rows, fingerprints=self.fingerprints, meta=np.array(json.dumps(meta)))
+        np.savez(buffer, rows=self.rows, digests=self.digests, meta=np.array(json.dumps(meta)))
         write_atomic(path, buffer.getvalue())
 
     @staticmethod
@@ -74,7 +74,7 @@ class ShardRecord:
         """Raises ValueError for a damaged file."""
         try:
             with np.load(path, allow_pickle=False) as file:
-                return ShardRecord(file["rows"], file["fingerprints"], **json.loads(str(file["meta"])))
+                return ShardRecord(file["rows"], file["digests"], **json.loads(str(file["meta"])))
         except DAMAGES as error:
             remedy = "Remove it and run the same command again, which writes its shard again"
             raise ValueError(f"{path}: damaged ({error or type(error).__name__}). {remedy}") from None
@@ -97,13 +97,6 @@ def pixel_stride(num_images: int) -> int:
     return max(1, min(PIXEL_STRIDE, num_images // MIN_PIXEL_IMAGES))
 
 
-def fingerprint(content: bytes) -> bytes:
-    """Hash the length and three pieces of an image to 16 bytes; images with equal fingerprints are then compared in full."""
-    middle = len(content) // 2
-    pieces = content[:1024] + content[middle : middle + 1024] + content[-1024:]
-    return hashlib.blake2b(pieces, digest_size=16, key=len(content).to_bytes(8, "little")).digest()
-
-
 class ShardBuilder:
     """Appends samples to a tar and collects the content of its record."""
 
@@ -111,7 +104,7 @@ class ShardBuilder:
         self.conversion, self.shard, self.file = conversion, shard, file
         self.digest, self.num_bytes = hashlib.sha256(), 0
         self.rows: list[tuple[int, int, int, int, int, int]] = []
-        self.fingerprints: list[bytes] = []
+        self.digests: list[bytes] = []
         self.rejected: list[dict[str, str | int]] = []
         self.one_colour: list[str] = []
         self.changes: Counter[str] = Counter()
@@ -134,7 +127,7 @@ class ShardBuilder:
         self.rows.append((self.shard, offset, len(checked.content), label, checked.height, checked.width))
         for extension, content in parts.items():
             self._write(tar_header(f"{position:09d}.{extension}", len(content)), content, bytes(-len(content) % BLOCKSIZE))
-        self.fingerprints.append(fingerprint(checked.content))
+        self.digests.append(hashlib.sha256(checked.content).digest()[:16])
         self.one_colour += [name] * checked.has_one_colour
         self.changes.update(checked.changes)
         if checked.other_frames:
@@ -145,7 +138,7 @@ class ShardBuilder:
         self._write(bytes(2 * BLOCKSIZE))  # the end of a tar
         return ShardRecord(
             rows=np.array(self.rows, SAMPLE_DTYPE),
-            fingerprints=np.frombuffer(b"".join(self.fingerprints), "S16"),
+            digests=np.frombuffer(b"".join(self.digests), "S16"),
             sha256=self.digest.hexdigest(),
             num_bytes=self.num_bytes,
             rejected=self.rejected,

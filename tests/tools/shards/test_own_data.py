@@ -152,7 +152,7 @@ def test_degenerate_images_and_labels_are_said_at_the_end(tmp_path: Path, capsys
     val = write_files(tmp_path / "val", {name: content for name, content in files.items() if name.startswith("ant/")})
     lines = said(capsys, val, tmp_path / "out", "--split", "val").splitlines()
     assert lines[-2:] == [
-        "note     val: 6 of 6 images are also in train, so accuracies will mean little",
+        "note     val: 6 of 6 images are also in train, which flatters accuracies",
         "note     val: all images have one label, so accuracies will mean nothing",
     ]
 

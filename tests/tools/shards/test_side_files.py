@@ -70,7 +70,7 @@ def test_a_damaged_plan_is_one_line(text: str, folder: Path, tmp_path: Path, cap
     assert f"Remove {folder}" in error
 
 
-@pytest.mark.parametrize("part", ["rows", "fingerprints", "meta", "all"])
+@pytest.mark.parametrize("part", ["rows", "digests", "meta", "all"])
 def test_a_damaged_record_is_written_again_and_that_of_another_task_is_named(
     part: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,7 @@ NEARLY_WHITE = 224  # the mean of each channel
 SRGB_TOLERANCE = 3  # gray levels by which a profile that is meant to be sRGB may differ
 MODE_CHANGES = {"F": "float", "I": "32-bit", "P": "palette", "1": "1-bit"} | dict.fromkeys(("RGBA", "LA", "PA"), "alpha")
 OTHER_ORDER = {"B": "L", "L": "B", "N": "B"}  # Pillow's names; N, native, is little-endian wherever DALI runs
+MAX_PAGES = 1_000  # of a TIFF that are counted
 TIFF_BITS, TIFF_PLANES = 0x0102, 0x011C
 
 
@@ -42,10 +43,17 @@ def pixel_changes(image: ImageFile.ImageFile) -> list[str]:
 
 def other_frames(image: ImageFile.ImageFile) -> int:
     """Return the number of pages or frames behind the first one; the previews and depth maps behind a JPEG do not count."""
+    count = 0
     try:
-        return 0 if image.format == "MPO" else int(getattr(image, "n_frames", 1)) - 1
+        if image.format not in ("MPO", "TIFF"):
+            return int(getattr(image, "n_frames", 1)) - 1
+        while image.format == "TIFF" and count < MAX_PAGES:  # the time of its n_frames grows with the square of the pages
+            image.seek(count + 1)
+            count += 1
     except PILLOW_FAULTS:
-        return 0
+        pass
+    image.seek(0)
+    return count
 
 
 def to_8_bit(image: ImageFile.ImageFile, content: bytes) -> tuple[Image.Image, int]:
@@ -113,7 +121,7 @@ def _wide_values(image: ImageFile.ImageFile, content: bytes) -> np.ndarray:
         raise RejectedImageError("a TIFF of 16 bits with separate channels: store it with interleaved channels")
     halves = []
     for swapped in (False, True):
-        with Image.open(io.BytesIO(content)) as half:
+        with Image.open(io.BytesIO(content), formats=[str(image.format)]) as half:
             half.tile = [_in_order(tile, swapped) for tile in half.tile]
             halves.append(np.asarray(half, np.uint16))
     values = halves[0] << 8 | halves[1]

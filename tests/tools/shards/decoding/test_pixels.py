@@ -183,6 +183,8 @@ def test_of_several_frames_the_first_is_stored_and_the_others_are_counted() -> N
         checked, pixels = stored(encode(frames[0], name, save_all=True, append_images=frames[1:], **options), f"x.{name.lower()}")
         assert np.abs(pixels - (255, 0, 0)).max() <= 2, name
         assert checked.other_frames == 2, name
+    checked, _ = stored(encode(frames[0], "TIFF", save_all=True, append_images=frames[1:])[:-4] + b"\xff" * 4, "x.tif")
+    assert checked.other_frames in (1, 2)  # the last page is damaged
     checked, _ = stored(mpo := encode(frames[0], "MPO", save_all=True, append_images=frames[1:]), "x.jpg")
     assert (checked.content, checked.other_frames) == (mpo, 0)
 
@@ -279,6 +281,39 @@ def test_colours_of_another_profile_become_srgb() -> None:
     assert np.abs(pixels - srgb((RGB / 255) ** 2.2 @ ADOBE_TO_SRGB.T)).max() <= 12
     checked, pixels = stored(encode(PHOTO.convert("L"), "PNG", icc_profile=DARK_GRAY), "x.png")
     assert np.abs(pixels - srgb(GRAY / 255)[..., None]).max() <= 2
+
+
+def ink_profile() -> bytes:
+    """Write a CMYK profile (lut8 to Lab, two levels per ink): paper is white, black ink black, every other ink red."""
+    inks = np.stack(np.meshgrid(*[[0, 1]] * 4, indexing="ij"), -1).reshape(-1, 4)
+    lab = [
+        (255, 128, 128) if not ink.any() else (0, 128, 128) if ink[3] else (136, 208, 195) for ink in inks
+    ]  # red is 53, 80, 67
+    ramp = bytes(range(256))
+    identity = struct.pack(">9i", *(65536 * (k % 4 == 0) for k in range(9)))
+    table = b"mft1" + bytes(4) + bytes((4, 3, 2, 0)) + identity + ramp * 4 + np.array(lab, np.uint8).tobytes() + ramp * 3
+    head = struct.pack(">I4sI4s4s4s12s4s", 144 + len(table), b"lcms", 0x02100000, b"prtr", b"CMYK", b"Lab ", bytes(12), b"acsp")
+    white = struct.pack(">3i", 63190, 65536, 54061)
+    return head + bytes(28) + white + bytes(48) + struct.pack(">I4sII", 1, b"A2B0", 144, len(table)) + table
+
+
+# 16x16 pixels of the inks 55, 195, 225, 0 by libjpeg-turbo as YCCK (Adobe transform 2), quality 90.
+YCCK = bytes.fromhex(
+    "ffd8ffee000e41646f626500640000000002ffdb0043000302020302020303030304030304050805050404050a070706080c0a0c0c0b0a0b0b0d0e12100d0e110e0b0b1016101113141515150c0f171816141812141514ffdb00430103040405040509050509140d0b0d1414141414141414141414141414141414141414141414141414141414141414141414141414141414141414141414141414ffc00014080010001004012200021101031101042200ffc400160001010100000000000000000000000000000709ffc40014100100000000000000000000000000000000ffc4001501010100000000000000000000000000000708ffc40014110100000000000000000000000000000000ffda000e040100021103110400003f00a6806847ed5301ffd9"
+)
+
+
+def test_cmyk_becomes_rgb_through_its_profile_if_it_has_one() -> None:
+    checked, pixels = stored(YCCK, "x.jpg")
+    assert checked.changes == ("cmyk",)
+    assert np.abs(pixels - (200, 60, 30)).max() <= 3
+    for inks, color in (((0, 0, 0, 0), (255, 255, 255)), ((255, 0, 0, 0), (255, 0, 0)), ((0, 0, 0, 255), (0, 0, 0))):
+        image = Image.new("CMYK", (16, 16), inks)
+        for name, image_format in (("x.jpg", "JPEG"), ("x.tif", "TIFF")):
+            checked, pixels = stored(encode(image, image_format, icc_profile=ink_profile()), name)
+            assert {"cmyk", "colour profile"} <= set(checked.changes)
+            assert b"CMYK" not in checked.content
+            assert np.abs(pixels - color).max() <= 12, (inks, name, pixels[0, 0])
 
 
 def test_profiles_that_are_srgb_or_damaged_or_of_another_space_change_no_pixel() -> None:
