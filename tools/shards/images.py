@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageFile, features
 
 from pipeline.shards.samples import PILLOW_FAULTS
+from tools.shards.decoding.foreign import describe_foreign
 from tools.shards.decoding.markers import END_OF_IMAGE, LOSSLESS_FRAME, USUAL_FRAMES, JpegHeader, read_jpeg, without_metadata
 from tools.shards.decoding.pixels import (
     RejectedImageError,
@@ -134,9 +135,8 @@ def _check(content: bytes, name: str, policy: ImagePolicy, with_sums: bool) -> C
     except Image.UnidentifiedImageError:
         if jpeg.precision not in (0, 8):
             raise RejectedImageError(f"a JPEG of {jpeg.precision} bits: store it with 8 bits, or as PNG") from None
-        is_iso_media = content[4:8] == b"ftyp"  # HEIC and AVIF use the box format of MP4 (ISO/IEC 14496-12)
-        hint = "; it may be HEIC: pip install pillow-heif adds support" if is_iso_media and not HEIC_IS_READ else ""
-        raise RejectedImageError(f"not an image (allowed: {', '.join(FORMATS)}){hint}") from None
+        what = describe_foreign(content, name.rpartition("/")[2]) or f"not an image (allowed: {', '.join(FORMATS)})"
+        raise RejectedImageError(what) from None
     except PILLOW_FAULTS as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RejectedImageError(f"does not decode: {reason}") from None

@@ -4,26 +4,18 @@ from collections import Counter
 from pathlib import Path
 
 from pipeline.text import plural, truncate_list
+from tools.shards.decoding.foreign import OTHERS, PACKED, describe_foreign
 from tools.shards.images import FORMATS
 
 QUIET = "texts, lists or hidden files"  # counted, but reported only when the source has no image at all
-QUIET_NAMES = frozenset({"thumbs.db", "desktop.ini", "readme", "license", "licence", "copying", "makefile"})
+QUIET_NAMES = frozenset({"index.npy", "thumbs.db", "desktop.ini", "readme", "license", "licence", "copying", "makefile"})
 QUIET_EXTENSIONS = frozenset(
     ("txt", "json", "jsonl", "xml", "xmp", "csv", "tsv", "md", "yaml", "yml", "html", "log", "py", "sh", "ini", "cls", "idx",
-     "npz", "npy", "md5", "sha256", "aae")
+     "md5", "sha256", "aae")
 )  # fmt: skip
 MAX_EXTENSION_LENGTH = 8  # a longer one is part of a name
 MAX_KINDS = 8
-PACKERS = {
-    b"\x1f\x8b": ("gzip", "gunzip -k"),
-    b"PK\x03\x04": ("zip", "unzip"),
-    b"7z\xbc\xaf\x27\x1c": ("7z", "7z x"),
-    b"Rar!": ("rar", "unrar x"),
-    b"BZh": ("bzip2", "bunzip2 -k"),
-    b"\xfd7zXZ": ("xz", "unxz -k"),
-    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
-}
-PACKED_EXTENSIONS = (".gz", ".tgz", ".zip", ".7z", ".rar", ".bz2", ".xz", ".zst")
+HEAD_BYTES = 256
 
 
 def file_kind(name: str) -> str:
@@ -62,21 +54,14 @@ def _list(counts: Counter[str]) -> str:
 
 
 def _advice(counts: Counter[str]) -> str:
-    packed = sorted(kind for kind in counts if kind.endswith(PACKED_EXTENSIONS))
-    advice = {
-        "pip install pillow-heif adds .heic": counts[".heic"] or counts[".heif"],
-        "pip install -U pillow adds .avif": counts[".avif"],
-        f"unpack {', '.join(packed)} first": packed,
-        "convert a .tar itself, or the folder that contains it": counts[".tar"],
-    }
-    return "".join(f"; {text}" for text, applies in advice.items() if applies)
+    packed = sorted(kind for kind in counts if any(kind.endswith(form.extensions) for form in PACKED))
+    advice = {f"{form.name}: {form.advice}": sum(counts[kind] for kind in form.extensions) for form in OTHERS}
+    advice |= {f"unpack {', '.join(packed)} first": len(packed)}
+    advice |= {"convert a .tar itself, or the folder that contains it": counts[".tar"]}
+    return "".join(f"; {text}" for text, number in advice.items() if number)
 
 
-def describe_compression(path: Path) -> str:
-    """Return how a file is compressed and how to unpack it, judged by its first bytes; "" when it is not compressed."""
+def describe_file(path: Path) -> str:
+    """Return what a file that is neither an image nor a tar is, and what to do, "" where that is unknown."""
     with path.open("rb") as file:
-        head = file.read(max(map(len, PACKERS)))
-    for signature, (packer, command) in PACKERS.items():
-        if head.startswith(signature):
-            return f"compressed with {packer}, unpack it first: `{command} {path.name}` (images barely grow)"
-    return ""
+        return describe_foreign(file.read(HEAD_BYTES), path.name)

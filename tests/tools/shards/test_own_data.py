@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 import time
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def test_files_that_are_not_images_are_reported_by_kind(
     assert len(lines) == 1
     listed, _, rest = lines[0].removeprefix("left out: ").partition(": unsupported formats (supported: jpg, png")
     assert set(listed.split(", ")) == {"2 .heif", "1 .cr2", "1 .mp4", "1 without an extension", "1 .tar.gz"}
-    assert "pip install pillow-heif" in rest
+    assert "HEIC or AVIF: `pip install -U pillow pillow-heif`" in rest
     assert "unpack .tar.gz first" in rest
 
 
@@ -231,6 +232,42 @@ def test_a_compressed_archive_says_how_to_unpack_it(
     assert f"unpack it first: {advice}" in error
     if name == "x.tar":
         assert advice in refused(capsys, tmp_path, tmp_path / "out")
+
+
+def npz() -> bytes:
+    np.savez(buffer := io.BytesIO(), x_train=np.zeros((2, 4, 4), np.uint8))
+    return buffer.getvalue()
+
+
+def tiff(bands: int) -> bytes:
+    entries = [(256, 4), (257, 4), (258, 8), (259, 1), (262, 1), (273, 8), (277, bands), (278, 4), (279, 16 * bands)]
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + bytes(4 + 16 * bands)
+
+
+KNOWN = {
+    "dcm": (bytes(128) + b"DICM" + bytes(200), "DICOM"),
+    "jxl": (b"\xff\x0a" + bytes(200), "JPEG XL"),
+    "npz": (npz(), "NumPy arrays"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "a pointer of Git LFS"),
+    "html": (b"\n<!doctype html><html></html>", "an HTML page"),
+    "tif": (tiff(13), "a TIFF of 13 bands"),
+    "zip": (b"PK\x03\x04" + bytes(100), "compressed with zip"),
+}
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_files_of_known_formats_are_called_by_their_names(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content, name = KNOWN[kind]
+    root = write_files(tmp_path / "in", {"a/x.jpg": content, f"a/y.{kind}": content})
+    assert main(["convert", str(root), "--out", str(tmp_path / "out")]) == 2
+    assert f": {name}, " in capsys.readouterr().err
+    (root / "a/x.jpg").write_bytes(sources.picture(0, 0))
+    if kind in ("dcm", "jxl", "npz"):
+        assert f"1 .{kind}" in (told := said(capsys, root, tmp_path / "b"))
+        assert f"{name}: " in told
+    if kind != "tif":
+        assert name in refused(capsys, root / f"a/y.{kind}", tmp_path / "c")
 
 
 def test_a_source_without_images_says_what_was_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

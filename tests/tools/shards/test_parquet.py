@@ -1,5 +1,6 @@
 """Parquet of every usual form: the labels that went in, or one line with file and column."""
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -133,3 +134,19 @@ def test_rows_without_labels_and_images_are_kept_apart(tmp_path: Path, capsys: p
     column = pyarrow.array(paths, pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())]))
     path = write(tmp_path / "in/0.parquet", {"image": column, "label": LABELS})
     assert "holds no image at all" in refused(capsys, path, tmp_path / "b")
+
+
+def test_columns_of_other_names_are_read_if_they_hold_images_and_named_if_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = [image["bytes"] for image in images()]
+    path = write(tmp_path / "in/0.parquet", {"content": content, "digest": [b"12"] * 6, "label": LABELS})
+    assert_colours_tell_labels(run_convert(path, tmp_path / "a"), 6)
+    encoded = [base64.b64encode(image).decode() for image in content]
+    path = write(tmp_path / "in/0.parquet", {"content": encoded, "file": ["a.jpg"] * 6, "digest": [b"12"] * 6, "label": LABELS})
+    for source in (path, path.parent):
+        error = refused(capsys, source, tmp_path / "b")
+        assert (
+            "no column holds image files; its columns are content (string), file (string), digest (binary), label (int64)"
+            in error
+        )

@@ -22,6 +22,9 @@ from pipeline.shards.tar import is_hidden
 from pipeline.text import plural, truncate_list
 from tools.shards.catalogue import Catalogue, FileRanges, Source
 from tools.shards.classes import number_labels
+from tools.shards.decoding.pixels import RejectedImageError
+from tools.shards.images import ImagePolicy, check_image
+from tools.shards.layouts.folders import has_images
 from tools.shards.layouts.splits import files_of_split, plain_name
 
 IMAGE_ROWS, LABEL_ROWS = 64, 1 << 16  # rows that are decoded at once; bounds the memory
@@ -99,6 +102,12 @@ def open_parquet(path: Path, split: str, spools: Path | None) -> Source | None:
         visible = [file for file in sorted(path.rglob("*.parquet")) if not is_hidden(str(file.relative_to(path)))]
         files = files_of_split(visible, split, path)
     columns_of = {file: columns for file in files if (columns := find_columns(file))}
+    if files and not columns_of and (path.is_file() or not (has_images(path) or any(path.rglob("*.tar")))):
+        there = ", ".join(f"{field.name} ({field.type})" for field in open_file(files[0]).schema_arrow)
+        raise ValueError(
+            f"{files[0]}: no column holds image files; its columns are {there}. Needed are their bytes, in a binary column or "
+            "the field `bytes` of a struct: decode base64 text; where there are names of files, convert those with --labels"
+        )
     num_others, files = len(files) - len(columns_of), list(columns_of)
     if not files:
         return None
@@ -156,6 +165,8 @@ def find_columns(path: Path) -> Columns | None:
     except (LookupError, TypeError, ValueError):
         features = {}
     images = [field.name for field in schema if _holds_images(field)]
+    binary = [field.name for field in schema if str(field.type) in BINARY_TYPES]
+    images = images or [name for name in binary if _starts_with_image(path, name)]
     if not images:
         return None
     usual = (name for known in IMAGE_NAMES for name in images if name.lower() == known)
@@ -178,6 +189,16 @@ def _holds_images(field: Any) -> bool:
         position = field.type.get_field_index("bytes")
         return position >= 0 and str(field.type.field(position).type) in BINARY_TYPES
     return str(field.type) in BINARY_TYPES and field.name.lower() in IMAGE_NAMES
+
+
+def _starts_with_image(path: Path, column: str) -> bool:
+    """Return True if the first value of a binary column of any name is an image file."""
+    first = next((value for value in read_column(path, column, 1) if value), b"")
+    try:
+        check_image(first, "", ImagePolicy())
+        return True
+    except RejectedImageError:
+        return False
 
 
 def read_column(path: Path, column: str, batch_rows: int) -> Iterator[Any]:

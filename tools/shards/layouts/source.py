@@ -19,7 +19,7 @@ from tools.shards.layouts.imagenet import open_imagenet_val
 from tools.shards.layouts.parquet import open_parquet
 from tools.shards.layouts.splits import NoSplitError
 from tools.shards.layouts.tars import open_tars
-from tools.shards.skipped_files import describe_compression, describe_no_images
+from tools.shards.skipped_files import describe_file, describe_no_images
 
 # In the order in which they are tried. Each lists the images of one split of a path, and returns None when the path has
 # another layout. The third argument is the folder in which `parquet` spools images, None for a dry run.
@@ -68,25 +68,22 @@ def _open_split(path: Path, split: str, layout: str, spools: Path | None) -> Sou
                     f"choose --layout {name}, folders or flat"
                 )
             check_class_names(source.classes, str(path))
-            return _with_checked_labels(source, path)
-    if path.is_file() and (packed := describe_compression(path)):
-        raise ValueError(f"{path}: {packed}")
+            _check_labels(source, path)
+            return source
+    if path.is_file() and (what := describe_file(path)):
+        raise ValueError(f"{path}: {what}")
     requested = "" if layout == "auto" else f" with --layout {layout}"
     content = _describe_content(path, split)
     raise NoSplitError(f"{path}: no {split} images found{requested}: {content}. Check the path, --split and --layout")
 
 
-def _with_checked_labels(source: Source, path: Path) -> Source:
-    """Add a note where all images have one label. Raises ValueError for a label without a class."""
+def _check_labels(source: Source, path: Path) -> None:
+    """Raise ValueError for a label without a class."""
     labels = np.asarray(source.catalogue.label)
     lowest, highest = int(labels.min()), int(labels.max())
     if lowest < UNLABELLED or (source.classes and highest >= len(source.classes)):
         wrong, classes = lowest if lowest < UNLABELLED else highest, f"{len(source.classes)} classes"
         raise ValueError(f"{path}: label {wrong} for {classes}: damaged, or the class list is of another data set")
-    if source.layout != "folders" and highest != UNLABELLED and (labels == highest).all():
-        note = f"all images have one label, {highest}: accuracies will mean nothing"
-        return replace(source, notes=(*source.notes, note))
-    return source
 
 
 def _describe_content(path: Path, split: str) -> str:

@@ -30,7 +30,7 @@ from tools.shards.layouts.splits import (
     plain_name,
     visible_folders,
 )
-from tools.shards.skipped_files import QUIET, describe_compression, file_kind
+from tools.shards.skipped_files import QUIET, describe_file, file_kind
 
 
 @dataclass
@@ -91,8 +91,8 @@ def _tars_of_split(path: Path, split: str) -> tuple[list[Path], int]:
 def _list_tars(tars: list[Path], below: str) -> Listing:
     listing = Listing(Catalogue([FileRanges(tar) for tar in tars]), below)
     for container, tar in enumerate(tars):
-        if packed := describe_compression(tar):
-            raise ValueError(f"{tar}: {packed}")
+        if what := describe_file(tar):
+            raise ValueError(f"{tar}: {what}")
         for inner in _list_members(listing, container, tar):
             start = len(listing.catalogue)
             if deeper := _list_members(listing, container, tar, inner):
