@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from model.encoder import MultiCropEncoder
 from pipeline.loader import MultiCropLoader
+from pipeline.memory import memory_limit, peak_memory
 from pipeline.shards.index import UNLABELLED, ShardIndex
 from pipeline.shards.manifest import check_class_count, read_manifest
 from pipeline.text import truncate_list
@@ -93,10 +94,10 @@ def _check_memory(loader: MultiCropLoader, count: int, width: int) -> None:
 
 
 def free_memory() -> int:
-    """Return the bytes available on this machine."""
+    """Return the bytes that this machine, or the limit of this process, has left."""
     with open("/proc/meminfo") as file:
         fields = dict(line.split(":") for line in file)
-    return 1024 * int(fields["MemAvailable"].split()[0])
+    return max(0, min(1024 * int(fields["MemAvailable"].split()[0]), memory_limit() - peak_memory()))
 
 
 def subsample_evenly(index: ShardIndex, max_samples: int) -> ShardIndex:
