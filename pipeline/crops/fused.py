@@ -81,7 +81,7 @@ class FusedCrops:
     """
 
     def __init__(self, sizes: Sequence[int], kernel: CropKernel) -> None:
-        self._kernel, self._sizes = kernel, sizes
+        self._kernel = kernel
         self._views = {size: [view for view, other in enumerate(sizes) if other == size] for size in dict.fromkeys(sizes)}
         # The images of the batches that the kernel may still read: DALI reuses their memory as soon as they are dropped.
         self._held: deque[tuple[Any, torch.cuda.Event]] = deque()

@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 import weakref
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from nvidia.dali import fn, pipeline_def, types
 from skimage import data
 
 from model.hjepa import join_crops
@@ -22,6 +24,12 @@ from pipeline.crops.augment import SIGMA, SOLARIZE, TWIST, ViewRecipe, draw_para
 from pipeline.crops.cpu_operator import crop_once
 from pipeline.crops.device import DeviceError
 from pipeline.crops.fused import CHECKED, MAX_HELD, FusedCrops, self_check
+from pipeline.dataset import MultiCropDataset
+from pipeline.defaults import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.loader import build_multicrop_dataloader
+from pipeline.order import BatchStart
+from pipeline.shards.index import ShardIndex
+from pipeline.window import Fed, feed, make_batch, plan_window
 
 FORWARDS, BACKWARDS = "for (int i = 0; i < (n); i++)", "for (int i = (n) - 1; i >= 0; i--)"
 GUARD, GUARDS = 171, 64
@@ -200,6 +208,29 @@ def test_crops_of_a_batch_are_those_of_its_images_and_join_without_a_copy(kernel
             joined = join_crops([made[view] for view in views])
             assert joined.data_ptr() == made[views[0]].data_ptr()
             assert torch.equal(joined.unflatten(0, (5, -1)), torch.stack([made[view] for view in views], dim=1))
+
+
+def test_batches_of_the_kernel_are_those_of_the_cpu_operator(kernels: list[HostKernel], index: ShardIndex) -> None:
+    """The last one of an epoch is cut; all of DALI's images are still given to the kernel."""
+    recipes = tuple(replace(CHECKED, size=size) for size in (48, 32, 48))
+    dataset = MultiCropDataset(index, recipes, IMAGENET_MEAN, IMAGENET_STD)
+    loader = build_multicrop_dataloader(dataset, 24, device="cpu", normalized=False, drop_last=False)
+    encoded, fed = list[np.ndarray](), deque[Fed]()
+
+    @pipeline_def(batch_size=24, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    def decode() -> object:
+        files = fn.external_source(lambda: encoded, dtype=types.UINT8, ndim=1)
+        return fn.decoders.image(files, output_type=types.RGB, adjust_orientation=False, jpeg_fancy_upsampling=True)
+
+    starts, rows = plan_window(loader.sequence, BatchStart(0, 0), 5)
+    crops = FusedCrops([recipe.size for recipe in recipes], kernels[0])
+    for _, expected in zip(feed(loader.sequence, recipes, starts, rows, fed), loader, strict=True):
+        encoded[:] = [np.frombuffer(index.encoded(row), np.uint8) for row in fed[0][0].tolist()]
+        made = make_batch(index, fed.popleft(), decode().run(), crops, torch.device("cpu"))
+        for name in ("labels", "boxes", "flips", "positions"):
+            assert torch.equal(getattr(made, name), getattr(expected, name)), name
+        assert all(torch.equal(crop, other) for crop, other in zip(made.crops, expected.crops, strict=True))
+        assert len(made.crops[0]) == len(made.labels)
 
 
 def test_images_live_until_the_kernel_has_read_them(kernels: list[HostKernel]) -> None:
