@@ -11,8 +11,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-# The children of a killed holder still hold its lock until they have died too.
-PATIENCE_S, POLL_S = 10.0, 0.05
+PATIENCE_S, POLL_S = 2.0, 0.05  # the children of a killed holder hold its lock for a moment longer
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # the file system has none
 
 log = logging.getLogger(__name__)
@@ -44,7 +43,7 @@ def exclusive(folder: Path, remedy: str, name: str = ".lock") -> Iterator[None]:
         with suppress(OSError):  # a full disk: the lock holds without its holder's name
             os.ftruncate(descriptor, 0)
             since = datetime.now().astimezone().isoformat(" ", "seconds")
-            os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()} {since}\n".encode(), 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
         yield
     finally:
         os.close(descriptor)
@@ -70,17 +69,11 @@ def _acquire(descriptor: int, kind: int, folder: Path, remedy: str) -> None:
         try:
             return fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            pid, host, since = (*os.pread(descriptor, 256, 0).decode(errors="replace").split(" ", 2), "", "", "")[:3]
-            if not _is_dead(pid, host) or time.monotonic() > deadline:
-                holder = f"process {pid} on {host} since {since.strip()}" if since else "another process"
+            if time.monotonic() > deadline:
+                holder = os.pread(descriptor, 256, 0).decode(errors="replace").strip() or "another process"
                 raise ValueError(f"{folder}: in use by {holder}. Wait for it, stop it, or {remedy}") from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
             return log.warning(f"{folder}: cannot be locked ({error.strerror}): take care that only one command writes there")
         time.sleep(POLL_S)
-
-
-def _is_dead(pid: str, host: str) -> bool:
-    """Return True for a process of this machine that has ended."""
-    return host == socket.gethostname() and pid.isdecimal() and not Path("/proc", pid).exists()

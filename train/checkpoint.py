@@ -199,21 +199,17 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def is_sound(path: Path) -> bool:
-    """Return True for an undamaged checkpoint. Its files are read once, and again only if one has changed since."""
+    """Return True for an undamaged checkpoint. It is read once, and again only if one of its files has changed since."""
     try:
-        return _is_sound(path, tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in map(Path.stat, sorted(path.iterdir()))))
-    except OSError:
+        _verify_once(path, *((s.st_ino, s.st_size, s.st_mtime_ns) for s in map(Path.stat, sorted(path.iterdir()))))
+        return True
+    except (OSError, DamagedCheckpointError):
         return False
 
 
 @lru_cache(maxsize=256)
-def _is_sound(path: Path, _: tuple[tuple[int, ...], ...]) -> bool:
-    try:
-        verify_checkpoint(path)
-    except DamagedCheckpointError as error:
-        log.warning(f"{error}; it does not count among those kept")
-        return False
-    return True
+def _verify_once(path: Path, *_: tuple[int, int, int]) -> None:
+    verify_checkpoint(path)
 
 
 def verify_checkpoint(path: Path) -> None:

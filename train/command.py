@@ -163,7 +163,7 @@ def _output_may_fail() -> Iterator[None]:
 
 
 @contextmanager
-def on_signal(number: int, handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def on_signal(number: int, handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
     """Call `handler` when the signal arrives while open."""
     previous = signal.signal(number, handler)
     try:

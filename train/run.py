@@ -4,7 +4,6 @@ Several GPUs: `torchrun --nproc_per_node=8 -m train.run configs/multicrop_traini
 """
 
 import argparse
-import logging
 import os
 import shutil
 import signal
@@ -24,8 +23,6 @@ from train.config.schema import Config
 from train.config.yaml12 import ConfigError
 from train.output.display import LOADING
 from train.shards import with_shards
-
-log = logging.getLogger(__name__)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> tuple[Path, list[str], argparse.Namespace]:
@@ -165,14 +162,10 @@ def out_of_memory_explained(config: Config, device: object) -> Iterator[None]:
 def main(arguments: Sequence[str] | None = None) -> int:
     path, overrides, options = parse_arguments(arguments)
     # While training, signals are caught and answered with a checkpoint; before and after that, they end the command as Ctrl-C
-    # does. Only a terminal that is closed ends nothing.
+    # does. A terminal that is closed ends nothing.
     resumes, stop = "interrupted; the same command continues from the newest checkpoint", signal.default_int_handler
-    with on_signal(signal.SIGHUP, go_on), on_signal(signal.SIGTERM, stop), on_signal(signal.SIGUSR1, stop):
+    with on_signal(signal.SIGHUP, signal.SIG_IGN), on_signal(signal.SIGTERM, stop), on_signal(signal.SIGUSR1, stop):
         return run_command("train", lambda: launch(options, path, overrides), interrupted=resumes)
-
-
-def go_on(*_: object) -> None:
-    log.warning(f"SIGHUP: the terminal is gone; the run goes on without it, and `kill {os.getpid()}` stops it")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import numpy as np
 
 from pipeline.defaults import CACHE_SIZE_GB, STORE_RETRY_S, STORE_STREAMS
 from pipeline.files import file_checksum, private_folder
+from pipeline.lock import locked
 from pipeline.shards.index_file import shard_problem
 from pipeline.shards.storage import StoreError, download, retry
 
@@ -102,13 +102,13 @@ class ShardCache:
         return self.folder / shard.name
 
     def new_pins(self) -> Pins:
-        with _locked(self._folder_lock):
+        with locked(self._folder_lock):
             return Pins(self._pins)
 
     def pin(self, shard: StoredShard, pins: Pins) -> bool:
         """Pin a cached shard and mark it as planned. Returns False if it is not in the cache."""
         path, link = self.path(shard), pins.folder / shard.name
-        with _locked(self._folder_lock):
+        with locked(self._folder_lock):
             try:
                 if not link.exists():
                     size = path.stat().st_size
@@ -126,7 +126,7 @@ class ShardCache:
         Raises StoreError, also if too much of the cache is pinned (CacheFullError).
         """
         started = time.monotonic()
-        with _locked(self._locks / shard.name):
+        with locked(self._locks / shard.name):
             if self.pin(shard, pins):
                 return
             retry_s = max(min(MIN_RETRY_S, self.retry_s), self.retry_s - (time.monotonic() - started))
@@ -156,7 +156,7 @@ class ShardCache:
 
     def _make_room(self, shard: StoredShard, partial: Path) -> None:
         """Evict shards until this one fits, and create `partial`. Raises CacheFullError."""
-        with _locked(self._folder_lock):
+        with locked(self._folder_lock):
             partial.unlink(missing_ok=True)
             for folder in self._pins.iterdir():
                 _remove_if_unlocked(folder)
@@ -192,16 +192,6 @@ def _content_problem(shard: StoredShard, path: Path) -> str | None:
     if file_checksum(path) == shard.sha256:
         return None
     return "its sha256 is not that of manifest.json: changed in the store, or damaged"
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _remove_if_unlocked(folder: Path) -> None:

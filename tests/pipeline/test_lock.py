@@ -17,10 +17,10 @@ from pipeline.lock import check_unused, exclusive
 HOLD = (
     "import os, sys, time; from pathlib import Path; from pipeline.lock import exclusive\n"
     "with exclusive(Path(sys.argv[1]), 'go'):\n"
+    "    parent = os.getpid()\n"
     "    if sys.argv[2:] and not os.fork():\n"
-    "        parent = os.getppid()\n"
     "        while os.getppid() == parent: time.sleep(0.01)\n"
-    "        time.sleep(0.3); os._exit(0)\n"
+    "        time.sleep(0.2); os._exit(0)\n"
     "    print('held', flush=True); sys.stdin.read()\n"
 )
 
@@ -43,7 +43,7 @@ def test_the_second_writer_is_told_who_the_first_is_until_that_one_ends(tmp_path
             assert str(caught.value).endswith("Wait for it, stop it, or go")
             assert "\n" not in str(caught.value)
     with exclusive(tmp_path, "go"):
-        assert (tmp_path / ".lock").read_text().split()[0] == str(os.getpid())
+        assert (tmp_path / ".lock").read_text().split()[1] == str(os.getpid())
 
 
 def test_a_killed_writer_leaves_no_lock_behind_even_if_its_child_lives_a_moment_longer(tmp_path: Path) -> None:

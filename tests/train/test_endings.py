@@ -75,7 +75,7 @@ def test_a_loader_that_fails_ends_in_a_checkpoint_and_the_same_command_then_ends
     assert losses[0] == losses[1]
 
 
-def test_a_run_goes_on_when_its_terminal_is_closed(data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_goes_on_when_its_terminal_is_closed(data_path: Path, tmp_path: Path) -> None:
     run = tmp_path / "quickstart"
 
     def hang_up() -> None:
@@ -83,13 +83,10 @@ def test_a_run_goes_on_when_its_terminal_is_closed(data_path: Path, tmp_path: Pa
             time.sleep(0.001)
         os.kill(os.getpid(), signal.SIGHUP)
 
-    thread = threading.Thread(target=hang_up)
+    thread = threading.Thread(target=hang_up, daemon=True)
     thread.start()
     assert main(command(QUICKSTART, data_path, tmp_path, *STEPS)) == 0
     thread.join()
-    assert (
-        f"SIGHUP: the terminal is gone; the run goes on without it, and `kill {os.getpid()}` stops it" in capsys.readouterr().out
-    )
     assert status(run) == "complete"
 
 

@@ -25,12 +25,6 @@ from train.config.yaml12 import changed_settings, flatten
 log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "multicrop-hjepa")
-# What starting over moves aside, the checkpoints first: cut short, the rest belongs to no run that could be continued. Damaged
-# images stay known.
-RESULTS = (
-    "checkpoints", "config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "baselines.json", "figures",
-    "summary.json", "report.md", "report.html",
-)  # fmt: skip
 # Sections and keys that may differ between a run and its continuation: the rest decides what the weights mean.
 FREE_KEYS = (
     "device", "training.", "checkpoint.", "logging.", "evaluation.",
@@ -116,8 +110,10 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def _start_over(folder: Path) -> None:
-    """Move what an earlier run has written to `old-1`, or the first number that is free: a run's folder of its own."""
-    if there := [folder / name for name in RESULTS if (folder / name).exists()]:
+    """Move an earlier run to `old-1`, or the first number that is free: a run's folder of its own. Damaged images stay known."""
+    there = [path for path in folder.iterdir() if not path.name.startswith((".lock", "quarantine", "old-"))]
+    if there:
+        there.sort(key=lambda path: path.name != "checkpoints")  # they come first: the rest alone is no run to be continued
         log.info(
             f"{folder}: the earlier run there was moved to {move_aside(there, folder, 'old').name}; this one starts at step 0"
         )
