@@ -11,14 +11,17 @@ from typing import BinaryIO, TextIO
 from urllib.parse import unquote
 
 BUFFER_BYTES = 1 << 20  # fewer and larger writes, which network disks need
+USERINFO = re.compile(r"\w+://([^/]*|[^/@]*:(?!\d+/)[^@]*)@")  # a secret can have slashes, a port looks like one
 VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
 
 
 def expand_path(text: str) -> str:
     """Return a path or URL with `~`, `$VAR` and `${VAR}` replaced as a shell does, and `file://` as a path.
 
-    A path that exists as it is written stays. Raises ValueError for a variable that is not set and for an unknown user.
+    A path that exists as it is written stays. Raises ValueError for a variable that is not set, for an unknown user and, without
+    repeating it, for a URL with a user name or password.
     """
+    _refuse_userinfo(text)
     if "$" in text and os.path.exists(text):
         return text
     text = unquote(text.removeprefix("file://")) if text.startswith("file:///") else text
@@ -27,7 +30,16 @@ def expand_path(text: str) -> str:
         raise ValueError(f"{text}: the variable {missing[0]} is not set; set it, or write the path itself")
     if path.startswith("~") and not os.path.exists(path):
         raise ValueError(f"{text}: no such user; write the path itself, or ./{text}")
+    _refuse_userinfo(path)
     return path
+
+
+def _refuse_userinfo(place: str) -> None:
+    if USERINFO.match(place):
+        raise ValueError(
+            f"a {place.partition(':')[0]}:// URL with a user name or password before an @, which would end up in settings, logs "
+            "and reports. Leave that part out; stores take credentials from the environment (docs/operating.md)"
+        )
 
 
 @contextmanager

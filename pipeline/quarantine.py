@@ -8,6 +8,7 @@ import numpy as np
 from pipeline.defaults import MAX_BAD_SHARE
 from pipeline.files import open_append
 from pipeline.shards.index import ShardIndex
+from pipeline.shards.manifest import read_json_lines
 
 MAX_LISTED = 10  # bad samples that an error names
 SMALL_SET_BAD = 5  # bad samples that a set of fifty or more can have, whatever the share
@@ -44,13 +45,12 @@ class Quarantine:
             return
         numbers = {name: i for i, name in enumerate(self.index.shards)}
         reasons: dict[tuple[int, int], str] = {}  # by shard and offset
-        for line in self.path.read_text().splitlines():
+        for entry in read_json_lines(self.path):
             try:
-                entry = json.loads(line)
                 # Another data set's tars can have the same names.
                 if entry.get("data", self.index.digest) == self.index.digest:
                     reasons[numbers[entry["shard"]], int(entry["offset"])] = str(entry["reason"])
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, OverflowError):
                 continue  # cut off by a crash, or about other data
         samples = self.index.samples
         for row in np.flatnonzero(np.isin(samples["offset"], [offset for _, offset in reasons])).tolist():

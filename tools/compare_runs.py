@@ -5,13 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipeline.shards.manifest import read_object
 from train.command import CommandParser, path_argument, run_command
+from train.config.load import read_values
 from train.config.yaml12 import flatten
 from train.output.log import read_metrics
-from train.output.report import REMEDY, html_table, line_charts, summary_rows, write_html
+from train.output.report import REMEDY, html_table, line_charts, read_summary, summary_rows, write_html
 
 
 def marked(folders: dict[str, Path]) -> tuple[dict[str, Path], str]:
@@ -34,8 +33,8 @@ def write_comparison(folders: Mapping[str, Path], out: Path, note: str = "") -> 
     results, settings = [], []
     for folder in folders.values():
         summary = folder / "summary.json"
-        results.append(dict(summary_rows(read_object(summary, REMEDY))) if summary.exists() else {})
-        settings.append(flatten(yaml.safe_load((folder / "config.yaml").read_text()) or {}))
+        results.append(dict(summary_rows(read_summary(summary))) if summary.exists() else {})
+        settings.append(flatten(read_values(folder / "config.yaml", {})))
 
     def side_by_side(runs: Sequence[Mapping[str, Any]], keys: Iterable[str]) -> str:
         return html_table([("", *folders), *((key, *(str(run.get(key, "-")) for run in runs)) for key in keys)])

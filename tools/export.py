@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.shards.manifest import read_object
+from pipeline.shards.manifest import read_as_expected, read_object
 from train.command import CommandParser, path_argument, run_command
 from train.config.schema import Config
 from train.output.display import LOADING
-from train.output.report import markdown_table
+from train.output.report import markdown_table, read_summary
 
 if TYPE_CHECKING:
     from model.encoder import MultiCropEncoder
@@ -89,9 +89,11 @@ def model_card(config: Config, checkpoint: Path, licence: str, summary: Path, fi
         mean=list(data.augmentation.mean), std=list(data.augmentation.std),
     )  # fmt: skip
     if summary.exists():
-        card += f"\n## Training\n\n{markdown_table(read_object(summary, REMEDY))}\n"
+        card += f"\n## Training\n\n{markdown_table(read_summary(summary))}\n"
     if figures is not None:
-        card += f"\n## Evaluation\n\n{report_table(read_object(figures, REMEDY))}\n"
+        content = read_object(figures, REMEDY)
+        with read_as_expected(figures, REMEDY):
+            card += f"\n## Evaluation\n\n{report_table(content)}\n"
     return f"{card}\n## Settings\n\n```yaml\n{config.to_yaml().rstrip()}\n```\n\n## Licence\n\n{licence}\n"
 
 

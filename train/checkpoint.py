@@ -10,19 +10,36 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field, NonNegativeInt
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline.files import file_checksum
+from pipeline.shards.manifest import read_as_expected, read_object
 from train.distributed import CHECKPOINT_WRITER
+from train.state import RunState
 
 log = logging.getLogger(__name__)
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+
+
+class LoaderState(BaseModel, strict=True):
+    epoch: NonNegativeInt
+    position: NonNegativeInt
+    data: str | None = None
+
+
+class SavedState(BaseModel, strict=True):
+    """What state.json holds at least; the checksums next to it say that it arrived as it was written, not by whom."""
+
+    step: Annotated[int, Field(ge=0, lt=10**8)]
+    run: RunState
+    loader: LoaderState
 
 
 class DamagedCheckpointError(ValueError):
@@ -159,16 +176,16 @@ def move_aside(paths: Iterable[Path], folder: Path, name: str) -> Path:
 
 def data_of(path: Path) -> str | None:
     """Return the digest of the shards that a checkpoint was trained on; None for old and for damaged checkpoints."""
-    return _read_state(path).get("loader", {}).get("data")
+    loader = _read_state(path).get("loader")
+    return loader.get("data") if isinstance(loader, dict) else None
 
 
 def _read_state(path: Path) -> dict[str, Any]:
     """Return state.json without checking it; empty if it is damaged."""
     try:
-        state = json.loads((path / STATE).read_text())
+        return read_object(path / STATE, "")
     except (OSError, ValueError):
         return {}
-    return state if isinstance(state, dict) else {}
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -178,7 +195,7 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 def checkpoint_step(path: Path) -> int:
     """Return the step in a checkpoint's state, whatever its folder is called; where the state is damaged, that of the name."""
     step = _read_state(path).get("step")
-    return step if isinstance(step, int) else int(path.name.removeprefix("step_"))
+    return step if isinstance(step, int) and 0 <= step < 10**8 else int(path.name.removeprefix("step_"))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -241,7 +258,13 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     except (RuntimeError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ValueError(f"{path}: belongs to another architecture ({reason})") from None
-    return json.loads((path / STATE).read_text())
+    remedy = "Continue from another checkpoint"
+    state = read_object(path / STATE, remedy)
+    with read_as_expected(path / STATE, remedy):
+        saved = SavedState.model_validate_json(
+            json.dumps(state)
+        )  # of JSON: only there are numbers with and without a point one type
+    return {**state, "run": saved.run.as_dict()}
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

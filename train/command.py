@@ -90,17 +90,18 @@ def device_argument(text: str) -> str:
     return "gpu" if text == "cuda" else text
 
 
-def path_argument(text: str) -> Path:
-    """Return a path of the command line, expanded; the type of such arguments."""
-    try:
-        return Path(expand_path(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
 def place_argument(text: str) -> Path | str:
     """Return a path of the command line, expanded, or the URL of a prefix in a store."""
-    return text if is_remote(text) else path_argument(text)
+    try:
+        place = expand_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return place if is_remote(place) else Path(place)
+
+
+def path_argument(text: str) -> Path:
+    """Return a path of the command line, expanded; the type of such arguments."""
+    return Path(place_argument(text))
 
 
 class Output:

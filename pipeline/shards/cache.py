@@ -25,6 +25,7 @@ from pipeline.shards.storage import StoreError, download, retry
 # A process that waited for the download of another one, which failed, retries for at least this long. With the full
 # `retry_s`, eight ranks that wait for each other would try eight times as long as the user asked for.
 MIN_RETRY_S = 10.0
+MAX_TAIL_BYTES = 1 << 26
 SHARD_FILES = f"*-{24 * '[0-9a-f]'}.tar"  # the folder can hold other files, which the cache never touches
 
 
@@ -78,7 +79,7 @@ class ShardCache:
     """Complete shards, at most `max_bytes` of them; eviction starts with the one that was planned least recently."""
 
     def __init__(self, settings: CacheSettings) -> None:
-        self._is_private = settings.folder is None
+        self._is_private, self._checked = settings.folder is None, set[tuple[int, int]]()
         self.folder = settings.folder or Path(tempfile.gettempdir()) / f"multicrop-hjepa-{os.getuid()}"
         self.max_bytes, self.retry_s, self.streams = settings.max_bytes, settings.retry_s, settings.streams
         self._locks, self._pins = self.folder / "locks", self.folder / "pins"
@@ -115,9 +116,22 @@ class ShardCache:
                     if size < shard.num_bytes or (shard.sha256 and size > shard.num_bytes):
                         return False
                     os.link(path, link)
+                    if not self._is_trusted(shard, link):
+                        link.unlink()
+                        return False
                 os.utime(link)
             except FileNotFoundError:
                 return False
+        return True
+
+    def _is_trusted(self, shard: StoredShard, link: Path) -> bool:
+        """Return True for a shard that this user downloaded, and for another user's with the sha256 of the manifest."""
+        status = link.stat()
+        key = status.st_ino, status.st_mtime_ns
+        if status.st_uid not in (0, os.geteuid()) and key not in self._checked:
+            if not shard.sha256 or file_checksum(link) != shard.sha256:
+                return False
+            self._checked.add(key)
         return True
 
     def fetch(self, shard: StoredShard, pins: Pins) -> None:
@@ -148,7 +162,8 @@ class ShardCache:
 
     def _download(self, shard: StoredShard, partial: Path, fresh: bool) -> None:
         self._make_room(shard, partial)
-        download(shard.url, partial, fresh)
+        # Without a manifest the length is not known: labels and padding can follow the last image.
+        download(shard.url, partial, shard.num_bytes + (0 if shard.sha256 else MAX_TAIL_BYTES), fresh)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         if (size := partial.stat().st_size) < shard.num_bytes:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import tarfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from pipeline.shards.advice import advise
 from pipeline.shards.cache import CacheSettings, Pins, ShardCache, StoredShard
 from pipeline.shards.fetcher import FolderWatch, ShardFetcher
 from pipeline.shards.index_file import INDEX_NAME, SAMPLE_DTYPE, UNLABELLED, load_index, save_index
-from pipeline.shards.manifest import read_manifest
+from pipeline.shards.manifest import check_fits, read_manifest
 from pipeline.shards.samples import MAX_LABEL_BYTES, scan_shard
 from pipeline.shards.storage import MissingObject, StoreError, check_prefix, is_remote, join, read_bytes, sizes
 from pipeline.shards.tar import sample_key
@@ -198,6 +199,17 @@ def tar_names(folder: Path) -> list[str]:
         raise ValueError(f"{folder}: cannot be read ({error.strerror}). Check its permissions") from None
 
 
+def tar_sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
+    """Return the bytes of each tar. Raises ValueError for two names of one file, whose images would count twice."""
+    known, sizes = dict[tuple[int, int], str](), {}
+    for name in names:
+        status = os.stat(folder / name)
+        if (other := known.setdefault((status.st_dev, status.st_ino), name)) != name:
+            raise ValueError(f"{folder / name}: the same file as {other}: its images would count twice. Remove one of the two")
+        sizes[name] = status.st_size
+    return sizes
+
+
 def open_index(folder: Path | str) -> ShardIndex:
     """Read the index of a folder or prefix, and compare it with the tars; those of a store are compared when they arrive.
 
@@ -213,18 +225,24 @@ def open_index(folder: Path | str) -> ShardIndex:
         raise FileNotFoundError(
             f"{folder}: no shards (*.tar) here. Make them with `python tools/make_shards.py convert SOURCE --out {folder}`"
         )
+    manifest = read_manifest(folder)
     try:
         shards, samples, counts, ends = load_index(folder, rebuild)
     except FileNotFoundError:
         scans = [scan_shard(folder / name, shard) for shard, name in enumerate(names)]
-        return ShardIndex(folder, tuple(names), np.concatenate(scans), np.array([len(scan) for scan in scans], np.int64))
+        samples, counts = np.concatenate(scans), np.array([len(scan) for scan in scans], np.int64)
+        check_fits(folder, manifest, tar_sizes(folder, names), len(samples))
+        return ShardIndex(folder, tuple(names), samples, counts)
+    num_bytes = tar_sizes(folder, names)
     if unlisted := sorted(set(names) - set(shards)):
+        check_fits(folder, manifest, num_bytes, len(samples))  # tars of another conversion are not to be included
         # Ignoring them would silently train on a part of the data.
         raise ValueError(
             f"{folder}: the index lists {len(shards)} tars, and the folder holds {len(unlisted)} more "
             f"({unlisted[0]}, ...). Move them away, or include them. {rebuild}"
         )
     index_file.check_shards([folder / name for name in shards], ends)
+    check_fits(folder, manifest, num_bytes, len(samples))
     return ShardIndex(folder, shards, samples, counts)
 
 
@@ -233,6 +251,7 @@ def _open_remote(folder: str) -> ShardIndex:
     remedy = "Upload it again"
     names, samples, counts, ends = load_index(folder, remedy)
     manifest, listed = read_manifest(folder), sizes(folder)
+    check_fits(folder, manifest, dict.fromkeys(names, 0), len(samples))
     entries = {shard.name: shard for shard in manifest.shards if shard.bytes is not None} if manifest else {}
     stored, stops = list[StoredShard | None]([None] * len(names)), np.cumsum(counts)
     for shard, pair in ends.items():

@@ -20,8 +20,8 @@ import numpy as np
 from pydantic import BaseModel, Field, InstanceOf
 
 from pipeline.files import write_atomic
-from pipeline.shards.manifest import parse_model
-from pipeline.shards.storage import is_remote, join, read_bytes
+from pipeline.shards.manifest import as_model, read_object
+from pipeline.shards.storage import is_remote, join, read_bytes, read_whole
 from pipeline.shards.tar import IMAGE_EXTENSIONS, head_kind
 
 INDEX_NAME = "index.json"
@@ -35,6 +35,7 @@ SAMPLE_DTYPE = np.dtype(
 )
 # A larger `index.npy` (two million samples) is mapped: only the rows in use are in memory, and its checksum is not computed.
 MAX_READ_BYTES = 1 << 26
+MAX_INDEX_BYTES, MAX_HEADER_BYTES = 1 << 32, 4096  # of a downloaded `index.npy`, and of what is not its rows
 CHECKSUM_BYTES = 32  # of sha256
 # The exceptions of numpy and zipfile for a damaged `.npy` or `.npz`.
 DAMAGES = (
@@ -50,7 +51,7 @@ class IndexContent(BaseModel):
     """The content of `index.json`. `shards`: the number of samples by name, in order. `checksum`: of both files."""
 
     checksum: InstanceOf[str]
-    shards: dict[InstanceOf[str], Annotated[int, Field(ge=0, strict=True)]]
+    shards: dict[InstanceOf[str], Annotated[int, Field(ge=0, lt=1 << 40, strict=True)]]
 
 
 def save_index(folder: Path, shards: list[str], samples: np.ndarray) -> None:
@@ -89,7 +90,7 @@ def load_index(folder: Path | str, remedy: str) -> tuple[tuple[str, ...], np.nda
     without an index, ValueError that ends with `remedy` for a damaged one, StoreError.
     """
     place = join(folder, INDEX_NAME)
-    content = parse_model(IndexContent, read_bytes(place), place, remedy)
+    content = as_model(IndexContent, read_object(place, remedy), place, remedy)
     names, counts = tuple(content.shards), np.array([*content.shards.values()], np.int64)
     place = join(folder, SAMPLES_NAME)
     samples = _load_samples(place, content, remedy)
@@ -104,8 +105,14 @@ def load_index(folder: Path | str, remedy: str) -> tuple[tuple[str, ...], np.nda
     else:
         stops = np.cumsum(counts)[used]
         ends = samples[np.stack([stops - counts[used], stops - 1], axis=1)]  # [shards, 2]
-        is_sane = (ends["shard"] == used[:, None]) & (ends["offset"] >= BLOCK) & (ends["offset"] % BLOCK == 0)
-        if not (is_sane & (ends["size"] >= 0)).all():
+        # Of a mapped index, reading all rows takes minutes.
+        is_small = samples.nbytes <= MAX_READ_BYTES
+        checked, times = samples if is_small else ends.reshape(-1), counts[used] if is_small else 2
+        is_sane = (checked["shard"] == np.repeat(used, times)) & (checked["offset"] >= BLOCK) & (checked["offset"] % BLOCK == 0)
+        is_sane &= (checked["size"] >= 0) & (checked["label"] >= UNLABELLED) & (checked["height"] > 0) & (checked["width"] > 0)
+        # In this order, since hostile numbers could overflow.
+        reach = np.repeat(ends["offset"][:, 1] + ends["size"][:, 1], times)
+        if not (is_sane & (checked["size"] <= reach - checked["offset"])).all():
             problem = "damaged, or not ordered by shard"
     if problem:
         raise ValueError(f"{place}: {problem}. {remedy}")
@@ -118,7 +125,8 @@ def _load_samples(place: str, content: IndexContent, remedy: str) -> np.ndarray:
         if not is_remote(place) and (mapped := os.path.getsize(place) > MAX_READ_BYTES):
             checksum = read_bytes(place, os.path.getsize(place) - CHECKSUM_BYTES, CHECKSUM_BYTES)
         else:
-            data = read_bytes(place)
+            num_bytes = sum(content.shards.values()) * SAMPLE_DTYPE.itemsize + MAX_HEADER_BYTES
+            data = read_whole(place, min(num_bytes, MAX_INDEX_BYTES))
             checksum = _checksum(content.shards, data[:-CHECKSUM_BYTES])
     except FileNotFoundError:
         raise ValueError(f"{place}: missing, and {INDEX_NAME} is there. {remedy}") from None

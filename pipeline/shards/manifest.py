@@ -1,15 +1,19 @@
 """JSON files next to shards, which are input from outside: the manifest with class names and checksums, and others."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, InstanceOf, StrictInt, ValidationError
 
-from pipeline.shards.storage import join, read_bytes
+from pipeline.shards.storage import join, read_whole
 
 MANIFEST_NAME = "manifest.json"
+MAX_JSON_BYTES = 1 << 26  # of a file with JSON, many times what a million shards need
+MAX_LOG_BYTES = 1 << 30  # of a file of JSON lines: a million and more
 Text = InstanceOf[str]  # pydantic's own text refuses names of files that are not UTF-8
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -42,13 +46,9 @@ class Manifest(BaseModel):
         return {shard.name: shard.sha256 for shard in self.shards}
 
 
-def read_object(path: Path, remedy: str) -> dict[str, Any]:
-    """Return the JSON object in a file. Raises ValueError that names the file, what it holds instead, and the remedy."""
-    return parse_object(path.read_bytes(), str(path), remedy)
-
-
-def parse_object(text: bytes, place: str, remedy: str) -> dict[str, Any]:
-    """Return the JSON object in the content of `place`. Raises as `read_object`."""
+def read_object(place: Path | str, remedy: str) -> dict[str, Any]:
+    """Return the JSON object in a file or object. Raises ValueError that names it, what it holds instead, and the remedy."""
+    text = read_whole(place, MAX_JSON_BYTES)
     try:
         content = json.loads(text)
     except (RecursionError, ValueError) as error:  # UnicodeDecodeError and JSONDecodeError are among them
@@ -58,10 +58,20 @@ def parse_object(text: bytes, place: str, remedy: str) -> dict[str, Any]:
     return content
 
 
-def parse_model(model: type[Model], text: bytes, place: str, remedy: str) -> Model:
-    """Return the JSON object in the content of `place` as a model. Raises ValueError with its first wrong field."""
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file with one JSON object in each line; an empty one for a line that holds something else."""
+    for line in read_whole(path, MAX_LOG_BYTES).decode(errors="replace").splitlines():
+        try:
+            content = json.loads(line)
+        except (RecursionError, ValueError):  # cut off by a crash, for example
+            content = {}
+        yield content if isinstance(content, dict) else {}
+
+
+def as_model(model: type[Model], content: dict[str, Any], place: Path | str, remedy: str) -> Model:
+    """Return the JSON object from a place as a model. Raises ValueError as `read_object`, for the first wrong field."""
     try:
-        return model.model_validate(parse_object(text, place, remedy))
+        return model.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         reason = f"{'.'.join(map(str, first['loc']))} is {_short_json(first['input'])} ({first['msg']})"
@@ -74,14 +84,48 @@ def read_manifest(folder: Path | str) -> Manifest | None:
     Raises ValueError for a damaged one, StoreError for a store that does not answer.
     """
     place = join(folder, MANIFEST_NAME)
+    remedy = f"Convert {folder} again, or remove the file to use the shards without class names and checksums"
     try:
-        text = read_bytes(place)
+        content = read_object(place, remedy)
     except FileNotFoundError:
         return None
-    remedy = f"Convert {folder} again, or remove the file to use the shards without class names and checksums"
-    if not {"format_version", "classes"} & parse_object(text, place, remedy).keys():
-        return None
-    return parse_model(Manifest, text, place, remedy)
+    return as_model(Manifest, content, place, remedy) if {"format_version", "classes"} & content.keys() else None
+
+
+@contextmanager
+def read_as_expected(place: Path | str, remedy: str) -> Iterator[None]:
+    """Turn what goes wrong with the content of a JSON file from outside, inside this context, into a ValueError of one line."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{place}: damaged, not as this program writes it ({type(error).__name__}: {reason}). {remedy}"
+        ) from None
+
+
+def check_fits(folder: Path | str, manifest: Manifest | None, sizes: dict[str, int], num_samples: int) -> None:
+    """Raise ValueError if a manifest is not of these tars, so that its classes and sums would mean others.
+
+    `sizes`: bytes by name, 0 where they are unknown. `num_samples`: of all tars.
+    """
+    if manifest is None or not manifest.shards:
+        return
+    listed = {shard.name: shard.bytes for shard in manifest.shards}
+    reasons = [f"{name} is not of its conversion" for name in sizes if name not in listed]
+    reasons += [f"{name} is missing" for name in listed if name not in sizes]
+    reasons += [
+        f"{name} has {sizes[name]:,} bytes instead of {size:,}"
+        for name, size in listed.items()
+        if size and sizes.get(name) not in (None, 0, size)
+    ]
+    if manifest.num_samples not in (None, num_samples):
+        reasons.append(f"{num_samples:,} images instead of {manifest.num_samples:,}")
+    if reasons:
+        raise ValueError(
+            f"{join(folder, MANIFEST_NAME)}: of other tars than these: {reasons[0]}. Labels of two conversions can mean "
+            f"different classes: keep each in a folder of its own, or copy or convert {folder} again"
+        )
 
 
 def check_class_count(folder: Path | str, labels: np.ndarray, manifest: Manifest) -> None:

@@ -6,7 +6,7 @@ import re
 import struct
 import warnings
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipeline.shards.index_file import SAMPLE_DTYPE, UNLABELLED
 from pipeline.shards.storage import read_bytes
-from pipeline.shards.tar import IMAGE_EXTENSIONS, TarMember, is_hidden, sample_key, tar_kind, tar_members, warn_once
+from pipeline.shards.tar import CONVERTIBLE, IMAGE_EXTENSIONS, TarMember, is_hidden, sample_key, tar_kind, tar_members, warn_once
 
 HEAD_BYTES = 1 << 14  # of an image: mostly enough to know its size in pixels
 # Everything that Pillow raises for damaged images, despite its documentation: RuntimeError (AVIF), TypeError (TIFF), and more.
@@ -175,16 +175,23 @@ def scan_shard(path: Path, shard: int) -> np.ndarray:
     `match_labels`, or UNLABELLED. Members of one sample need not be adjacent. Raises ValueError for a tar without images.
     """
     images: list[TarMember] = []
-    members = LabelMembers(path)
+    members, others = LabelMembers(path), Counter[str]()
     for member in tar_members(path):
+        extension = sample_key(member.name)[1]
         if is_hidden(member.name):
             continue
-        if sample_key(member.name)[1] in IMAGE_EXTENSIONS:
+        if extension in IMAGE_EXTENSIONS:
             images.append(member)
         else:
             members.add(member)
+            others[f".{extension}"] += extension in CONVERTIBLE
+    left = ", ".join(f"{count:,} {extension}" for extension, count in others.most_common() if count)
+    advice = f"`python tools/make_shards.py convert {path.parent} --out SHARDS` reads them too"
     if not images:
-        raise ValueError(f"{path}: {tar_kind(path)}, no jpg, jpeg or png members: not a WebDataset of images")
+        what = f"{left} images and no jpg, jpeg or png: {advice}" if left else "no jpg, jpeg or png: not a WebDataset of images"
+        raise ValueError(f"{path}: {tar_kind(path)}, {what}")
+    if left:
+        warn_once(f"{path}: {left} images next to {len(images):,} jpg, jpeg or png are left out: {advice}")
     names = [member.name for member in images]
     labels, parts, left_out = match_labels(names, members, path)
     if note := describe_left_out(left_out):

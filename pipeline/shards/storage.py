@@ -9,9 +9,11 @@ import logging
 import os
 import random
 import resource
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 log = logging.getLogger(__name__)
@@ -75,7 +77,8 @@ def read_bytes(place: Path | str, offset: int = 0, size: int | None = None) -> b
     Raises FileNotFoundError, StoreError, and ValueError for an unreadable file.
     """
     if is_remote(place):
-        return read(str(place), start=offset, stop=None if size is None else offset + size)
+        start, stop = offset or None, None if size is None else offset + size
+        return _request(str(place), INTERACTIVE_RETRY_S, lambda system, path: system.cat_file(path, start=start, end=stop))
     try:
         with open(place, "rb") as file:
             file.seek(offset)
@@ -86,9 +89,17 @@ def read_bytes(place: Path | str, offset: int = 0, size: int | None = None) -> b
         raise ValueError(f"{place}: cannot be read ({error.strerror}). Check its permissions") from None
 
 
-def read(url: str, retry_s: float = INTERACTIVE_RETRY_S, start: int = 0, stop: int | None = None) -> bytes:
-    """Return the bytes `[start, stop)` of an object, fewer where it ends. Raises MissingObject or StoreError."""
-    return _request(url, retry_s, lambda system, path: system.cat_file(path, start=start or None, end=stop))
+def read_whole(place: Path | str, limit: int, retry_s: float = INTERACTIVE_RETRY_S) -> bytes:
+    """Return the content of a file or object. Raises as `read_bytes`; ValueError or StoreError above `limit` bytes."""
+    if not is_remote(place):
+        content = read_bytes(place, 0, limit + 1)
+        if len(content) > limit:
+            raise ValueError(_too_long(place, limit))
+        return content
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "object")
+        retry(lambda fresh: download(str(place), path, limit, fresh), str(place), retry_s)
+        return path.read_bytes()
 
 
 def sizes(folder: str) -> dict[str, int] | None:
@@ -102,10 +113,26 @@ def sizes(folder: str) -> dict[str, int] | None:
     return {entry["name"].rpartition("/")[2]: int(entry["size"] or 0) for entry in entries if entry["type"] == "file"}
 
 
-def download(url: str, path: Path, fresh: bool = False) -> None:
-    """Stream an object into a file, once. Call it through `retry`, which understands what the clients raise."""
+def download(url: str, path: Path, limit: int, fresh: bool = False) -> None:
+    """Stream an object into a file, once. Call it through `retry`, which understands what the clients raise.
+
+    Raises ValueError, which is not retried, as soon as it has more than `limit` bytes.
+    """
+    left = limit
+
+    def count(num_bytes: int) -> None:
+        nonlocal left
+        if (left := left - num_bytes) < 0:
+            raise ValueError(_too_long(url, limit))
+
     system, remote_path = _file_system(url, fresh)
-    system.get_file(remote_path, str(path))
+    # A server can announce one size and send another: only what arrives counts.
+    meter = SimpleNamespace(set_size=lambda size: None, relative_update=count)
+    system.get_file(remote_path, str(path), callback=meter)
+
+
+def _too_long(place: Path | str, limit: int) -> str:
+    return f"{place}: longer than the {limit:,} bytes that it can have"
 
 
 def upload(path: Path, url: str, retry_s: float) -> None:

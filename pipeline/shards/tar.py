@@ -10,6 +10,8 @@ from typing import IO, BinaryIO, NamedTuple, cast
 log = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png"})
+# Images that only `make_shards.py convert` reads.
+CONVERTIBLE = frozenset({"avif", "bmp", "gif", "heic", "heif", "jfif", "jpe", "mpo", "pgm", "ppm", "tif", "tiff", "webp"})
 # Long names and PAX records (macOS stores attributes there) are headers too. A longer one is treated as malicious.
 MAX_HEADER_BYTES = 1 << 24
 MAX_PADDING = 1 << 20  # bytes of zeros that a tar can end with: writers fill up a record, mostly of 10 KB

@@ -32,6 +32,7 @@ from train.checkpoint import (
     write_checkpoint,
 )
 from train.optim import build_optimizer
+from train.state import RunState
 
 
 class Net(nn.Module):
@@ -60,8 +61,11 @@ def take_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
 
 
+SOUND = {"run": RunState().as_dict(), "loader": {"epoch": 0, "position": 0, "data": None}}
+
+
 def take_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Snapshot:
-    return Snapshots(model, optimizer).take(state)
+    return Snapshots(model, optimizer).take({**SOUND, **state})
 
 
 @pytest.fixture
@@ -76,7 +80,7 @@ def folder(tmp_path: Path) -> Path:
 def test_what_was_saved_is_loaded_bit_for_bit_and_training_goes_on_equally(folder: Path) -> None:
     model, optimizer = trained()
     other, other_optimizer = trained(seed=1)
-    assert load_checkpoint(folder / "step_00000020", other, other_optimizer) == {"step": 20, "score": None}
+    assert load_checkpoint(folder / "step_00000020", other, other_optimizer) == {**SOUND, "step": 20, "score": None}
     for _ in range(2):
         batch = torch.randn(4, 8)
         for net, opt in ((model, optimizer), (other, other_optimizer)):
@@ -218,7 +222,7 @@ def test_snapshots_share_memory_of_the_host_and_each_is_on_disk_before_the_next(
 
     def take() -> Snapshot:
         assert len(list_checkpoints(tmp_path)) == len(before) - 1
-        snapshot = snapshots.take({"step": len(before), "score": None})
+        snapshot = snapshots.take({**SOUND, "step": len(before), "score": None})
         tensors = [*snapshot.model.values(), *snapshot.optimizer.values()]
         places.add(tuple(tensor.data_ptr() for tensor in tensors))
         assert {(tensor.device.type, tensor.is_pinned()) for tensor in tensors} == {("cpu", device == "cuda")}

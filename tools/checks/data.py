@@ -46,15 +46,11 @@ def check_index(case: Case) -> Finding:
 
 
 def check_manifest(_: Case, index: ShardIndex) -> Finding:
-    """Compare the manifest with the index and, in one small shard chosen at random, with the checksum."""
+    """Compare the manifest with the labels and, in one small shard chosen at random, with the checksum."""
     manifest = read_manifest(index.folder)
     if manifest is None:
         return skip("no manifest next to the shards")
     check_class_count(index.folder, index.samples["label"], manifest)
-    if differing := set(manifest.checksums) ^ set(index.shards):
-        raise ValueError(f"only one of {MANIFEST_NAME} and the index has {min(differing)}")
-    if manifest.num_samples not in (None, len(index)):
-        raise ValueError(f"{MANIFEST_NAME} lists {manifest.num_samples:,} images, the index {len(index):,}")
     text = f"{len(index.shards)} shards, {len(index):,} images, as indexed"
     if index.remote is not None:
         return ok(f"{text}; checksums are verified when shards are downloaded")

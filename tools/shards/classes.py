@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.shards.index import UNLABELLED, open_index
-from pipeline.shards.manifest import Manifest, parse_model, read_manifest
+from pipeline.shards.manifest import Manifest, as_model, read_manifest, read_object
 from pipeline.shards.samples import Label
 from pipeline.text import truncate_list
 from tools.shards.catalogue import Source, normalized_name
@@ -83,7 +83,8 @@ def _classes_of(folder: Path) -> Manifest | None:
     identity = folder / RECORD_FOLDER / IDENTITY_NAME
     if (manifest := read_manifest(folder)) is not None or not identity.exists():
         return manifest
-    unfinished = parse_model(Manifest, identity.read_bytes(), str(identity), f"Remove {folder} and convert again")
+    remedy = f"Remove {folder} and convert again"
+    unfinished = as_model(Manifest, read_object(identity, remedy), identity, remedy)
     return unfinished if unfinished.classes else None
 
 

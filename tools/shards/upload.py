@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline.shards.index_file import INDEX_FILES
-from pipeline.shards.manifest import MANIFEST_NAME
-from pipeline.shards.storage import MissingObject, check_prefix, join, read, scheme, sizes, upload
+from pipeline.shards.manifest import MANIFEST_NAME, MAX_JSON_BYTES
+from pipeline.shards.storage import MissingObject, check_prefix, join, read_whole, scheme, sizes, upload
 from tools.shards.writer import RECORD_FOLDER
 
 # One stream seldom fills a connection; a store that fails for two minutes needs a person.
@@ -41,7 +41,7 @@ def upload_split(folder: Path, url: str) -> int:
     tars = [entry["name"] for entry in json.loads(manifest)["shards"]]
     stored_sizes = sizes(url) or {}
     try:
-        stored_manifest = read(join(url, MANIFEST_NAME))
+        stored_manifest = read_whole(join(url, MANIFEST_NAME), MAX_JSON_BYTES)
     except MissingObject:
         stored_manifest = b""
     foreign = sorted(name for name in stored_sizes if name.endswith(".tar") and name not in tars)

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pipeline.files import file_checksum
-from pipeline.shards.index import INDEX_NAME, ShardIndex, open_index, save_index, scan_shard
-from pipeline.shards.manifest import MANIFEST_NAME, Manifest, check_class_count, read_manifest
+from pipeline.shards.index import INDEX_NAME, ShardIndex, open_index, save_index, scan_shard, tar_names, tar_sizes
+from pipeline.shards.manifest import MANIFEST_NAME, Manifest, check_class_count, check_fits, read_manifest
 from pipeline.shards.storage import read_bytes
 from pipeline.shards.tar import tar_members
 from tools.shards.writer import BATCH_IMAGES
@@ -32,22 +32,12 @@ def split_folders(folder: Path) -> list[Path]:
 def verify_split(folder: Path, workers: int) -> list[str]:
     """Check sums and index against the tars, and decode every image; returns the problems, one line each."""
     try:
-        manifest = read_manifest(folder) or Manifest()
-        if missing := [name for name in manifest.checksums if not (folder / name).exists()]:
-            return [f"{folder / name}: listed in {MANIFEST_NAME} but missing" for name in missing]
-        index = open_index(folder)
+        manifest, index = read_manifest(folder) or Manifest(), open_index(folder)
         check_class_count(folder, index.samples["label"], manifest)
     except ValueError as error:
         return [str(error)]
-    checksums = manifest.checksums
-    foreign = set(checksums) ^ set(index.shards) if checksums else set()
-    problems = [f"{folder / name}: in only one of {MANIFEST_NAME} and {INDEX_NAME}" for name in sorted(foreign)]
-    if manifest.num_samples not in (None, len(index)):
-        problems.append(f"{folder / INDEX_NAME}: {len(index)} samples, but {MANIFEST_NAME} says {manifest.num_samples}")
-    expected = [checksums.get(name, "") for name in index.shards]
-    for found in _in_parallel(workers, _verify_shard, *_paths_and_rows(index), expected):
-        problems += found
-    return problems
+    expected = [manifest.checksums.get(name, "") for name in index.shards]
+    return [problem for found in _in_parallel(workers, _verify_shard, *_paths_and_rows(index), expected) for problem in found]
 
 
 def _paths_and_rows(index: ShardIndex) -> tuple[list[Path], list[np.ndarray]]:
@@ -80,8 +70,10 @@ def _verify_shard(path: Path, rows: np.ndarray, sha256: str) -> list[str]:
 
 def index_split(folder: Path, workers: int) -> int:
     """Write the index by scanning headers; returns the number of samples."""
-    tars = sorted(folder.glob("*.tar"))
+    tars = [folder / name for name in tar_names(folder)]
+    sizes = tar_sizes(folder, [tar.name for tar in tars])
     scans = list(_in_parallel(workers, scan_shard, tars, range(len(tars))))
+    check_fits(folder, read_manifest(folder), sizes, sum(map(len, scans)))
     save_index(folder, [tar.name for tar in tars], np.concatenate(scans))
     return sum(map(len, scans))
 

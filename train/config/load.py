@@ -35,10 +35,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 def load_config_with_origins(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
     """Return the Config and the origin of each dotted key: `file:line`, `command line` or `default`. Raises ConfigError."""
     origins: dict[str, str] = {}
-    values = parse(_read(path), str(path), origins)
-    if not isinstance(values, dict):
-        problem = "not a mapping" if values else "the file is empty"
-        raise ConfigError(f"{origins.get('', f'{path}:1')}: {problem}; expected sections such as data: and training:")
+    values = read_values(path, origins)
     for override in overrides:
         _apply(override, values, origins)
     data = values.get("data")
@@ -48,6 +45,15 @@ def load_config_with_origins(path: Path, overrides: Sequence[str] = ()) -> tuple
     implied = dict.fromkeys(flatten(config.resolved), "default")
     implied |= dict.fromkeys(implied.keys() & flatten(defaults).keys(), f"default of {dataset}")
     return config, {key: origins.get(key, default) for key, default in implied.items()}
+
+
+def read_values(path: Path, origins: dict[str, str]) -> dict[str, Any]:
+    """Return the settings in a YAML file as they are written, and put their origins into `origins`. Raises ConfigError."""
+    values = parse(_read(path), str(path), origins)
+    if not isinstance(values, dict):
+        problem = "not a mapping" if values else "the file is empty"
+        raise ConfigError(f"{origins.get('', f'{path}:1')}: {problem}; expected sections such as data: and training:")
+    return values
 
 
 def _read(path: Path) -> str:

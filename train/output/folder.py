@@ -14,13 +14,13 @@ from typing import Any
 
 import nvidia.dali
 import torch
-import yaml
 
 from pipeline.files import write_atomic
 from pipeline.lock import exclusive
 from train.checkpoint import data_of, list_checkpoints, move_aside
+from train.config.load import read_values
 from train.config.schema import Config
-from train.config.yaml12 import changed_settings, flatten
+from train.config.yaml12 import ConfigError, changed_settings, flatten
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,8 @@ def open_run_folder(config: Config, data: str, opened: ExitStack) -> Path:
     folder = run_folder(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if links := [path for path in (*folder.iterdir(), *folder.glob("figures/*")) if path.is_symlink()]:
+            raise ValueError(f"{links[0]}: a link, and a run writes only into its own folder. Remove it, or set logging.run_dir")
         opened.enter_context(exclusive(folder, "choose another logging.run_name"))
         check_run_folder(config, data)
         if config.checkpoint.resume == "none":
@@ -98,15 +100,14 @@ def kept_crop_device(config: Config) -> str | None:
 def read_settings(path: Path) -> dict[str, Any]:
     """Return the settings in `path`. Raises ValueError if it holds none."""
     try:
-        content = yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        content = str(error).splitlines()[0]
-    if not isinstance(content, dict) or not content:
+        if content := read_values(path, {}):
+            return content
+        raise ConfigError("no section in it")
+    except ConfigError as error:
         raise ValueError(
-            f"{path}: damaged, no settings ({content or 'the file is empty'}), so this run cannot be compared with them. Remove "
-            "it to continue with the settings of this command; checkpoint.resume=none starts over"
-        )
-    return content
+            f"{path}: damaged, no settings ({error}), so this run cannot be compared with them. Remove it to continue with the "
+            "settings of this command; checkpoint.resume=none starts over"
+        ) from None
 
 
 def _start_over(folder: Path) -> None:

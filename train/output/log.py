@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.files import open_append, write_atomic
+from pipeline.shards.manifest import read_json_lines
 from train.config.yaml12 import flatten
 
 Curve = list[tuple[float, float]]
@@ -32,6 +33,7 @@ PANELS = {
     "Learning rate": ("lr",),
     "Gradient norm": ("grad_norm",),
 }
+MAX_NUMBER = 1e100  # of a metric: others come from no run, and many a curve cannot hold them
 
 log = logging.getLogger(__name__)
 
@@ -121,14 +123,14 @@ def _drop_lines_after(path: Path, step: int) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of `folder/metrics.jsonl`, without an incomplete last one."""
+    """Return the lines of `folder/metrics.jsonl`, numbers only, up to the first that is incomplete or none of ours."""
     path = folder / "metrics.jsonl"
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
+    for line in read_json_lines(path) if path.exists() else ():
+        numbers = {name: value for name, value in line.items() if isinstance(value, int | float) and abs(value) < MAX_NUMBER}
+        if not isinstance(numbers.get("step"), int):
             break
+        lines.append(numbers)
     return lines
 
 

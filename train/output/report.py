@@ -12,7 +12,7 @@ import numpy as np
 from rich.table import Table
 
 from pipeline.files import write_atomic
-from pipeline.shards.manifest import read_object
+from pipeline.shards.manifest import read_as_expected, read_object
 from pipeline.shards.storage import is_remote
 from pipeline.text import printable
 from train.config.schema import Config
@@ -78,10 +78,18 @@ def write_summary(
 def current_summary(folder: Path, steps: int, measured_on: dict[str, Any] | None) -> dict[str, Any] | None:
     """Return the content of summary.json if it is of so many steps and of these measurements, else None."""
     try:
-        summary = read_object(folder / "summary.json", REMEDY)
+        summary = read_summary(folder / "summary.json")
     except (OSError, ValueError):  # absent or damaged: it is written again
         return None
     return summary if (summary.get("steps"), summary.get("measured_on")) == (steps, measured_on) else None
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Return the content of a summary.json. Raises OSError, and ValueError for one that cannot be shown."""
+    summary = read_object(path, REMEDY)
+    with read_as_expected(path, REMEDY):
+        summary_rows(summary)
+    return summary
 
 
 def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:

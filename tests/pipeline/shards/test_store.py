@@ -20,7 +20,7 @@ from pipeline.loader import MultiCropLoader
 from pipeline.shards.cache import CacheSettings
 from pipeline.shards.index import INDEX_NAME, open_index, split_folder
 from pipeline.shards.index_file import SAMPLES_NAME
-from pipeline.shards.storage import StoreError, is_remote, read
+from pipeline.shards.storage import StoreError, is_remote, read_whole
 from tests.pipeline.shards.conftest import COUNTS, Store
 from tests.pipeline.shards.proxy import Fault, ThrottledProxy, environment, no_fault
 from tests.train.test_run import command
@@ -67,12 +67,12 @@ def test_the_split_is_found_and_its_index_is_the_local_one(store: Store) -> None
 
 def test_a_change_of_the_environment_reaches_the_next_request(store: Store) -> None:
     url = f"{store.url}/train/{INDEX_NAME}"
-    content = read(url)
+    content = read_whole(url, 1 << 30)
     with ThrottledProxy(store.server) as other:
         with environment(other.url):
-            assert read(url) == content
+            assert read_whole(url, 1 << 30) == content
         before = len(store.proxy.requests)
-        assert read(url) == content
+        assert read_whole(url, 1 << 30) == content
         assert len(other.requests) == len(store.proxy.requests) - before == 1
 
 
@@ -224,7 +224,7 @@ def test_a_missing_prefix_is_one_line(store: Store, place: str, words: str) -> N
 def test_expired_credentials_are_named(store: Store) -> None:
     store.proxy.fault = lambda *_: "403"
     with pytest.raises(StoreError, match=r"ExpiredToken.*AWS_ACCESS_KEY_ID"):
-        read(f"{store.url}/train/{INDEX_NAME}", retry_s=0.3)
+        read_whole(f"{store.url}/train/{INDEX_NAME}", 1 << 30, retry_s=0.3)
 
 
 def test_a_web_server_serves_shards_as_well(store: Store, tmp_path: Path) -> None:

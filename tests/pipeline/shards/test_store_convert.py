@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.shards.index import INDEX_NAME, open_index, split_folder
-from pipeline.shards.storage import read
+from pipeline.shards.storage import read_whole
 from tests.conftest import photographs
 from tests.pipeline.shards.conftest import Store
 from tools.make_shards import main
@@ -36,7 +36,7 @@ def test_the_store_gets_the_files_of_a_local_conversion_and_the_manifest_last(
     names = [path.name for path in local.iterdir() if path.is_file()]
     assert len(names) == 3 + 4
     for name in names:
-        assert read(f"{url}/train/{name}") == (local / name).read_bytes(), name
+        assert read_whole(f"{url}/train/{name}", 1 << 30) == (local / name).read_bytes(), name
     written = [request.rpartition("/")[2] for request in store.proxy.requests[before:] if request.startswith("PUT")]
     assert written[-2:] == [INDEX_NAME, "manifest.json"]
     assert open_index(split_folder("custom", url, "train")).shards == open_index(local).shards

@@ -1,5 +1,6 @@
 """Opens the data set at a path: detects its layout, or uses the requested one."""
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -42,6 +43,13 @@ def open_source(path: Path, split: str, layout: str = "auto", spools: Path | Non
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
+    for snapshots in (path / "snapshots", path):
+        several = sorted(snapshots.iterdir(), key=os.path.getmtime) if (snapshots / "../blobs").is_dir() else []
+        if snapshots.name == "snapshots" and len(several) > 1:
+            raise ValueError(
+                f"{snapshots}: {len(several)} snapshots of one data set in a cache of the Hugging Face hub: every image would be "
+                f"taken {len(several)} times. Give one of them, such as the newest: {several[-1]}"
+            )
     try:
         return _open_split(path, split, layout, spools)
     except NoSplitError as error:
