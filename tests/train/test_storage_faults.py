@@ -17,6 +17,7 @@ from pipeline.loader import MultiCropLoader
 from pipeline.shards.cache import CacheSettings
 from pipeline.shards.index import open_index, save_index
 from pipeline.shards.storage import StoreError
+from tests.train.test_ranks import torchrun, wait_for_step
 from tests.train.test_run import QUICKSTART, command
 from train.checkpoint import list_checkpoints
 from train.run import main
@@ -184,7 +185,25 @@ def test_an_outage_of_the_shards_for_five_seconds_changes_no_weight(
     thread.join()
     assert "No such file or directory; waiting up to 120 s for it" in capfd.readouterr().out
     logs = [[json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("whole", "cut")]
-    assert [line["loss"] for line in logs[0]] == [line["loss"] for line in logs[1]]
+    assert [line.get("loss") for line in logs[0]] == [line.get("loss") for line in logs[1]]
     ours, theirs = end_of(tmp_path / "cut"), end_of(tmp_path / "whole")
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
     assert not (tmp_path / "cut" / "quarantine.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_ranks_that_lose_their_shards_save_together_and_continue(folder: Path, tmp_path: Path) -> None:
+    settings = ["training.max_steps=60", "checkpoint.save_frequency=1000", "logging.log_frequency=1", "data.store_retry_s=1"]
+    arguments = command(QUICKSTART, folder.parent, tmp_path, *settings, "evaluation.eval_frequency=0")
+    process = torchrun(arguments)
+    wait_for_step(tmp_path / "quickstart", 3, process)
+    restore = take_away(folder)
+    said = process.communicate()[0]
+    assert said.count("exitcode  : 2") == 2, said  # torchrun's list of its ranks
+    (saved,) = list_checkpoints(tmp_path / "quickstart" / "checkpoints")
+    assert f"tried for 1 s. Restore the shards as they were; saved at step {int(saved.name[5:])}" in said
+    restore()
+    process = torchrun(arguments)
+    assert process.wait() == 0, process.communicate()[0]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "quickstart" / "metrics.jsonl").read_text().splitlines()]
+    assert steps[:60] == list(range(1, 61))
