@@ -4,12 +4,10 @@ import random
 from collections.abc import Callable
 from functools import cache
 
-from pipeline.files import file_checksum
 from pipeline.shards.index import ShardIndex, open_index, split_folder
-from pipeline.shards.manifest import MANIFEST_NAME, check_class_count, read_manifest
 from tools.checks.check import Case, Check, Finding, fail, ok, skip, warn
 
-SAMPLED_SHARDS, SAMPLED_IMAGES = 8, 32
+SAMPLED_IMAGES = 32
 INDEX_CHECK = "shards: index"
 VERIFY = "python tools/make_shards.py verify FOLDER"
 COPY_AGAIN = f"copy the shard again, or convert again; all shards: {VERIFY}"
@@ -45,23 +43,6 @@ def check_index(case: Case) -> Finding:
     return ok(f"{index.folder}: {len(index):,} images in {len(index.shards)} shards")
 
 
-def check_manifest(_: Case, index: ShardIndex) -> Finding:
-    """Compare the manifest with the labels and, in one small shard chosen at random, with the checksum."""
-    manifest = read_manifest(index.folder)
-    if manifest is None:
-        return skip("no manifest next to the shards")
-    check_class_count(index.folder, index.samples["label"], manifest)
-    text = f"{len(index.shards)} shards, {len(index):,} images, as indexed"
-    if index.remote is not None:
-        return ok(f"{text}; checksums are verified when shards are downloaded")
-    count = len(index.shards)
-    sampled = [index.shard_path(shard) for shard in random.sample(range(count), min(SAMPLED_SHARDS, count))]
-    path = min(sampled, key=lambda path: path.stat().st_size)
-    if file_checksum(path) != manifest.checksums[path.name]:
-        return fail(f"{path}: sha256 differs from {MANIFEST_NAME}", COPY_AGAIN)
-    return ok(f"{text}; {path.name} has its checksum")
-
-
 def check_images(_: Case, index: ShardIndex) -> Finding:
     """Decode some images with the training's decoder, on the CPU."""
     from tools.shards.decode_check import decode_errors
@@ -94,9 +75,6 @@ def check_labels(case: Case, index: ShardIndex) -> Finding:
 
 DATA_CHECKS = {
     INDEX_CHECK: Check(check_index, VERIFY),
-    "shards: manifest": Check(
-        with_index(check_manifest), "copy the folder again; if the manifest is old: tools/make_shards.py index FOLDER"
-    ),
     "shards: sampled images": Check(with_index(check_images)),
     "shards: classes": Check(
         with_index(check_labels), "remove the val shards and convert val again next to train, with the same --out"

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.files import write_atomic
+from pipeline.memory import memory_limit
 from tools.checks.check import INSTALL, Case, Check, Finding, fail, ok, sees_gpu, skip, warn
 from tools.checks.packages import FLAVOURS, flavour, library_exists, packages_folder
 from train.config.schema import Config
@@ -72,7 +73,7 @@ def check_cores(case: Case) -> Finding:
     usable = min(own_cores(), quota_cores())
     setting = case.config.data.num_workers if case.config is not None else "auto"
     threads = default_threads() if setting == "auto" else setting
-    text = f"{usable:g} cores, {threads} DALI threads"
+    text = f"{usable:g} cores, {threads} DALI threads, {memory_limit() / GIB:.1f} GiB of memory"
     if threads > usable:
         fix = "or give the container more: docker run --cpus, Slurm --cpus-per-task"
         return warn(f"{text}: threads wait for cores", f"data.num_workers={max(1, int(usable) // 2)}, {fix}")
