@@ -1,5 +1,6 @@
 """The measurements of `bench.py gpu`; each runs in a process of its own, in a rehearsal on the CPU with small sizes."""
 
+import shutil
 import subprocess
 import tempfile
 import time
@@ -94,15 +95,17 @@ def loader_rate(name: str, loader: Loader, case: GpuCase) -> dict[str, Figures]:
 def unit_loads() -> Iterator[Figures]:
     """Fill in, at the end, how busy the JPEG engine and the multiprocessors were, as far as nvidia-smi tells."""
     loads: Figures = {}
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or not shutil.which("nvidia-smi"):
         yield loads
         return
     device = f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}"
     query = ["nvidia-smi", device, "--query-gpu=utilization.jpeg,utilization.gpu", "--format=csv,noheader,nounits", "-lms", "100"]
     with subprocess.Popen(query, stdout=subprocess.PIPE, text=True) as sampler:
-        yield loads
-        sampler.terminate()
-        samples = sampler.communicate()[0].splitlines()
+        try:
+            yield loads
+        finally:
+            sampler.terminate()
+            samples = sampler.communicate()[0].splitlines()
     for unit, column in zip(("% JPEG engine", "% GPU"), zip(*(line.split(",") for line in samples), strict=False), strict=False):
         if values := [float(value) for value in column[len(column) // 2 :] if value.strip().isdigit()]:  # after the start
             loads[unit] = sum(values) / len(values)
