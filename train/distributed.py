@@ -4,6 +4,7 @@ import datetime
 import faulthandler
 import math
 import os
+import signal
 import socket
 import sys
 import threading
@@ -118,17 +119,17 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
     dist.all_reduce(processes)
     try:
         yield
-    except (ValueError, OSError) as error:
-        _say(ranks, str(error))
-        leave(BAD_INPUT)
-    except KeyboardInterrupt:
-        _say(ranks, "interrupted")
-        leave(INTERRUPTED)
     except BaseException as error:  # noqa: BLE001  # whatever it is: the others must not wait for this rank
-        is_lost = isinstance(error, dist.DistError) or "gloo" in str(error)
-        reason = _lost_ranks(processes.tolist()) if is_lost else f"{type(error).__name__}: {error}"
-        _say(ranks, f"{reason}\n{traceback.format_exc()}")
-        leave(LOST)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends to all as soon as one has ended
+        reason, code = str(error), BAD_INPUT
+        if isinstance(error, KeyboardInterrupt):
+            reason, code = "interrupted", INTERRUPTED
+        elif not isinstance(error, (ValueError, OSError)):
+            is_lost = isinstance(error, dist.DistError) or "gloo" in reason
+            reason, code = _lost_ranks(processes.tolist()) if is_lost else f"{type(error).__name__}: {error}", LOST
+            reason += f"\n{traceback.format_exc()}"
+        _say(ranks, reason)
+        leave(code)
     dist.destroy_process_group()
 
 

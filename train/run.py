@@ -129,7 +129,7 @@ def execute(config: Config, console: Console, is_dry_run: bool) -> int:
                 return 0
             trainer = Trainer(config, ranks, quarantine=run_folder(config) / "quarantine.jsonl")
             recorder = open_recorder(trainer, console, opened)
-            with recorder or nullcontext(), StopSignal() as stop:
+            with StopSignal() as stop, recorder or nullcontext():
                 code = train(trainer, recorder, stop)
                 if recorder and code:  # here, where the signals of a torchrun that sees another rank leave do no harm
                     recorder.close(code)
