@@ -1,27 +1,24 @@
 """The loaders that `bench.py pipeline` compares: ours, parts of it, and torchvision."""
 
-import io
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType, SimpleNamespace
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms as v1
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from pipeline import build_multicrop_dataloader, build_multicrop_dataset
 from pipeline.crops.augment import ViewRecipe
 from pipeline.crops.graph import parsed
+from pipeline.dataset import MultiCropDataset
 from pipeline.defaults import HW_DECODER_LOAD
 from pipeline.order import BatchStart
-from pipeline.shards.index import ShardIndex
 from pipeline.window import Fed, feed, make_batch, plan_window
 from tools.benchmarks.measure import LoaderSetup
 
@@ -74,63 +71,43 @@ def gpu_host(setup: LoaderSetup) -> Iterator[Sequence[Any]]:
             yield make_batch(dataset.index, fed.popleft(), images, crops, NO_KERNEL.device).crops
 
 
-def torchvision_pil(setup: LoaderSetup) -> Iterator[Sequence[torch.Tensor]]:
-    """Yield crops of Pillow images by torchvision's v1 transforms, composed as in the loaders of DINOv2 and DINOv3."""
-    return _load(setup, v1, [v1.ToTensor()], lambda encoded: Image.open(io.BytesIO(encoded)).convert("RGB"))
-
-
-def torchvision_v2(setup: LoaderSetup) -> Iterator[Sequence[torch.Tensor]]:
-    """Yield crops of tensors by transforms v2, in uint8 until the last step: the fast way according to its documentation."""
-
-    def decode(encoded: bytes) -> torch.Tensor:
-        return decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
-
-    return _load(setup, v2, [v2.ToDtype(torch.float32, scale=True)], decode)
-
-
-class CroppedSamples(Dataset):
-    """The crops of each sample: every transform applied to the decoded image."""
-
-    def __init__(self, index: ShardIndex, decode: Callable[[bytes], Any], transforms: Sequence[Any]) -> None:
-        self.index, self.decode, self.transforms = index, decode, transforms
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, row: int) -> list[torch.Tensor]:
-        image = self.decode(self.index.encoded(row))
-        return [transform(image) for transform in self.transforms]
-
-
-def _load(
-    setup: LoaderSetup, tv: ModuleType, to_float: list[Any], decode: Callable[[bytes], Any]
-) -> Iterator[Sequence[torch.Tensor]]:
-    dataset = build_multicrop_dataset("custom", setup.folder)
-    last = [*to_float, tv.Normalize(dataset.mean, dataset.std)]
-    transforms = [_transform(tv, recipe, last) for recipe in dataset.recipes]
-    order = np.random.default_rng(0).permutation(len(dataset.index)).tolist()
-    loader: DataLoader = DataLoader(
-        CroppedSamples(dataset.index, decode, transforms),
+def torchvision(setup: LoaderSetup) -> Iterator[Sequence[torch.Tensor]]:
+    """Yield crops by torchvision's transforms v2 on uint8 tensors, the fast way by its documentation, in a DataLoader."""
+    samples = CroppedSamples(build_multicrop_dataset("custom", setup.folder))
+    order = np.random.default_rng(0).permutation(len(samples)).tolist()
+    yield from DataLoader(
+        samples,
         setup.batch_size,
         sampler=itertools.cycle(order),
         num_workers=setup.threads,  # each runs torch on one thread
         multiprocessing_context="fork",
     )
-    yield from loader
 
 
-def _transform(tv: ModuleType, recipe: ViewRecipe, last: list[Any]) -> Any:
-    """Return the recipe as transforms v1 or v2, whose names and arguments are the same."""
+class CroppedSamples(Dataset):
+    """The crops of each sample: every transform applied to the decoded image."""
+
+    def __init__(self, dataset: MultiCropDataset) -> None:
+        last = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(dataset.mean, dataset.std)]
+        self.index, self.transforms = dataset.index, [v2.Compose([*_steps(recipe), *last]) for recipe in dataset.recipes]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, row: int) -> list[torch.Tensor]:
+        encoded = torch.frombuffer(bytearray(self.index.encoded(row)), dtype=torch.uint8)
+        image = decode_image(encoded, ImageReadMode.RGB)
+        return [transform(image) for transform in self.transforms]
+
+
+def _steps(recipe: ViewRecipe) -> list[Any]:
     assert recipe.scale is not None
-    jitter = tv.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
-    steps = [
-        tv.RandomResizedCrop(recipe.size, recipe.scale, recipe.ratio, v1.InterpolationMode.BILINEAR, antialias=True),
-        tv.RandomHorizontalFlip(recipe.flip_prob),
-        tv.RandomApply([jitter], recipe.jitter_prob),
-        tv.RandomGrayscale(recipe.gray_prob),
+    jitter = v2.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
+    return [
+        v2.RandomResizedCrop(recipe.size, recipe.scale, recipe.ratio, v2.InterpolationMode.BILINEAR, antialias=True),
+        v2.RandomHorizontalFlip(recipe.flip_prob),
+        v2.RandomApply([jitter], recipe.jitter_prob),
+        v2.RandomGrayscale(recipe.gray_prob),
+        v2.RandomApply([v2.GaussianBlur(BLUR_KERNEL, recipe.blur_sigma)], recipe.blur_prob),
+        v2.RandomSolarize(128, recipe.solarize_prob),
     ]
-    if recipe.blur_prob > 0:
-        steps.append(tv.RandomApply([tv.GaussianBlur(BLUR_KERNEL, recipe.blur_sigma)], recipe.blur_prob))
-    if recipe.solarize_prob > 0:
-        steps.append(tv.RandomSolarize(128, recipe.solarize_prob))
-    return tv.Compose([*steps, *last])

@@ -17,15 +17,14 @@ from functools import partial
 from typing import Any
 
 from pipeline.shards.index import open_index
-from tools.benchmarks.loaders import decode_only, gpu_host, ours, torchvision_pil, torchvision_v2
+from tools.benchmarks.loaders import decode_only, gpu_host, ours, torchvision
 from tools.benchmarks.measure import Loader, LoaderSetup, choose, error_line, full_batches, interleave, seconds_per_image, table
 from tools.benchmarks.photographs import benchmark_shards
 from tools.own_process import isolated_executor
 
 LOADERS: dict[str, Loader] = {
     "ours": ours,
-    "torchvision-pil": torchvision_pil,
-    "torchvision-v2": torchvision_v2,
+    "torchvision": torchvision,
     "dali-operators": partial(ours, crop_device="dali"),
     "decode-only": decode_only,
     "gpu-host": gpu_host,
