@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 from pipeline.lock import locked
@@ -58,7 +59,9 @@ def converted(source: Path, cache: Path = CACHE, *, val_ratio: float = 0.0, resi
     folder = cache / f"{source.resolve().name}-{digest}"
     cache.mkdir(parents=True, exist_ok=True)
     splits = ("train", "val") if val_ratio else ("train",)
-    with notify_after(2, f"waiting for {folder}, which another process makes ..."), locked(cache / f".{folder.name}.lock"):
+    with ExitStack() as held:
+        with notify_after(2, f"waiting for {folder}, which another process makes ..."):
+            held.enter_context(locked(cache / f".{folder.name}.lock"))
         if all((folder / split / MANIFEST_NAME).exists() for split in splits):
             log.info(f"{source}: using its shards in {folder}")
             return folder
