@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.shards.index_file import SAMPLE_DTYPE, UNLABELLED
+from pipeline.shards.side_folders import folder_of_images
 from pipeline.shards.storage import read_bytes
 from pipeline.shards.tar import CONVERTIBLE, IMAGE_EXTENSIONS, TarMember, is_hidden, sample_key, tar_kind, tar_members, warn_once
 
@@ -30,7 +31,7 @@ MAX_LABEL_BYTES = 1 << 24
 MAX_LABEL = 1 << 24  # more classes than any set of images has; above it, a label is an identifier
 NUMBERS = re.compile(r"[\s\0[]*-?\d+(?:(?:\s*[,;]\s*|\s+)-?\d+)*[\s\0\]]*")  # `3`, `[3]`, `3 17 20`, `[3, 17]`
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "class_id", "cls", "target", "category", "y")  # of columns
-ORPHANS = "cls members without an image"
+ORPHANS, STRAYS = "cls members without an image", "json members without an image"
 # `k.image.jpg` is the image of a sample that also has `k.depth.png`.
 IMAGE_PARTS = ("image", "img", "jpg", "rgb", "input", "photo")
 
@@ -143,7 +144,7 @@ def match_labels(images: Sequence[str], members: LabelMembers, path: Path) -> Ma
     left_out = {
         "further images of samples": [images[number] for number in sorted(parts)],
         ORPHANS: members.unused("cls"),
-        "json members without an image": members.unused("json"),
+        STRAYS: members.unused("json"),
         "what is not one number or one name": members.refused,
     }
     return Matches(assigned, parts, left_out)
@@ -192,6 +193,9 @@ def scan_shard(path: Path, shard: int) -> np.ndarray:
         raise ValueError(f"{path}: {tar_kind(path)}, {what}")
     if left:
         warn_once(f"{path}: {left} images next to {len(images):,} jpg, jpeg or png are left out: {advice}")
+    if below := folder_of_images([member.name for member in images]):
+        num_all, images = len(images), [member for member in images if member.name.startswith(below)]
+        warn_once(f"{path}: {num_all - len(images):,} images next to {below}, such as masks, are left out")
     names = [member.name for member in images]
     labels, parts, left_out = match_labels(names, members, path)
     if note := describe_left_out(left_out):

@@ -145,7 +145,12 @@ def test_json_that_belongs_to_no_image_is_named_and_the_folders_are_classes(
     members = [(f"{name}/{n}.jpg", sources.picture(label, n)) for label, name in enumerate(("ant", "bee")) for n in range(3)]
     tar = write_tar(tmp_path / "0.tar", [*FOREIGN.items(), *members])
     assert assert_colours_tell_labels(run_convert(tar, tmp_path / "out"), 6) == [0, 1]
+    write_tar(
+        tmp_path / "0.tar", [*FOREIGN.items(), *((f"images/{name}", content) for name, content in members), ("masks/0.png", b"")]
+    )
+    run_convert(tar, tmp_path / "b")
     out = capsys.readouterr().out
+    assert out.count("json members without an image (4, such as annotations/instances.json)") == 2
     assert "2 classes named by the folders in it: ant, bee" in out
     assert "left out: json members without an image (4, such as annotations/instances.json)" in out
 

@@ -1,6 +1,7 @@
 """Folders of splits, of side data and of systems are no classes, and splits are never mixed silently."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import sources
 from reading import assert_colours_tell_labels, colour_of, run_convert, stored_samples
 
+from pipeline.shards.index import open_index
 from tools.make_shards import main
 from tools.shards.layouts.splits import split_of
 
@@ -165,7 +167,13 @@ def test_voc_gives_its_images_and_none_of_its_masks(form: str, tmp_path: Path) -
         for n in range(3):
             content = sources.picture(n, n, image_format="PNG" if end == "png" else "JPEG")
             (tmp_path / f"in/VOCdevkit/VOC2012/{folder}/2012_{n}.{end}").write_bytes(content)
-    samples = stored_samples(run_convert(packed(tmp_path / "in", form), tmp_path / "out"))
+    source = packed(tmp_path / "in", form)
+    if form == "tar":
+        (tmp_path / "shards").mkdir()
+        shutil.copy(source, tmp_path / "shards")
+        assert main(["index", str(tmp_path / "shards")]) == 0
+        assert len(open_index(tmp_path / "shards")) == 3
+    samples = stored_samples(run_convert(source, tmp_path / "out"))
     assert sorted((sample.extension, sample.label) for sample in samples) == [("jpg", -1)] * 3
 
 

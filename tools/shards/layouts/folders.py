@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from pipeline.shards.index import UNLABELLED
+from pipeline.shards.side_folders import are_no_classes, main_folder
 from pipeline.shards.tar import is_hidden
 from pipeline.text import plural, truncate_list
 from tools.shards.catalogue import Catalogue, LooseFiles, Source
@@ -13,23 +14,6 @@ from tools.shards.classes import class_order
 from tools.shards.images import is_image
 from tools.shards.layouts.splits import check_no_splits, choose_split, mixed_splits, plain_name, split_of, visible_folders
 from tools.shards.skipped_files import file_kind
-
-# Folders of images and of what belongs to them, as in detection and segmentation data; they are no classes.
-IMAGE_FOLDERS = frozenset({"images", "image", "imgs", "img", "jpegimages", "jpegs", "photos", "pictures", "rgb"})
-SIDE_FOLDERS = frozenset(
-    ("labels", "label", "annotations", "annotation", "masks", "mask", "groundtruth", "ground_truth", "gt", "segmentation",
-     "segmentationclass", "segmentationobject", "trimaps", "bbox", "boxes", "imagesets")
-)  # fmt: skip
-
-
-def are_no_classes(folders: Collection[str]) -> bool:
-    return {name.lower() for name in folders} <= IMAGE_FOLDERS | SIDE_FOLDERS
-
-
-def main_folder(folders: Collection[str]) -> str:
-    """Return the folder of the images among those of masks and the like, "" where the folders are something else."""
-    images = [name for name in folders if name.lower() in IMAGE_FOLDERS]
-    return images[0] if len(images) == 1 and are_no_classes(folders) else ""
 
 
 def are_below_initials(folders: Collection[tuple[str, str]]) -> bool:

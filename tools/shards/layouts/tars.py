@@ -5,21 +5,22 @@ the inner tar, where images lie in tars inside the tar; else from the folder dir
 images; else there are none.
 """
 
-import os
 from array import array
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.shards.index import UNLABELLED
 from pipeline.shards.manifest import read_manifest
-from pipeline.shards.samples import ORPHANS, Label, LabelMembers, describe_left_out, match_labels
+from pipeline.shards.samples import ORPHANS, STRAYS, Label, LabelMembers, describe_left_out, match_labels
+from pipeline.shards.side_folders import are_no_classes, common_folder, first_folder, folder_of_images, main_folder
 from pipeline.shards.tar import TarMember, is_hidden, sample_key, tar_kind, tar_members
 from pipeline.text import plural, truncate_list
 from tools.shards.catalogue import Catalogue, FileRanges, Source, check_class_names
 from tools.shards.classes import class_order, number_labels
 from tools.shards.images import is_image
-from tools.shards.layouts.folders import are_below_initials, are_no_classes, has_images, main_folder, walk_images
+from tools.shards.layouts.folders import are_below_initials, has_images, walk_images
 from tools.shards.layouts.imagenet import ARCHIVES, are_wnids, label_order
 from tools.shards.layouts.splits import (
     check_no_splits,
@@ -58,8 +59,10 @@ def open_tars(path: Path, split: str, spools: Path | None) -> Source | None:
     listing = _list_tars(tars, "")
     if path.is_dir() and not len(listing.catalogue) and has_images(path):
         return None  # the tar holds something else and lies next to images
-    if below := _folder_of_images(listing.catalogue.names(), split, str(path)):
+    if below := _folder_of_split(listing.catalogue.names(), split, str(path)):
+        strays = listing.left_out[STRAYS]
         listing = _list_tars(tars, below)
+        listing.left_out[STRAYS] = strays
     name, classes, note = _label_images(listing, tars, plain_name(path.with_suffix("") if path.is_file() else path))
     notes = [tars[0].name if len(tars) == 1 else f"{len(tars)} tars", note]
     if left_out := describe_left_out(listing.left_out):
@@ -178,14 +181,14 @@ def _label_by_inner_tar(listing: Listing, stems: list[str], where: str) -> tuple
 def _label_by_folder(catalogue: Catalogue, where: str, unlabelled: str) -> tuple[tuple[str, ...], str]:
     """Label the images by the first folder below their common one; returns the classes, () where there are none, and a note."""
     names = catalogue.names()
-    common = _common_folder(names)
-    folders = [_first_folder(name[common:]) for name in names]
+    common = common_folder(names)
+    folders = [first_folder(name[common:]) for name in names]
     if num_loose := folders.count(""):
         why = f": {num_loose:,} lie next to the folders, so the folders are not classes"
         return (), unlabelled + (why if num_loose < len(names) else "")
     if are_no_classes(set(folders)):
         return (), f"{unlabelled}: the folders {truncate_list(sorted(set(folders)))} are not classes"
-    inner = [_first_folder(name[common:].partition("/")[2]) for name in names]
+    inner = [first_folder(name[common:].partition("/")[2]) for name in names]
     if all(inner) and are_below_initials(set(zip(folders, inner, strict=True))):
         folders = inner
     check_no_splits(names, common, where)
@@ -195,31 +198,21 @@ def _label_by_folder(catalogue: Catalogue, where: str, unlabelled: str) -> tuple
     return tuple(classes), f"{len(classes):,} classes named by the folders in it: {truncate_list(classes)}"
 
 
-def _folder_of_images(names: list[str], split: str, where: str) -> str:
+def _folder_of_split(names: list[str], split: str, where: str) -> str:
     """Return `a/images/train/` where the images of the split lie there, next to those of other splits or to masks, else "".
 
     Raises ValueError for a mixture of splits and other folders.
     """
-    below, chosen = "", ""
-    while True:
-        common = _common_folder(names)
-        folders = {_first_folder(name[common:]) for name in names}
+    chosen = ""
+
+    def choose(folders: Collection[str]) -> str:
+        nonlocal chosen
         if not chosen:
             chosen, others = choose_split(folders, split, where)
             if chosen and others:
                 raise mixed_splits(chosen, others, where)
-            inner = chosen
-        if not (inner := inner or main_folder(folders)):
-            return below
-        below = f"{names[0][:common]}{inner}/"
-        names, inner = [name for name in names if name.startswith(below)], ""
+            if chosen:
+                return chosen
+        return main_folder(folders)
 
-
-def _common_folder(names: list[str]) -> int:
-    """Return the length of the deepest folder that holds all images, with its slash; 0 where there is none."""
-    common = os.path.commonprefix([min(names, default=""), max(names, default="")])  # noqa: RUF071  (thus of all names)
-    return common.rfind("/") + 1
-
-
-def _first_folder(name: str) -> str:
-    return name.partition("/")[0] if "/" in name else ""
+    return folder_of_images(names, choose)
