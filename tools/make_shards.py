@@ -2,14 +2,11 @@
 
 import argparse
 import os
-import shutil
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from pipeline.files import private_folder
 from pipeline.memory import memory_limit
-from pipeline.shards.storage import is_remote, join
 from pipeline.text import notify_after, plural, printable, say
 from tools.shards.catalogue import LooseFiles, Source, hold_out
 from tools.shards.classes import adopt_classes
@@ -21,10 +18,9 @@ from tools.shards.layouts.source import LAYOUTS, open_source
 from tools.shards.photographs import NUM_SHARDS, photograph_source
 from tools.shards.report import remarks
 from tools.shards.skipped_files import describe_skipped
-from tools.shards.upload import staging_folder, upload_split
 from tools.shards.verify import index_split, split_folders, verify_split
 from tools.shards.writer import RECORD_FOLDER
-from train.command import BAD_INPUT, CommandParser, path_argument, place_argument, run_command, show_messages
+from train.command import BAD_INPUT, CommandParser, path_argument, run_command, show_messages
 
 WORKER_BYTES = 1 << 29  # of memory, for each process that decodes images
 
@@ -62,9 +58,7 @@ def add_convert(command: argparse.ArgumentParser) -> None:
         help="A folder of images, of class folders or of tars; a tar; parquet files; or a data set as downloaded.",
     )  # fmt: skip
     add = command.add_argument_group("output").add_argument
-    add("--out", type=place_argument, required=True, help="A folder or a prefix like s3://B/P; shards go to OUT/SPLIT.")
-    add("--staging", type=path_argument, metavar="DIR",
-        help="Where shards for a store wait for their upload (default: a folder in $TMPDIR, deleted afterwards).")  # fmt: skip
+    add("--out", type=path_argument, required=True, help="Output folder; shards go to OUT/SPLIT.")
     add("--num-shards", type=positive, default=0, help="Number of shards (default: of 256 MiB or 10,000 images each).")
     add("--seed", type=int, default=options.seed, help=f"Seed of the shuffle {default}.")
     add("--dry-run", action="store_true", help="Print what would be done; write nothing.")
@@ -103,11 +97,7 @@ def positive(text: str) -> int:
 
 
 def run_convert(parsed: argparse.Namespace) -> None:
-    options, store = convert_options(parsed), parsed.out if is_remote(parsed.out) else None
-    if store:
-        parsed.out = staging_folder(store, parsed.staging, parsed.num_tasks)
-        if parsed.staging is None and not parsed.dry_run:
-            private_folder(parsed.out)
+    options = convert_options(parsed)
     # List the images of every split and number their classes. Nothing is written but the spool of parquet files.
     spools = parsed.out / parsed.split / RECORD_FOLDER / "spool"
     with notify_after(2, f"listing the images of {parsed.source} ..."):
@@ -139,18 +129,6 @@ def run_convert(parsed: argparse.Namespace) -> None:
             delete_spool(spools)
             for line in remarks(parsed.out):
                 say(f"note     {line}")
-            if store is not None:
-                upload_splits(parsed.out, store, list(parts), keep=parsed.staging is not None)
-
-
-def upload_splits(folder: Path, store: str, splits: list[str], keep: bool) -> None:
-    """Upload the finished splits in `folder`, then delete them unless asked to keep them."""
-    for split in splits:
-        url = join(store, split)
-        num_files = upload_split(folder / split, url)
-        print(f"{url}: {plural(num_files, 'file')} uploaded" if num_files else f"{url}: already complete")
-    for split in () if keep else splits:
-        shutil.rmtree(folder / split)
 
 
 def check_out_is_outside(source: Source, out: Path) -> None:

@@ -101,7 +101,9 @@ def place_argument(text: str) -> Path | str:
 
 def path_argument(text: str) -> Path:
     """Return a path of the command line, expanded; the type of such arguments."""
-    return Path(place_argument(text))
+    if is_remote(place := place_argument(text)):
+        raise argparse.ArgumentTypeError(f"{place}: must be on this machine; copy from or to the store with its own tool")
+    return Path(place)
 
 
 class Output:

@@ -184,7 +184,7 @@ def _remote_split(prefix: str, split: str) -> str:
             reason = str(error).removeprefix(f"{join(folder, INDEX_NAME)}: ")
     raise FileNotFoundError(
         f"{', '.join(join(folder, INDEX_NAME) for folder in folders)}: {reason}. Shards in a store need an index: write it with "
-        "`python tools/make_shards.py index FOLDER` before they are uploaded, or convert with `--out` to the store"
+        "`python tools/make_shards.py index FOLDER` before they are uploaded"
     )
 
 

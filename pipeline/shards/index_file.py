@@ -26,7 +26,7 @@ from pipeline.shards.tar import IMAGE_EXTENSIONS, head_kind
 
 INDEX_NAME = "index.json"
 SAMPLES_NAME = "index.npy"
-INDEX_FILES = (SAMPLES_NAME, INDEX_NAME)  # in the order in which they are written, copied and uploaded
+INDEX_FILES = (SAMPLES_NAME, INDEX_NAME)  # in the order in which they are written and copied
 UNLABELLED = -1
 
 # One row per sample. `offset` and `size` (bytes) span the encoded image inside the tar; height and width are pixels.

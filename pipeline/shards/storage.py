@@ -135,11 +135,6 @@ def _too_long(place: Path | str, limit: int) -> str:
     return f"{place}: longer than the {limit:,} bytes that it can have"
 
 
-def upload(path: Path, url: str, retry_s: float) -> None:
-    """Write a file to an object, which appears under its name when it is complete. Raises StoreError."""
-    _request(url, retry_s, lambda system, remote_path: system.put_file(str(path), remote_path))
-
-
 def _request(url: str, retry_s: float, call: Callable[[Any, str], Result]) -> Result:
     return retry(lambda fresh: call(*_file_system(url, fresh)), url, retry_s)
 

@@ -246,3 +246,9 @@ def test_a_full_disk_is_one_clean_line_and_the_next_run_goes_on(source: Path, tm
     assert not list((tmp_path / "out/train").glob("*.tar"))
     run_convert(source, tmp_path / "out", "--num-shards", "1")
     assert len(stored_samples(tmp_path / "out/train")) == 120
+
+
+def test_a_store_is_refused_as_a_place_to_write(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["convert", str(source), "--out", "s3://bucket/prefix"])
+    assert "--out: s3://bucket/prefix: must be on this machine" in capsys.readouterr().err
