@@ -203,7 +203,7 @@ def test_what_cannot_be_checked_says_why_and_is_counted_apart(tmp_path: Path, ca
     assert doctor.main(["--out", str(tmp_path)]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     assert "skip  shards: index: neither a CONFIG nor --data names shards" in lines
-    assert 'skip  shards: classes: no shards to check, see "shards: index"' in lines
+    assert 'skip  shards: sampled images: no shards to check, see "shards: index"' in lines
     ok, skipped = (sum(line.startswith(f"{status:4}  ") for line in lines) for status in ("ok", "skip"))
     assert last == f"{ok} ok, 0 with a warning, 0 failed, {skipped} skipped, for the reasons above"
 

@@ -1,4 +1,4 @@
-"""Plain colours, where 100 % is true: train, evaluate and the doctor notice classes and data that do not belong together."""
+"""Plain colours, where 100 % is true: train and evaluate notice classes and data that do not belong together."""
 
 import io
 import json
@@ -13,13 +13,11 @@ from PIL import Image
 
 from pipeline.shards.index import open_index, save_index
 from tests.train.test_run import QUICKSTART, command
-from tools.checks import data
-from tools.checks.check import Case, Finding, examine
-from tools.doctor import CHECKS
 from tools.make_shards import main as make_shards
 from train.checkpoint import data_of, list_checkpoints
 from train.config.load import load_config
 from train.evaluate import main as evaluate
+from train.evaluation.features import check_classes
 from train.evaluation.online import read_baselines
 from train.run import main as train
 
@@ -56,12 +54,6 @@ def foreign(folder: Path, labels: Sequence[int], colours: Sequence[int] | None =
 
 def convert(source: Path, out: Path, split: str) -> None:
     assert make_shards(["convert", str(source), "--out", str(out), "--split", split, "--workers", "1"]) == 0
-
-
-def doctor(name: str, shards: Path, runs: Path) -> Finding:
-    data.opened.cache_clear()
-    path, *overrides = command(QUICKSTART, shards, runs, *SHORT)
-    return examine(CHECKS[name], Case(load_config(Path(path), overrides), str(shards), runs))
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -103,7 +95,6 @@ def test_integer_folders_beside_integer_labels_reach_what_is_true(shards: Path, 
     assert evaluate([str(run), "--probe", "knn", "--json", str(tmp_path / "out.json")]) == 0
     figures = json.loads((tmp_path / "out.json").read_text())["figures"]
     assert {f["accuracy"] for f in figures if (f["features"], f["setting"]) == ("pixels", "k=10")} == {100}
-    assert doctor("shards: classes", shards, tmp_path).status == "ok"
 
 
 @pytest.mark.parametrize(
@@ -114,7 +105,7 @@ def test_integer_folders_beside_integer_labels_reach_what_is_true(shards: Path, 
         (("ant", "bee", "cat", "dog"), (0, 1, 2, 3), ("only val has dog",)),
     ],
 )
-def test_splits_of_different_classes_are_refused_by_all_three_commands(
+def test_splits_of_different_classes_are_refused_by_train_and_evaluate(
     names: Sequence[str], colours: Sequence[int], says: Sequence[str], run: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -130,8 +121,6 @@ def test_splits_of_different_classes_are_refused_by_all_three_commands(
     assert not (tmp_path / "runs").exists()
     assert evaluate([str(run), "--data", str(out)]) == 2
     assert one_line(capsys).removeprefix("evaluate: ") == line.removeprefix("train: ")
-    finding = doctor("shards: classes", out, tmp_path / "runs")
-    assert (finding.status, finding.text) == ("fail", line.removeprefix("train: "))
 
 
 def test_a_val_that_lacks_the_last_class_or_all_names_is_not_refused(tmp_path: Path) -> None:
@@ -139,10 +128,10 @@ def test_a_val_that_lacks_the_last_class_or_all_names_is_not_refused(tmp_path: P
     convert(class_folders(tmp_path / "in", ("ant", "bee", "cat")), out, "train")
     convert(class_folders(tmp_path / "val", ("ant", "bee")), tmp_path / "apart", "val")
     shutil.move(tmp_path / "apart" / "val", out / "val")
-    assert doctor("shards: classes", out, tmp_path).status == "ok"
+    check_classes(open_index(out / "train"), open_index(out / "val"))
     shutil.rmtree(out / "val")
     foreign(out / "val", (0, 1, 2))
-    assert doctor("shards: classes", out, tmp_path).status == "ok"
+    check_classes(open_index(out / "train"), open_index(out / "val"))
 
 
 def test_labels_of_foreign_shards_that_train_does_not_have_are_named_and_the_rest_counts(
@@ -151,16 +140,13 @@ def test_labels_of_foreign_shards_that_train_does_not_have_are_named_and_the_res
     foreign(tmp_path / "shards" / "train", (0, 1, 2, 3))
     foreign(tmp_path / "shards" / "val", (0, 1, 2, 7))
     assert train(command(QUICKSTART, tmp_path / "shards", tmp_path, *SHORT, "evaluation.knn_k=3")) == 0
-    said = "3 of 12 images have labels that no image of"
-    assert said in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3 of 12 images have labels that no image of" in said
+    assert ": 7. " in said
     assert knn_of(tmp_path / "quickstart")["pixels"] == 75
-    finding = doctor("shards: classes", tmp_path / "shards", tmp_path)
-    assert finding.status == "warn"
-    assert said in finding.text
-    assert ": 7. " in finding.text
 
 
-def test_one_label_for_all_images_gives_no_accuracies_and_all_three_commands_say_why(
+def test_one_label_for_all_images_gives_no_accuracies_and_train_and_evaluate_say_why(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for split, colours in (("train", (0,)), ("val", (1,))):
@@ -176,9 +162,6 @@ def test_one_label_for_all_images_gives_no_accuracies_and_all_three_commands_say
     assert "all training images have one label" in (tmp_path / "runs/quickstart/report.html").read_text()
     assert evaluate([str(run), "--data", str(tmp_path / "shards")]) == 2
     assert why in one_line(capsys)
-    finding = doctor("shards: classes", tmp_path / "shards", tmp_path)
-    assert finding.status == "warn"
-    assert why in finding.text
 
 
 def test_baselines_of_an_old_val_are_measured_again_at_the_initialisation(

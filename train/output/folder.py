@@ -5,6 +5,7 @@ import logging
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -136,10 +137,7 @@ def environment() -> dict[str, Any]:
 def commit() -> str | None:
     """Return the commit of the project's code, with `-dirty` if it has changed since; None outside its repository."""
     root = Path(__file__).parents[2]
-    line = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return (
-            subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip() if (root / ".git").exists() else None
-        )
-    except (OSError, subprocess.CalledProcessError):  # no git here, or the repository of another user
+    if not (root / ".git").exists() or shutil.which("git") is None:
         return None
+    line = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(line, capture_output=True, text=True, check=False).stdout.strip() or None
