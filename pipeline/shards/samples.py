@@ -200,10 +200,10 @@ def scan_shard(path: Path, shard: int) -> np.ndarray:
     labels, parts, left_out = match_labels(names, members, path)
     if note := describe_left_out(left_out):
         warn_once(f"{path}: {note}")
+    if name := next((label for label in labels if isinstance(label, str)), ""):
+        warn_once(f"{path}: labels that are names ({name!r}, ...) are left out: `make_shards.py convert` numbers them")
     rows = []
     for number, (member, label) in enumerate(zip(images, labels, strict=True)):
-        if isinstance(label, str):
-            warn_once(f"{path}: labels that are names ({label!r}, ...) are left out: `make_shards.py convert` numbers them")
         if number not in parts:
             width, height = _image_size(path, member)
             stored = label if isinstance(label, int) else UNLABELLED

@@ -54,8 +54,8 @@ def _list(counts: Counter[str]) -> str:
 
 
 def _advice(counts: Counter[str]) -> str:
-    packed = sorted(kind for kind in counts if any(kind.endswith(form.extensions) for form in PACKED))
-    advice = {f"{form.name}: {form.advice}": sum(counts[kind] for kind in form.extensions) for form in OTHERS}
+    packed = sorted(kind for kind in counts if any(kind.endswith(extensions) for _, _, extensions, _ in PACKED))
+    advice = {f"{form}: {text}": sum(counts[kind] for kind in extensions) for form, _, extensions, text in OTHERS}
     advice |= {f"unpack {', '.join(packed)} first": len(packed)}
     advice |= {"convert a .tar itself, or the folder that contains it": counts[".tar"]}
     return "".join(f"; {text}" for text, number in advice.items() if number)
