@@ -37,8 +37,8 @@ def expand_path(text: str) -> str:
 def _refuse_userinfo(place: str) -> None:
     if USERINFO.match(place):
         raise ValueError(
-            f"a {place.partition(':')[0]}:// URL with a user name or password before an @, which would end up in settings, logs "
-            "and reports. Leave that part out; stores take credentials from the environment (docs/operating.md)"
+            f"{place.partition(':')[0]}://...@: a URL with a user name or password, which would end up in settings, logs and "
+            "reports. Leave that part out; stores take credentials from the environment (docs/operating.md)"
         )
 
 

