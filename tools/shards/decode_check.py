@@ -1,29 +1,28 @@
 """Decodes images with the decoder that training uses."""
 
 import os
+from collections.abc import Iterable, Iterator
 from functools import cache
+from itertools import islice
 
 import numpy as np
 from nvidia.dali import Pipeline, fn, types
 
 from pipeline.crops.graph import parsed
-from tools.shards.writer import BATCH_IMAGES
 
-INPUT = "encoded"
+INPUT, BATCH_IMAGES = "encoded", 32
 Encoded = tuple[bytes, int, int]
 
 
-def decode_errors(images: list[Encoded]) -> list[str]:
-    """Return for each `(content, height, width)` "" when DALI decodes it to that size, else the reason."""
-    errors: list[str] = []
-    for start in range(0, len(images), BATCH_IMAGES):
-        batch = images[start : start + BATCH_IMAGES]
+def decode_errors(images: Iterable[Encoded]) -> Iterator[str]:
+    """Yield for each `(content, height, width)` "" when DALI decodes it to that size, else the reason."""
+    waiting = iter(images)
+    while batch := list(islice(waiting, BATCH_IMAGES)):
         try:
-            errors += _decode(batch)
+            yield from _decode(batch)
         except RuntimeError as error:  # one bad image fails its batch and breaks the graph
             _graph.cache_clear()
-            errors += [_one_line(error)] if len(batch) == 1 else [decode_errors([image])[0] for image in batch]
-    return errors
+            yield from (_one_line(error),) if len(batch) == 1 else (next(decode_errors([image])) for image in batch)
 
 
 def _decode(batch: list[Encoded]) -> list[str]:

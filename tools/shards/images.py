@@ -23,15 +23,7 @@ from PIL import Image, ImageFile, features
 from pipeline.shards.samples import PILLOW_FAULTS
 from tools.shards.decoding.foreign import describe_foreign
 from tools.shards.decoding.markers import END_OF_IMAGE, LOSSLESS_FRAME, USUAL_FRAMES, JpegHeader, read_jpeg, without_metadata
-from tools.shards.decoding.pixels import (
-    RejectedImageError,
-    encode_png,
-    other_frames,
-    pixel_changes,
-    pixel_sums,
-    to_8_bit,
-    to_srgb,
-)
+from tools.shards.decoding.pixels import RejectedImageError, encode_png, other_frames, pixel_changes, to_8_bit, to_srgb
 
 Image.MAX_IMAGE_PIXELS = None  # ImagePolicy.max_pixels is checked in the header instead
 warnings.filterwarnings("ignore", module=r"PIL\.")  # mostly about metadata; real damage becomes a reason to reject
@@ -67,7 +59,10 @@ TRANSPOSE = {orientation: Image.Transpose[name] for orientation, name in enumera
 
 @dataclass(frozen=True)
 class ImagePolicy:
-    """The options of the policy. `resize`: the shorter side in pixels; 0 keeps every size. `quality`: of resized JPEGs."""
+    """The options of the policy. `resize`: the shorter side in pixels; 0 keeps every size. `quality`: of resized JPEGs.
+
+    `verify`: "header" trusts a header and an end marker, "full" decodes every image, "none" needs no end marker.
+    """
 
     verify: str = "header"
     resize: int = 0
@@ -78,8 +73,7 @@ class ImagePolicy:
 
 @dataclass(frozen=True)
 class CheckedImage:
-    """An image as it is stored. `changes`: what was done to it, by kind. `other_frames`: pages or frames
-    that were left out. `sums`: its `pixel_sums`, where requested."""
+    """An image as it is stored. `changes`: what was done to it, by kind. `other_frames`: pages or frames that were left out."""
 
     content: bytes
     extension: str
@@ -88,34 +82,30 @@ class CheckedImage:
     changes: tuple[str, ...] = ()
     other_frames: int = 0
     has_one_colour: bool = False
-    sums: np.ndarray | None = None
 
 
 def is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS)
 
 
-def check_image(content: bytes, name: str, policy: ImagePolicy, with_sums: bool = False) -> CheckedImage:
-    """Apply the policy to one file. `with_sums` decodes it in any case.
-
-    Raises RejectedImageError with the reason when the image must be left out.
-    """
+def check_image(content: bytes, name: str, policy: ImagePolicy) -> CheckedImage:
+    """Apply the policy to one file. Raises RejectedImageError with the reason when the image must be left out."""
     if not content:
         raise RejectedImageError("empty file")
     try:
-        return _check(content, name, policy, with_sums)
+        return _check(content, name, policy)
     except RejectedImageError as rejection:
         # Damaged metadata is no reason to lose an image whose pixels decode without it.
         if (plain := without_metadata(content)) == content:
             raise
         try:
-            checked = _check(plain, name, policy, with_sums=True)
+            checked = _check(plain, name, replace(policy, verify="full"))
         except RejectedImageError:
             raise rejection from None
-        return replace(checked, changes=(*checked.changes, "metadata"), sums=checked.sums if with_sums else None)
+        return replace(checked, changes=(*checked.changes, "metadata"))
 
 
-def _check(content: bytes, name: str, policy: ImagePolicy, with_sums: bool) -> CheckedImage:
+def _check(content: bytes, name: str, policy: ImagePolicy) -> CheckedImage:
     """Apply the policy to one file. Every error that Pillow raises on damage becomes a RejectedImageError."""
     jpeg = read_jpeg(content)
     try:
@@ -124,12 +114,12 @@ def _check(content: bytes, name: str, policy: ImagePolicy, with_sums: bool) -> C
             image = CheckedImage(content, "jpg", jpeg.height, jpeg.width, misnamed)
         else:
             image = _check_with_pillow(content, name, policy, jpeg)
-        # An image of one colour takes few bytes, so that only small files and sampled ones are decoded.
-        if not with_sums and len(image.content) > MAX_FLAT_BYTES + image.height * image.width // 16:
+        # An image of one colour takes few bytes, so that only small files need decoding for it.
+        if policy.verify != "full" and len(image.content) > MAX_FLAT_BYTES + image.height * image.width // 16:
             return image
-        count, *sums = (found := pixel_sums(image.content)).tolist()
-        is_flat = all(count * squares == total**2 for total, squares in zip(sums[:3], sums[3:], strict=True))
-        return replace(image, sums=found if with_sums else None, has_one_colour=is_flat)
+        with Image.open(io.BytesIO(image.content)) as stored:
+            ranges = np.reshape(stored.getextrema(), (-1, 2))  # of each channel
+        return replace(image, has_one_colour=bool((ranges[:, 0] == ranges[:, 1]).all()))
     except RejectedImageError:
         raise
     except Image.UnidentifiedImageError:

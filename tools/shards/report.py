@@ -1,8 +1,7 @@
-"""The files next to the tars of a finished split: index, manifest, statistics, rejected images."""
+"""The files next to the tars of a finished split: index, manifest, rejected images."""
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,8 @@ from pipeline.shards.manifest import MANIFEST_NAME, read_manifest
 from pipeline.text import truncate_list
 from tools.shards.writer import IDENTITY_NAME, RECORD_FOLDER, Conversion, ShardRecord
 
-STATS_NAME, REJECTED_NAME = "stats.json", "rejected.jsonl"
+REJECTED_NAME = "rejected.jsonl"
 FORMAT_VERSION = 1
-MAX_LISTED = 100  # groups of duplicates, and images of one colour, that stats.json lists
 
 
 class StoredSplit:
@@ -52,7 +50,8 @@ def finish_split(conversion: Conversion, split: str, seed: int) -> tuple[bool, i
             partial.unlink(missing_ok=True)
         rejected = [bad for record in stored.records for bad in record.rejected]
         files = index_files({name: len(record.rows) for name, record in zip(names, stored.records, strict=True)}, stored.rows)
-        files |= {MANIFEST_NAME: dump(_manifest(conversion, split, seed, stored)), STATS_NAME: dump(_describe_images(stored))}
+        manifest = json.dumps(_manifest(conversion, split, seed, stored), indent=1, ensure_ascii=False) + "\n"
+        files[MANIFEST_NAME] = manifest.encode("utf-8", "backslashreplace")
         if rejected:
             files[REJECTED_NAME] = "".join(json.dumps(bad) + "\n" for bad in rejected).encode()
         else:
@@ -65,10 +64,6 @@ def finish_split(conversion: Conversion, split: str, seed: int) -> tuple[bool, i
                 write_atomic(path, content)
                 changed = True
         return changed, len(rejected)
-
-
-def dump(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def _manifest(conversion: Conversion, split: str, seed: int, stored: StoredSplit) -> dict[str, Any]:
@@ -95,38 +90,6 @@ def _manifest(conversion: Conversion, split: str, seed: int, stored: StoredSplit
             for name, record in zip(stored.shards, records, strict=True)
         ],
     }
-
-
-def _describe_images(stored: StoredSplit) -> dict[str, Any]:
-    """Return the content of STATS_NAME: counts, sizes in pixels and bytes, images per class, duplicates, mean and std."""
-    rows, groups = stored.rows, equal_groups(stored.digests)
-    labels = np.bincount(rows["label"][rows["label"] >= 0], minlength=len(stored.classes))
-    spreads = {
-        name: {"min": int(values.min()), "median": float(np.median(values)), "max": int(values.max())}
-        for name, values in (("height", rows["height"]), ("width", rows["width"]), ("bytes", rows["size"]))
-    }
-    return {
-        "num_samples": len(rows),
-        "num_unlabelled": int((rows["label"] < 0).sum()),
-        **spreads,
-        "per_class": {stored.class_name(label): int(n) for label, n in enumerate(labels)},
-        "duplicates": {
-            "groups": len(groups),
-            "extra_images": sum(map(len, groups)) - len(groups),
-            "first_groups": [rows[["shard", "offset"]][group].tolist() for group in groups[:MAX_LISTED]],
-        },
-        "one_colour": {"images": len(stored.one_colour), "first": stored.one_colour[:MAX_LISTED]},
-        **_mean_and_std([np.concatenate(record.pixels) for record in stored.records]),
-    }
-
-
-def _mean_and_std(sums: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Return mean and std per channel, in 0..1, from `pixel_sums`: exact, so the order of the shards does not matter."""
-    count, *totals = np.sum(sums, axis=0).tolist()
-    mean = [total / max(count, 1) / 255 for total in totals[:3]]
-    variance = [squares / max(count, 1) / 255**2 - m * m for squares, m in zip(totals[3:], mean, strict=True)]
-    std = [max(v, 0.0) ** 0.5 for v in variance]
-    return {"mean": [round(m, 6) for m in mean], "std": [round(s, 6) for s in std], "mean_std_pixels": count}
 
 
 def equal_groups(digests: np.ndarray) -> list[list[int]]:

@@ -13,7 +13,6 @@ from pipeline.shards.index import INDEX_NAME, ShardIndex, open_index, save_index
 from pipeline.shards.manifest import MANIFEST_NAME, Manifest, check_class_count, check_fits, read_manifest
 from pipeline.shards.storage import read_bytes
 from pipeline.shards.tar import tar_members
-from tools.shards.writer import BATCH_IMAGES
 
 T = TypeVar("T")
 
@@ -60,12 +59,9 @@ def _verify_shard(path: Path, rows: np.ndarray, sha256: str) -> list[str]:
         problems.append(f"{path}: {INDEX_NAME} does not describe this tar: run `make_shards.py index` on its folder")
     # The decoder names an image by its number in a batch, a person finds it by its name in the tar.
     names = {member.offset: member.name for member in tar_members(path)}
-    for batch in np.split(scanned, range(BATCH_IMAGES, len(scanned), BATCH_IMAGES)):  # bounds the memory
-        contents = [read_bytes(path, int(row["offset"]), int(row["size"])) for row in batch]
-        errors = decode_errors(list(zip(contents, batch["height"].tolist(), batch["width"].tolist(), strict=True)))
-        bad = [(offset, error) for offset, error in zip(batch["offset"].tolist(), errors, strict=True) if error]
-        problems += [f"{path}: {names[offset]}: {reason}" for offset, reason in bad]
-    return problems
+    images = ((read_bytes(path, offset, size), height, width) for _, offset, size, _, height, width in scanned.tolist())
+    errors = zip(scanned["offset"].tolist(), decode_errors(images), strict=True)
+    return problems + [f"{path}: {names[offset]}: {error}" for offset, error in errors if error]
 
 
 def index_split(folder: Path, workers: int) -> int:

@@ -4,11 +4,10 @@ import hashlib
 import io
 import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from tarfile import BLOCKSIZE
-from typing import BinaryIO
 
 import numpy as np
 
@@ -19,9 +18,6 @@ from tools.shards.catalogue import Source
 from tools.shards.images import CheckedImage, ImagePolicy, check_image
 
 RECORD_FOLDER, IDENTITY_NAME = ".records", "plan.json"
-# Mean and std come from every 128th image, because decoding all would cost more than the conversion; small sets use at least 256.
-PIXEL_STRIDE, MIN_PIXEL_IMAGES = 128, 256
-BATCH_IMAGES = 32  # as many as DALI decodes at once with --verify full
 
 
 @dataclass(frozen=True)
@@ -60,8 +56,7 @@ class ShardRecord:
     num_bytes: int
     rejected: list[dict[str, str | int]]
     changes: dict[str, int]
-    pixels: list[list[int]]
-    one_colour: list[str] = field(default_factory=list)
+    one_colour: list[str]
 
     def save(self, path: Path) -> None:
         meta = {name: value for name, value in vars(self).items() if name not in ("rows", "digests")}
@@ -93,65 +88,17 @@ def tar_header(name: str, size: int) -> bytes:
     return (block[:148] + checksum + block[156:]).ljust(BLOCKSIZE, b"\0")
 
 
-def pixel_stride(num_images: int) -> int:
-    return max(1, min(PIXEL_STRIDE, num_images // MIN_PIXEL_IMAGES))
-
-
-class ShardBuilder:
-    """Appends samples to a tar and collects the content of its record."""
-
-    def __init__(self, conversion: Conversion, shard: int, file: BinaryIO) -> None:
-        self.conversion, self.shard, self.file = conversion, shard, file
-        self.digest, self.num_bytes = hashlib.sha256(), 0
-        self.rows: list[tuple[int, int, int, int, int, int]] = []
-        self.digests: list[bytes] = []
-        self.rejected: list[dict[str, str | int]] = []
-        self.one_colour: list[str] = []
-        self.changes: Counter[str] = Counter()
-        self.pixels = np.zeros(7, np.int64)
-
-    def add(self, position: int, checked: CheckedImage | str) -> None:
-        """Append the image at `position` of the order, or record the reason why it is rejected."""
-        catalogue, row = self.conversion.source.catalogue, int(self.conversion.order[position])
-        name, label = catalogue.name(row), catalogue.label[row]
-        if isinstance(checked, str):
-            self.rejected.append({"name": name, "label": label, "reason": checked})
-            return
-        # WebDataset: the members of a sample share a key, here the position; the image comes first.
-        parts = {checked.extension: checked.content}
-        if label != UNLABELLED:
-            parts["cls"] = b"%d" % label
-        origin = {"name": name} | ({"changes": checked.changes} if checked.changes else {})
-        parts["json"] = json.dumps(origin, ensure_ascii=True).encode()
-        offset = self.num_bytes + BLOCKSIZE
-        self.rows.append((self.shard, offset, len(checked.content), label, checked.height, checked.width))
-        for extension, content in parts.items():
-            self._write(tar_header(f"{position:09d}.{extension}", len(content)), content, bytes(-len(content) % BLOCKSIZE))
-        self.digests.append(hashlib.sha256(checked.content).digest()[:16])
-        self.one_colour += [name] * checked.has_one_colour
-        self.changes.update(checked.changes)
-        if checked.other_frames:
-            self.changes["frames left out"] += checked.other_frames
-        self.pixels += 0 if checked.sums is None else checked.sums
-
-    def finish(self) -> ShardRecord:
-        self._write(bytes(2 * BLOCKSIZE))  # the end of a tar
-        return ShardRecord(
-            rows=np.array(self.rows, SAMPLE_DTYPE),
-            digests=np.frombuffer(b"".join(self.digests), "S16"),
-            sha256=self.digest.hexdigest(),
-            num_bytes=self.num_bytes,
-            rejected=self.rejected,
-            changes=dict(sorted(self.changes.items())),
-            pixels=[part.tolist() for part in np.split(self.pixels, (1, 4))],
-            one_colour=self.one_colour,
-        )
-
-    def _write(self, *chunks: bytes) -> None:
-        for chunk in chunks:
-            self.file.write(chunk)
-            self.digest.update(chunk)
-            self.num_bytes += len(chunk)
+def tar_sample(key: str, name: str, label: int, image: CheckedImage) -> bytes:
+    """Build the members of one sample, which share a key in a WebDataset; the image comes first."""
+    parts = {image.extension: image.content}
+    if label != UNLABELLED:
+        parts["cls"] = b"%d" % label
+    origin = {"name": name} | ({"changes": image.changes} if image.changes else {})
+    parts["json"] = json.dumps(origin, ensure_ascii=True).encode()
+    return b"".join(
+        tar_header(f"{key}.{extension}", len(content)) + content + bytes(-len(content) % BLOCKSIZE)
+        for extension, content in parts.items()
+    )
 
 
 class SharedCounts:
@@ -169,41 +116,40 @@ class SharedCounts:
 
 def write_shard(conversion: Conversion, shard: int, counts: SharedCounts) -> None:
     """Write one shard and its record, replacing existing ones."""
-    path = conversion.folder / conversion.shard_name(shard)
-    with partial_file(path) as file:
-        builder = ShardBuilder(conversion, shard, file)
-        start, stop = int(conversion.starts[shard]), int(conversion.starts[shard + 1])
-        for first in range(start, stop, BATCH_IMAGES):
-            num_bytes, num_rejected = builder.num_bytes, len(builder.rejected)
-            batch = range(first, min(first + BATCH_IMAGES, stop))
-            for position, checked in zip(batch, _check_batch(conversion, batch), strict=True):
-                builder.add(position, checked)
-            counts.add(len(batch), builder.num_bytes - num_bytes, len(builder.rejected) - num_rejected)
-        record = builder.finish()
+    catalogue, digest, changes = conversion.source.catalogue, hashlib.sha256(), Counter[str]()
+    rows, digests, one_colour, rejected = [], [], [], list[dict[str, str | int]]()
+    with partial_file(conversion.folder / conversion.shard_name(shard)) as file:
+        for position in range(int(conversion.starts[shard]), int(conversion.starts[shard + 1])):
+            row, start = int(conversion.order[position]), file.tell()
+            name, label, image = catalogue.name(row), catalogue.label[row], check_row(conversion, row)
+            if isinstance(image, str):
+                rejected.append({"name": name, "label": label, "reason": image})
+                counts.add(1, 0, 1)
+                continue
+            sample = tar_sample(f"{position:09d}", name, label, image)
+            file.write(sample)
+            digest.update(sample)
+            rows.append((shard, start + BLOCKSIZE, len(image.content), label, image.height, image.width))
+            digests.append(hashlib.sha256(image.content).digest()[:16])
+            one_colour += [name] * image.has_one_colour
+            changes.update([*image.changes, *["frames left out"] * image.other_frames])
+            counts.add(1, len(sample), 0)
+        file.write(end := bytes(2 * BLOCKSIZE))
+        digest.update(end)
+        num_bytes = file.tell()
+    images = np.array(rows, SAMPLE_DTYPE), np.frombuffer(b"".join(digests), "S16")
+    record = ShardRecord(*images, digest.hexdigest(), num_bytes, rejected, changes, one_colour)
     record.save(conversion.record_path(shard))
 
 
-def _check_batch(conversion: Conversion, positions: range) -> list[CheckedImage | str]:
-    order, stride = conversion.order, pixel_stride(len(conversion.order))
-    results = [check_row(conversion, int(order[position]), position % stride == 0) for position in positions]
-    if conversion.policy.verify == "full":
-        from tools.shards.decode_check import decode_errors  # DALI takes a second to import
-
-        images = {k: image for k, image in enumerate(results) if isinstance(image, CheckedImage)}
-        errors = decode_errors([(image.content, image.height, image.width) for image in images.values()])
-        for k, error in zip(images, errors, strict=True):
-            results[k] = error or results[k]
-    return results
-
-
-def check_row(conversion: Conversion, row: int, with_sums: bool = False) -> CheckedImage | str:
+def check_row(conversion: Conversion, row: int) -> CheckedImage | str:
     """Return one image as it is to be stored, or the reason to leave it out. Files above the limit are never read."""
     catalogue, policy = conversion.source.catalogue, conversion.policy
     if catalogue.size[row] > policy.max_bytes:
         return f"{catalogue.size[row]:,} bytes, allowed {policy.max_bytes:,} (--max-bytes)"
     content = catalogue.read(row)
     try:
-        return check_image(content, catalogue.name(row), policy, with_sums)
+        return check_image(content, catalogue.name(row), policy)
     except ValueError as error:
         return str(error)
 

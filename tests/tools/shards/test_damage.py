@@ -60,7 +60,7 @@ def check_damage(image_format: str, trials: int) -> int:
     for trial in range(trials):
         content = damage(whole, rng)
         try:
-            checked = check_image(content, f"x.{image_format.lower()}", ImagePolicy(), with_sums=True)
+            checked = check_image(content, f"x.{image_format.lower()}", ImagePolicy("full"))
         except ValueError as error:
             rejected.append(str(error))
         else:
@@ -128,7 +128,7 @@ BROKEN_METADATA = {
 @pytest.mark.parametrize("place", ["before", "after"])
 def test_broken_metadata_of_a_png_cost_no_pixels(kind: str, place: str) -> None:
     at = 33 if place == "before" else PNG.index(b"IEND") - 4
-    checked = check_image(PNG[:at] + BROKEN_METADATA[kind] + PNG[at:], "x.png", ImagePolicy(), with_sums=True)
+    checked = check_image(PNG[:at] + BROKEN_METADATA[kind] + PNG[at:], "x.png", ImagePolicy("full"))
     assert np.array_equal(pixels_of(checked), SOUND)
 
 
@@ -136,7 +136,7 @@ def test_broken_exif_of_a_jpeg_costs_no_pixels() -> None:
     whole = sources.picture(3, 1)
     for body in (b"Exif\0\0", b"Exif\0\0XX\0*", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\1" * 40):
         content = whole[:2] + b"\xff\xe1" + (len(body) + 2).to_bytes(2, "big") + body + whole[2:]
-        assert np.array_equal(pixels_of(check_image(content, "x.jpg", ImagePolicy(), with_sums=True)), SOUND)
+        assert np.array_equal(pixels_of(check_image(content, "x.jpg", ImagePolicy("full"))), SOUND)
 
 
 RAMP = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)

@@ -175,14 +175,3 @@ def encode_png(pixels: Image.Image) -> bytes:
     out = io.BytesIO()
     pixels.save(out, "PNG", compress_level=6)
     return out.getvalue()
-
-
-def pixel_sums(content: bytes) -> np.ndarray:
-    """Return `[7] int64`: the number of pixels, the sum of each RGB channel, the sum of each channel's squares.
-
-    Raises one of PILLOW_FAULTS when the image does not decode.
-    """
-    with Image.open(io.BytesIO(content)) as image:
-        histogram = np.array(image.convert("RGB").histogram(), np.int64).reshape(3, 256)
-    values = np.arange(256)
-    return np.concatenate([histogram[0].sum(keepdims=True), histogram @ values, histogram @ values**2])
