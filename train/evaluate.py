@@ -1,4 +1,4 @@
-"""Measure a trained encoder: `python -m train.evaluate RUN|CHECKPOINT --data SHARDS --probe knn linear attentive lowshot`.
+"""Measure a trained encoder: `python -m train.evaluate RUN|CHECKPOINT --data SHARDS --probe knn linear attentive`.
 
 Features are those of the moving-average encoder on deterministic centre crops, made by the same DALI pipeline as in training.
 Each probe also measures raw pixels and the run's random initialisation. The same command prints the same numbers.
@@ -13,7 +13,7 @@ from train.command import CommandParser, device_argument, path_argument, place_a
 from train.output.display import LOADING
 from train.shards import with_shards
 
-PROBES = ("knn", "linear", "attentive", "lowshot")
+PROBES = ("knn", "linear", "attentive")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -1,7 +1,6 @@
 """All probes on one checkpoint, each next to raw pixels and the random initialisation."""
 
 import logging
-import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,9 @@ from train.config.load import load_config
 from train.config.schema import Config
 from train.evaluation.features import Extractor, check_labels, colour_histogram, pixels
 from train.evaluation.measure import Scores, measure, num_classes
-from train.evaluation.probes import TokenStream, attentive_probe, lowshot_accuracies, patch_tokens, pixel_tokens
+from train.evaluation.probes import TokenStream, attentive_probe, patch_tokens, pixel_tokens
 
 KNN_KS = (10, 20, 100, 200)
-SHOTS, SHOT_SEEDS = (1, 10), (0, 1, 2, 3, 4)
 LAST_BLOCKS = 4  # concatenated for the linear probe, as in DINO (arXiv 2104.14294)
 LINEAR_EPOCHS = 20  # for runs that measure no linear probe themselves (evaluation.linear_epochs is 0)
 ROW_NAMES = {
@@ -125,7 +123,7 @@ def evaluate(checkpoint: Path, config: Config, probes: Sequence[str]) -> dict[st
         if probe == "attentive":
             figures += attentive_figures(config, model, initial, device)
         else:
-            figures += [figure for name in measured for figure in pooled_figures(probe, name, measured[name], device)]
+            figures += [figure for name in measured for figure in pooled_figures(probe, name, measured[name])]
     return {
         "checkpoint": str(checkpoint),
         "step": checkpoint_step(checkpoint),
@@ -135,26 +133,18 @@ def evaluate(checkpoint: Path, config: Config, probes: Sequence[str]) -> dict[st
     }
 
 
-def figure(probe: str, features: str, setting: str, *accuracies: float) -> dict[str, Any]:
-    """Return one figure of the report: the mean of the accuracies and, with several, their standard deviation."""
-    spread = statistics.stdev(accuracies) if len(accuracies) > 1 else None
-    return {"probe": probe, "features": features, "setting": setting, "accuracy": statistics.mean(accuracies),
-            "spread": spread, "repeats": len(accuracies)}  # fmt: skip
+def figure(probe: str, features: str, setting: str, accuracy: float) -> dict[str, Any]:
+    return {"probe": probe, "features": features, "setting": setting, "accuracy": accuracy}
 
 
-def pooled_figures(probe: str, name: str, scores: Scores, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Yield the figures of one extractor in `knn`, `linear` or `lowshot`."""
+def pooled_figures(probe: str, name: str, scores: Scores) -> Iterator[dict[str, Any]]:
+    """Yield the figures of one extractor in `knn` or `linear`."""
     if probe == "linear" and scores.linear is not None:
         accuracy, setting = scores.linear
         yield figure(probe, name, setting, accuracy)
-    elif probe == "knn":
-        for key, by_k in scores.knn.items():
-            features = name if key == "last" else f"{name}, {key.replace('_', ' ')}"
-            yield from (figure(probe, features, f"k={k}", accuracy) for k, accuracy in by_k.items())
-    else:
-        for shots in SHOTS:
-            accuracies = lowshot_accuracies(scores.train, scores.test, shots, SHOT_SEEDS, device)
-            yield figure(probe, name, f"{shots} per class", *accuracies)
+    for key, by_k in scores.knn.items() if probe == "knn" else ():
+        features = name if key == "last" else f"{name}, {key.replace('_', ' ')}"
+        yield from (figure(probe, features, f"k={k}", accuracy) for k, accuracy in by_k.items())
 
 
 def attentive_figures(config: Config, model: HJEPA, initial: MultiCropEncoder, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -189,10 +179,6 @@ def report_table(report: dict[str, Any]) -> str:
     for (probe, features), scores in groups.items():
         name, comma, level = features.partition(", ")
         settings = " / ".join(score["setting"] for score in scores)
-        values = " / ".join(
-            f"{score['accuracy']:.1f}"
-            + ("" if score["spread"] is None else f" ± {score['spread']:.1f} (std of {score['repeats']})")
-            for score in scores
-        )
+        values = " / ".join(f"{score['accuracy']:.1f}" for score in scores)
         lines.append(f"| {probe} | {ROW_NAMES[name]}{comma}{level} | {settings} | {values} |")
     return "\n".join(lines)

@@ -1,21 +1,19 @@
-"""The offline probes: an attentive probe on patch tokens, and logistic regression on a few images per class."""
+"""The attentive probe: a classifier that pools patch tokens by attention."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from model.encoder import MultiCropEncoder, patchify
 from pipeline.loader import MultiCropLoader
-from train.evaluation.features import STORED_DTYPE, Features, free_memory, mixed_precision
-from train.evaluation.measure import Standardizer, accuracies, best_trial, fit_heads, is_held_out, num_classes
+from train.evaluation.features import STORED_DTYPE, free_memory, mixed_precision
+from train.evaluation.measure import accuracies, best_trial, fit_heads, is_held_out
 
 ATTENTIVE_RATES = (1e-3, 3e-3, 1e-2)
 ATTENTIVE_EPOCHS, MIN_STEPS = 10, 1000  # small splits train for more epochs, up to this many steps
 MAX_HEAD_WIDTH = 64  # of one attention head
-LOWSHOT_STRENGTH = 1.0  # C of the logistic regression, scikit-learn's default
 TOKENS_SHARE = 0.25  # of the free memory, for the tokens of one split
 
 Tokenizer = Callable[[torch.Tensor], torch.Tensor]
@@ -109,50 +107,3 @@ def attentive_probe(train: TokenStream, test: TokenStream, width: int, classes: 
     validation = accuracies(heads, part(held_out=True))
     scores = accuracies(heads, ((tokens, labels) for tokens, labels, _ in test.epoch()))
     return best_trial(zip(validation, scores, [f"lr {rate:g}" for rate in ATTENTIVE_RATES], strict=True))
-
-
-def sample_per_class(labels: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    """Return `[count * classes] int64`: `count` random rows of each class, or all rows of a smaller class."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    return torch.cat([order[labels[order] == label][:count] for label in labels.unique()])
-
-
-def logistic_regression(
-    rows: torch.Tensor, labels: torch.Tensor, classes: int, strength: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return weights `[D, C]` and biases `[C]`, float64, from L-BFGS.
-
-    They minimise the sum of cross-entropies + |weights|^2 / (2 * strength), as in scikit-learn.
-    """
-    x = rows.double()
-    weight = torch.zeros(x.shape[1], classes, dtype=torch.float64, device=x.device, requires_grad=True)
-    bias = torch.zeros(classes, dtype=torch.float64, device=x.device, requires_grad=True)
-    solver = torch.optim.LBFGS(
-        [weight, bias], max_iter=300, tolerance_grad=1e-8, tolerance_change=1e-12, line_search_fn="strong_wolfe"
-    )
-
-    def objective() -> torch.Tensor:
-        solver.zero_grad()
-        loss = F.cross_entropy(x @ weight + bias, labels, reduction="sum") + weight.square().sum() / (2 * strength)
-        loss.backward()
-        return loss
-
-    solver.step(objective)
-    return weight.detach(), bias.detach()
-
-
-def lowshot_accuracies(train: Features, test: Features, shots: int, seeds: Sequence[int], device: torch.device) -> list[float]:
-    """Return the accuracy on `test` of a logistic regression on `shots` images per class, for each seed that draws them.
-
-    Features are standardized over all training images and divided by the square root of their width, so that the
-    regularisation has the same strength at every width.
-    """
-    values, labels = train.values["last"], train.labels
-    standardizer, root = Standardizer(values, device), values.shape[1] ** 0.5
-    heads = []
-    for seed in seeds:
-        rows = sample_per_class(labels, shots, seed)
-        inputs, truth = standardizer(values[rows]) / root, labels[rows].to(device)
-        weight, bias = logistic_regression(inputs, truth, num_classes(labels, test.labels), LOWSHOT_STRENGTH)
-        heads.append(partial(F.linear, weight=weight.T.float() / root, bias=bias.float()))
-    return accuracies(heads, standardizer.batches(test.values["last"], test.labels))

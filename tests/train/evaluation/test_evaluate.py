@@ -43,14 +43,14 @@ def test_every_probe_has_pixels_and_random_initialisation_next_to_it_and_twice_t
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probes, "MIN_STEPS", 0)  # seconds instead of a minute
-    arguments = [str(run), "--probe", "knn", "linear", "attentive", "lowshot", "--json"]
+    arguments = [str(run), "--probe", "knn", "linear", "attentive", "--json"]
     assert evaluate([*arguments, str(tmp_path / "one.json")]) == 0
     printed = capsys.readouterr().out
     assert evaluate([str(run / "checkpoints" / "step_00000024"), *arguments[1:], str(tmp_path / "two.json")]) == 0
     report, again = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
     assert report["figures"] == again["figures"]
     assert (report["step"], report["images"]) == (24, [103, 24])
-    for probe in ("knn", "linear", "attentive", "lowshot"):
+    for probe in ("knn", "linear", "attentive"):
         rows = {figure["features"] for figure in report["figures"] if figure["probe"] == probe}
         assert {"pixels", "random_init", "trained"} <= rows, probe
     settings = {figure["setting"] for figure in report["figures"] if figure["probe"] == "knn"}
@@ -59,7 +59,7 @@ def test_every_probe_has_pixels_and_random_initialisation_next_to_it_and_twice_t
     knn = json.loads((run / "summary.json").read_text())["knn"]
     trained = [f for f in report["figures"] if (f["features"], f["setting"]) == ("trained", "k=20")]
     assert trained[0]["accuracy"] == pytest.approx(knn["trained"])
-    assert "| lowshot | trained | 1 per class / 10 per class |" in printed
+    assert "| knn | trained | k=10 / k=20 / k=100 |" in printed
 
 
 def test_other_shards_and_fewer_samples(run: Path, data_path: Path, tmp_path: Path) -> None:

@@ -15,14 +15,7 @@ from pipeline.shards.index import ShardIndex
 from train.evaluation import probes
 from train.evaluation.features import Features
 from train.evaluation.measure import Standardizer, accuracies, linear_heads, linear_probe
-from train.evaluation.probes import (
-    AttentiveProbe,
-    TokenStream,
-    attentive_probe,
-    logistic_regression,
-    lowshot_accuracies,
-    sample_per_class,
-)
+from train.evaluation.probes import AttentiveProbe, TokenStream, attentive_probe
 
 CPU = torch.device("cpu")
 
@@ -80,33 +73,6 @@ def test_the_linear_probe_reaches_scikit_learns_accuracy_and_prefers_features_th
         Features(noise, train.labels), Features(test_noise, test.labels), ["last", "last4"], 10, CPU
     )
     assert torch.equal(before, torch.get_rng_state())  # measured during a run, it must not move the run's random numbers
-
-
-def test_logistic_regression_equals_scikit_learn() -> None:
-    data = blobs(60, 0, spread=3.0)
-    rows = Standardizer(data.values["last"], CPU)(data.values["last"])
-    weight, bias = logistic_regression(rows, data.labels, 3, 0.7)
-    reference = LogisticRegression(C=0.7, tol=1e-10, max_iter=10_000).fit(rows.double(), data.labels)
-    # Only differences between classes are determined for the biases.
-    torch.testing.assert_close(weight.T, torch.from_numpy(reference.coef_), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(bias - bias.mean(), torch.from_numpy(reference.intercept_), rtol=1e-3, atol=1e-3)
-
-
-def test_few_of_each_class_are_drawn_by_the_seed() -> None:
-    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 4)
-    rows = sample_per_class(labels, 10, seed=0)
-    assert labels[rows].bincount().tolist() == [10, 10, 4]
-    assert len(rows.unique()) == 24
-    assert torch.equal(rows, sample_per_class(labels, 10, seed=0))
-    assert not torch.equal(rows, sample_per_class(labels, 10, seed=1))
-
-
-def test_more_shots_are_better_and_each_seed_has_its_figure() -> None:
-    train, test = blobs(500, 0, spread=2.0), blobs(500, 1, spread=2.0)
-    one, ten = (lowshot_accuracies(train, test, shots, (0, 1, 2), CPU) for shots in (1, 10))
-    assert len(set(one)) > 1
-    assert sum(ten) > sum(one)
-    assert ten == lowshot_accuracies(train, test, 10, (0, 1, 2), CPU)
 
 
 def test_accuracies_count_every_row_once() -> None:
