@@ -52,30 +52,33 @@ def adopt_classes(source: Source, out: Path, split: str) -> Source:
     used = np.unique(labels[labels != UNLABELLED]).tolist()
     if known is None or not used:
         return source
-    names = known.classes
-    # Both splits have names: each class takes the label that it has in the other split.
-    if names and source.classes:
-        targets = _labels_of(source.classes, names)
-        _refuse_unknown([source.classes[label] for label in used if targets[label] < 0], other, split)
-        note = "" if source.classes == names else f"class order of {other}"
-        return _relabel(source, dict(enumerate(targets)), known, note)
-    if names:
-        # Numbers without names are the names of the other split's classes where those are integers, else its labels.
-        by_name = are_integers(names)
-        targets = _labels_of([str(label) for label in used], names) if by_name else used
-        mapping = dict(zip(used, targets, strict=True))
-        unknown = [str(label) for label, target in mapping.items() if not 0 <= target < len(names)]
-        _refuse_unknown(unknown, other, split)
-        meaning = "names" if by_name else "places in the class list"
-        return _relabel(source, mapping, known, f"labels taken for the {meaning} of {other}")
-    # The other split has numbers without names: only names that are integers can be compared with them.
-    if source.classes and (open_index(other).samples["label"] != UNLABELLED).any():
-        if not are_integers(source.classes):
-            note = f"cannot be compared with the classes of {other}, which have numbers and no names"
-            return replace(source, notes=(*source.notes, note))
-        numbers = {label: int(name) for label, name in enumerate(source.classes)}
-        return _relabel(source, numbers, known, f"labels are the numbers that name the classes, as in {other}")
-    return source
+    names, words = known.classes, [source.classes[label] if source.classes else str(label) for label in used]
+    if names and (source.classes or are_integers(names)):
+        targets = _labels_of(words, names)
+        note = f"class order of {other}" if source.classes else f"labels taken for the names of {other}"
+    elif names:  # that cannot be compared with numbers
+        targets = [label if label < len(names) else -1 for label in used]
+        note = f"labels taken for the places in the class list of {other}"
+    elif not source.classes or (open_index(other).samples["label"] == UNLABELLED).all():
+        return source
+    elif are_integers(words):
+        targets = [int(word) for word in words]
+        note = f"labels are the numbers that name the classes, as in {other}"
+    else:
+        note = f"cannot be compared with the classes of {other}, which have numbers and no names"
+        return replace(source, notes=(*source.notes, note))
+    if unknown := [word for word, target in zip(words, targets, strict=True) if target < 0]:
+        lacks = f"{other}: lacks {len(unknown)} class{'es' if len(unknown) > 1 else ''} of the {split} images"
+        remedy = (
+            "Remove that folder, convert train first, and val after it; or choose another --out"
+            if split == "train"
+            else f"Rename those or leave them out; if {other} is of another data set, choose another --out"
+        )
+        raise ValueError(f"{lacks}: {truncate_list(unknown)}. {remedy}")
+    catalogue, target_of = copy.copy(source.catalogue), dict(zip(used, targets, strict=True))
+    catalogue.label = array("i", (target_of.get(label, label) for label in source.catalogue.label))
+    notes = source.notes if source.classes == names else (*source.notes, note)
+    return replace(source, catalogue=catalogue, classes=names, class_names=known.class_names, notes=notes)
 
 
 def _classes_of(folder: Path) -> Manifest | None:
@@ -97,23 +100,3 @@ def _labels_of(names: Sequence[str], known: Sequence[str]) -> list[int]:
 
     places = {key(name): place for place, name in reversed(list(enumerate(known)))}
     return [places.get(key(name), -1) for name in names]
-
-
-def _refuse_unknown(unknown: list[str], other: Path, split: str) -> None:
-    if not unknown:
-        return
-    lacks = f"{other}: lacks {len(unknown)} class{'es' if len(unknown) > 1 else ''} of the {split} images"
-    remedy = (
-        "Remove that folder, convert train first, and val after it; or choose another --out"
-        if split == "train"
-        else f"Rename those or leave them out; if {other} is of another data set, choose another --out"
-    )
-    raise ValueError(f"{lacks}: {truncate_list(unknown)}. {remedy}")
-
-
-def _relabel(source: Source, targets: dict[int, int], known: Manifest, note: str) -> Source:
-    """Replace each label by its target; a label without one stays."""
-    catalogue = copy.copy(source.catalogue)
-    catalogue.label = array("i", (targets.get(label, label) for label in source.catalogue.label))
-    notes = (*source.notes, note) if note else source.notes
-    return replace(source, catalogue=catalogue, classes=known.classes, class_names=known.class_names, notes=notes)

@@ -34,7 +34,6 @@ from tools.shards.writer import (
     Conversion,
     ShardRecord,
     SharedCounts,
-    check_row,
     shard_is_complete,
     write_shard,
 )
@@ -42,7 +41,6 @@ from train.output.display import ProgressDisplay
 
 # A shard is large enough for sequential reads from a store, and small enough to be cached and written again.
 SHARD_BYTES, SHARD_SAMPLES = 256 << 20, 10_000
-MAX_TRIED = 1_000  # images that are checked to find an example of a bad one
 MB = 1e6
 TAR_OVERHEAD = 3_000  # bytes per image: headers, padding, `cls` and `json`
 IN_WORDS = {"source": "the images, or --val-ratio,", "prefix": "the name of the source"}
@@ -106,8 +104,6 @@ def convert(source: Source, folder: Path, split: str, options: ConvertOptions) -
         for partial in folder.glob(f".{conversion.shard_name(shard)}.*.partial"):
             partial.unlink(missing_ok=True)
     written = _run_workers(conversion, mine, options)
-    rejects = sum(len(ShardRecord.load(conversion.record_path(shard)).rejected) for shard in mine)
-    _check_rejects(conversion, rejects, options)
     # The task that completes the last shard writes the files of the split.
     if not all(conversion.record_path(shard).exists() for shard in range(conversion.num_shards)):
         return False, f"{folder}: this task wrote {plural(written, 'shard')}; other tasks have not finished"
@@ -170,7 +166,12 @@ def _run_workers(conversion: Conversion, shards: range, options: ConvertOptions)
                 passed = max(time.monotonic() - start, 1e-6)
                 speed = f"{images / passed:,.0f} images/s · {num_bytes / MB / passed:,.0f} MB/s"
                 progress.show(images, f"{speed} · {rejects} rejected")
-                _check_rejects(conversion, rejects, options)
+                if rejects > allowed_bad(total := len(conversion.source.catalogue), options.max_bad_fraction):
+                    raise ValueError(
+                        f"{conversion.folder}: {rejects} of {total} images are bad, allowed {options.max_bad_fraction:.2%} "
+                        f"(--max-bad-fraction); the first: {counts.first.value.decode(errors='replace')}. Check the source, or "
+                        "allow more and run again: finished shards are kept"
+                    )
         return written
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -197,31 +198,10 @@ def _complete_shard(shard: int) -> bool:
     """Write the shard unless it is complete; returns True if it had to be written."""
     conversion, counts = _WORK[0]
     if shard_is_complete(conversion, shard):
-        counts.add(conversion.shard_size(shard), 0, len(ShardRecord.load(conversion.record_path(shard)).rejected))
+        counts.add(conversion.shard_size(shard), 0, ShardRecord.load(conversion.record_path(shard)).rejected)
         return False
     write_shard(conversion, shard, counts)
     return True
-
-
-def _check_rejects(conversion: Conversion, rejects: int, options: ConvertOptions) -> None:
-    total = len(conversion.source.catalogue)
-    if rejects > allowed_bad(total, options.max_bad_fraction):
-        raise ValueError(
-            f"{conversion.folder}: {rejects} of {total} images are bad, allowed {options.max_bad_fraction:.2%} "
-            f"(--max-bad-fraction){_first_reject(conversion)}. Check the source, or allow more and run again: finished "
-            "shards are kept"
-        )
-
-
-def _first_reject(conversion: Conversion) -> str:
-    """Return an example from the records or, where no shard is finished yet, from the images in stored order."""
-    for path in sorted((conversion.folder / RECORD_FOLDER).glob("*.npz")):
-        for bad in ShardRecord.load(path).rejected:
-            return f"; the first: {bad['name']}: {bad['reason']}"
-    for row in conversion.order[:MAX_TRIED].tolist():
-        if isinstance(reason := check_row(conversion, row), str):
-            return f"; the first: {conversion.source.catalogue.name(row)}: {reason}"
-    return ""
 
 
 def describe_conversion(conversion: Conversion) -> list[str]:

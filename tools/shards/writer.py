@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 from collections import Counter
+from ctypes import c_char
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -18,6 +19,8 @@ from tools.shards.catalogue import Source
 from tools.shards.images import CheckedImage, ImagePolicy, check_image
 
 RECORD_FOLDER, IDENTITY_NAME = ".records", "plan.json"
+MAX_REASON_BYTES = 500
+Reject = dict[str, str | int]  # name, label and reason
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class ShardRecord:
     digests: np.ndarray
     sha256: str
     num_bytes: int
-    rejected: list[dict[str, str | int]]
+    rejected: list[Reject]
     changes: dict[str, int]
     one_colour: list[str]
 
@@ -102,29 +105,32 @@ def tar_sample(key: str, name: str, label: int, image: CheckedImage) -> bytes:
 
 
 class SharedCounts:
-    """Images, bytes and rejects so far, shared by all processes; the parent also uses it to stop them."""
+    """Images, bytes and rejects so far and the first reject, shared by all processes; the parent also uses it to stop them."""
 
     def __init__(self, context: BaseContext) -> None:
-        self.totals, self.stop = context.Array("q", 3), context.Event()
+        self.totals, self.first, self.stop = context.Array("q", 3), context.Array(c_char, MAX_REASON_BYTES), context.Event()
 
-    def add(self, images: int, num_bytes: int, rejects: int) -> None:
+    def add(self, images: int, num_bytes: int, rejected: list[Reject]) -> None:
         if self.stop.is_set():
             raise InterruptedError("stopped")
         with self.totals.get_lock():
-            self.totals[:] = np.add(self.totals[:], (images, num_bytes, rejects)).tolist()
+            self.totals[:] = np.add(self.totals[:], (images, num_bytes, len(rejected))).tolist()
+            if rejected and not self.first.value:
+                text = f"{rejected[0]['name']}: {rejected[0]['reason']}"
+                self.first.value = text.encode("utf-8", "surrogateescape")[:MAX_REASON_BYTES]
 
 
 def write_shard(conversion: Conversion, shard: int, counts: SharedCounts) -> None:
     """Write one shard and its record, replacing existing ones."""
     catalogue, digest, changes = conversion.source.catalogue, hashlib.sha256(), Counter[str]()
-    rows, digests, one_colour, rejected = [], [], [], list[dict[str, str | int]]()
+    rows, digests, one_colour, rejected = [], [], [], list[Reject]()
     with partial_file(conversion.folder / conversion.shard_name(shard)) as file:
         for position in range(int(conversion.starts[shard]), int(conversion.starts[shard + 1])):
             row, start = int(conversion.order[position]), file.tell()
             name, label, image = catalogue.name(row), catalogue.label[row], check_row(conversion, row)
             if isinstance(image, str):
                 rejected.append({"name": name, "label": label, "reason": image})
-                counts.add(1, 0, 1)
+                counts.add(1, 0, rejected[-1:])
                 continue
             sample = tar_sample(f"{position:09d}", name, label, image)
             file.write(sample)
@@ -133,7 +139,7 @@ def write_shard(conversion: Conversion, shard: int, counts: SharedCounts) -> Non
             digests.append(hashlib.sha256(image.content).digest()[:16])
             one_colour += [name] * image.has_one_colour
             changes.update([*image.changes, *["frames left out"] * image.other_frames])
-            counts.add(1, len(sample), 0)
+            counts.add(1, len(sample), [])
         file.write(end := bytes(2 * BLOCKSIZE))
         digest.update(end)
         num_bytes = file.tell()
