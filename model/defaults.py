@@ -7,7 +7,6 @@ ASPECT_RATIO = (0.75, 1.5)
 # Context and queries are disjoint sets of tokens, so the two ratios add up to 1 at most.
 CONTEXT_RATIO = 0.4
 QUERY_RATIO = 0.4
-EXCLUDE_COVERED = False
 
 PREDICTION_WEIGHT = 1.0
 SUMMARY_WEIGHT = 0.0

@@ -36,8 +36,7 @@ class HJEPA(StudentTeacher):
     """Student encoder, EMA target encoder, predictors and projector; `forward` returns the loss.
 
     loss = weights.prediction * sum_l w_l level_l + weights.summary * summary + weights.view * view + weights.sigreg * sigreg,
-    with the equations of docs/method.md. `predictor` has one head per level; None trains without it. `exclude_covered` leaves
-    queried cells out of the loss whose place in the image the predictor sees in another crop.
+    with the equations of docs/method.md. `predictor` has one head per level; None trains without it.
     """
 
     def __init__(
@@ -52,14 +51,13 @@ class HJEPA(StudentTeacher):
         projector_dim: int,
         sigreg_knots: int,
         weights: LossWeights,
-        exclude_covered: bool = defaults.EXCLUDE_COVERED,
         grad_checkpointing: bool = defaults.GRAD_CHECKPOINTING,
     ) -> None:
         super().__init__(encoder)
         self.levels = tuple(levels)
         self.level_weights = [level.weight for level in levels]
         self.num_global, self.grid = num_global_crops, global_crop_size // encoder.patch_size
-        self.weights, self.exclude_covered = weights, exclude_covered
+        self.weights = weights
         self.predictor = predictor
         self.encoder.grad_checkpointing = grad_checkpointing
         if predictor is not None:
@@ -174,7 +172,7 @@ class HJEPA(StudentTeacher):
         inside = None
         if plan.partners is not None:
             inside = [covered(cells.centres, boxes, plan.partners) for cells in queries]
-        return prediction_losses(errors, self.level_weights, inside, self.exclude_covered)
+        return prediction_losses(errors, self.level_weights, inside)
 
 
 def join_crops(crops: Sequence[Tensor]) -> Tensor:

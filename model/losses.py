@@ -51,37 +51,27 @@ def weighted_sum(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
     return torch.stack([weight * value for weight, value in zip(weights, values, strict=True)]).sum()
 
 
-def prediction_losses(
-    errors: Sequence[Tensor], weights: Sequence[float], inside: Sequence[Tensor] | None, exclude_covered: bool
-) -> dict[str, Tensor]:
+def prediction_losses(errors: Sequence[Tensor], weights: Sequence[float], inside: Sequence[Tensor] | None) -> dict[str, Tensor]:
     """Return the mean error of each level l as `level_l`; with `inside`, also three measurements without gradient.
 
-    `errors`: per level `[n, M_l] float32`. `inside`: per level `[n, M_l] bool`, the covered cells, which `exclude_covered` leaves
-    out of `level_l`. Measured are `covered_share`, their fraction, and `inside` and `outside`, the weighted sums of the levels'
-    mean errors over the covered and over the other cells.
+    `errors`: per level `[n, M_l] float32`. `inside`: per level `[n, M_l] bool`, the cells whose place in the image the predictor
+    sees in another crop. Measured are `covered_share`, their fraction, and `inside` and `outside`, the weighted sums of the
+    levels' mean errors over these and over the other cells.
     """
+    losses = {f"level_{rung}": error.mean() for rung, error in enumerate(errors)}
     if inside is None:
-        return {f"level_{rung}": error.mean() for rung, error in enumerate(errors)}
-    outside = [~part for part in inside]
-    losses = {}
-    for rung, error in enumerate(errors):
-        losses[f"level_{rung}"] = masked_mean(error, outside[rung], joint=True) if exclude_covered else error.mean()
+        return losses
     with torch.no_grad():
-        for name, chosen in (("inside", inside), ("outside", outside)):
+        for name, chosen in (("inside", inside), ("outside", [~part for part in inside])):
             means = [masked_mean(error, part) for error, part in zip(errors, chosen, strict=True)]
             losses[name] = weighted_sum(weights, means)
         losses["covered_share"] = torch.cat(list(inside), dim=1).float().mean()
     return losses
 
 
-def masked_mean(values: Tensor, chosen: Tensor, joint: bool = False) -> Tensor:
-    """Return the mean of the chosen (`bool`, same shape) values, 0 if there are none.
-
-    The mean over the ranks of `joint` results is the masked mean of all ranks' values.
-    """
-    # Ranks choose different numbers of values; dividing by the mean count weights every chosen value equally.
-    count = mean_over_ranks(chosen.sum().float()) if joint else chosen.sum()
-    return (values * chosen).sum() / count.clamp(min=1e-6)
+def masked_mean(values: Tensor, chosen: Tensor) -> Tensor:
+    """Return the mean of the chosen (`bool`, same shape) values, 0 if there are none."""
+    return (values * chosen).sum() / chosen.sum().clamp(min=1)
 
 
 class BatchStandardize(nn.Module):

@@ -174,7 +174,6 @@ def build_model(config: Config, device: torch.device) -> HJEPA:
         projector_dim=settings.projector_dim,
         sigreg_knots=loss.sigreg_knots,
         weights=LossWeights(loss.prediction_weight, loss.summary_weight, loss.view_weight, loss.sigreg_weight),
-        exclude_covered=config.masking.exclude_covered,
         grad_checkpointing=settings.grad_checkpointing,
     )
     return model.to(device)

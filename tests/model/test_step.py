@@ -45,12 +45,9 @@ def take_step(model: HJEPA, inputs: dict, strategy: str, device: str = "cpu") ->
     model.update_target(0.99)
 
 
-@pytest.mark.parametrize("exclude", [False, True])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_step_runs_no_operator_that_waits_for_the_device(
-    make_model: Maker, make_inputs: Inputs, strategy: str, exclude: bool
-) -> None:
-    model, inputs = make_model(exclude_covered=exclude), make_inputs(strategy)
+def test_the_step_runs_no_operator_that_waits_for_the_device(make_model: Maker, make_inputs: Inputs, strategy: str) -> None:
+    model, inputs = make_model(), make_inputs(strategy)
     with Recorder() as recorder:
         take_step(model, inputs, strategy)
     assert "mm" in recorder.names
@@ -81,7 +78,7 @@ def test_the_step_never_waits_for_the_gpu(make_model: Maker, make_inputs: Inputs
         torch.cuda.set_sync_debug_mode("default")
 
 
-# Tracing takes seconds: by default only the strategy with padding, partners and excluded cells, which meets every branch.
+# Tracing takes seconds: by default only the strategy with padding and partners, which meets every branch.
 @pytest.mark.parametrize(
     "strategy", [pytest.param(name, marks=[pytest.mark.slow] * (name != "cross_crop_prediction")) for name in STRATEGIES]
 )
@@ -89,7 +86,7 @@ def test_the_step_is_one_graph_compiled_once_and_normalises_bytes_in_it(
     make_model: Maker, make_inputs: Inputs, strategy: str
 ) -> None:
     torch._dynamo.reset()
-    plain, compiled, counter = make_model(exclude_covered=True), make_model(exclude_covered=True), CompileCounter()
+    plain, compiled, counter = make_model(), make_model(), CompileCounter()
     compiled.compile(backend=counter, fullgraph=True, dynamic=False)
     for seed in range(3):
         inputs = make_inputs(strategy, seed=seed)

@@ -74,17 +74,13 @@ def test_the_losses_equal_one_global_at_a_time(
     inputs = make_inputs(strategy, num_global, num_local)
     model = make_model(num_global_crops=num_global).eval()
     losses = model(**inputs)
-    model.exclude_covered = True
-    losses_without_covered = model(**inputs)
     everyone = [(sample, target) for sample in range(6) for target in range(num_global)]
     errors, inside = (
         [torch.stack(level) for level in zip(*[of_one(model, inputs, strategy, *one) for one in everyone], strict=True)]
         for of_one in (errors_of_one, inside_of_one)
     )
-    for rung, (error, covered) in enumerate(zip(errors, inside, strict=True)):
+    for rung, error in enumerate(errors):
         torch.testing.assert_close(losses[f"level_{rung}"], error.mean(), atol=1e-5, rtol=0)
-        uncovered = losses_without_covered[f"level_{rung}"]
-        torch.testing.assert_close(uncovered, error[~covered].mean(), atol=1e-5, rtol=0)
     if inputs["plan"].partners is None:
         assert "inside" not in losses
         return
@@ -145,11 +141,10 @@ def test_a_prediction_depends_on_the_pixels_of_its_sources_and_on_no_others(
 
 def test_without_covered_or_without_uncovered_cells_nothing_is_divided_by_zero(make_model: Maker, make_inputs: Inputs) -> None:
     inputs = make_inputs("global_with_local_context")
-    model = make_model(exclude_covered=True)
+    model = make_model()
     inputs["boxes"][:, 2:] = torch.tensor([0.0, 0.0, 1.01, 1.01])  # every local is the complete image
     losses = model(**inputs)
     assert float(losses["covered_share"]) == 1
-    assert [losses[f"level_{rung}"].item() for rung in range(3)] == [0, 0, 0]
     assert float(losses["outside"]) == 0
     losses["loss"].backward()
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)

@@ -180,7 +180,7 @@ def test_images_without_labels_get_neighbours_and_rankme_and_no_accuracies(
 
 @pytest.mark.parametrize("strategy", ["global_with_local_context", "cross_crop_prediction"])
 def test_every_strategy_trains_and_reports_what_its_other_crops_cover(strategy: str, data_path: Path, tmp_path: Path) -> None:
-    changes = [f"masking.strategy={strategy}", "masking.exclude_covered=true", "logging.log_frequency=2"]
+    changes = [f"masking.strategy={strategy}", "logging.log_frequency=2"]
     path, *overrides = command(QUICKSTART, data_path, tmp_path, *changes)
     trainer = Trainer(load_config(Path(path), overrides))
     assert trainer.train_step() == {}

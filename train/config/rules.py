@@ -86,8 +86,6 @@ def _masking_rules(config: Config) -> Iterator[Problem]:
     if masking.context_ratio + masking.query_ratio > 1 + 1e-9:  # for 0.9 + 0.1, which can exceed 1 in float64
         total = f"context_ratio + query_ratio = {masking.context_ratio} + {masking.query_ratio}"
         yield "masking.query_ratio", f"{total} exceeds 1; a token cannot be both, lower one"
-    if masking.exclude_covered and strategy in ("global_only", "none"):
-        yield "masking.exclude_covered", f"true has no effect with {strategy}; write false"
     if strategy == "none" and weight > 0:
         problem = "none leaves nothing to predict; write loss.prediction_weight: 0, or choose global_only"
         yield "masking.strategy", problem

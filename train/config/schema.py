@@ -131,8 +131,6 @@ class Masking(Section):
     """Fraction of a global crop's tokens that the encoder sees."""
     query_ratio: PositiveFraction = model_defaults.QUERY_RATIO
     """Fraction of a global crop's tokens that are predicted."""
-    exclude_covered: StrictBool = model_defaults.EXCLUDE_COVERED
-    """Leave out of the loss the cells that a local crop or the context crop covers; not for global_only and none."""
 
 
 class Level(Section):

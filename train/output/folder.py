@@ -31,7 +31,7 @@ FREE_KEYS = (
     "device", "training.", "checkpoint.", "logging.", "evaluation.",
     "data.data_path", "data.cache_dir", "data.cache_size_gb", "data.store_streams", "data.store_retry_s",
     "data.batch_size", "data.num_workers", "data.prefetch", "data.crop_device", "data.pin_memory", "data.use_mmap",
-    "data.hw_decoder_load", "data.max_bad_share",
+    "data.hw_decoder_load", "data.max_bad_share", "masking.exclude_covered",
 )  # fmt: skip
 
 

@@ -202,7 +202,7 @@ logging: {run_name: 2024}
 def test_all_broken_rules_are_reported_at_once_when_each_value_is_valid(write):
     text = f"""{MINIMAL}\
 model: {{levels: [], predictor_heads: 5}}
-masking: {{strategy: none, exclude_covered: true, context_ratio: 0.9}}
+masking: {{strategy: none, context_ratio: 0.9}}
 training: {{epochs: 9}}
 """
     errors = errors_of(write(text), ("data.multicrop.local_crop_size=97",))
@@ -211,7 +211,6 @@ training: {{epochs: 9}}
         "run.yaml:3 model.predictor_heads",
         "run.yaml:4 masking.query_ratio",
         "run.yaml:4 masking.strategy",
-        "run.yaml:4 masking.exclude_covered",
         "run.yaml:5 training.warmup_epochs",
         "command line data.multicrop.local_crop_size",
     ]
@@ -229,10 +228,8 @@ training: {{epochs: 9}}
         (["model.encoder_kwargs={patch_size: 14}"], "data.multicrop.local_crop_size"),
         (["masking.strategy=cross_crop_prediction", "data.use_multicrop=false"], "masking.strategy"),
         (["masking.strategy=global_with_local_context", "data.multicrop.num_local_crops=0"], "masking.strategy"),
-        (["masking.exclude_covered=true"], "masking.exclude_covered"),
         (["device=cpu", "data.crop_device=gpu"], "data.crop_device"),
         (["masking.strategy=none"], "masking.strategy"),
-        (["masking.strategy=none", "loss.prediction_weight=0", "masking.exclude_covered=true"], "masking.exclude_covered"),
         (["masking.strategy=cross_crop_prediction", "loss.prediction_weight=0"], "loss.prediction_weight"),
         (["loss.prediction_weight=0", "loss.view_weight=0", "loss.sigreg_weight=0"], "loss.prediction_weight"),
     ],
