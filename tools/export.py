@@ -94,10 +94,12 @@ def model_card(config: Config, checkpoint: Path, licence: str, summary: Path, fi
         content = read_object(figures, REMEDY)
         with read_as_expected(figures, REMEDY):
             card += f"\n## Evaluation\n\n{report_table(content)}\n"
+    if config.model.weights is not None:
+        card += f"\nTraining started from the weights `{config.model.weights}`, whose licence also binds these.\n"
     return f"{card}\n## Settings\n\n```yaml\n{config.to_yaml().rstrip()}\n```\n\n## Licence\n\n{licence}\n"
 
 
-def export(run: Path, out: Path, settings: Path | None, licence: str, figures: Path | None) -> None:
+def export(run: Path, out: Path, settings: Path | None, licence: str | None, figures: Path | None) -> None:
     """Raises FileNotFoundError for missing files and ValueError for wrong ones."""
     if out.exists() and {path.name for path in out.iterdir()} - {WEIGHTS, SETTINGS, README}:
         raise ValueError(f"{out}: holds other files; name a new folder with --out")
@@ -105,11 +107,14 @@ def export(run: Path, out: Path, settings: Path | None, licence: str, figures: P
     import torch
     from safetensors.torch import save_file
 
+    from train.adapt.weights import run_licence
     from train.build import build_model
     from train.checkpoint import load_checkpoint
     from train.evaluation.offline import find_checkpoint
 
     checkpoint, config = find_checkpoint(run, settings)
+    if (licence := licence or run_licence(checkpoint.resolve().parent.parent, config)) is None:
+        raise ValueError(f"{run}: started from {config.model.weights}, whose licence is not known; name it with --license")
     model = build_model(config, torch.device("cpu"))
     load_checkpoint(checkpoint, model)
     summary = checkpoint.resolve().parent.parent / "summary.json"
@@ -129,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--out", type=path_argument, required=True, metavar="DIR", help="The folder to create or to export to again.")
     add("--config", type=path_argument, help="The settings of the checkpoint. The default is config.yaml of its run.")
     add("--figures", type=path_argument, metavar="JSON", help="The output of train.evaluate --json, for the model card.")
-    add("--license", default="apache-2.0", help="The licence of the weights. The default is %(default)s.")
+    add("--license", help="The licence of the weights. The default is that of model.weights, or else apache-2.0.")
     args = parser.parse_args(arguments)
     return run_command("export", lambda: export(args.run, args.out, args.config, args.license, args.figures))
 

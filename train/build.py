@@ -152,13 +152,16 @@ def build_evaluation_loaders(config: Config, shuffle: bool = False) -> tuple[Mul
     return loaders[0], loaders[1]
 
 
+def build_encoder(config: Config) -> MultiCropEncoder:
+    """Build the encoder with its seeded initial weights."""
+    torch.manual_seed(config.seed)
+    model, pixels = config.model, config.data.augmentation
+    return MultiCropEncoder(model.encoder, crop_sizes(config), mean=pixels.mean, std=pixels.std, **model.encoder_kwargs)
+
+
 def build_model(config: Config, device: torch.device) -> HJEPA:
     """Build the model with its seeded initial weights."""
-    torch.manual_seed(config.seed)
-    settings, loss, augmentation = config.model, config.loss, config.data.augmentation
-    encoder = MultiCropEncoder(
-        settings.encoder, crop_sizes(config), mean=augmentation.mean, std=augmentation.std, **settings.encoder_kwargs
-    )
+    settings, loss, encoder = config.model, config.loss, build_encoder(config)
     levels = build_levels(config, encoder.depth)
     predictor = None
     if loss.prediction_weight > 0:

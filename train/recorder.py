@@ -27,7 +27,7 @@ from train.output.display import Display
 from train.output.folder import check_run_folder, open_run_folder
 from train.output.log import MetricsLog, open_wandb
 from train.output.pictures import NEIGHBOURS, NUM_LOOKED_AT, QUERIES, colourful, draw_run
-from train.output.report import advice, current_summary, stop_setting, summary_table, write_page, write_summary
+from train.output.report import advice, current_summary, forgetting, stop_setting, summary_table, write_page, write_summary
 from train.trainer import DIVERGED, NOT_WRITTEN, STOPPED, Trainer
 
 log = logging.getLogger(__name__)
@@ -43,9 +43,9 @@ def open_recorder(trainer: Trainer, console: Console, opened: ExitStack) -> "Rec
     Until `opened` is closed, other processes are kept out of the folder.
     """
     config, ranks, folder = trainer.config, trainer.ranks, trainer.folder / "checkpoints"
-    evaluation = OnlineEvaluation(config, trainer.folder, cast(HJEPA, trainer.model)) if ranks.is_first else None
+    evaluation = OnlineEvaluation(config, trainer.folder, cast(HJEPA, trainer.model), trainer.start) if ranks.is_first else None
     if evaluation is not None:
-        open_run_folder(config, trainer.dataset.index.digest, opened)
+        open_run_folder(config, trainer.dataset.index.digest, opened, trainer.start)
         log_description(trainer)
         evaluation.measure_baselines()  # now, while the model is untrained
     ranks.barrier()  # the folder exists
@@ -163,6 +163,8 @@ class Recorder:
         """Measure the target encoder and draw, during the run."""
         try:
             self._measure()
+            if hint := forgetting(self._trainer.config, self._evaluation.scores):
+                log.warning(f"step {self._trainer.state.step}: {hint}")
         except Exception as error:  # noqa: BLE001  # whatever it is: the trainer saves and stops
             self._trainer.error = error
 

@@ -36,6 +36,7 @@ from train.output.folder import kept_crop_device, run_folder
 from train.state import RunState
 
 if TYPE_CHECKING:
+    from train.adapt.weights import Start
     from train.recorder import Recorder
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,11 @@ class Trainer:
         training, self.folder = config.training, run_folder(config)
         self.dataset = build_dataset(config)
         self.model: StudentTeacher = build_model(config, self.device) if model is None else model
+        self.start: Start | None = None
+        if config.model.weights is not None:
+            from train.adapt.weights import start_from  # with its packages, only for runs that need it
+
+            self.start = start_from(self.model, config)
         self.masks = build_masks(config, self.model, self.device)
         self.loader = build_training_loader(config, self.dataset, ranks, quarantine=quarantine)
         self.schedule = build_schedule(config, len(self.loader))

@@ -27,6 +27,13 @@ DATASETS: dict[str, Values] = {
     "sample": _small_images(IMAGENET_MEAN, IMAGENET_STD),
 }
 
+WEIGHTS_KEY = "starting weights have a key of their own: model.weights names a timm tag, a file, a folder or a run"
+REFUSED_ARGUMENTS = {
+    **dict.fromkeys(("mean", "std"), "timm takes none; set data.augmentation.mean and std"),
+    **dict.fromkeys(("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"), WEIGHTS_KEY),
+    "in_chans": "crops have 3 channels; leave it out",
+}
+
 
 def merge(defaults: Values, values: Values) -> Values:
     """Return `values` over `defaults`, section by section."""
@@ -45,8 +52,8 @@ def broken_rules(config: Config) -> Iterator[Problem]:
     if model.predictor_width % model.predictor_heads:
         problem = f"{model.predictor_heads} does not divide predictor_width = {model.predictor_width}"
         yield "model.predictor_heads", problem
-    for name in sorted({"mean", "std"} & model.encoder_kwargs.keys()):
-        yield "model.encoder_kwargs", f"timm takes no {name}; set data.augmentation.{name}"
+    for name in sorted(REFUSED_ARGUMENTS.keys() & model.encoder_kwargs.keys()):
+        yield "model.encoder_kwargs", f"{name}: {REFUSED_ARGUMENTS[name]}"
     if model.levels == ():
         yield "model.levels", "the list is empty; list some levels, or write null for the three default ones"
     if not any((loss.prediction_weight, loss.summary_weight, loss.view_weight, loss.sigreg_weight)):

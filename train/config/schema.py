@@ -145,6 +145,8 @@ class Model(Section):
     """A timm model name."""
     encoder_kwargs: dict[str, Scalar] = Field(default_factory=dict)
     """Arguments for timm.create_model."""
+    weights: PathText | None = None
+    """Weights to start from: a timm tag, hf-hub:OWNER/NAME, an exported folder, a safetensors file, a run or a checkpoint."""
     predictor_width: PositiveInt = 384
     predictor_depth: PositiveInt = 6
     predictor_heads: PositiveInt = 6

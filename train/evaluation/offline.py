@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from model.encoder import MultiCropEncoder
 from model.hjepa import HJEPA, Level
 from pipeline.dataset import resolve_device
-from train.build import build_evaluation_loaders, build_model, torch_threads, with_crop_device
+from train.build import build_encoder, build_evaluation_loaders, build_model, torch_threads, with_crop_device
 from train.checkpoint import MANIFEST, checkpoint_step, load_checkpoint, newest_checkpoint
 from train.config.load import load_config
 from train.config.schema import Config
@@ -26,6 +26,7 @@ ROW_NAMES = {
     "pixels": "raw pixels",
     "colour_histogram": "colour histogram",
     "random_init": "random initialisation",
+    "start": "starting weights, untouched",
     "trained": "trained",
 }
 
@@ -84,9 +85,22 @@ def encoder_features(encoder: MultiCropEncoder, levels: Sequence[Level]) -> Extr
 
 def load_models(checkpoint: Path, config: Config, device: torch.device) -> tuple[HJEPA, MultiCropEncoder]:
     """Return the trained model and its encoder at the seeded initialisation. Raises ValueError for another architecture."""
-    model, initial = build_model(config, device), build_model(config, device).target
+    model, initial = build_model(config, device), build_encoder(config).to(device)
     load_checkpoint(checkpoint, model)
-    return model.eval(), initial.eval()
+    return model.eval(), initial.requires_grad_(False).eval()
+
+
+def load_start(config: Config, device: torch.device) -> dict[str, MultiCropEncoder]:
+    """Return the encoder at the run's starting weights as `start`; nothing for a run without, or when they are away."""
+    if config.model.weights is None:
+        return {}
+    from train.adapt.weights import starting_encoder
+
+    try:
+        return {"start": starting_encoder(config, device)}
+    except ValueError as error:
+        log.warning(f"no row for the starting weights: {error}")
+        return {}
 
 
 def evaluate(checkpoint: Path, config: Config, probes: Sequence[str]) -> dict[str, Any]:
@@ -100,6 +114,7 @@ def evaluate(checkpoint: Path, config: Config, probes: Sequence[str]) -> dict[st
     if kind == "cpu":
         torch.set_num_threads(torch_threads(config))
     model, initial = load_models(checkpoint, config, device)
+    encoders = {"random_init": initial, **load_start(config, device), "trained": model.target}
     config = with_crop_device(config)
     loaders = build_evaluation_loaders(config)
     train, val = (loader.index for loader in loaders)
@@ -112,8 +127,7 @@ def evaluate(checkpoint: Path, config: Config, probes: Sequence[str]) -> dict[st
     extractors = {
         "pixels": pixels,
         "colour_histogram": colour_histogram,
-        "random_init": encoder_features(initial, model.levels),
-        "trained": encoder_features(model.target, model.levels),
+        **{name: encoder_features(encoder, model.levels) for name, encoder in encoders.items()},
     }
     ks = ([k for k in KNN_KS if k <= len(train)] or [len(train)]) if "knn" in probes else ()
     epochs = (config.evaluation.linear_epochs or LINEAR_EPOCHS) if "linear" in probes else 0
@@ -121,7 +135,7 @@ def evaluate(checkpoint: Path, config: Config, probes: Sequence[str]) -> dict[st
     figures: list[dict[str, Any]] = []
     for probe in probes:
         if probe == "attentive":
-            figures += attentive_figures(config, model, initial, device)
+            figures += attentive_figures(config, encoders, device)
         else:
             figures += [figure for name in measured for figure in pooled_figures(probe, name, measured[name])]
     return {
@@ -147,13 +161,10 @@ def pooled_figures(probe: str, name: str, scores: Scores) -> Iterator[dict[str, 
         yield from (figure(probe, features, f"k={k}", accuracy) for k, accuracy in by_k.items())
 
 
-def attentive_figures(config: Config, model: HJEPA, initial: MultiCropEncoder, device: torch.device) -> Iterator[dict[str, Any]]:
-    patch = model.target.patch_size
-    rows = {
-        "pixels": (pixel_tokens(patch), 3 * patch**2),
-        "random_init": (patch_tokens(initial), initial.width),
-        "trained": (patch_tokens(model.target), model.target.width),
-    }
+def attentive_figures(config: Config, encoders: dict[str, MultiCropEncoder], device: torch.device) -> Iterator[dict[str, Any]]:
+    patch = encoders["trained"].patch_size
+    rows = {"pixels": (pixel_tokens(patch), 3 * patch**2)}
+    rows |= {name: (patch_tokens(encoder), encoder.width) for name, encoder in encoders.items()}
     for name, (tokenizer, width) in rows.items():
         log.info("attentive probe: %s ...", ROW_NAMES[name])
         # Shuffled, since the heads train on the loader's batches.

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, Field, ValidationError
@@ -15,13 +15,16 @@ from pipeline.loader import MultiCropLoader
 from pipeline.shards.index import UNLABELLED, ShardIndex
 from pipeline.shards.manifest import read_manifest
 from pipeline.text import printable
-from train.build import build_evaluation_loaders
+from train.build import build_encoder, build_evaluation_loaders
 from train.config.schema import Config, Evaluation
 from train.evaluation.features import Extractor, check_labels, colour_histogram, pixels, pooled_features
 from train.evaluation.measure import Scores, measure, nearest_neighbours
 
+if TYPE_CHECKING:
+    from train.adapt.weights import Start
+
 BASELINES_FILE = "baselines.json"
-BaselineName = Literal["pixels", "colour_histogram", "random_init"]
+BaselineName = Literal["pixels", "colour_histogram", "random_init", "start"]
 Choose = Callable[[list[bytes], list[int]], list[int]]
 Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 
@@ -55,8 +58,9 @@ class OnlineEvaluation:
     when the labels of the two splits mean different classes. Accuracies are percentages, None until they are measured.
     """
 
-    def __init__(self, config: Config, folder: Path, model: HJEPA) -> None:
-        self._model, self._settings, self._file = model, config.evaluation, folder / BASELINES_FILE
+    def __init__(self, config: Config, folder: Path, model: HJEPA, start: "Start | None" = None) -> None:
+        self._config, self._model, self._start = config, model, start
+        self._settings, self._file = config.evaluation, folder / BASELINES_FILE
         self.baselines: dict[str, float] | None = None
         self.knn: float | None = None
         self.linear: float | None = None
@@ -79,13 +83,14 @@ class OnlineEvaluation:
             log.warning(problems.unknown)
 
     def measure_baselines(self) -> None:
-        """Measure k-NN of raw pixels, of the colour histogram and of the untrained model. Call it before training.
+        """Measure k-NN of pixels, colour histogram, random initialisation and starting weights. Call it before training.
 
         The accuracies are kept in baselines.json, and measured again for other images or evaluation settings.
         """
         if not self._labelled:
             return
         key = baselines_key(self._train, self._val, self._settings)
+        key |= {} if self._start is None else {"weights": self._start.digest}
         try:
             self.baselines = read_baselines(self._file, key)
         except ValueError as error:
@@ -94,12 +99,20 @@ class OnlineEvaluation:
             return
         again = f" again, since {self._file} is of other images or settings" if self._file.exists() else ""
         log.info(f"measuring the baselines{again}: raw pixels, colour histogram, random initialisation ...")
-        untrained = pooled_features(self._model.target)
-        scores = self._measure({"pixels": pixels, "colour_histogram": colour_histogram, "random_init": untrained})
+        extractors: dict[str, Extractor] = {"pixels": pixels, "colour_histogram": colour_histogram}
+        if self._start is not None:
+            extractors["random_init"] = pooled_features(build_encoder(self._config).eval().to(self._device))
+        extractors["random_init" if self._start is None else "start"] = pooled_features(self._model.target)
+        scores = self._measure(extractors)
         if scores is not None:
             self.baselines = {name: row.knn["last"][self._settings.knn_k] for name, row in scores.items()}
             baselines = Baselines.model_validate({"measured_on": key, "knn": self.baselines})
             write_atomic(self._file, baselines.model_dump_json(indent=1) + "\n")
+
+    @property
+    def scores(self) -> dict[str, float] | None:
+        """The latest k-NN accuracies: of the baselines and, as `trained`, of the target encoder."""
+        return None if self.knn is None or self.baselines is None else {**self.baselines, "trained": self.knn}
 
     @property
     def measured_on(self) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ import sys
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nvidia.dali
 import torch
@@ -22,6 +22,9 @@ from train.checkpoint import data_of, list_checkpoints, move_aside
 from train.config.load import read_values
 from train.config.schema import Config
 from train.config.yaml12 import ConfigError, changed_settings, flatten
+
+if TYPE_CHECKING:
+    from train.adapt.weights import Start
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +42,12 @@ def run_folder(config: Config) -> Path:
     return Path(config.logging.run_dir) / config.logging.run_name
 
 
-def open_run_folder(config: Config, data: str, opened: ExitStack) -> Path:
+def open_run_folder(config: Config, data: str, opened: ExitStack, start: "Start | None" = None) -> Path:
     """Create `run_dir/run_name` with its config.yaml and environment.json, locked until `opened` is closed.
 
-    `data`: the digest of the training shards. With `resume: none` an earlier run is moved aside. Otherwise raises
-    ValueError, listing the differences, if the folder holds a run with other settings or data; also if another process runs in
-    it, or if it cannot be written.
+    `data`: the digest of the training shards; `start`: the weights that the run starts from. With `resume: none` an earlier
+    run is moved aside. Otherwise raises ValueError, listing the differences, if the folder holds a run with other settings or
+    data; also if another process runs in it, or if it cannot be written.
     """
     folder = run_folder(config)
     try:
@@ -56,7 +59,8 @@ def open_run_folder(config: Config, data: str, opened: ExitStack) -> Path:
         if config.checkpoint.resume == "none":
             _start_over(folder)
         write_atomic(folder / "config.yaml", config.to_yaml())
-        write_atomic(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
+        noted = {} if start is None else {"weights": {"name": start.name, "digest": start.digest, "licence": start.licence}}
+        write_atomic(folder / "environment.json", json.dumps({**environment(), **noted}, indent=1) + "\n")
     except OSError as error:
         raise ValueError(
             f"{folder}: cannot be written ({error.strerror}); free some space, or choose another logging.run_dir"

@@ -30,6 +30,7 @@ KNN_NAMES = {
     "pixels": "k-NN, raw pixels",
     "colour_histogram": "k-NN, colour histogram",
     "random_init": "k-NN, random initialisation",
+    "start": "k-NN, starting weights, untouched",
     "trained": "k-NN, trained encoder",
 }
 CAPTIONS = {
@@ -46,7 +47,6 @@ def write_summary(
     folder: Path, config: Config, state: RunState, probe: "OnlineEvaluation", width: int, device: str
 ) -> dict[str, Any]:
     """Write summary.json with the latest scores of `probe`, and return its content. Percentages are 0..100."""
-    knn = None if probe.knn is None or probe.baselines is None else {**probe.baselines, "trained": probe.knn}
     summary = {
         "run_name": config.logging.run_name,
         "finished": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
@@ -63,7 +63,7 @@ def write_summary(
         "width": width,
         "measured_on": probe.measured_on,
         "validation_images": probe.num_validation,
-        "knn": knn,
+        "knn": probe.scores,
         "one_label": probe.one_label,
         "linear": probe.linear,
         "bad_samples": state.bad_samples,
@@ -151,7 +151,8 @@ def write_page(folder: Path, hints: Sequence[str] = ()) -> Path:
     ]
     bars = [
         f'<span>{name}</span><div class="{key}" style="width:{knn[key]:.1f}%"></div><b>{knn[key]:.1f} %</b>'
-        for key, name in (KNN_NAMES.items() if knn else ())
+        for key, name in KNN_NAMES.items()
+        if knn and key in knn
     ]
     pictures = [path for path in sorted((folder / "figures").glob("*.png")) if path.stem in CAPTIONS]
     environment = read_object(folder / "environment.json", REMEDY)
@@ -160,7 +161,7 @@ def write_page(folder: Path, hints: Sequence[str] = ()) -> Path:
     header.append(environment.get("commit") and f"commit {environment['commit']}")
     metrics = read_metrics(folder)
     if knn:
-        metrics.insert(0, {"step": 0, "knn": knn["random_init"]})
+        metrics.insert(0, {"step": 0, "knn": knn.get("start", knn["random_init"])})
     parts = [
         f'<p class="soft">{escape(" · ".join(filter(None, header)))}</p>',
         f"<p><code>{escape(printable(environment['command']))}</code></p>" if "command" in environment else "",
@@ -233,6 +234,17 @@ def stop_setting(config: Config, steps: int) -> str:
     return f"training.epochs, now {training.epochs}"
 
 
+def forgetting(config: Config, knn: dict[str, float] | None) -> str | None:
+    """Return what to change if the encoder's k-NN has fallen below that of the weights that it started from."""
+    if knn is None or "start" not in knn or knn["trained"] >= knn["start"]:
+        return None
+    return (
+        f"forgetting: k-NN is {knn['trained']:.1f} %, with the starting weights, untouched, {knn['start']:.1f} %. Lower "
+        f"training.lr (now {config.training.lr:g}), write training.optimizer=adamw, raise training.ema_momentum, train shorter, "
+        "or use the starting weights as they are"
+    )
+
+
 def advice(config: Config, summary: dict[str, Any]) -> list[str]:
     """Return a suggestion for each problem of a run. `summary` is the content of summary.json."""
     data, knn, images = config.data, summary["knn"], summary["validation_images"]
@@ -260,6 +272,8 @@ def advice(config: Config, summary: dict[str, Any]) -> list[str]:
             f"accuracies are measured on only {images} validation images, {100 / images:.1f} points each: too few to judge by. "
             "Set more aside (make_shards.py convert --val-ratio), or look at neighbours.png and features.png"
         )
+    elif hint := forgetting(config, knn):
+        hints.append(hint)
     elif knn is not None and knn["trained"] <= knn["random_init"]:
         hints.append(
             f"poor results: k-NN is no better than with the random initialisation ({knn['random_init']:.1f} %). Train longer "

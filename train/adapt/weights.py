@@ -1,0 +1,224 @@
+"""Starting weights, `model.weights`: read from timm, the hub, a folder, a file or a run, and loaded into student and target.
+
+Only safetensors are read: nothing is unpickled.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import load_model_config_from_hf, load_state_dict_from_hf
+from timm.models.eva import checkpoint_filter_fn
+
+from model.encoder import MultiCropEncoder
+from model.teacher import StudentTeacher
+from pipeline.shards.manifest import read_as_expected, read_object
+from train.build import build_encoder
+from train.checkpoint import MANIFEST, MODEL
+from train.config.schema import Config
+from train.evaluation.offline import find_checkpoint
+
+KINDS = (
+    "give a timm tag (vit_small_patch16_dinov3.lvd1689m), hf-hub:OWNER/NAME, an exported folder, a .safetensors file, or a run "
+    "or checkpoint of this program"
+)
+PATCHES = "patch_embed.proj.weight"
+# Arguments of timm.create_model that may differ between the weights and a run: the others change what the weights mean.
+FREE_ARGUMENTS = {"img_size", "patch_size", "global_pool", "num_classes", "init_values", "in_chans", "dynamic_img_size"}
+FREE_ARGUMENTS |= {"drop_path_rate", "proj_drop_rate", "attn_drop_rate", "pos_drop_rate", "drop_rate"}
+OWN_LICENCE = "apache-2.0"  # of what this program trains from nothing
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Weights under timm's names or a publisher's, and what is known of them: "", {} and None stand for unknown.
+
+    `settings`: timm's `pretrained_cfg`, with mean, std and input_size. `arguments`: those of `timm.create_model`.
+    """
+
+    name: str
+    state: dict[str, torch.Tensor]
+    encoder: str = ""
+    arguments: dict[str, Any] | None = None
+    settings: dict[str, Any] | None = None
+    licence: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits that change with any weight."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.state.items()):
+            digest.update(name.encode() + value.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def start_from(model: StudentTeacher, config: Config) -> Start:
+    """Load `model.weights` into the student and the target of `model`, and log what differs from the weights' own settings.
+
+    Raises ValueError if they cannot be read or do not fit.
+    """
+    start = read_start(str(config.model.weights))
+    state = fitted(start, config, model.encoder)
+    for encoder in (model.encoder, model.target):
+        encoder.vit.load_state_dict(state)
+    for line in differences(start, config):
+        log.warning(f"model.weights: {line}")
+    log.info(f"starting from {start.name} ({len(state)} tensors; licence: {start.licence or 'unknown'})")
+    return start
+
+
+def starting_encoder(config: Config, device: torch.device) -> MultiCropEncoder:
+    """Return the encoder with the untouched starting weights. Raises ValueError as `start_from` does."""
+    encoder = build_encoder(config)
+    encoder.vit.load_state_dict(fitted(read_start(str(config.model.weights)), config, encoder))
+    return encoder.requires_grad_(False).eval().to(device)
+
+
+def read_start(weights: str) -> Start:
+    """Return the weights that `model.weights` names. Raises ValueError, in one line, if they cannot be read."""
+    path = Path(weights.removeprefix("local-dir:"))
+    try:
+        if (path / MANIFEST).is_file() or (path / "checkpoints").is_dir():
+            return _from_run(path)
+        if path.is_dir():
+            return _from_folder(path)
+        if path.is_file():
+            return Start(weights, load_file(path))
+        if weights.startswith("hf-hub:"):
+            return _from_hub(weights.removeprefix("hf-hub:"))
+        if timm.is_model_pretrained(weights):
+            return _from_hub(str(timm.get_pretrained_cfg(weights, allow_unregistered=False).hf_hub_id), weights)
+        problem = "no such file or folder, and timm has no weights of this name"
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        problem = str(error).strip().partition("\n")[0] or type(error).__name__
+        if weights.startswith("hf-hub:") or timm.is_model_pretrained(weights):
+            problem += (
+                ". Without a network, put them into the hub's cache (HF_HUB_CACHE), or download them and name the file here"
+            )
+    raise ValueError(f"model.weights: {weights}: {problem}; {KINDS}")
+
+
+def _from_run(path: Path) -> Start:
+    checkpoint, config = find_checkpoint(path)
+    stored = load_file(checkpoint / MODEL)
+    state = {name.removeprefix("target.vit."): value for name, value in stored.items() if name.startswith("target.vit.")}
+    size, augmentation = config.data.multicrop.global_crop_size, config.data.augmentation
+    settings = {"mean": augmentation.mean, "std": augmentation.std, "input_size": (3, size, size)}
+    licence = run_licence(checkpoint.resolve().parent.parent, config)
+    return Start(str(path), state, config.model.encoder, config.model.encoder_kwargs, settings, licence)
+
+
+def run_licence(run: Path, config: Config) -> str | None:
+    """Return the licence of a run's weights: that of the weights that it started from, None if it is unknown."""
+    if config.model.weights is None:
+        return OWN_LICENCE
+    noted = read_object(run / "environment.json", "Give --license").get("weights") if run.is_dir() else None
+    return noted.get("licence") if isinstance(noted, dict) else None
+
+
+def _from_folder(path: Path) -> Start:
+    content = read_object(path / "config.json", "timm needs it next to model.safetensors")
+    with read_as_expected(path / "config.json", "Export the encoder again"):
+        settings = content.get("pretrained_cfg", content)
+        encoder, arguments = str(content["architecture"]), dict(content.get("model_args") or {})
+    licence = _licence_of_card(path / "README.md") or settings.get("license")
+    return Start(str(path), load_file(path / "model.safetensors"), encoder, arguments, settings, licence)
+
+
+def _from_hub(repository: str, tag: str = "") -> Start:
+    """Read `OWNER/NAME`, where timm keeps the weights of `tag`, or else of what its own config.json says."""
+    if tag:
+        settings, encoder, arguments = timm.get_pretrained_cfg(tag, allow_unregistered=False).to_dict(), tag, {}
+    else:
+        settings, encoder, arguments = load_model_config_from_hf(repository)
+    state = load_state_dict_from_hf(repository, "model.safetensors")
+    licence = settings.get("license")
+    if licence is None:
+        try:
+            licence = _licence_of_card(Path(hf_hub_download(repository, "README.md")))
+        except OSError:  # a hub without a card, or a cache of the weights alone
+            licence = None
+    return Start(tag or f"hf-hub:{repository}", state, encoder, arguments or {}, settings, licence)
+
+
+def _licence_of_card(path: Path) -> str | None:
+    """Return the licence in the front matter of a model card: its name, where the hub knows it only as `other`."""
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    front = text.split("\n---", 1)[0] if text.startswith("---") else ""
+    found = dict(re.findall(r"^(license|license_name):[ \t]*(\S.*?)[ \t]*$", front, re.MULTILINE))
+    return found.get("license_name") or found.get("license")
+
+
+def fitted(start: Start, config: Config, encoder: MultiCropEncoder) -> dict[str, torch.Tensor]:
+    """Return the state dict of `encoder.vit` with the weights: converted names, patches resampled to the encoder's size.
+
+    A class head is left out. Raises ValueError for another architecture and for channels other than 3; one is spread over
+    three.
+    """
+    own, state = encoder.vit.state_dict(), dict(start.state)
+    if "storage_tokens" not in state:
+        state.pop("mask_token", None)  # with it, timm would take the final norm for that of a class head
+    if head := [name for name in state if name.startswith("head.")]:
+        log.info(f"model.weights: the class head is left out ({', '.join(head)})")
+    state = checkpoint_filter_fn({name: value for name, value in state.items() if name not in head}, encoder.vit)
+    channels = state[PATCHES].shape[1] if PATCHES in state and state[PATCHES].ndim == 4 else 3
+    if channels == 1:
+        log.info("model.weights: the patch embedding of gray images is spread over three channels")
+        state[PATCHES] = state[PATCHES].repeat(1, 3, 1, 1) / 3
+    elif channels != 3:
+        raise ValueError(f"model.weights: {start.name}: weights for images of {channels} channels; images here have 3")
+    problems = [f"{name} is not in the weights" for name in own if name not in state]
+    problems += [f"{name} has no place in the encoder" for name in state if name not in own]
+    shapes = {name: (tuple(state[name].shape), tuple(own[name].shape)) for name in own if name in state}
+    problems += [f"{name} is {theirs}, in the encoder {ours}" for name, (theirs, ours) in shapes.items() if theirs != ours]
+    problems += _other_arguments(start, config)
+    if problems:
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        arguments = {key: value for key, value in (start.arguments or {}).items() if key not in ("global_pool", "num_classes")}
+        encoder_name = start.encoder.partition(".")[0]
+        remedy = f"write model.encoder={encoder_name} 'model.encoder_kwargs={json.dumps(arguments)}'"
+        remedy = remedy if encoder_name else "set model.encoder and model.encoder_kwargs to those of the weights"
+        raise ValueError(f"model.weights: {start.name}: of another architecture ({problems[0]}{more}); {remedy}")
+    return {name: state[name].to(own[name].dtype) for name in own}
+
+
+def _other_arguments(start: Start, config: Config) -> Iterator[str]:
+    """Yield what differs without changing any shape, such as the number of heads."""
+    if not start.encoder:
+        return
+    here = config.model.encoder.partition(".")[0], config.model.encoder_kwargs
+    if start.encoder.partition(".")[0] != here[0]:
+        yield f"they are of {start.encoder}, model.encoder is {here[0]}"
+    theirs = start.arguments or {}
+    for key in sorted((theirs.keys() | here[1].keys()) - FREE_ARGUMENTS):
+        if theirs.get(key) != here[1].get(key):
+            yield f"{key} is {theirs.get(key, 'the default')}, here {here[1].get(key, 'the default')}"
+
+
+def differences(start: Start, config: Config) -> Iterator[str]:
+    """Yield one line for each setting of the weights that the run does not share, and one for weights not free for all use."""
+    settings, augmentation, size = start.settings or {}, config.data.augmentation, config.data.multicrop.global_crop_size
+    for key, ours in (("mean", augmentation.mean), ("std", augmentation.std)):
+        theirs = settings.get(key)
+        if theirs is not None and [round(float(value), 4) for value in theirs] != [round(value, 4) for value in ours]:
+            yield f"trained with pixels of {key} {list(theirs)}, here {list(ours)}: set data.augmentation.{key}={list(theirs)}"
+    patches, patch = start.state.get(PATCHES), config.model.patch_size
+    if patches is not None and patch and patches.shape[-1] != patch:
+        yield f"trained with patches of {patches.shape[-1]} px, resampled to the {patch} px of this run"
+    theirs = settings.get("input_size")
+    if theirs is not None and theirs[-1] != size:
+        yield f"trained with crops of {theirs[-1]} px, here {size} px"
+    if "eupe" in f"{start.name} {start.encoder} {settings.get('tag', '')}".lower():
+        yield "EUPE weights have a non-commercial licence (FAIR), and so has all that is trained from them"
