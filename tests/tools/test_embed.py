@@ -161,7 +161,7 @@ def test_what_cannot_be_embedded_is_one_clean_line(
     for arguments, message in (
         ([str(tmp_path), str(photos)], "neither a run's folder nor a checkpoint"),
         ([str(run), str(tmp_path / "nothing")], "no such file or folder"),
-        ([str(run), str(photos), "--few-labels", str(tmp_path / "labels.csv")], "coffee/99.png: no image of that name"),
+        ([str(run), str(photos), "--few-labels", str(tmp_path / "labels.csv")], "no line names an image"),
         ([str(run), str(photos), "--neighbours", "0.png"], "0.png: no image of that name"),
     ):
         capsys.readouterr()

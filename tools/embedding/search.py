@@ -1,8 +1,6 @@
 """Questions that vectors answer: which images are nearly the same, which are nearest, which class the rest has."""
 
-import csv
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -50,20 +48,6 @@ def find_rows(names: np.ndarray, wanted: Sequence[str]) -> list[int]:
             raise ValueError(f"{text}: {'several images' if found else 'no image'} of that name; for example {examples}")
         rows += found
     return rows
-
-
-def read_labels(path: Path, names: np.ndarray) -> dict[int, str]:
-    """Return the label of each row that a CSV file of `name,label` lines names. Raises ValueError for other lines."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        lines = [line for line in csv.reader(file) if line]
-    if lines and [cell.strip().lower() for cell in lines[0]] == ["name", "label"]:
-        del lines[0]
-    if wrong := [line for line in lines if len(line) != 2]:
-        raise ValueError(f"{path}: {','.join(wrong[0])!r} is no line of the form name,label")
-    labels = dict(zip(find_rows(names, [line[0] for line in lines]), (line[1].strip() for line in lines), strict=True))
-    if len(set(labels.values())) < 2:
-        raise ValueError(f"{path}: {len(labels)} images of {len(set(labels.values()))} class; label some of two or more classes")
-    return labels
 
 
 def predict(vectors: np.ndarray, labels: dict[int, str]) -> tuple[np.ndarray, np.ndarray]:

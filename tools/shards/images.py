@@ -23,7 +23,7 @@ from PIL import Image, ImageFile, features
 from pipeline.shards.samples import PILLOW_FAULTS
 from tools.shards.decoding.foreign import describe_foreign
 from tools.shards.decoding.markers import END_OF_IMAGE, LOSSLESS_FRAME, USUAL_FRAMES, JpegHeader, read_jpeg, without_metadata
-from tools.shards.decoding.pixels import RejectedImageError, encode_png, other_frames, pixel_changes, to_8_bit, to_srgb
+from tools.shards.decoding.pixels import RejectedImageError, encode_png, other_frames, pixel_changes, to_8_bit
 
 Image.MAX_IMAGE_PIXELS = None  # ImagePolicy.max_pixels is checked in the header instead
 warnings.filterwarnings("ignore", module=r"PIL\.")  # mostly about metadata; real damage becomes a reason to reject
@@ -109,11 +109,7 @@ def _check(content: bytes, name: str, policy: ImagePolicy) -> CheckedImage:
     """Apply the policy to one file. Every error that Pillow raises on damage becomes a RejectedImageError."""
     jpeg = read_jpeg(content)
     try:
-        if _keeps_its_bytes(content, jpeg, policy):
-            misnamed = () if name.lower().endswith(FORMATS["JPEG"]) or "." not in name.rpartition("/")[2] else ("misnamed",)
-            image = CheckedImage(content, "jpg", jpeg.height, jpeg.width, misnamed)
-        else:
-            image = _check_with_pillow(content, name, policy, jpeg)
+        image = _as_stored(content, name, policy, jpeg)
         # An image of one colour takes few bytes, so that only small files need decoding for it.
         if policy.verify != "full" and len(image.content) > MAX_FLAT_BYTES + image.height * image.width // 16:
             return image
@@ -132,16 +128,7 @@ def _check(content: bytes, name: str, policy: ImagePolicy) -> CheckedImage:
         raise RejectedImageError(f"does not decode: {reason}") from None
 
 
-def _keeps_its_bytes(content: bytes, jpeg: JpegHeader, policy: ImagePolicy) -> bool:
-    """Return True for a sound JPEG that needs no change, judged by its markers, which is faster than Pillow."""
-    if not jpeg.is_plain or content.rfind(END_OF_IMAGE, jpeg.scan) < 0:
-        return False
-    is_small = jpeg.height * jpeg.width <= policy.max_pixels
-    is_small &= not policy.resize or min(jpeg.height, jpeg.width) <= policy.resize
-    return is_small and to_srgb(jpeg.profile, "L" if jpeg.components == 1 else "RGB") is None
-
-
-def _check_with_pillow(content: bytes, name: str, policy: ImagePolicy, jpeg: JpegHeader) -> CheckedImage:
+def _as_stored(content: bytes, name: str, policy: ImagePolicy, jpeg: JpegHeader) -> CheckedImage:
     with Image.open(io.BytesIO(content), formats=tuple(FORMATS)) as image:
         width, height = image.size
         if width * height > policy.max_pixels:
@@ -156,7 +143,7 @@ def _needed_changes(image: ImageFile.ImageFile, content: bytes, name: str, polic
     """Return what keeps the file from being stored as it is; nothing but "misnamed" leaves its bytes alone."""
     changes, lower = [], name.lower()
     is_jpeg, is_png = image.format in ("JPEG", "MPO"), image.format == "PNG"
-    if (lower.endswith(FORMATS["JPEG"]) and not is_jpeg) or (lower.endswith(".png") and not is_png):
+    if lower.endswith(EXTENSIONS) and not lower.endswith(FORMATS["JPEG" if is_jpeg else str(image.format)]):
         changes.append("misnamed")
     if not is_jpeg and not is_png:
         changes.append(str(image.format).lower())

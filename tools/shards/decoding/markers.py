@@ -1,55 +1,34 @@
-"""Reads the markers of JPEGs (ITU T.81, annex B) and the chunks of PNGs, which is faster than Pillow and says more."""
+"""Reads the markers of JPEGs (ITU T.81, annex B) and the chunks of PNGs, for what Pillow does not say of them."""
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 CRITICAL_CHUNKS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
 JPEG_SIGNATURE, END_OF_IMAGE, START_OF_SCAN = b"\xff\xd8\xff", b"\xff\xd9", 0xDA
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 USUAL_FRAMES, LOSSLESS_FRAME = (0xC0, 0xC1, 0xC2), 0xC3  # baseline, extended and progressive are read by every decoder
-JFIF, EXIF, ICC, ADOBE, COMMENT = 0xE0, 0xE1, 0xE2, 0xEE, 0xFE
+JFIF, ADOBE, COMMENT = 0xE0, 0xEE, 0xFE
 METADATA = frozenset({*range(0xE0, 0xF0), COMMENT}) - {JFIF, ADOBE}  # those two say how colours are stored
-PROFILE_HEADER = b"ICC_PROFILE\0"
 
 
-@dataclass
-class JpegHeader:
+class JpegHeader(NamedTuple):
     """The start of a JPEG. `kind`: its frame's marker, 0 without a frame or with several. `precision`: bits per value.
-    `scan`: where the pixels begin, 0 if they are not found. `profile`: its ICC profile."""
+    `scan`: where the pixels begin, 0 if they are not found."""
 
     kind: int = 0
     precision: int = 0
-    height: int = 0
-    width: int = 0
-    components: int = 0
     scan: int = 0
-    has_exif: bool = False
-    profile: bytes = b""
-
-    @property
-    def is_plain(self) -> bool:
-        """True for gray or RGB of 8 bits that all decoders read, without an EXIF block, which could rotate it."""
-        is_usual = self.kind in USUAL_FRAMES and self.precision == 8 and self.components in (1, 3)
-        return is_usual and not self.has_exif and self.scan * self.height * self.width > 0
 
 
 def read_jpeg(content: bytes) -> JpegHeader:
     """Read the segments up to the first scan; an empty header for anything but a JPEG."""
-    header, frames = JpegHeader(), 0
-    for kind, start, stop in _segments(content):
-        if kind in FRAMES and start + 10 <= len(content):
-            frames += 1
-            header.kind = kind if frames == 1 else 0
-            header.precision, header.height, header.width, header.components = struct.unpack_from(">BHHB", content, start + 4)
-        elif kind == EXIF:
-            header.has_exif |= content.startswith(b"Exif", start + 4)
-        elif kind == ICC and content.startswith(PROFILE_HEADER, start + 4):
-            header.profile += content[start + 18 : stop]  # behind the number of this piece and the number of pieces
-        elif kind == START_OF_SCAN:
-            header.scan = start
-    return header
+    segments = list(_segments(content))
+    frames = [(kind, content[start + 4]) for kind, start, _ in segments if kind in FRAMES and start + 10 <= len(content)]
+    kind, precision = frames[-1] if frames else (0, 0)
+    scan = next((start for kind, start, _ in segments if kind == START_OF_SCAN), 0)
+    return JpegHeader(kind if len(frames) == 1 else 0, precision, scan)
 
 
 def without_metadata(content: bytes) -> bytes:

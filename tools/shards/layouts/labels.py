@@ -24,12 +24,17 @@ def without_labels(source: Source) -> Source:
 
 
 def label_by_file(source: Source, path: Path) -> Source:
-    """Replace the labels of a source by those in a file; images without a line have none.
+    """Replace the labels of a source by those that `read_labels` finds in a file."""
+    return _relabel(source, *read_labels(path, source.catalogue.names()))
+
+
+def read_labels(path: Path, names: Sequence[str]) -> tuple[list[Label], str]:
+    """Return the label of each image, UNLABELLED without a line in the file, and a note on how many there are.
 
     A line names its image in full, without folders or without its extension; a header can name the columns. Raises ValueError
     where no line names an image, one names several, or two give one image different labels.
     """
-    lines, names = _read_lines(path), source.catalogue.names()
+    lines = _read_lines(path)
     rows = defaultdict[str, set[int]](set)
     for row, name in enumerate(names):
         for text in (name, name.rpartition("/")[2]):
@@ -61,7 +66,7 @@ def label_by_file(source: Source, path: Path) -> Source:
     if num_unknown >= len(lines) - bool(header):
         raise ValueError(f"{path}: no line names an image; lines are like {lines[:1]}, and images like {truncate_list(names, 2)}")
     note = f"labels of {len(labels) - labels.count(UNLABELLED):,} of {len(labels):,} images from {path.name}"
-    return _relabel(source, labels, note + (f", {num_unknown:,} lines of which name no image" if num_unknown else ""))
+    return labels, note + (f", {num_unknown:,} lines of which name no image" if num_unknown else "")
 
 
 def _read_lines(path: Path) -> list[list[str]]:
