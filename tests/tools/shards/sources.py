@@ -1,6 +1,7 @@
 """Small true copies of every layout that `make_shards` reads, each with images whose pixels tell their label."""
 
 import gzip
+import hashlib
 import io
 import pickle
 import tarfile
@@ -8,7 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.imagenet import ARCHIVE_META
 
 WNIDS = ("n01440764", "n02119789", "n02105855")  # labels 0, 278 and 230 of the usual 1000
 WNID_LABELS = {"n01440764": 0, "n02119789": 278, "n02105855": 230}
@@ -43,8 +47,11 @@ def class_folders(root: Path, per_class: int = 8, classes: Iterable[str] = ("ant
     return root
 
 
-def imagenet_archives(root: Path) -> Path:
-    """The train tar of class tars, the val tar, and a devkit whose IDs are not in wnid order."""
+def imagenet_archives(root: Path, patch: pytest.MonkeyPatch | None = None) -> Path:
+    """The train tar of class tars, the val tar, and a devkit whose IDs are not in wnid order.
+
+    With `patch`, publishes the devkit's checksum in place of that of the original one.
+    """
     root.mkdir()
     inner = []
     for wnid in WNIDS:
@@ -57,7 +64,10 @@ def imagenet_archives(root: Path) -> Path:
     folder = "ILSVRC2012_devkit_t12/data"
     lines = "".join(f"{i}\n" for i in truth).encode()
     devkit = [(f"{folder}/meta.mat", meta_mat()), (f"{folder}/ILSVRC2012_validation_ground_truth.txt", lines)]
-    (root / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(tar_bytes(devkit, "w:gz"))
+    content = tar_bytes(devkit, "w:gz")
+    (root / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(content)
+    if patch:
+        patch.setitem(ARCHIVE_META, "devkit", ("ILSVRC2012_devkit_t12.tar.gz", hashlib.md5(content).hexdigest()))
     return root
 
 
@@ -68,9 +78,9 @@ def meta_mat() -> bytes:
     """The devkit's struct array as SciPy (and MATLAB) write it, with an inner node of the tree that is no class."""
     from scipy.io import savemat
 
-    fields = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O"), ("children", "O")]
-    rows = [(float(i), wnid, "a fish, tench", 0.0, np.zeros((0,))) for i, wnid in enumerate(ID_ORDER, 1)]
-    rows.append((4.0, "n00001740", "entity", 2.0, np.array([1.0, 2.0])))
+    fields = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O"), ("children", "O")]
+    rows = [(float(i), wnid, "a fish, tench", "a fish", 0.0, np.zeros((0,))) for i, wnid in enumerate(ID_ORDER, 1)]
+    rows.append((4.0, "n00001740", "entity", "all", 2.0, np.array([1.0, 2.0])))
     out = io.BytesIO()
     savemat(out, {"synsets": np.array(rows, fields).reshape(-1, 1)}, do_compression=True)
     return out.getvalue()
@@ -92,10 +102,13 @@ def kaggle_tree(root: Path) -> Path:
     return root
 
 
-def cifar_archive(root: Path, hundred: bool) -> tuple[Path, np.ndarray, list[int]]:
-    """Five batches (CIFAR-100: one file) of four images; returns the archive, the pixels `[N, 32, 32, 3]`, the labels."""
+def cifar_archive(root: Path, hundred: bool, patch: pytest.MonkeyPatch) -> tuple[Path, np.ndarray, list[int]]:
+    """Five batches (CIFAR-100: one file) of four images; returns the archive, the pixels `[N, 32, 32, 3]`, the labels.
+
+    Publishes its checksums in place of those of the original archive.
+    """
     root.mkdir(exist_ok=True)
-    rng = np.random.default_rng(5)
+    rng, dataset = np.random.default_rng(5), CIFAR100 if hundred else CIFAR10
     num_files, num_classes = (1, 100) if hundred else (5, 10)
     images = rng.integers(0, 256, (num_files * 4, 32, 32, 3), np.uint8)
     labels = rng.integers(0, num_classes, num_files * 4).tolist()
@@ -106,11 +119,17 @@ def cifar_archive(root: Path, hundred: bool) -> tuple[Path, np.ndarray, list[int
         mine = labels[4 * k : 4 * k + 4]
         base = "train" if hundred else f"data_batch_{k + 1}"
         key = "fine_labels" if hundred else "labels"
-        members.append((f"c/{base}", pickle.dumps({"data": planes, key: mine, "batch_label": "x"}, protocol=2)))
-    meta = pickle.dumps({"fine_label_names" if hundred else "label_names": names}, protocol=2)
-    members.append(("c/meta" if hundred else "c/batches.meta", meta))
+        members.append((base, pickle.dumps({"data": planes, key: mine, "batch_label": "x"}, protocol=2)))
+    sums = [[name, hashlib.md5(content).hexdigest()] for name, content in members]
+    meta = pickle.dumps({dataset.meta["key"]: names}, protocol=2)
+    test = dataset.test_list[0][0]
+    members += [(test, members[0][1]), (dataset.meta["filename"], meta)]
+    patch.setattr(dataset, "train_list", sums)
+    patch.setattr(dataset, "test_list", [[test, sums[0][1]]])
+    patch.setattr(dataset, "meta", {**dataset.meta, "md5": hashlib.md5(meta).hexdigest()})
     path = root / f"cifar-{100 if hundred else 10}-python.tar.gz"
-    path.write_bytes(tar_bytes(members, "w:gz"))
+    path.write_bytes(tar_bytes([(f"{dataset.base_folder}/{name}", content) for name, content in members], "w:gz"))
+    patch.setattr(dataset, "tgz_md5", hashlib.md5(path.read_bytes()).hexdigest())
     return path, images, labels
 
 

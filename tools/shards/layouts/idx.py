@@ -1,17 +1,19 @@
 """MNIST-style IDX files, as downloaded or as torchvision unpacks them, stored losslessly as PNG."""
 
+import gzip
 import math
 import re
+import zlib
 from pathlib import Path
 
 import numpy as np
 
 from tools.shards.catalogue import Catalogue, Source
-from tools.shards.layouts.archives import read_maybe_gzip
 from tools.shards.layouts.splits import plain_name
 
 IDX_FILE = re.compile(r"(train|t10k)-(images|labels)[-.]idx[13]-ubyte(\.gz)?")
 PREFIX = {"train": "train", "val": "t10k"}  # there is no third split
+MAX_UNPACKED = 512 << 20  # ten times the largest file
 CLOTHES = "t-shirt/top, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle-boot"
 
 
@@ -53,3 +55,15 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
         size = f"{len(content) - start} bytes of data for shape {shape}"
         raise ValueError(f"{path}: {size}: truncated, download it again")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def read_maybe_gzip(path: Path) -> bytes:
+    """Read a file, unpacked when its name ends in `.gz`. Raises ValueError for damage or a file above the limit."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content = file.read(MAX_UNPACKED + 1)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: not a readable .gz file ({error}): download it again") from None
+    if len(content) > MAX_UNPACKED:
+        raise ValueError(f"{path}: unpacks to more than {MAX_UNPACKED >> 20} MiB: not the archive it is named after")
+    return content
