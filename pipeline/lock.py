@@ -39,7 +39,7 @@ def exclusive(folder: Path, remedy: str, name: str = ".lock") -> Iterator[None]:
     """
     descriptor = _open(folder / name)
     try:
-        _acquire(descriptor, fcntl.LOCK_EX, folder, remedy)
+        _acquire(descriptor, folder, remedy)
         with suppress(OSError):  # a full disk: the lock holds without its holder's name
             os.ftruncate(descriptor, 0)
             since = datetime.now().astimezone().isoformat(" ", "seconds")
@@ -49,25 +49,16 @@ def exclusive(folder: Path, remedy: str, name: str = ".lock") -> Iterator[None]:
         os.close(descriptor)
 
 
-def check_unused(folder: Path, remedy: str, name: str) -> None:
-    """Raise ValueError as `exclusive` does if its lock is held now."""
-    descriptor = _open(folder / name)
-    try:
-        _acquire(descriptor, fcntl.LOCK_SH, folder, remedy)  # shared: two that check at once do not see each other
-    finally:
-        os.close(descriptor)
-
-
 def _open(path: Path) -> int:
     """Open a lock file for writing, which NFS asks for, but not through a link that somebody has put in its place."""
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
 
 
-def _acquire(descriptor: int, kind: int, folder: Path, remedy: str) -> None:
+def _acquire(descriptor: int, folder: Path, remedy: str) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
-            return fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > deadline:
                 holder = os.pread(descriptor, 256, 0).decode(errors="replace").strip() or "another process"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.lock import check_unused, exclusive
+from pipeline.lock import exclusive
 
 # Holds the lock until its input ends; with `orphan`, a forked child goes on holding it for a moment after the parent is killed.
 HOLD = (
@@ -37,11 +37,9 @@ def holder(folder: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
 
 def test_the_second_writer_is_told_who_the_first_is_until_that_one_ends(tmp_path: Path) -> None:
     with holder(tmp_path) as process:
-        for attempt in (lambda: exclusive(tmp_path, "go").__enter__(), lambda: check_unused(tmp_path, "go", ".lock")):
-            with pytest.raises(ValueError, match=rf"in use by process {process.pid} on {socket.gethostname()} since 2") as caught:
-                attempt()
-            assert str(caught.value).endswith("Wait for it, stop it, or go")
-            assert "\n" not in str(caught.value)
+        message = rf"in use by process {process.pid} on {socket.gethostname()} since 2.* Wait for it, stop it, or go$"
+        with pytest.raises(ValueError, match=message), exclusive(tmp_path, "go"):
+            pass
     with exclusive(tmp_path, "go"):
         assert (tmp_path / ".lock").read_text().split()[1] == str(os.getpid())
 
@@ -61,4 +59,4 @@ def test_a_lock_is_not_written_through_a_link_and_other_names_do_not_exclude_eac
         pass
     assert (tmp_path / "victim").read_text() == "whole"
     with exclusive(tmp_path, "go", "a"), exclusive(tmp_path, "go", "b"):
-        check_unused(tmp_path, "go", "c")
+        pass

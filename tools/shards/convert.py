@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 
 from pipeline.files import write_atomic
-from pipeline.lock import check_unused, exclusive
+from pipeline.lock import exclusive
 from pipeline.quarantine import allowed_bad
 from pipeline.shards.index import UNLABELLED
 from pipeline.shards.manifest import read_object
@@ -28,15 +28,7 @@ from tools.own_process import die_with_parent
 from tools.shards.catalogue import Catalogue, Source
 from tools.shards.images import ImagePolicy
 from tools.shards.report import REJECTED_NAME, finish_split
-from tools.shards.writer import (
-    IDENTITY_NAME,
-    RECORD_FOLDER,
-    Conversion,
-    ShardRecord,
-    SharedCounts,
-    shard_is_complete,
-    write_shard,
-)
+from tools.shards.writer import IDENTITY_NAME, RECORD_FOLDER, Conversion, SharedCounts, intact_record, write_shard
 from train.output.display import ProgressDisplay
 
 # A shard is large enough for sequential reads from a store, and small enough to be cached and written again.
@@ -76,16 +68,13 @@ def _num_bytes(catalogue: Catalogue, policy: ImagePolicy) -> int:
 
 @contextmanager
 def only_writer(folder: Path, options: ConvertOptions) -> Iterator[None]:
-    """Keep other conversions out of a split's folder while open, except the other tasks of the same job array.
+    """Keep other conversions out of a split's folder while open, except the other tasks of a job array.
 
-    Raises ValueError naming the process that converts into it.
+    Raises ValueError naming the process that converts into it. Two job arrays that cut the work in different ways write the
+    same bytes; one may have to be started again.
     """
-    records, suffix, remedy = folder / RECORD_FOLDER, f"-of-{options.num_tasks}.lock", "choose another --out"
-    records.mkdir(parents=True, exist_ok=True)
-    with exclusive(folder, remedy, f"{RECORD_FOLDER}/task-{options.task_index}{suffix}"):
-        for path in records.glob("task-*.lock"):
-            if not path.name.endswith(suffix):  # of a job array that cuts the work in another way
-                check_unused(folder, remedy, f"{RECORD_FOLDER}/{path.name}")
+    (folder / RECORD_FOLDER).mkdir(parents=True, exist_ok=True)
+    with exclusive(folder, "choose another --out", f"{RECORD_FOLDER}/task-{options.task_index}.lock"):
         yield
 
 
@@ -96,14 +85,8 @@ def convert(source: Source, folder: Path, split: str, options: ConvertOptions) -
     folder holds another conversion or too many images are bad, OSError when the disk is full.
     """
     conversion, start = assign_images(source, folder, split, options), time.monotonic()
-    (folder / RECORD_FOLDER).mkdir(parents=True, exist_ok=True)
     _claim_folder(conversion, options)
-    # A killed run leaves partial files; other tasks of a job array are still writing theirs.
-    mine = range(options.task_index, conversion.num_shards, options.num_tasks)
-    for shard in mine:
-        for partial in folder.glob(f".{conversion.shard_name(shard)}.*.partial"):
-            partial.unlink(missing_ok=True)
-    written = _run_workers(conversion, mine, options)
+    written = _run_workers(conversion, range(options.task_index, conversion.num_shards, options.num_tasks), options)
     # The task that completes the last shard writes the files of the split.
     if not all(conversion.record_path(shard).exists() for shard in range(conversion.num_shards)):
         return False, f"{folder}: this task wrote {plural(written, 'shard')}; other tasks have not finished"
@@ -197,8 +180,8 @@ def _start_worker(conversion: Conversion, counts: SharedCounts, parent: int) -> 
 def _complete_shard(shard: int) -> bool:
     """Write the shard unless it is complete; returns True if it had to be written."""
     conversion, counts = _WORK[0]
-    if shard_is_complete(conversion, shard):
-        counts.add(conversion.shard_size(shard), 0, ShardRecord.load(conversion.record_path(shard)).rejected)
+    if record := intact_record(conversion, shard):
+        counts.add(conversion.shard_size(shard), 0, record.rejected)
         return False
     write_shard(conversion, shard, counts)
     return True

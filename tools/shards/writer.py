@@ -160,10 +160,10 @@ def check_row(conversion: Conversion, row: int) -> CheckedImage | str:
         return str(error)
 
 
-def shard_is_complete(conversion: Conversion, shard: int) -> bool:
-    """Return True if the shard and its record are on disk with the bytes that were written."""
+def intact_record(conversion: Conversion, shard: int) -> ShardRecord | None:
+    """Return the record of a shard if both are on disk with the bytes that were written."""
     try:
         record = ShardRecord.load(conversion.record_path(shard))
-        return file_checksum(conversion.folder / conversion.shard_name(shard)) == record.sha256
+        return record if file_checksum(conversion.folder / conversion.shard_name(shard)) == record.sha256 else None
     except (OSError, ValueError):
-        return False
+        return None
