@@ -104,17 +104,16 @@ def show_duplicates(args: argparse.Namespace, encoder: "ImageEncoder", features:
 
 
 def show_neighbours(args: argparse.Namespace, encoder: "ImageEncoder", features: "Embeddings") -> None:
-    from tools.embedding.search import find_rows, nearest_rows
+    from tools.embedding.search import find_row, nearest_rows
 
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for number, query in enumerate(args.neighbours):
-            asked, place = features, 0
             if Path(query).is_file():
-                asked = embed_file(encoder, Path(query), Path(scratch) / str(number))
+                asked, place = embed_file(encoder, Path(query), Path(scratch) / str(number)), 0
             else:
-                (place,) = find_rows(features.names, [query])
-            (nearest,) = nearest_rows(features.vectors, asked.vectors[place : place + 1], NUM_NEAREST + 1)
+                asked, place = features, find_row(features.names, query)
+            nearest = nearest_rows(features.vectors, asked.vectors[place], NUM_NEAREST + 1)
             found = [(row, value) for row, value in nearest if asked is not features or row != place][:NUM_NEAREST]
             print(f"{query}: {', '.join(f'{features.names[row]} {value:.3f}' for row, value in found)}")
             tiles = [(asked, place, query), *((features, row, f"{features.names[row]} {value:.3f}") for row, value in found)]

@@ -1,7 +1,5 @@
 """Questions that vectors answer: which images are nearly the same, which are nearest, which class the rest has."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from scipy.sparse import coo_array
@@ -32,22 +30,19 @@ def duplicate_groups(vectors: np.ndarray, threshold: float) -> list[tuple[list[i
     return sorted(((rows.tolist(), float(weakest[group[rows[0]]])) for rows in found), key=lambda pair: -pair[1])
 
 
-def nearest_rows(vectors: np.ndarray, queries: np.ndarray, count: int) -> list[list[tuple[int, float]]]:
-    """Return the rows of `vectors` `[N, D]` nearest to each of `queries` `[Q, D]`, with their cosine similarities."""
-    similarity, rows = nearest_neighbours(torch.from_numpy(vectors), torch.from_numpy(queries), count, CPU)
-    return [list(zip(row, values, strict=True)) for row, values in zip(rows.tolist(), similarity.tolist(), strict=True)]
+def nearest_rows(vectors: np.ndarray, query: np.ndarray, count: int) -> list[tuple[int, float]]:
+    """Return the rows of `vectors` `[N, D]` nearest to `query` `[D]`, with their cosine similarities."""
+    similarity, rows = nearest_neighbours(torch.from_numpy(vectors), torch.from_numpy(query[None]), count, CPU)
+    return list(zip(rows[0].tolist(), similarity[0].tolist(), strict=True))
 
 
-def find_rows(names: np.ndarray, wanted: Sequence[str]) -> list[int]:
-    """Return the row of each file, named in full or by a unique end of its path. Raises ValueError for one that is not there."""
-    rows = []
-    for text in wanted:
-        found = [row for row, name in enumerate(names.tolist()) if name == text or name.endswith(f"/{text}")]
-        if len(found) != 1:
-            examples = truncate_list([names[row] for row in found or range(min(3, len(names)))])
-            raise ValueError(f"{text}: {'several images' if found else 'no image'} of that name; for example {examples}")
-        rows += found
-    return rows
+def find_row(names: np.ndarray, wanted: str) -> int:
+    """Return the row of a file, named in full or by a unique end of its path. Raises ValueError for one that is not there."""
+    found = [row for row, name in enumerate(names.tolist()) if name == wanted or name.endswith(f"/{wanted}")]
+    if len(found) != 1:
+        examples = truncate_list(names[found or slice(3)].tolist())
+        raise ValueError(f"{wanted}: {'several images' if found else 'no image'} of that name; for example {examples}")
+    return found[0]
 
 
 def predict(vectors: np.ndarray, labels: dict[int, str]) -> tuple[np.ndarray, np.ndarray]:
