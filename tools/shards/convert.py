@@ -34,7 +34,6 @@ from train.output.display import ProgressDisplay
 # A shard is large enough for sequential reads from a store, and small enough to be cached and written again.
 SHARD_BYTES, SHARD_SAMPLES = 256 << 20, 10_000
 MB = 1e6
-TAR_OVERHEAD = 3_000  # bytes per image: headers, padding, `cls` and `json`
 IN_WORDS = {"source": "the images, or --val-ratio,", "prefix": "the name of the source"}
 
 
@@ -190,14 +189,10 @@ def _complete_shard(shard: int) -> bool:
 def describe_conversion(conversion: Conversion) -> list[str]:
     """Return lines on what a conversion would do."""
     source, catalogue = conversion.source, conversion.source.catalogue
-    existing = next(path for path in (conversion.folder, *conversion.folder.parents) if path.exists())
-    num_bytes = _num_bytes(catalogue, conversion.policy)
-    needed, free = num_bytes + TAR_OVERHEAD * len(catalogue), shutil.disk_usage(existing).free
     num_classes = len(source.classes) or len(set(catalogue.label) - {UNLABELLED})
     classes = f"in {num_classes:,} classes" if num_classes else "without labels"
     per_shard, first = len(catalogue) // conversion.num_shards, conversion.folder / conversion.shard_name(0)
     return [
-        f"images   {len(catalogue):,} {classes}, {num_bytes / MB:,.1f} MB",
+        f"images   {len(catalogue):,} {classes}, {_num_bytes(catalogue, conversion.policy) / MB:,.1f} MB",
         f"shards   {conversion.num_shards:,} of about {per_shard:,} images: {first} ...",
-        f"disk     about {needed / MB:,.1f} MB needed, {free / MB:,.1f} MB free",
     ]

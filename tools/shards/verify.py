@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pipeline.files import file_checksum
-from pipeline.shards.index import INDEX_NAME, ShardIndex, open_index, save_index, scan_shard, tar_names, tar_sizes
+from pipeline.shards.index import INDEX_NAME, open_index, save_index, scan_shard, tar_names, tar_sizes
 from pipeline.shards.manifest import MANIFEST_NAME, Manifest, check_class_count, check_fits, read_manifest
 from pipeline.shards.storage import read_bytes
 from pipeline.shards.tar import tar_members
@@ -36,12 +36,9 @@ def verify_split(folder: Path, workers: int) -> list[str]:
     except ValueError as error:
         return [str(error)]
     expected = [manifest.checksums.get(name, "") for name in index.shards]
-    return [problem for found in _in_parallel(workers, _verify_shard, *_paths_and_rows(index), expected) for problem in found]
-
-
-def _paths_and_rows(index: ShardIndex) -> tuple[list[Path], list[np.ndarray]]:
     paths = [index.shard_path(shard) for shard in range(len(index.shards))]
-    return paths, np.split(index.samples, np.cumsum(index.counts)[:-1])
+    rows = np.split(index.samples, np.cumsum(index.counts)[:-1])
+    return [problem for found in _in_parallel(workers, _verify_shard, paths, rows, expected) for problem in found]
 
 
 def _verify_shard(path: Path, rows: np.ndarray, sha256: str) -> list[str]:

@@ -220,7 +220,7 @@ def test_another_conversion_is_not_mixed_in(source: Path, tmp_path: Path, capsys
 def test_a_dry_run_prints_the_plan_and_writes_nothing(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(source), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
     words = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert words == ["layout", "images", "shards", "disk"]
+    assert words == ["layout", "images", "shards"]
     assert not (tmp_path / "out").exists()
 
 
