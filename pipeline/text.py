@@ -3,7 +3,7 @@
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 MAX_NAMED = 5
@@ -27,6 +27,10 @@ def printable(text: str, keep: str = "") -> str:
     return text if text.isprintable() else "".join(
         c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
     )  # fmt: skip
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(cells)} |" for cells in rows)])
 
 
 def say(text: str) -> None:

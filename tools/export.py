@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.shards.manifest import read_as_expected, read_object
+from pipeline.text import markdown_table
 from train.command import CommandParser, path_argument, run_command
 from train.config.schema import Config
 from train.output.display import LOADING
-from train.output.report import markdown_table, read_summary
+from train.output.report import read_summary, summary_rows
 
 if TYPE_CHECKING:
     from model.encoder import MultiCropEncoder
@@ -86,7 +87,7 @@ def model_card(config: Config, checkpoint: Path, licence: str, summary: Path, fi
         mean=list(data.augmentation.mean), std=list(data.augmentation.std),
     )  # fmt: skip
     if summary.exists():
-        card += f"\n## Training\n\n{markdown_table(read_summary(summary))}\n"
+        card += f"\n## Training\n\n{markdown_table(('', ''), summary_rows(read_summary(summary)))}\n"
     if figures is not None:
         content = read_object(figures, REMEDY)
         with read_as_expected(figures, REMEDY):

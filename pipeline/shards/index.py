@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 
@@ -151,10 +150,6 @@ class ShardIndex:
         return f"{self.shard_place(sample['shard'])}: {self.key(row)} at byte {sample['offset']}"
 
 
-@overload
-def split_folder(dataset_name: str, data_path: Path, split: str) -> Path: ...
-@overload
-def split_folder(dataset_name: str, data_path: Path | str, split: str) -> Path | str: ...
 def split_folder(dataset_name: str, data_path: Path | str, split: str) -> Path | str:
     """The folder with the shards of `split`: `data_path/split`, or `data_path` itself if it holds tars.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib as mpl
 from scipy import stats
 
+from pipeline.text import markdown_table
 from tools.studies.grid import BASE, TIME, TITLES, Run, plan_sections
 
 mpl.use("agg")
@@ -55,8 +56,7 @@ def format_cell(values: Sequence[float], form: str) -> str:
 
 
 def markdown(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [f"### {title}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    return [*lines, *("| " + " | ".join(cells) + " |" for cells in rows), ""]
+    return [f"### {title}", "", markdown_table(head, rows), ""]
 
 
 def section_lines(rows: Sequence[Row], title: str, runs: Sequence[Run]) -> list[str]:

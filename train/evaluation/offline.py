@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from model.encoder import MultiCropEncoder
 from model.hjepa import HJEPA, Level
 from pipeline.dataset import resolve_device
+from pipeline.text import markdown_table
 from train.build import build_encoder, build_evaluation_loaders, build_model, torch_threads, with_crop_device
 from train.checkpoint import MANIFEST, checkpoint_step, load_checkpoint, newest_checkpoint
 from train.config.load import load_config
@@ -178,18 +179,13 @@ def attentive_figures(config: Config, encoders: dict[str, MultiCropEncoder], dev
 def report_table(report: dict[str, Any]) -> str:
     """Return the report as Markdown, one row for each probe and kind of features."""
     train, test = report["images"]
-    lines = [
-        f"{report['checkpoint']}: {train:,} training and {test:,} validation images of {report['data'][1]}",
-        "",
-        "| probe | features | setting | accuracy, % |",
-        "|---|---|---|---|",
-    ]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for score in report["figures"]:
         groups.setdefault((score["probe"], score["features"]), []).append(score)
+    rows = []
     for (probe, features), scores in groups.items():
         name, comma, level = features.partition(", ")
-        settings = " / ".join(score["setting"] for score in scores)
-        values = " / ".join(f"{score['accuracy']:.1f}" for score in scores)
-        lines.append(f"| {probe} | {ROW_NAMES[name]}{comma}{level} | {settings} | {values} |")
-    return "\n".join(lines)
+        settings, values = ([score["setting"] for score in scores], [f"{score['accuracy']:.1f}" for score in scores])
+        rows.append((probe, f"{ROW_NAMES[name]}{comma}{level}", " / ".join(settings), " / ".join(values)))
+    title = f"{report['checkpoint']}: {train:,} training and {test:,} validation images of {report['data'][1]}"
+    return f"{title}\n\n{markdown_table(('probe', 'features', 'setting', 'accuracy, %'), rows)}"

@@ -130,11 +130,6 @@ def summary_table(summary: dict[str, Any]) -> Table:
     return table
 
 
-def markdown_table(summary: dict[str, Any]) -> str:
-    """Return the run's results as a table in Markdown."""
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in summary_rows(summary))])
-
-
 def write_page(folder: Path, hints: Sequence[str] = ()) -> Path:
     """Write `folder/report.html` from the run's files: summary.json, metrics.jsonl, config.yaml, environment.json, figures/.
 

@@ -83,7 +83,7 @@ def test_more_labels_than_names_are_refused_before_anything_is_written(
 ) -> None:
     features = {"label": {"_type": "ClassLabel", "names": ["ant", "bee"]}}
     path = write(tmp_path / "in/0.parquet", {"image": images(), "label": LABELS}, features)
-    assert "label 2, but the metadata name 2 classes" in refused(capsys, path, tmp_path / "out", "--dry-run")
+    assert "label 2 for 2 classes" in refused(capsys, path, tmp_path / "out", "--dry-run")
     assert not (tmp_path / "out").exists()
 
 

@@ -7,10 +7,9 @@ copied unchanged into one spool file next to the shards, once; it is deleted whe
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,8 +35,7 @@ BINARY_TYPES = ("binary", "large_binary")
 PARQUET_ERRORS = (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 
 
-@dataclass(frozen=True)
-class Columns:
+class Columns(NamedTuple):
     """The columns to read. `label` is "" without labels; `names` are the classes in the metadata of `datasets`, if any."""
 
     image: str
@@ -214,7 +212,7 @@ def read_column(path: Path, column: str, batch_rows: int) -> Iterator[Any]:
 
 
 def read_labels(files: list[Path], columns: Columns) -> tuple[list[int], tuple[str, ...], str]:
-    """Return the label of each row of all files, the classes, and a note. Raises ValueError for a label above the named ones."""
+    """Return the label of each row of all files, the classes, and a note."""
     found: list[Label] = []
     refused = list[str]()
     for value in (value for path in files for value in read_column(path, columns.label, LABEL_ROWS)):
@@ -224,9 +222,6 @@ def read_labels(files: list[Path], columns: Columns) -> tuple[list[int], tuple[s
             refused.append(f"{str(value)[:40]!r} in row {len(found):,}")
             found.append(UNLABELLED)
     labels, names = number_labels(found)
-    if columns.names and not names and max(labels, default=UNLABELLED) >= len(columns.names):
-        count = f"the metadata name {len(columns.names)} classes"
-        raise ValueError(f"{files[0].parent}: column {columns.label}: label {max(labels)}, but {count}: damaged or changed")
     note = f", {len(refused):,} of which are not one number or one name, such as {refused[0]}" if refused else ""
     return labels, names or columns.names, note
 
