@@ -124,7 +124,10 @@ def write_shard(conversion: Conversion, shard: int, counts: SharedCounts) -> Non
     """Write one shard and its record, replacing existing ones."""
     catalogue, digest, changes = conversion.source.catalogue, hashlib.sha256(), Counter[str]()
     rows, digests, one_colour, rejected = [], [], [], list[Reject]()
-    with partial_file(conversion.folder / conversion.shard_name(shard)) as file:
+    path = conversion.folder / conversion.shard_name(shard)
+    for partial in path.parent.glob(f".{path.name}.*.partial"):
+        partial.unlink(missing_ok=True)  # left by a killed run; a file for each kill could fill the disk
+    with partial_file(path) as file:
         for position in range(int(conversion.starts[shard]), int(conversion.starts[shard + 1])):
             row, start = int(conversion.order[position]), file.tell()
             name, label, image = catalogue.name(row), catalogue.label[row], check_row(conversion, row)
