@@ -26,6 +26,7 @@ from train.output.display import LOADING
 if TYPE_CHECKING:
     from tools.embedding.encode import Embeddings, ImageEncoder
 
+FORMATS = (".npz", ".parquet")
 THUMBNAIL, MAX_GROUPS, MAX_UNSURE, NUM_NEAREST = 112, 200, 60, 10
 
 
@@ -34,7 +35,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add, default = parser.add_argument, "The default is %(default)s."
     add("model", type=path_argument, metavar="EXPORT_OR_RUN", help="The folder of an export, a run or a checkpoint.")
     add("source", type=path_argument, help="Pictures, shards, or a data set; converted once into a cache where needed.")
-    add("--out", type=path_argument, default=Path("features.npz"), help=f"The .npz file to write. {default}")
+    add("--out", type=path_argument, default=Path("features.npz"), help=f"The file to write, .npz or .parquet. {default}")
     add("--tokens", action="store_true", help="Write the vectors of all patches too (float16).")
     add("--cache", type=path_argument, default=CACHE, metavar="DIR", help=f"Where converted images are kept. {default}")
     add("--batch-size", type=int, default=64, metavar="N", help=f"Images at a time. {default}")
@@ -46,8 +47,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--few-labels", type=path_argument, metavar="CSV",
         help="Learn from lines name,label: write a label and its probability for each image; show the least sure.")  # fmt: skip
     args = parser.parse_args(arguments)
-    if args.out.suffix != ".npz":
-        parser.error(f"--out {args.out}: ends with .npz")
+    if args.out.suffix not in FORMATS:
+        parser.error(f"--out {args.out}: ends with {' or '.join(FORMATS)}")
     if args.batch_size < 1:
         parser.error(f"--batch-size {args.batch_size}: must be at least 1")
     return args
@@ -88,7 +89,14 @@ def write_features(out: Path, features: "Embeddings") -> None:
         columns["tokens"] = features.tokens
     out.parent.mkdir(parents=True, exist_ok=True)
     with partial_file(out) as file:
-        np.savez(file, **columns)  # type: ignore[arg-type]
+        if out.suffix == ".npz":
+            np.savez(file, **columns)  # type: ignore[arg-type]
+            return
+        import pyarrow  # type: ignore[import-not-found]
+        from pyarrow import parquet
+
+        lists = {key: list(value.reshape(len(value), -1)) if value.ndim > 1 else value for key, value in columns.items()}
+        parquet.write_table(pyarrow.table(lists), file)
 
 
 def show_duplicates(args: argparse.Namespace, encoder: "ImageEncoder", features: "Embeddings") -> None:

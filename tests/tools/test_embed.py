@@ -112,6 +112,17 @@ def test_a_folder_of_pictures_is_converted_once_and_its_copies_are_found(
     assert "using its shards" in capfd.readouterr().err
 
 
+def test_a_parquet_file_has_the_same_columns(run: Path, data_path: Path, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for name in ("a.npz", "a.parquet"):
+        assert embed([str(run), str(data_path / "val"), "--out", str(tmp_path / name), "--device", "cpu", "--tokens"]) == 0
+    table = parquet.read_table(tmp_path / "a.parquet").to_pydict()
+    with np.load(tmp_path / "a.npz") as file:
+        assert list(table) == file.files
+        for key, values in table.items():
+            np.testing.assert_array_equal(np.array(values), file[key].reshape(np.array(values).shape))
+
+
 def test_few_labels_name_the_rest(run: Path, photos: Path, tmp_path: Path) -> None:
     labels = tmp_path / "labels.csv"
     labels.write_text("name,label\n" + "".join(f"{'coffee' if i % 2 else 'astronaut'}/{i:02d}.png,{i % 2}\n" for i in range(12)))
