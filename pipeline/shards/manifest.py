@@ -27,7 +27,7 @@ class ManifestShard(BaseModel):
 
 
 class Manifest(BaseModel):
-    """`classes[label]` names a class and `class_names[label]` says it in words; both are empty without names.
+    """`classes[label]` names a class; empty without names.
 
     `num_samples`: None where the file does not say.
     """
@@ -36,7 +36,6 @@ class Manifest(BaseModel):
 
     name: Text = ""
     classes: tuple[Text, ...] = ()
-    class_names: tuple[Text, ...] = ()
     shards: tuple[ManifestShard, ...] = ()
     num_samples: StrictInt | None = None
 

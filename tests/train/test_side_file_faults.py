@@ -76,7 +76,7 @@ def shards(data_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_index(folder, list(index.shards), index.samples)
     write_manifest(folder, index)
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"classes": ["a", "b"], "class_names": [], "num_samples": 103}))
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"classes": ["a", "b"], "num_samples": 103}))
     return folder
 
 

@@ -125,16 +125,15 @@ class Catalogue:
 class Source:
     """One split of a data set as it is on disk.
 
-    `classes[label]` identifies a class (a wnid, a folder name); it is empty for unlabelled data. `class_names` are the same
-    in words. `attributions`: origin and licence of the images, where known. `notes` say how the source is read; `skipped`
-    counts the files that are not images, by kind.
+    `classes[label]` identifies a class (a wnid, a folder name); it is empty for unlabelled data. `attributions`: origin
+    and licence of the images, where known. `notes` say how the source is read; `skipped` counts the files that are not images,
+    by kind.
     """
 
     layout: str
     name: str
     catalogue: Catalogue
     classes: tuple[str, ...] = ()
-    class_names: tuple[str, ...] = ()
     attributions: tuple[dict[str, str], ...] = ()
     notes: tuple[str, ...] = ()
     skipped: Counter[str] = field(default_factory=Counter)

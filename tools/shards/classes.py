@@ -78,7 +78,7 @@ def adopt_classes(source: Source, out: Path, split: str) -> Source:
     catalogue, target_of = copy.copy(source.catalogue), dict(zip(used, targets, strict=True))
     catalogue.label = array("i", (target_of.get(label, label) for label in source.catalogue.label))
     notes = source.notes if source.classes == names else (*source.notes, note)
-    return replace(source, catalogue=catalogue, classes=names, class_names=known.class_names, notes=notes)
+    return replace(source, catalogue=catalogue, classes=names, notes=notes)
 
 
 def _classes_of(folder: Path) -> Manifest | None:

@@ -59,7 +59,7 @@ def photograph_source(split: str) -> Source:
         {"class": Path(file).stem, "file": f"{folder}/{file}", "origin": origin, "licence": licence}
         for folder, file, origin, licence in PHOTOGRAPHS
     )
-    return Source("photographs", "sample", catalogue, classes, classes, attributions, (f"{len(classes)} photographs",))
+    return Source("photographs", "sample", catalogue, classes, attributions, (f"{len(classes)} photographs",))
 
 
 def tile_corners(height: int, width: int, split: str, seed: int) -> list[tuple[int, int]]:

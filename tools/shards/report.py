@@ -66,7 +66,6 @@ def _manifest(conversion: Conversion, split: str, seed: int, records: list[Shard
         "num_rejected": sum(len(record.rejected) for record in records),
         "changes": dict(sorted(_all_changes(records).items())),
         "classes": list(source.classes),
-        "class_names": list(source.class_names),
         "attributions": list(source.attributions),
         "shards": [
             {"name": conversion.shard_name(shard), "sha256": r.sha256, "bytes": r.num_bytes, "samples": len(r.rows)}

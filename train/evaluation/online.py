@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from model.hjepa import HJEPA
 from pipeline.files import write_atomic
 from pipeline.loader import MultiCropLoader
 from pipeline.shards.index import UNLABELLED, ShardIndex
-from pipeline.shards.manifest import read_manifest
+from pipeline.shards.manifest import as_model, read_manifest, read_object
 from pipeline.text import printable
 from train.build import build_encoder, build_evaluation_loaders
 from train.config.schema import Config, Evaluation
@@ -146,7 +146,7 @@ class OnlineEvaluation:
         rows = rows[choose([self._val.encoded(self._row(1, row)) for row in rows.tolist()], test.labels[rows].tolist())]
         similarities, nearest = nearest_neighbours(train.values["last"], test.values["last"][rows], k, self._device)
         manifest, neighbours = read_manifest(self._train.folder), []
-        classes = (manifest.class_names or manifest.classes) if manifest else ()
+        classes = manifest.classes if manifest else ()
         for row, others, similar in zip(rows.tolist(), nearest.tolist(), similarities.tolist(), strict=True):
             places = [(self._val, self._row(1, row)), *((self._train, self._row(0, other)) for other in others)]
             labels, captions = [int(test.labels[row]), *train.labels[others].tolist()], []
@@ -191,10 +191,9 @@ def read_baselines(path: Path, key: dict[str, Any]) -> dict[str, float] | None:
 
     Raises ValueError for a damaged file.
     """
+    remedy = "The baselines are measured again"
     try:
-        baselines = Baselines.model_validate_json(path.read_bytes())
+        baselines = as_model(Baselines, read_object(path, remedy), path, remedy)
     except FileNotFoundError:
         return None
-    except ValidationError as error:
-        raise ValueError(f"{path}: damaged: {error.errors()[0]['msg']}. The baselines are measured again") from None
     return {str(name): accuracy for name, accuracy in baselines.knn.items()} if baselines.measured_on == key else None

@@ -65,7 +65,7 @@ def test_a_run_that_masks_nothing_has_no_picture_of_masks(data_path: Path, tmp_p
 def test_neighbours_are_named_by_class_and_file(data_path: Path, tmp_path: Path) -> None:
     shards = Path(shutil.copytree(data_path, tmp_path / "shards"))
     for split in ("train", "val"):
-        (shards / split / "manifest.json").write_text(json.dumps({"classes": ["cat\x1b", "dog"], "class_names": []}))
+        (shards / split / "manifest.json").write_text(json.dumps({"classes": ["cat\x1b", "dog"]}))
     path, *settings = command(QUICKSTART, shards, tmp_path)
     trainer = Trainer(load_config(Path(path), settings))
     evaluation = OnlineEvaluation(trainer.config, tmp_path, cast(HJEPA, trainer.model))

@@ -87,4 +87,4 @@ def _relabel(source: Source, labels: list[Label], note: str) -> Source:
     numbers, classes = number_labels(labels)
     catalogue = copy.copy(source.catalogue)
     catalogue.label = array("i", numbers)
-    return replace(source, catalogue=catalogue, classes=classes, class_names=(), notes=(*source.notes, note))
+    return replace(source, catalogue=catalogue, classes=classes, notes=(*source.notes, note))
