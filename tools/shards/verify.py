@@ -1,6 +1,8 @@
 """Checks and indexes existing shards, ours or from another writer."""
 
+import logging
 import multiprocessing
+import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -9,12 +11,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pipeline.files import file_checksum
-from pipeline.shards.index import INDEX_NAME, open_index, save_index, scan_shard, tar_names, tar_sizes
+from pipeline.shards.index import INDEX_NAME, UNLABELLED, open_index, save_index, scan_shard, tar_names, tar_sizes
 from pipeline.shards.manifest import MANIFEST_NAME, Manifest, check_class_count, check_fits, read_manifest
 from pipeline.shards.storage import read_bytes
 from pipeline.shards.tar import tar_members
+from pipeline.text import truncate_list
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 def split_folders(folder: Path) -> list[Path]:
@@ -67,6 +71,10 @@ def index_split(folder: Path, workers: int) -> int:
     sizes = tar_sizes(folder, [tar.name for tar in tars])
     scans = list(_in_parallel(workers, scan_shard, tars, range(len(tars))))
     check_fits(folder, read_manifest(folder), sizes, sum(map(len, scans)))
+    names = {re.sub(r"-?\d+$", "", tar.stem) for tar in tars}
+    if len(names) > 1 and max(int(scan["label"].max(initial=UNLABELLED)) for scan in scans) > 0:
+        listed = truncate_list(sorted(names))
+        log.warning(f"{folder}: tars of {len(names)} sets ({listed}); if their labels mean different classes, keep them apart")
     save_index(folder, [tar.name for tar in tars], np.concatenate(scans))
     return sum(map(len, scans))
 

@@ -137,3 +137,14 @@ def test_images_that_only_convert_reads_are_counted_and_convert_is_named(
 
 def test_every_format_of_convert_is_taken_or_named() -> None:
     assert {extension.removeprefix(".") for extension in EXTENSIONS} <= CONVERTIBLE | IMAGE_EXTENSIONS
+
+
+def test_index_says_when_tars_of_several_sets_share_their_labels(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for name, counts in (("a", [4, 4]), ("b", [4])):
+        write_shards(tmp_path / name, counts)
+    for path in (tmp_path / "b").glob("*.tar"):
+        path.rename(tmp_path / "a" / path.name.replace("photos", "others"))
+    assert main(["index", str(tmp_path / "a")]) == 0
+    said = capfd.readouterr()
+    assert "tars of 2 sets (others, photos)" in said.err
+    assert "12 samples indexed" in said.out
