@@ -3,14 +3,14 @@
 import argparse
 import os
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 from pipeline.memory import memory_limit
+from pipeline.shards.manifest import MANIFEST_NAME
 from pipeline.text import notify_after, plural, printable, say
 from tools.shards.catalogue import LooseFiles, Source, hold_out
 from tools.shards.classes import adopt_classes
-from tools.shards.convert import ConvertOptions, assign_images, convert, describe_conversion, only_writer
+from tools.shards.convert import ConvertOptions, assign_images, convert, describe_conversion
 from tools.shards.images import VERIFY_LEVELS, ImagePolicy
 from tools.shards.layouts.labels import label_by_file, without_labels
 from tools.shards.layouts.parquet import delete_spool
@@ -116,19 +116,13 @@ def run_convert(parsed: argparse.Namespace) -> None:
         for split, part in parts.items():
             say("\n".join(describe_conversion(assign_images(part, parsed.out / split, split, options))))
         return
-    with ExitStack() as opened:
-        for split in parts:
-            opened.enter_context(only_writer(parsed.out / split, options))
-        # A job array's other tasks can still be writing; only the task that completes the last split goes on.
-        are_complete = []
-        for split, part in parts.items():
-            is_complete, summary = convert(part, parsed.out / split, split, options)
-            say(summary)
-            are_complete.append(is_complete)
-        if all(are_complete):
-            delete_spool(spools)
-            for line in remarks(parsed.out):
-                say(f"note     {line}")
+    for split, part in parts.items():
+        say(convert(part, parsed.out / split, split, options))
+    # A job array's other tasks can still be writing; only the task that completes the last split goes on.
+    if all((parsed.out / split / MANIFEST_NAME).exists() for split in parts):
+        delete_spool(spools)
+        for line in remarks(parsed.out):
+            say(f"note     {line}")
 
 
 def check_out_is_outside(source: Source, out: Path) -> None:
@@ -173,8 +167,7 @@ def run_index(parsed: argparse.Namespace) -> None:
 def run_sample(parsed: argparse.Namespace) -> None:
     for split, num_shards in NUM_SHARDS.items():
         options = ConvertOptions(num_shards=num_shards, max_bad_fraction=0)
-        with only_writer(parsed.out / split, options):
-            say(convert(photograph_source(split), parsed.out / split, split, options)[1])
+        say(convert(photograph_source(split), parsed.out / split, split, options))
 
 
 if __name__ == "__main__":

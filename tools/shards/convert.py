@@ -77,24 +77,25 @@ def only_writer(folder: Path, options: ConvertOptions) -> Iterator[None]:
         yield
 
 
-def convert(source: Source, folder: Path, split: str, options: ConvertOptions) -> tuple[bool, str]:
-    """Write the missing shards of a split and, when all exist, the files next to them.
+def convert(source: Source, folder: Path, split: str, options: ConvertOptions) -> str:
+    """Write the missing shards of a split and, when all exist, the files next to them; returns a line on what was done.
 
-    Returns True if all shards exist, including those of other tasks, and a line on what was done. Raises ValueError when the
-    folder holds another conversion or too many images are bad, OSError when the disk is full.
+    Raises ValueError when the folder holds another conversion, another process converts into it or too many images are bad,
+    OSError when the disk is full.
     """
     conversion, start = assign_images(source, folder, split, options), time.monotonic()
-    _claim_folder(conversion, options)
-    written = _run_workers(conversion, range(options.task_index, conversion.num_shards, options.num_tasks), options)
-    # The task that completes the last shard writes the files of the split.
-    if not all(conversion.record_path(shard).exists() for shard in range(conversion.num_shards)):
-        return False, f"{folder}: this task wrote {plural(written, 'shard')}; other tasks have not finished"
-    changed, rejects = finish_split(conversion, split, options.seed)
+    with only_writer(folder, options):
+        _claim_folder(conversion, options)
+        written = _run_workers(conversion, range(options.task_index, conversion.num_shards, options.num_tasks), options)
+        # The task that completes the last shard writes the files of the split.
+        if not all(conversion.record_path(shard).exists() for shard in range(conversion.num_shards)):
+            return f"{folder}: this task wrote {plural(written, 'shard')}; other tasks have not finished"
+        changed, rejects = finish_split(conversion, split, options.seed)
     if not changed and not written:
-        return True, f"{folder}: already complete, nothing to do"
+        return f"{folder}: already complete, nothing to do"
     done = f"{plural(written, 'shard')} written in {time.monotonic() - start:.1f} s"
     bad = f", {plural(rejects, 'bad image')} left out ({folder / REJECTED_NAME})" if rejects else ""
-    return True, f"{folder}: {plural(len(source.catalogue) - rejects, 'image')}, {done}{bad}"
+    return f"{folder}: {plural(len(source.catalogue) - rejects, 'image')}, {done}{bad}"
 
 
 def _claim_folder(conversion: Conversion, options: ConvertOptions) -> None:
