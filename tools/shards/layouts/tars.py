@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipeline.shards.index import UNLABELLED
 from pipeline.shards.manifest import read_manifest
-from pipeline.shards.samples import ORPHANS, STRAYS, Label, LabelMembers, describe_left_out, match_labels
+from pipeline.shards.samples import ORPHANS, Label, LabelMembers, describe_left_out, match_labels
 from pipeline.shards.side_folders import are_no_classes, common_folder, first_folder, folder_of_images, main_folder
 from pipeline.shards.tar import TarMember, is_hidden, sample_key, tar_kind, tar_members
 from pipeline.text import plural, truncate_list
@@ -36,18 +36,16 @@ from tools.shards.skipped_files import QUIET, describe_file, file_kind
 
 @dataclass
 class Listing:
-    """The images of some tars whose names start with `below`.
+    """The images of some tars.
 
-    `labels`: one per image. `inner`: the stem of each tar inside the tars, and the rows `[start, stop)` of its images.
-    `elsewhere`: the number of images not `below`. `left_out`: of all tars, as from `match_labels`.
+    `labels` and `inner`: of each image, its label and the name of the tar inside the tar that it lies in, "" for none.
+    `left_out`: of all tars, as from `match_labels`.
     """
 
     catalogue: Catalogue
-    below: str
     labels: list[Label] = field(default_factory=list)
-    inner: list[tuple[str, int, int]] = field(default_factory=list)
+    inner: list[str] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
-    elsewhere: int = 0
     left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
@@ -55,20 +53,22 @@ def open_tars(path: Path, split: str, spools: Path | None) -> Source | None:
     tars, num_others = _tars_of_split(path, split)
     if not tars:
         return None
-    # The names of all images tell whether they lie in folders of splits, or next to masks; if so, only ours are listed again.
-    listing = _list_tars(tars, "")
+    listing = _list_tars(tars)
     if path.is_dir() and not len(listing.catalogue) and has_images(path):
         return None  # the tar holds something else and lies next to images
-    if below := _folder_of_split(listing.catalogue.names(), split, str(path)):
-        strays = listing.left_out[STRAYS]
-        listing = _list_tars(tars, below)
-        listing.left_out[STRAYS] = strays
+    # The names of all images tell whether they lie in folders of splits, or next to masks; if so, only ours stay.
+    names = listing.catalogue.names()
+    if below := _folder_of_split(names, split, str(path)):
+        rows = [row for row, name in enumerate(names) if name.startswith(below)]
+        listing.catalogue = listing.catalogue.subset(rows)
+        listing.labels, listing.inner = [listing.labels[row] for row in rows], [listing.inner[row] for row in rows]
     name, classes, note = _label_images(listing, tars, plain_name(path.with_suffix("") if path.is_file() else path))
     notes = [tars[0].name if len(tars) == 1 else f"{len(tars)} tars", note]
     if left_out := describe_left_out(listing.left_out):
         notes.append(left_out)
     if below:
-        notes.append(f"images below {below}; {listing.elsewhere:,} elsewhere, of other splits or masks, are left out")
+        num_elsewhere = len(names) - len(listing.catalogue)
+        notes.append(f"images below {below}; {num_elsewhere:,} elsewhere, of other splits or masks, are left out")
     if num_others:
         notes.append(f"not of the {split} split and left out: {plural(num_others, 'tar')}")
     if path.is_dir():
@@ -91,52 +91,44 @@ def _tars_of_split(path: Path, split: str) -> tuple[list[Path], int]:
     return chosen, len(tars) - len(chosen)
 
 
-def _list_tars(tars: list[Path], below: str) -> Listing:
-    listing = Listing(Catalogue([FileRanges(tar) for tar in tars]), below)
+def _list_tars(tars: list[Path]) -> Listing:
+    listing = Listing(Catalogue([FileRanges(tar) for tar in tars]))
     for container, tar in enumerate(tars):
         if what := describe_file(tar):
             raise ValueError(f"{tar}: {what}")
         for inner in _list_members(listing, container, tar):
-            start = len(listing.catalogue)
             if deeper := _list_members(listing, container, tar, inner):
                 raise ValueError(
                     f"{tar}: {inner.name} contains a tar itself ({deeper[0].name}), and tars in tars are read one level "
                     f"deep: unpack {tar.name} and convert its content"
                 )
-            if len(listing.catalogue) > start:
-                listing.inner.append((sample_key(inner.name)[0], start, len(listing.catalogue)))
     return listing
 
 
 def _list_members(listing: Listing, container: int, tar: Path, inner: TarMember | None = None) -> list[TarMember]:
     """Add the images and labels of a tar, or of the tar `inner` inside it; returns the tars in it."""
-    prefix = f"{sample_key(inner.name)[0]}/" if inner else ""
+    stem = sample_key(inner.name)[0] if inner else ""
     start, stop = (inner.offset, inner.offset + inner.size) if inner else (0, None)
     images: list[TarMember] = []
-    names: list[str] = []
     labels, tars = LabelMembers(tar), []
     for member in tar_members(tar, start, stop):
-        name = prefix + member.name
-        is_ours = name.startswith(listing.below)
         if is_hidden(member.name):
             listing.skipped[QUIET] += 1
         elif sample_key(member.name)[1] == "tar":
             tars.append(member)
         elif not is_image(member.name):
-            if is_ours:
-                labels.add(member)
+            labels.add(member)
             listing.skipped[file_kind(member.name)] += 1
-        elif is_ours:
-            images.append(member)
-            names.append(name)
         else:
-            listing.elsewhere += 1
+            images.append(member)
     matches = match_labels([member.name for member in images], labels, tar)
     for kind, left_out in matches.left_out.items():
         listing.left_out[kind] += left_out
-    for number, (member, name, label) in enumerate(zip(images, names, matches.labels, strict=True)):
+    for number, (member, label) in enumerate(zip(images, matches.labels, strict=True)):
         if number not in matches.parts:
+            name = f"{stem}/{member.name}" if inner else member.name
             listing.catalogue.add(container, member.offset, member.size, UNLABELLED, name)
+            listing.inner.append(stem)
             listing.labels.append(UNLABELLED if label is None else label)
     return tars
 
@@ -155,7 +147,7 @@ def _label_images(listing: Listing, tars: list[Path], name: str) -> tuple[str, t
         return (name, classes, note) if classes else (own_name, tuple(manifest.classes) if manifest else (), note)
     if listing.left_out[ORPHANS]:
         return name, (), unlabelled
-    stems = [stem.rpartition("/")[2] for stem, _, _ in listing.inner]
+    stems = [stem.rpartition("/")[2] for stem in dict.fromkeys(filter(None, listing.inner))]
     if len(stems) > 1 or are_wnids(stems):
         return "imagenet" if are_wnids(stems) else name, *_label_by_inner_tar(listing, stems, where)
     classes, note = _label_by_folder(listing.catalogue, where, unlabelled)
@@ -171,8 +163,7 @@ def _label_by_inner_tar(listing: Listing, stems: list[str], where: str) -> tuple
     check_class_names(stems, where)
     classes = label_order(stems) if are_wnids(stems) else class_order(stems)
     labels = {stem: label for label, stem in enumerate(classes)}
-    for stem, (_, start, stop) in zip(stems, listing.inner, strict=True):
-        listing.catalogue.label[start:stop] = array("i", [labels[stem]]) * (stop - start)
+    listing.catalogue.label = array("i", (labels.get(stem.rpartition("/")[2], UNLABELLED) for stem in listing.inner))
     num_loose = listing.catalogue.label.count(UNLABELLED)
     note = f"{len(stems):,} classes named by the tars in it: {truncate_list(sorted(stems))}"
     return tuple(classes), note + (f"; {num_loose:,} images next to those have no label" if num_loose else "")
