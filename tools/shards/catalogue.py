@@ -1,5 +1,6 @@
 """The content of a source: one row per image, and how to read the bytes of that image."""
 
+import copy
 import hashlib
 import math
 import os
@@ -137,6 +138,12 @@ class Source:
     attributions: tuple[dict[str, str], ...] = ()
     notes: tuple[str, ...] = ()
     skipped: Counter[str] = field(default_factory=Counter)
+
+    def relabelled(self, labels: Iterable[int], classes: tuple[str, ...], *notes: str) -> "Source":
+        """Return the source with other labels, one per image, and further notes."""
+        catalogue = copy.copy(self.catalogue)
+        catalogue.label = array("i", labels)
+        return replace(self, catalogue=catalogue, classes=classes, notes=(*self.notes, *notes))
 
 
 def first_equals(catalogue: Catalogue) -> np.ndarray:

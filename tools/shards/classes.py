@@ -1,8 +1,6 @@
 """One class order for all splits of a data set: a split that is converted after another adopts the labels of the first."""
 
-import copy
 import re
-from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -75,10 +73,8 @@ def adopt_classes(source: Source, out: Path, split: str) -> Source:
             else f"Rename those or leave them out; if {other} is of another data set, choose another --out"
         )
         raise ValueError(f"{lacks}: {truncate_list(unknown)}. {remedy}")
-    catalogue, target_of = copy.copy(source.catalogue), dict(zip(used, targets, strict=True))
-    catalogue.label = array("i", (target_of.get(label, label) for label in source.catalogue.label))
-    notes = source.notes if source.classes == names else (*source.notes, note)
-    return replace(source, catalogue=catalogue, classes=names, notes=notes)
+    target_of, notes = dict(zip(used, targets, strict=True)), () if source.classes == names else (note,)
+    return source.relabelled((target_of.get(label, label) for label in source.catalogue.label), names, *notes)
 
 
 def _classes_of(folder: Path) -> Manifest | None:

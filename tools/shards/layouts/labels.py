@@ -1,11 +1,8 @@
 """Labels from a file with a line for each image: `name,label` as CSV, with tabs, or with blanks as in the lists of Caffe."""
 
-import copy
 import csv
-from array import array
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from pipeline.shards.index import UNLABELLED
@@ -20,12 +17,13 @@ NAME_COLUMNS = ("name", "filename", "file_name", "file", "path", "image", "image
 
 
 def without_labels(source: Source) -> Source:
-    return _relabel(source, [UNLABELLED] * len(source.catalogue), "labels are left out, as --no-labels says")
+    return source.relabelled([UNLABELLED] * len(source.catalogue), (), "labels are left out, as --no-labels says")
 
 
 def label_by_file(source: Source, path: Path) -> Source:
     """Replace the labels of a source by those that `read_labels` finds in a file."""
-    return _relabel(source, *read_labels(path, source.catalogue.names()))
+    labels, note = read_labels(path, source.catalogue.names())
+    return source.relabelled(*number_labels(labels), note)
 
 
 def read_labels(path: Path, names: Sequence[str]) -> tuple[list[Label], str]:
@@ -81,10 +79,3 @@ def _read_lines(path: Path) -> list[list[str]]:
 
 def _column(header: Sequence[str], names: Sequence[str], usual: int) -> int:
     return next((header.index(name) for name in names if name in header), usual)
-
-
-def _relabel(source: Source, labels: list[Label], note: str) -> Source:
-    numbers, classes = number_labels(labels)
-    catalogue = copy.copy(source.catalogue)
-    catalogue.label = array("i", numbers)
-    return replace(source, catalogue=catalogue, classes=classes, notes=(*source.notes, note))
