@@ -52,8 +52,8 @@ def converted(source: Path, cache: Path = CACHE, *, val_ratio: float = 0.0, resi
     """
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder")
-    options = ["--val-ratio", str(val_ratio), "--resize", str(resize)]
-    options = [part for pair in zip(options[::2], options[1::2], strict=True) if float(pair[1]) for part in pair]
+    flags = (("--val-ratio", val_ratio), ("--resize", resize))
+    options = [part for flag, value in flags if value for part in (flag, str(value))]
     with notify_after(2, f"listing the files of {source} ..."):
         digest = hashlib.sha256("\0".join([*options, *_files(source)]).encode("utf-8", "surrogateescape")).hexdigest()[:12]
     folder = cache / f"{source.resolve().name}-{digest}"
