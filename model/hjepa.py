@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from model import defaults
 from model.encoder import MultiCropEncoder
 from model.geometry import Cells, covered, crop_cells
-from model.losses import BatchStandardize, LossWeights, SIGReg, prediction_losses, view_loss, weighted_sum
+from model.losses import BatchStandardize, LossWeights, SIGReg, anchor_loss, prediction_losses, view_loss, weighted_sum
 from model.masks import MaskPlan, level_grid, pool_cells
 from model.predictor import Predictor, SummaryPredictor, summary_loss
 from model.teacher import StudentTeacher
@@ -70,6 +70,8 @@ class HJEPA(StudentTeacher):
                 nn.GELU(),
                 nn.Linear(projector_hidden, projector_dim),
             )
+        # The encoder at its starting weights, for the anchor; in a tuple, which keeps it out of the state dict.
+        self.start: tuple[MultiCropEncoder, ...] = ()
         self.sigreg = SIGReg(sigreg_knots)
         self.summary: SummaryPredictor | None = None
         if weights.summary > 0:
@@ -121,6 +123,12 @@ class HJEPA(StudentTeacher):
             losses["sigreg"] = self.sigreg(projections, directions)
             terms += [self.weights.view * losses["view"], self.weights.sigreg * losses["sigreg"]]
             losses.setdefault("features", views[:, 0].detach())
+        # 6. Anchor: the student's tokens stay close to those of the starting weights for the same input.
+        for start in self.start:
+            with torch.no_grad():
+                (before,) = start(groups[:1])
+            losses["anchor"] = anchor_loss(student[0], before.tokens)
+            terms.append(self.weights.anchor * losses["anchor"])
         losses["loss"] = sum(terms[1:], terms[0])
         return losses
 

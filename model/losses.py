@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from model import defaults
 
@@ -19,6 +20,7 @@ class LossWeights:
     summary: float = defaults.SUMMARY_WEIGHT
     view: float = defaults.VIEW_WEIGHT
     sigreg: float = defaults.SIGREG_WEIGHT
+    anchor: float = defaults.ANCHOR_WEIGHT
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -89,6 +91,13 @@ class BatchStandardize(nn.Module):
         mean = mean_over_ranks(x.mean(dim=0))
         variance = mean_over_ranks((x - mean).square().mean(dim=0))
         return (x - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+
+
+def anchor_loss(tokens: Tensor, start: Tensor) -> Tensor:
+    """Return the mean of 1 - cosine between `[n, K, D]` tokens and those of the start, plus that between their means."""
+    tokens, start = tokens.float(), start.float()
+    pooled = F.cosine_similarity(tokens.mean(dim=1), start.mean(dim=1), dim=-1)
+    return 2 - F.cosine_similarity(tokens, start, dim=-1).mean() - pooled.mean()
 
 
 def view_loss(projections: Tensor, num_global: int) -> Tensor:

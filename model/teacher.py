@@ -24,12 +24,19 @@ class StudentTeacher(nn.Module):
         """
         move_average(self.target, self.encoder, momentum, skip)
 
+    def freeze(self, train_blocks: int) -> None:
+        """Let only the student's last `train_blocks` blocks and its final norm learn."""
+        self.encoder.requires_grad_(False)
+        for module in (*self.encoder.vit.blocks[-train_blocks:], self.encoder.vit.norm):
+            module.requires_grad_(True)
+
 
 @torch.no_grad()
 def move_average(target: nn.Module, student: nn.Module, momentum: float, skip: Tensor | None) -> None:
-    """Apply the equation of `StudentTeacher.update_target` to any two modules with the same parameters."""
-    targets: list[Tensor] = list(target.parameters())
-    students: list[Tensor] = list(student.parameters())
+    """Apply the equation of `StudentTeacher.update_target` to two modules with the same parameters, where the student learns."""
+    pairs = [pair for pair in zip(target.parameters(), student.parameters(), strict=True) if pair[1].requires_grad]
+    targets: list[Tensor] = [pair[0] for pair in pairs]
+    students: list[Tensor] = [pair[1] for pair in pairs]
     keep = torch.full((), momentum, device=targets[0].device)
     if skip is not None:
         keep = torch.where(skip > 0, 1.0, keep)

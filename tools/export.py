@@ -93,7 +93,8 @@ def model_card(config: Config, checkpoint: Path, licence: str, summary: Path, fi
         with read_as_expected(figures, REMEDY):
             card += f"\n## Evaluation\n\n{report_table(content)}\n"
     if config.model.weights is not None:
-        card += f"\nTraining started from the weights `{config.model.weights}`, whose licence also binds these.\n"
+        card += f"\nTraining started from the weights `{config.model.weights}`, whose licence also binds these. Both "
+        card += "are mixed where that gave the better k-NN.\n"
     return f"{card}\n## Settings\n\n```yaml\n{config.to_yaml().rstrip()}\n```\n\n## Licence\n\n{licence}\n"
 
 
@@ -107,14 +108,13 @@ def export(run: Path, out: Path, settings: Path | None, licence: str | None, fig
 
     from train.adapt.weights import run_licence
     from train.build import build_model
-    from train.checkpoint import load_checkpoint
-    from train.evaluation.offline import find_checkpoint
+    from train.evaluation.offline import find_checkpoint, load_trained
 
     checkpoint, config = find_checkpoint(run, settings)
     if (licence := licence or run_licence(checkpoint.resolve().parent.parent, config)) is None:
         raise ValueError(f"{run}: started from {config.model.weights}, whose licence is not known; name it with --license")
     model = build_model(config, torch.device("cpu"))
-    load_checkpoint(checkpoint, model)
+    load_trained(checkpoint, model)
     summary = checkpoint.resolve().parent.parent / "summary.json"
     card = model_card(config, checkpoint, licence, summary, figures)
     out.mkdir(parents=True, exist_ok=True)

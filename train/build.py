@@ -176,7 +176,9 @@ def build_model(config: Config, device: torch.device) -> HJEPA:
         projector_hidden=settings.projector_hidden,
         projector_dim=settings.projector_dim,
         sigreg_knots=loss.sigreg_knots,
-        weights=LossWeights(loss.prediction_weight, loss.summary_weight, loss.view_weight, loss.sigreg_weight),
+        weights=LossWeights(
+            loss.prediction_weight, loss.summary_weight, loss.view_weight, loss.sigreg_weight, loss.anchor_weight
+        ),
         grad_checkpointing=settings.grad_checkpointing,
     )
     return model.to(device)
@@ -221,12 +223,14 @@ def build_schedule(config: Config, batches_per_epoch: int) -> Schedule:
     """Raises ValueError for a warm-up that is longer than `training.max_steps`."""
     training, steps_per_epoch = config.training, batches_per_epoch // config.training.accumulation_steps
     total, warmup_steps = training.epochs * steps_per_epoch, round(training.warmup_epochs * steps_per_epoch)
-    total_steps = min(total, training.max_steps or total)
-    if warmup_steps > total_steps:
+    total_steps = min(max(total, training.min_steps), training.max_steps or max(total, training.min_steps))
+    heads_steps = round(training.heads_first_ratio * total_steps)
+    if warmup_steps > total_steps - heads_steps:
+        heads = f" less {heads_steps:,} of the heads alone" if heads_steps else ""
         raise ValueError(
             f"training.warmup_epochs: {training.warmup_epochs:g} epochs are {warmup_steps:,} steps here, more than max_steps = "
-            f"{total_steps:,}, so lr would never reach its peak. Raise training.max_steps, or lower training.warmup_epochs, "
-            f"for example to {total_steps / 10 / steps_per_epoch:.2g}"
+            f"{total_steps:,}{heads}, so lr would never reach its peak. Raise training.max_steps, or lower warmup_epochs, for "
+            f"example to {total_steps / 10 / steps_per_epoch:.2g}"
         )
     return Schedule(
         total_steps=total_steps,
@@ -235,4 +239,6 @@ def build_schedule(config: Config, batches_per_epoch: int) -> Schedule:
         final_lr=training.lr * training.final_lr_ratio,
         first_momentum=training.ema_momentum,
         last_momentum=training.ema_final_momentum,
+        heads_steps=heads_steps,
+        from_weights=config.model.weights is not None,
     )

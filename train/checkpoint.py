@@ -26,6 +26,7 @@ from train.state import RunState
 log = logging.getLogger(__name__)
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+MIXED = "encoder.safetensors"  # in the run's folder: what a run from starting weights exports
 
 
 class LoaderState(BaseModel, strict=True):

@@ -116,18 +116,26 @@ class Schedule:
     final_lr: float
     first_momentum: float
     last_momentum: float
+    heads_steps: int = 0
+    from_weights: bool = False
 
     def lr(self, step: int) -> float:
-        """Return the rate of a linear warm-up to the peak, then of half a cosine to `final_lr` at the last step."""
+        """Return the rate of a linear warm-up to the peak, then of half a cosine to `final_lr` at the last step.
+
+        In the `heads_steps` before, of the heads alone, it stays at the peak, and the encoder has a warm-up of its own.
+        """
+        if step < self.heads_steps:
+            return self.peak_lr
+        step, last = step - self.heads_steps, self.total_steps - 1 - self.heads_steps
         if step < self.warmup_steps:
             return self.peak_lr * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(self.total_steps - 1 - self.warmup_steps, 1)
+        done = (step - self.warmup_steps) / max(last - self.warmup_steps, 1)
         return cosine(self.peak_lr, self.final_lr, done)
 
     def momentum(self, step: int) -> float:
-        """Return half a cosine, capped at (1 + step) / (10 + step) so that short runs forget their random weights."""
+        """Return half a cosine, capped at (1 + step) / (10 + step) so that short runs forget random weights, but no others."""
         scheduled = cosine(self.first_momentum, self.last_momentum, step / max(self.total_steps - 1, 1))
-        return min(scheduled, (1 + step) / (10 + step))
+        return scheduled if self.from_weights else min(scheduled, (1 + step) / (10 + step))
 
 
 def cosine(start: float, end: float, done: float) -> float:

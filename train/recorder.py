@@ -18,7 +18,7 @@ from pipeline.files import write_atomic
 from pipeline.memory import memory_limit
 from pipeline.shards.index import UNLABELLED
 from pipeline.text import plural
-from train.checkpoint import CheckpointWriter, abandon_others, checkpoint_step, list_checkpoints
+from train.checkpoint import MIXED, CheckpointWriter, abandon_others, checkpoint_step, list_checkpoints
 from train.command import INTERRUPTED
 from train.distributed import LOST
 from train.evaluation.online import OnlineEvaluation
@@ -227,6 +227,7 @@ class Recorder:
                 self._console.print("evaluating and drawing ...", style="dim")
                 self._write_heartbeat("evaluating")
                 self._measure()
+                self._evaluation.mix_back(folder / MIXED, state.step)
                 width = self._trainer.model.encoder.width
                 summary = write_summary(folder, config, state, self._evaluation, width, device_name(self._trainer))
                 self._metrics.summary(summary)

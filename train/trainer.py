@@ -82,6 +82,8 @@ class Trainer:
             from train.adapt.weights import start_from  # with its packages, only for runs that need it
 
             self.start = start_from(self.model, config)
+        if training.train_blocks != "all":
+            self.model.freeze(int(training.train_blocks.removeprefix("last_")))
         self.masks = build_masks(config, self.model, self.device)
         self.loader = build_training_loader(config, self.dataset, ranks, quarantine=quarantine)
         self.schedule = build_schedule(config, len(self.loader))
@@ -192,6 +194,11 @@ class Trainer:
                 losses.append(self._loss_fn(self._replica, batch, plan, directions))
             (losses[-1]["loss"] / parts).backward()
 
+        # At the start of some runs only the heads learn: without a gradient, the optimiser leaves the encoder as it is.
+        is_heads_only = state.step < self.schedule.heads_steps
+        for parameter in self.model.encoder.parameters() if is_heads_only else ():
+            parameter.grad = None
+
         # Clip.
         grad_norm = nn.utils.clip_grad_norm_(self._parameters, config.training.grad_clip or math.inf)
 
@@ -206,7 +213,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
         # Target: the moving average of the encoder.
-        self.model.update_target(momentum, skip)
+        if not is_heads_only:
+            self.model.update_target(momentum, skip)
 
         # Log. Only here does the host wait for the device; at step 1 too, for the first loss of the summary.
         state.step, self._loader_state = state.step + 1, None

@@ -21,9 +21,8 @@ from pipeline.shards.manifest import read_manifest, read_object
 from pipeline.text import Every, plural
 from tools.export import timm_settings
 from train.build import build_model
-from train.checkpoint import load_checkpoint
 from train.evaluation.features import mixed_precision
-from train.evaluation.offline import find_checkpoint
+from train.evaluation.offline import find_checkpoint, load_trained
 from train.output.display import ProgressDisplay
 
 SAVE_EVERY_S = 20.0
@@ -61,7 +60,7 @@ class ImageEncoder:
         else:
             checkpoint, config = find_checkpoint(path)
             model = build_model(config, torch.device("cpu"))
-            load_checkpoint(checkpoint, model)
+            load_trained(checkpoint, model)
             vit, settings = model.target.vit, timm_settings(model.target, config)["pretrained_cfg"]
         self.vit = vit.eval().to("cuda" if self.kind == "gpu" else "cpu")
         self.size, self.crop_ratio = int(settings["input_size"][-1]), float(settings["crop_pct"])

@@ -3,11 +3,13 @@
 Only safetensors are read: nothing is unpickled.
 """
 
+import copy
 import hashlib
 import json
 import logging
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,13 @@ from timm.models import load_model_config_from_hf, load_state_dict_from_hf
 from timm.models.eva import checkpoint_filter_fn
 
 from model.encoder import MultiCropEncoder
+from model.hjepa import HJEPA
 from model.teacher import StudentTeacher
 from pipeline.shards.manifest import read_as_expected, read_object
-from train.build import build_encoder
-from train.checkpoint import MANIFEST, MODEL
+from train.build import build_encoder, build_model
+from train.checkpoint import MANIFEST
 from train.config.schema import Config
-from train.evaluation.offline import find_checkpoint
+from train.evaluation.offline import find_checkpoint, load_trained
 
 KINDS = (
     "give a timm tag (vit_small_patch16_dinov3.lvd1689m), hf-hub:OWNER/NAME, an exported folder, a .safetensors file, or a run "
@@ -73,16 +76,18 @@ def start_from(model: StudentTeacher, config: Config) -> Start:
     state = fitted(start, config, model.encoder)
     for encoder in (model.encoder, model.target):
         encoder.vit.load_state_dict(state)
+    if config.loss.anchor_weight > 0 and isinstance(model, HJEPA):
+        model.start = (copy.deepcopy(model.target).eval(),)
     for line in differences(start, config):
         log.warning(f"model.weights: {line}")
     log.info(f"starting from {start.name} ({len(state)} tensors; licence: {start.licence or 'unknown'})")
     return start
 
 
-def starting_encoder(config: Config, device: torch.device) -> MultiCropEncoder:
+def starting_encoder(config: Config, device: torch.device, start: Start | None = None) -> MultiCropEncoder:
     """Return the encoder with the untouched starting weights. Raises ValueError as `start_from` does."""
     encoder = build_encoder(config)
-    encoder.vit.load_state_dict(fitted(read_start(str(config.model.weights)), config, encoder))
+    encoder.vit.load_state_dict(fitted(start or read_start(str(config.model.weights)), config, encoder))
     return encoder.requires_grad_(False).eval().to(device)
 
 
@@ -103,17 +108,16 @@ def read_start(weights: str) -> Start:
         problem = "no such file or folder, and timm has no weights of this name"
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         problem = str(error).strip().partition("\n")[0] or type(error).__name__
-        if weights.startswith("hf-hub:") or timm.is_model_pretrained(weights):
-            problem += (
-                ". Without a network, put them into the hub's cache (HF_HUB_CACHE), or download them and name the file here"
-            )
+        if not path.exists():
+            problem += ". Without a network, fill the hub's cache (HF_HUB_CACHE), or download the file and name it here"
     raise ValueError(f"model.weights: {weights}: {problem}; {KINDS}")
 
 
 def _from_run(path: Path) -> Start:
     checkpoint, config = find_checkpoint(path)
-    stored = load_file(checkpoint / MODEL)
-    state = {name.removeprefix("target.vit."): value for name, value in stored.items() if name.startswith("target.vit.")}
+    model = build_model(config, torch.device("cpu"))
+    load_trained(checkpoint, model)
+    state = model.target.vit.state_dict()
     size, augmentation = config.data.multicrop.global_crop_size, config.data.augmentation
     settings = {"mean": augmentation.mean, "std": augmentation.std, "input_size": (3, size, size)}
     licence = run_licence(checkpoint.resolve().parent.parent, config)
@@ -145,11 +149,8 @@ def _from_hub(repository: str, tag: str = "") -> Start:
         settings, encoder, arguments = load_model_config_from_hf(repository)
     state = load_state_dict_from_hf(repository, "model.safetensors")
     licence = settings.get("license")
-    if licence is None:
-        try:
-            licence = _licence_of_card(Path(hf_hub_download(repository, "README.md")))
-        except OSError:  # a hub without a card, or a cache of the weights alone
-            licence = None
+    with suppress(OSError):  # a hub without a card, or a cache of the weights alone
+        licence = licence or _licence_of_card(Path(hf_hub_download(repository, "README.md")))
     return Start(tag or f"hf-hub:{repository}", state, encoder, arguments or {}, settings, licence)
 
 
@@ -167,44 +168,49 @@ def fitted(start: Start, config: Config, encoder: MultiCropEncoder) -> dict[str,
     A class head is left out. Raises ValueError for another architecture and for channels other than 3; one is spread over
     three.
     """
-    own, state = encoder.vit.state_dict(), dict(start.state)
-    if "storage_tokens" not in state:
-        state.pop("mask_token", None)  # with it, timm would take the final norm for that of a class head
-    if head := [name for name in state if name.startswith("head.")]:
-        log.info(f"model.weights: the class head is left out ({', '.join(head)})")
-    state = checkpoint_filter_fn({name: value for name, value in state.items() if name not in head}, encoder.vit)
-    channels = state[PATCHES].shape[1] if PATCHES in state and state[PATCHES].ndim == 4 else 3
-    if channels == 1:
+    own, head = encoder.vit.state_dict(), {name for name in start.state if name.startswith("head.")}
+    if head:
+        log.info(f"model.weights: the class head is left out ({', '.join(sorted(head))})")
+    # With a mask token but no other name of the publisher's, timm would take the final norm for that of a class head.
+    left_out = head if "storage_tokens" in start.state else {"mask_token", *head}
+    state = {name: value for name, value in start.state.items() if name not in left_out}
+    patches = state.get(PATCHES)
+    if patches is not None and (patches.ndim != 4 or patches.shape[1] not in (1, 3)):
+        shape = tuple(patches.shape)
+        raise ValueError(f"model.weights: {start.name}: a patch embedding of {shape}, but images have 3 channels, or 1 as gray")
+    if patches is not None and patches.shape[1] == 1:
         log.info("model.weights: the patch embedding of gray images is spread over three channels")
-        state[PATCHES] = state[PATCHES].repeat(1, 3, 1, 1) / 3
-    elif channels != 3:
-        raise ValueError(f"model.weights: {start.name}: weights for images of {channels} channels; images here have 3")
-    problems = [f"{name} is not in the weights" for name in own if name not in state]
-    problems += [f"{name} has no place in the encoder" for name in state if name not in own]
-    shapes = {name: (tuple(state[name].shape), tuple(own[name].shape)) for name in own if name in state}
-    problems += [f"{name} is {theirs}, in the encoder {ours}" for name, (theirs, ours) in shapes.items() if theirs != ours]
-    problems += _other_arguments(start, config)
+        state[PATCHES] = patches.repeat(1, 3, 1, 1) / 3
+    state = checkpoint_filter_fn(state, encoder.vit)
+    problems = list(_other_arguments(start, config))
+    problems += [f"{name} is not in the weights" for name in own if name not in state]
+    for name, value in state.items():
+        if name not in own:
+            problems.append(f"{name} has no place in the encoder")
+        elif value.shape != own[name].shape:
+            problems.append(f"{name} is {tuple(value.shape)}, in the encoder {tuple(own[name].shape)}")
     if problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
         arguments = {key: value for key, value in (start.arguments or {}).items() if key not in ("global_pool", "num_classes")}
-        encoder_name = start.encoder.partition(".")[0]
-        remedy = f"write model.encoder={encoder_name} 'model.encoder_kwargs={json.dumps(arguments)}'"
-        remedy = remedy if encoder_name else "set model.encoder and model.encoder_kwargs to those of the weights"
+        remedy = "set model.encoder and model.encoder_kwargs to those of the weights"
+        if start.encoder:
+            remedy = f"write model.encoder={base_name(start.encoder)} 'model.encoder_kwargs={json.dumps(arguments)}'"
         raise ValueError(f"model.weights: {start.name}: of another architecture ({problems[0]}{more}); {remedy}")
     return {name: state[name].to(own[name].dtype) for name in own}
 
 
+def base_name(encoder: str) -> str:
+    return encoder.partition(".")[0]
+
+
 def _other_arguments(start: Start, config: Config) -> Iterator[str]:
-    """Yield what differs without changing any shape, such as the number of heads."""
-    if not start.encoder:
-        return
-    here = config.model.encoder.partition(".")[0], config.model.encoder_kwargs
-    if start.encoder.partition(".")[0] != here[0]:
-        yield f"they are of {start.encoder}, model.encoder is {here[0]}"
-    theirs = start.arguments or {}
-    for key in sorted((theirs.keys() | here[1].keys()) - FREE_ARGUMENTS):
-        if theirs.get(key) != here[1].get(key):
-            yield f"{key} is {theirs.get(key, 'the default')}, here {here[1].get(key, 'the default')}"
+    """Yield what differs, also without changing any shape, such as the number of heads; nothing if it is not known."""
+    theirs, ours = start.arguments or {}, config.model.encoder_kwargs
+    if start.encoder and base_name(start.encoder) != base_name(config.model.encoder):
+        yield f"they are of {start.encoder}, model.encoder is {config.model.encoder}"
+    for key in sorted((theirs.keys() | ours.keys()) - FREE_ARGUMENTS) if start.encoder else ():
+        if theirs.get(key) != ours.get(key):
+            yield f"{key} is {theirs.get(key, 'the default')}, here {ours.get(key, 'the default')}"
 
 
 def differences(start: Start, config: Config) -> Iterator[str]:

@@ -54,6 +54,8 @@ def broken_rules(config: Config) -> Iterator[Problem]:
         yield "model.predictor_heads", problem
     for name in sorted(REFUSED_ARGUMENTS.keys() & model.encoder_kwargs.keys()):
         yield "model.encoder_kwargs", f"{name}: {REFUSED_ARGUMENTS[name]}"
+    if loss.anchor_weight > 0 and model.weights is None:
+        yield "loss.anchor_weight", "there is no start to stay close to; name it with model.weights, or write 0"
     if model.levels == ():
         yield "model.levels", "the list is empty; list some levels, or write null for the three default ones"
     if not any((loss.prediction_weight, loss.summary_weight, loss.view_weight, loss.sigreg_weight)):

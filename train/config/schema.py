@@ -172,6 +172,8 @@ class Loss(Section):
     """Weight of predicting the target's maps from the mean of the encoded tokens; 0: nothing is built for it."""
     view_weight: NonNegativeFloat = model_defaults.VIEW_WEIGHT
     sigreg_weight: NonNegativeFloat = model_defaults.SIGREG_WEIGHT
+    anchor_weight: NonNegativeFloat = model_defaults.ANCHOR_WEIGHT
+    """Weight of 1 - cosine between the tokens of the student and of model.weights, patches and their mean; 0: not computed."""
     sigreg_slices: PositiveInt = 256
     sigreg_knots: Annotated[StrictInt, Field(ge=2)] = 17
 
@@ -199,6 +201,12 @@ class Training(Section):
     ema_final_momentum: Fraction = 1.0
     max_steps: PositiveInt | None = None
     """null: `epochs` decides."""
+    min_steps: NonNegativeInt = 0
+    """Steps that few images are shown for in more than `epochs`; max_steps counts before it."""
+    train_blocks: Annotated[str, Field(pattern=r"^(all|last_[1-9]\d*)$")] = "all"
+    """last_N: of the encoder, only the last N blocks and the final norm learn; the others keep no gradients."""
+    heads_first_ratio: FractionBelowOne = 0.0
+    """Fraction of the steps at the start in which predictor and projector learn and the encoder does not."""
     timeout_s: PositiveFloat = 900.0
     """With several ranks: seconds without a step after which the run stops and shows where each rank is."""
     max_skipped_steps: PositiveInt = 20

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from model.encoder import MultiCropEncoder
@@ -13,7 +15,7 @@ from model.hjepa import HJEPA, Level
 from pipeline.dataset import resolve_device
 from pipeline.text import markdown_table
 from train.build import build_encoder, build_evaluation_loaders, build_model, torch_threads, with_crop_device
-from train.checkpoint import MANIFEST, checkpoint_step, load_checkpoint, newest_checkpoint
+from train.checkpoint import MANIFEST, MIXED, checkpoint_step, load_checkpoint, newest_checkpoint
 from train.config.load import load_config
 from train.config.schema import Config
 from train.evaluation.features import Extractor, check_labels, colour_histogram, pixels
@@ -87,8 +89,18 @@ def encoder_features(encoder: MultiCropEncoder, levels: Sequence[Level]) -> Extr
 def load_models(checkpoint: Path, config: Config, device: torch.device) -> tuple[HJEPA, MultiCropEncoder]:
     """Return the trained model and its encoder at the seeded initialisation. Raises ValueError for another architecture."""
     model, initial = build_model(config, device), build_encoder(config).to(device)
-    load_checkpoint(checkpoint, model)
+    load_trained(checkpoint, model)
     return model.eval(), initial.requires_grad_(False).eval()
+
+
+def load_trained(checkpoint: Path, model: HJEPA) -> None:
+    """Load a checkpoint; the target becomes what the run exports, if that is a mixture with its starting weights."""
+    load_checkpoint(checkpoint, model)
+    if (path := checkpoint.resolve().parent.parent / MIXED).is_file():
+        with safe_open(path, "pt") as file:
+            is_of_this_step = (file.metadata() or {}).get("step") == str(checkpoint_step(checkpoint))
+        if is_of_this_step:
+            model.target.vit.load_state_dict(load_file(path))
 
 
 def load_start(config: Config, device: torch.device) -> dict[str, MultiCropEncoder]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, Field
+from safetensors.torch import save
 
 from model.hjepa import HJEPA
 from pipeline.files import write_atomic
@@ -32,9 +33,10 @@ log = logging.getLogger(__name__)
 
 
 class Baselines(BaseModel, strict=True):
-    """The content of baselines.json: k-NN accuracies, and `measured_on`, what they depend on and a run may change."""
+    """The content of baselines.json: k-NN accuracies, and what they depend on and a run may change."""
 
     measured_on: dict[str, Any]
+    weights: str | None = None
     knn: Annotated[dict[BaselineName, Percent], Field(min_length=3)]
 
 
@@ -65,6 +67,7 @@ class OnlineEvaluation:
         self.knn: float | None = None
         self.linear: float | None = None
         self.rankme: float | None = None
+        self.mixtures: dict[float, float] = {}
         self._latest: Scores | None = None
         self._loaders: tuple[MultiCropLoader, MultiCropLoader] | None = None
         self._labelled, self.one_label, self.num_validation = False, False, 0
@@ -88,11 +91,13 @@ class OnlineEvaluation:
         The accuracies are kept in baselines.json, and measured again for other images or evaluation settings.
         """
         if not self._labelled:
+            if self._start is not None and (scores := self._measure({"start": pooled_features(self._model.target)})):
+                self._describe(scores["start"])
             return
         key = baselines_key(self._train, self._val, self._settings)
-        key |= {} if self._start is None else {"weights": self._start.digest}
+        weights = None if self._start is None else self._start.digest
         try:
-            self.baselines = read_baselines(self._file, key)
+            self.baselines = read_baselines(self._file, key, weights)
         except ValueError as error:
             log.warning("%s", error)
         if self.baselines is not None:
@@ -105,14 +110,44 @@ class OnlineEvaluation:
         extractors["random_init" if self._start is None else "start"] = pooled_features(self._model.target)
         scores = self._measure(extractors)
         if scores is not None:
+            if "start" in scores:
+                self._describe(scores["start"])
             self.baselines = {name: row.knn["last"][self._settings.knn_k] for name, row in scores.items()}
-            baselines = Baselines.model_validate({"measured_on": key, "knn": self.baselines})
+            baselines = Baselines.model_validate({"measured_on": key, "weights": weights, "knn": self.baselines})
             write_atomic(self._file, baselines.model_dump_json(indent=1) + "\n")
+
+    def _describe(self, start: Scores) -> None:
+        from train.adapt.mix import described, uniformity
+
+        log.info(described(uniformity(start.train.values["last"])))
+
+    def mix_back(self, path: Path, step: int) -> None:
+        """Write the mixture of target and starting weights with the best k-NN to `path`, and note it in `mixtures`.
+
+        Of equal ones, the mixture nearest to the start is kept. Without labels or starting weights nothing is done.
+        """
+        if self._start is None or not self._labelled:
+            return
+        from train.adapt.mix import SHARES, mixed
+        from train.adapt.weights import starting_encoder
+
+        start = starting_encoder(self._config, self._device, self._start)
+        encoders = {share: mixed(start, self._model.target, share).eval() for share in SHARES}
+        scores = self._measure({str(share): pooled_features(encoder) for share, encoder in encoders.items()})
+        if scores is None:
+            return
+        self.mixtures = {share: scores[str(share)].knn["last"][self._settings.knn_k] for share in SHARES}
+        best = max(SHARES, key=lambda share: self.mixtures[share])
+        state = {name: value.cpu().contiguous() for name, value in encoders[best].vit.state_dict().items()}
+        write_atomic(path, save(state, {"step": str(step), "share": str(best)}))
+        shown = ", ".join(f"{share:.0%}: {knn:.1f} %" for share, knn in self.mixtures.items())
+        log.info(f"mixed back with the starting weights, k-NN by share of the trained encoder: {shown}; {best:.0%} is exported")
 
     @property
     def scores(self) -> dict[str, float] | None:
-        """The latest k-NN accuracies: of the baselines and, as `trained`, of the target encoder."""
-        return None if self.knn is None or self.baselines is None else {**self.baselines, "trained": self.knn}
+        """The latest k-NN accuracies: of the baselines, as `trained` of the target encoder, as `mixed` of what is exported."""
+        best = {"mixed": max(self.mixtures.values())} if self.mixtures else {}
+        return None if self.knn is None or self.baselines is None else {**self.baselines, "trained": self.knn, **best}
 
     @property
     def measured_on(self) -> dict[str, Any] | None:
@@ -186,8 +221,8 @@ def baselines_key(train: ShardIndex, val: ShardIndex, settings: Evaluation) -> d
     return {"train": train.digest, "val": val.digest, "knn_k": settings.knn_k, "crop_ratio": settings.crop_ratio}
 
 
-def read_baselines(path: Path, key: dict[str, Any]) -> dict[str, float] | None:
-    """Return the accuracies measured on `key`, or None if the file is absent or has another key.
+def read_baselines(path: Path, key: dict[str, Any], weights: str | None = None) -> dict[str, float] | None:
+    """Return the accuracies measured on `key` and of starting `weights`, or None if the file is absent or of others.
 
     Raises ValueError for a damaged file.
     """
@@ -196,4 +231,5 @@ def read_baselines(path: Path, key: dict[str, Any]) -> dict[str, float] | None:
         baselines = as_model(Baselines, read_object(path, remedy), path, remedy)
     except FileNotFoundError:
         return None
-    return {str(name): accuracy for name, accuracy in baselines.knn.items()} if baselines.measured_on == key else None
+    is_same = (baselines.measured_on, baselines.weights) == (key, weights)
+    return {str(name): accuracy for name, accuracy in baselines.knn.items()} if is_same else None

@@ -32,6 +32,7 @@ KNN_NAMES = {
     "random_init": "k-NN, random initialisation",
     "start": "k-NN, starting weights, untouched",
     "trained": "k-NN, trained encoder",
+    "mixed": "k-NN, mixed with the starting weights, exported",
 }
 CAPTIONS = {
     "crops": "Images with the boxes of their crops (dashed: mirrored), and the crops as the encoder gets them",
@@ -64,6 +65,7 @@ def write_summary(
         "measured_on": probe.measured_on,
         "validation_images": probe.num_validation,
         "knn": probe.scores,
+        "mixtures": probe.mixtures or None,
         "one_label": probe.one_label,
         "linear": probe.linear,
         "bad_samples": state.bad_samples,
@@ -235,8 +237,8 @@ def forgetting(config: Config, knn: dict[str, float] | None) -> str | None:
         return None
     return (
         f"forgetting: k-NN is {knn['trained']:.1f} %, with the starting weights, untouched, {knn['start']:.1f} %. Lower "
-        f"training.lr (now {config.training.lr:g}), write training.optimizer=adamw, raise training.ema_momentum, train shorter, "
-        "or use the starting weights as they are"
+        f"training.lr (now {config.training.lr:g}), write training.optimizer=adamw and training.train_blocks=last_2, raise "
+        f"loss.anchor_weight (now {config.loss.anchor_weight:g}) or training.ema_momentum, or train shorter"
     )
 
 

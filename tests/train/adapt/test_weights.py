@@ -136,7 +136,8 @@ def test_weights_fit_but_for_what_is_named(
 
 
 REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
-    "four": (lambda state: state | {"patch_embed.proj.weight": torch.zeros(16, 4, 8, 8)}, "images of 4 channels"),
+    "four": (lambda state: state | {"patch_embed.proj.weight": torch.zeros(16, 4, 8, 8)}, "a patch embedding of (16, 4, 8, 8)"),
+    "flat": (lambda state: state | {"patch_embed.proj.weight": torch.zeros(16, 192)}, "a patch embedding of (16, 192)"),
     "other": (lambda state: {key: value for key, value in state.items() if "blocks.1" not in key}, "is not in the weights"),
     "wide": (lambda state: state | {"norm.weight": torch.zeros(32)}, "norm.weight is (32,), in the encoder (16,)"),
     "more": (lambda state: state | {"neck.weight": torch.zeros(3)}, "neck.weight has no place"),
@@ -190,7 +191,7 @@ def test_a_continued_run_says_what_differs_and_shows_its_start_everywhere(
     assert "k-NN, starting weights, untouched" in said
     run = tmp_path / "quickstart"
     summary, page = json.loads((run / "summary.json").read_text()), (run / "report.html").read_text()
-    assert list(summary["knn"]) == ["pixels", "colour_histogram", "random_init", "start", "trained"]
+    assert list(summary["knn"]) == ["pixels", "colour_histogram", "random_init", "start", "trained", "mixed"]
     assert page.count("k-NN, starting weights, untouched") == 2
     assert train(command(QUICKSTART, data_path, tmp_path, *changes)) == 0  # a complete run, from its files
     capsys.readouterr()

@@ -1,0 +1,123 @@
+"""Continuing without forgetting: frozen blocks, heads first, the anchor, the schedule, and mixing back with the start."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model.losses import anchor_loss
+from tests.train.test_run import QUICKSTART, ROOT, command
+from tools.export import main as export
+from train.adapt.mix import SHARES, described, mixed, uniformity
+from train.adapt.weights import starting_encoder
+from train.config.load import load_config
+from train.config.schema import Config
+from train.run import main as train
+from train.trainer import Trainer
+
+CONTINUE, CPU = ROOT / "configs" / "continue.yaml", torch.device("cpu")
+
+
+def settings(config: Path, data_path: Path, folder: Path, *changes: str) -> Config:
+    path, *overrides = command(config, data_path, folder, *changes)
+    return load_config(Path(path), overrides)
+
+
+@pytest.fixture(scope="module")
+def first(data_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps."""
+    folder = tmp_path_factory.mktemp("first")
+    assert train(command(QUICKSTART, data_path, folder, "training.max_steps=2", "logging.run_name=first")) == 0
+    return folder / "first"
+
+
+def test_frozen_parameters_keep_their_bits_and_no_gradients_and_the_heads_learn_first(
+    first: Path, data_path: Path, tmp_path: Path
+) -> None:
+    changes = ["training.train_blocks=last_1", "training.heads_first_ratio=0.5", "training.max_steps=4", "training.lr=0.1"]
+    trainer = Trainer(settings(CONTINUE, data_path, tmp_path, f"model.weights={first}", *changes))
+    start = starting_encoder(trainer.config, CPU).state_dict()
+    heads = {name: value.clone() for name, value in trainer.model.state_dict().items() if "projector" in name}
+    assert heads
+    for _ in range(2):
+        trainer.train_step()
+    for encoder in (trainer.model.encoder, trainer.model.target):
+        assert all(torch.equal(value, start[name]) for name, value in encoder.state_dict().items())
+    assert not all(torch.equal(value, trainer.model.state_dict()[name]) for name, value in heads.items())
+    for _ in range(2):
+        trainer.train_step()
+    for encoder in (trainer.model.encoder, trainer.model.target):
+        moved = {name for name, value in encoder.state_dict().items() if not torch.equal(value, start[name])}
+        assert {name.split(".")[1] for name in moved} == {"blocks", "norm"}
+        assert all(name.startswith(("vit.blocks.1.", "vit.norm.")) for name in moved)
+    frozen = [name for name, value in trainer.model.encoder.named_parameters() if not value.requires_grad]
+    assert any("patch_embed" in name for name in frozen)
+    assert any("blocks.0." in name for name in frozen)
+
+
+def test_the_schedule_has_a_floor_heads_first_and_no_fast_forgetting(first: Path, data_path: Path, tmp_path: Path) -> None:
+    changes = ["training.epochs=1", "training.min_steps=60", "training.heads_first_ratio=0.5", "training.ema_momentum=0.9"]
+    changes += [f"model.weights={first}", "training.warmup_epochs=1", "training.ema_final_momentum=0.9"]
+    schedule = Trainer(settings(CONTINUE, data_path, tmp_path, *changes)).schedule
+    assert (schedule.total_steps, schedule.heads_steps, schedule.warmup_steps) == (60, 30, 12)
+    rates = [schedule.lr(step) / schedule.peak_lr for step in range(60)]
+    assert rates[:30] == [1.0] * 30
+    assert rates[30] == pytest.approx(1 / 12)
+    assert rates[41] == 1.0
+    assert rates[59] == 0.0
+    assert schedule.momentum(0) == 0.9
+
+
+def test_the_anchor_is_nothing_at_the_start_and_pulls_back_after_it() -> None:
+    tokens = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
+    assert float(anchor_loss(tokens, 3 * tokens)) == pytest.approx(0, abs=1e-6)
+    assert float(anchor_loss(tokens, -tokens)) == pytest.approx(4)
+
+
+def test_an_anchor_without_weights_is_refused(data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(command(QUICKSTART, data_path, tmp_path, "loss.anchor_weight=1.0")) == 2
+    assert "name it with model.weights" in capsys.readouterr().err
+    assert train(command(QUICKSTART, data_path, tmp_path, "training.train_blocks=two")) == 2
+
+
+@pytest.mark.parametrize("name", ["continue", "highres"])
+def test_a_continued_run_exports_the_best_mixture_with_its_start(
+    name: str, first: Path, data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = [f"model.weights={first}", "training.max_steps=3", "logging.run_name=second", "evaluation.eval_frequency=0"]
+    changes += ["data.multicrop.global_crop_size=48", "evaluation.linear_epochs=0", "training.min_steps=0"]
+    assert train(command(ROOT / "configs" / f"{name}.yaml", data_path, tmp_path, *changes)) == 0
+    said, run = capsys.readouterr().out, tmp_path / "second"
+    assert "log-uniformity of the starting weights' features" in said
+    summary = json.loads((run / "summary.json").read_text())
+    knn, mixtures = summary["knn"], summary["mixtures"]
+    assert (mixtures["0.0"], mixtures["1.0"]) == (knn["start"], knn["trained"])
+    assert knn["mixed"] == max(mixtures.values())
+    best = next(share for share in SHARES if mixtures[str(share)] == knn["mixed"])
+    assert f"{best:.0%} is exported" in said
+    assert export([str(run), "--out", str(tmp_path / "out")]) == 0
+    trained = {key.removeprefix("target.vit."): value
+               for key, value in load_file(run / "checkpoints" / "step_00000003" / "model.safetensors").items()}  # fmt: skip
+    start = starting_encoder(settings(QUICKSTART, data_path, tmp_path, f"model.weights={first}"), CPU).vit.state_dict()
+    for key, value in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert torch.equal(value, torch.lerp(start[key], trained[key], best)), key
+
+
+def test_mixtures_begin_at_the_start_and_end_at_the_trained_encoder(first: Path, data_path: Path, tmp_path: Path) -> None:
+    config = settings(QUICKSTART, data_path, tmp_path, f"model.weights={first}")
+    start, trained = starting_encoder(config, CPU), starting_encoder(config, CPU)
+    torch.nn.init.normal_(trained.vit.norm.weight)
+    for share, wanted in ((0.0, start), (1.0, trained)):
+        encoder = mixed(start, trained, share)
+        assert all(torch.equal(value, wanted.state_dict()[name]) for name, value in encoder.state_dict().items())
+
+
+def test_uniformity_orders_features_and_says_what_it_means() -> None:
+    generator = torch.Generator().manual_seed(0)
+    spread, point = torch.randn(3000, 64, generator=generator), torch.ones(50, 64)
+    assert uniformity(point) == pytest.approx(0, abs=1e-5)
+    assert uniformity(spread) < -3.0
+    assert "spread out" in described(uniformity(spread))
+    assert "close together" in described(uniformity(point))
