@@ -107,7 +107,7 @@ def read_start(weights: str) -> Start:
             return _from_hub(str(timm.get_pretrained_cfg(weights, allow_unregistered=False).hf_hub_id), weights)
         problem = "no such file or folder, and timm has no weights of this name"
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        problem = str(error).strip().partition("\n")[0] or type(error).__name__
+        problem = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         if not path.exists():
             problem += ". Without a network, fill the hub's cache (HF_HUB_CACHE), or download the file and name it here"
     raise ValueError(f"model.weights: {weights}: {problem}; {KINDS}")

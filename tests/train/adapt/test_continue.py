@@ -1,6 +1,7 @@
 """Continuing without forgetting: frozen blocks, heads first, the anchor, the schedule, and mixing back with the start."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,21 @@ def test_a_continued_run_exports_the_best_mixture_with_its_start(
     start = starting_encoder(settings(QUICKSTART, data_path, tmp_path, f"model.weights={first}"), CPU).vit.state_dict()
     for key, value in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.equal(value, torch.lerp(start[key], trained[key], best)), key
+
+
+def test_a_continued_run_that_is_resumed_while_the_heads_learn_equals_one_that_never_stopped(
+    first: Path, data_path: Path, tmp_path: Path
+) -> None:
+    changes = [f"model.weights={first}", "training.heads_first_ratio=0.5", "training.min_steps=0", "training.max_steps=6"]
+    changes += ["evaluation.eval_frequency=0", "training.final_lr_ratio=1.0", "training.lr=0.01", "checkpoint.save_frequency=2"]
+    assert train(command(CONTINUE, data_path, tmp_path, *changes, "logging.run_name=whole")) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "resumed" / "checkpoints" / f"step_{step:08d}")
+    (tmp_path / "resumed" / "encoder.safetensors").unlink()
+    assert train(command(CONTINUE, data_path, tmp_path, *changes, "logging.run_name=resumed")) == 0
+    for name in ("checkpoints/step_00000006/model.safetensors", "encoder.safetensors"):
+        assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_mixtures_begin_at_the_start_and_end_at_the_trained_encoder(first: Path, data_path: Path, tmp_path: Path) -> None:
