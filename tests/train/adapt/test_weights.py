@@ -1,5 +1,6 @@
 """Starting weights: every kind of `model.weights` gives the features of its source bit for bit, or one clear line."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -132,6 +133,8 @@ def test_weights_fit_but_for_what_is_named(
     smaller = TINY_ENCODER.replace("patch_size: 8", "patch_size: 4")
     config = config_of(data_path, f"model.weights={sources[0]}", f"model.encoder_kwargs={smaller}")
     assert starting_encoder(config, CPU).vit.patch_embed.proj.weight.shape[-1] == 4
+    eupe = dataclasses.replace(read_start(str(sources[0])), name="vit_small_patch16_dinov3_qkvb.eupe_lvd1689m")
+    assert any("non-commercial" in line for line in differences(eupe, config))
     assert any("patches of 8 px, resampled to the 4 px" in line for line in differences(read_start(str(sources[0])), config))
 
 
