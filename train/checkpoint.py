@@ -36,7 +36,7 @@ class LoaderState(BaseModel, strict=True):
 
 
 class SavedState(BaseModel, strict=True):
-    """What state.json holds at least; the checksums next to it say that it arrived as it was written, not by whom."""
+    """The least that state.json holds. The checksums next to it prove that it arrived as it was written, not who wrote it."""
 
     step: Annotated[int, Field(ge=0, lt=10**8)]
     run: RunState

@@ -116,7 +116,7 @@ def define_graph(
         if reader.crop_device == "cpu":
             crops = _compiled_crops(image, values, recipes, scaling)
         else:
-            # What contrast adds for each unit of a channel's mean. Uploaded here, once: DALI waits for every upload.
+            # Contrast adds this for each unit of a channel's mean. Uploaded here, once: DALI waits for every upload.
             shares = types.Constant(np.array(augment.GRAY_WEIGHTS, np.float32)) * (
                 1 - values[:, augment.CONTRAST : augment.SATURATION]
             )

@@ -48,7 +48,7 @@ def patiently(work: Callable[[], Result], retry_s: float, cancelled: Callable[[]
 class FolderWatch:
     """The tars of a folder, at `paths` by number, which must stay as they are while a run reads them.
 
-    What is read from a tar that is away, unreadable or another one than before says nothing about its images.
+    Bytes from a tar that is away, unreadable or replaced say nothing about its images.
     """
 
     def __init__(self, paths: Sequence[Path], retry_s: float) -> None:

@@ -105,7 +105,7 @@ def load_index(folder: Path | str, remedy: str) -> tuple[tuple[str, ...], np.nda
     else:
         stops = np.cumsum(counts)[used]
         ends = samples[np.stack([stops - counts[used], stops - 1], axis=1)]  # [shards, 2]
-        # Of a mapped index, reading all rows takes minutes.
+        # Reading all rows of a mapped index takes minutes.
         is_small = samples.nbytes <= MAX_READ_BYTES
         checked, times = samples if is_small else ends.reshape(-1), counts[used] if is_small else 2
         is_sane = (checked["shard"] == np.repeat(used, times)) & (checked["offset"] >= BLOCK) & (checked["offset"] % BLOCK == 0)

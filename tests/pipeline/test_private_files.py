@@ -1,4 +1,4 @@
-"""What comes from outside or lies where others write: names, folders in /tmp, links, and the limits of a container."""
+"""Names and files that others control: control characters, folders in /tmp, links, and the limits of a container."""
 
 import os
 import subprocess

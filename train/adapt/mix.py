@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from model.encoder import MultiCropEncoder
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-# Of public runs from DINOv3 weights, all on sets above the first number gained or tied, and nearly all below the second lost.
+# In public runs from DINOv3 weights, all sets above the first number gained or tied, and nearly all below the second lost.
 FAR, NEAR, MAX_IMAGES = -2.3, -3.0, 2000
 
 

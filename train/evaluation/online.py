@@ -124,7 +124,7 @@ class OnlineEvaluation:
     def mix_back(self, path: Path, step: int) -> None:
         """Write the mixture of target and starting weights with the best k-NN to `path`, and note it in `mixtures`.
 
-        Of equal ones, the mixture nearest to the start is kept. Without labels or starting weights nothing is done.
+        Among equal mixtures it keeps the one nearest to the start. It does nothing without labels or starting weights.
         """
         if self._start is None or not self._labelled:
             return
@@ -151,7 +151,7 @@ class OnlineEvaluation:
 
     @property
     def measured_on(self) -> dict[str, Any] | None:
-        """What the scores depend on besides the encoder; None without a validation split."""
+        """The data and settings that the scores depend on besides the encoder; None without a validation split."""
         if self._loaders is None:
             return None
         return {**baselines_key(self._train, self._val, self._settings), "linear_epochs": self._settings.linear_epochs}
