@@ -139,7 +139,7 @@ class OnlineEvaluation:
         self.mixtures = {share: scores[str(share)].knn["last"][self._settings.knn_k] for share in SHARES}
         best = max(SHARES, key=lambda share: self.mixtures[share])
         state = {name: value.cpu().contiguous() for name, value in encoders[best].vit.state_dict().items()}
-        write_atomic(path, save(state, {"step": str(step), "share": str(best)}))
+        write_atomic(path, save(state, {"step": str(step)}))  # one key: safetensors writes several in a random order
         shown = ", ".join(f"{share:.0%}: {knn:.1f} %" for share, knn in self.mixtures.items())
         log.info(f"mixed back with the starting weights, k-NN by share of the trained encoder: {shown}; {best:.0%} is exported")
 
