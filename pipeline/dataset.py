@@ -15,6 +15,7 @@ from pipeline.files import expand_path
 from pipeline.shards.cache import CacheSettings
 from pipeline.shards.converted import as_shards
 from pipeline.shards.index import ShardIndex, open_index, split_folder
+from pipeline.shards.storage import is_remote
 
 DEFAULT_AUGMENTATION = Augmentation()
 
@@ -107,7 +108,10 @@ def build_multicrop_dataset(
     view = augmentation.view
     recipes = [view(global_crop_size, global_crop_scale, global_color_jitter, g) for g in range(num_global_crops)]
     recipes += [view(local_crop_size, local_crop_scale, local_color_jitter, None)] * num_local_crops
-    index = open_index(split_folder(dataset_name, as_shards(dataset_name, expand_path(str(data_path))), split))
+    place: Path | str = expand_path(str(data_path))
+    if not is_remote(place):  # a store is asked once, below
+        place = as_shards(dataset_name, place)
+    index = open_index(split_folder(dataset_name, place, split))
     return MultiCropDataset(index, tuple(recipes), augmentation.mean, augmentation.std)
 
 

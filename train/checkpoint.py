@@ -262,9 +262,8 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     remedy = "Continue from another checkpoint"
     state = read_object(path / STATE, remedy)
     with read_as_expected(path / STATE, remedy):
-        saved = SavedState.model_validate_json(
-            json.dumps(state)
-        )  # of JSON: only there are numbers with and without a point one type
+        # Validated as JSON, where numbers with and without a point are one type.
+        saved = SavedState.model_validate_json(json.dumps(state))
     return {**state, "run": saved.run.as_dict()}
 
 

@@ -71,18 +71,19 @@ class CommandParser(argparse.ArgumentParser):
         found = re.match(r"unrecognized arguments: --?([a-zA-Z][\w.-]*)(?:[= ](\S+))?", message)
         takes_settings = any(action.metavar == SETTING for action in self._actions)
         if found and takes_settings and (keys := meant_keys(found[1].replace("-", "_"))):
-            message += f"; write {' or '.join(f'{key}={found[2] or chr(46) * 3}' for key in keys)}"
+            value = found[2] or "..."
+            message += f"; write {' or '.join(f'{key}={value}' for key in keys)}"
         super().error(message)
 
 
 def write_json(target: str, value: Any) -> None:
     """Write `value` to the file `target`, whose folder is made; `-` is stdout."""
-    text = json.dumps(value, indent=1) + "\n"
+    text, path = json.dumps(value, indent=1) + "\n", Path(expand_path(target))
     if target == "-":
         sys.stdout.write(text)
         return
-    Path(expand_path(target)).parent.mkdir(parents=True, exist_ok=True)
-    Path(expand_path(target)).write_text(text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
 def device_argument(text: str) -> str:

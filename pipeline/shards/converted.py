@@ -7,14 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from pipeline.lock import locked
 from pipeline.shards.index import split_folder
 from pipeline.shards.manifest import MANIFEST_NAME
 from pipeline.shards.storage import is_remote
-from pipeline.text import notify_after, printable
+from pipeline.text import notify_after
 
 CACHE = Path("shards/converted")
 VAL_RATIO = 0.1  # of every class, where nothing else is asked for
@@ -70,7 +70,7 @@ def converted(source: Path, cache: Path = CACHE, *, val_ratio: float = 0.0, resi
         if subprocess.run(command, stdout=2).returncode:
             raise ValueError(f"{source}: cannot be converted, as said above. The same by hand: {' '.join(command[1:])}")
         size = sum(path.stat().st_size for path in folder.glob("*/*.tar"))
-        log.info(f"{printable(str(source))}: converted to {folder}, {size / 1e6:,.0f} MB, in {time.monotonic() - start:.0f} s")
+        log.info(f"{source}: converted to {folder}, {size / 1e6:,.0f} MB, in {time.monotonic() - start:.0f} s")
         return folder
 
 
@@ -78,6 +78,8 @@ def _files(source: Path) -> Iterator[str]:
     """Yield name, size and time of modification of each file, in a fixed order."""
     for folder, folders, names in os.walk(source, followlinks=True) if source.is_dir() else [("", [], [str(source)])]:
         folders.sort()
+        place = os.path.relpath(folder, source) if folder else ""
         for name in sorted(names):
-            status = os.stat(os.path.join(folder, name)) if os.path.exists(os.path.join(folder, name)) else None
-            yield f"{os.path.relpath(folder, source) if folder else ''}/{name} {status and (status.st_size, status.st_mtime_ns)}"
+            with suppress(OSError):  # a link that leads nowhere
+                status = os.stat(os.path.join(folder, name))
+                yield f"{place}/{name} {status.st_size, status.st_mtime_ns}"
