@@ -1,6 +1,7 @@
 """AdamW, Muon, their parameter groups, and the schedules."""
 
 import math
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, cast
@@ -86,24 +87,42 @@ def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
     return x.to(matrices.dtype)
 
 
-def build_optimizer(model: nn.Module, weight_decay: float, betas: tuple[float, float], name: str = "adamw") -> MuonAdamW:
-    """Group the trainable parameters: no weight decay on norms, biases, scales and single tokens. `lr` is set at each step.
+def build_optimizer(
+    model: nn.Module, weight_decay: float, betas: tuple[float, float], name: str = "adamw", layer_decay: float = 1.0
+) -> MuonAdamW:
+    """Group the trainable parameters: no weight decay on norms, biases, scales and single tokens.
 
     `name`: `adamw`, or `muon` for Muon on the weights of the blocks' linear layers and AdamW on all others. The groups hold
-    the parameters' `names`, in the order of the model.
+    the parameters' `names`, in the order of the model, and `lr_scale`. Each step sets `lr`, times that scale.
     """
-    decayed: dict[str, Any] = {"params": [], "names": [], "weight_decay": weight_decay, "muon": False}
-    undecayed: dict[str, Any] = {"params": [], "names": [], "weight_decay": 0.0, "muon": False}
-    hidden: dict[str, Any] = {"params": [], "names": [], "weight_decay": weight_decay, "muon": name == "muon"}
+    groups: dict[tuple[bool, bool, float], dict[str, Any]] = {}
+    depth = 1 + max((block_number(key) for key, _ in model.named_parameters()), default=-1)
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
             # cls_token and reg_token are [1, n, D], a query is one token per level: embeddings, not weights of a map.
             is_map = parameter.ndim > 1 and not key.endswith(("cls_token", "reg_token", "query"))
-            is_hidden = hidden["muon"] and parameter.ndim == 2 and "blocks." in key
-            group = hidden if is_hidden else decayed if is_map else undecayed
+            is_hidden = name == "muon" and parameter.ndim == 2 and "blocks." in key
+            scale = layer_scale(key, depth, layer_decay)
+            options = {"weight_decay": weight_decay if is_map else 0.0, "muon": is_hidden, "lr_scale": scale}
+            group = groups.setdefault((is_hidden, is_map, scale), {"params": [], "names": [], **options})
             group["params"].append(parameter)
             group["names"].append(key)
-    return MuonAdamW([decayed, undecayed, hidden], lr=0.0, betas=betas, fused=True)
+    return MuonAdamW(list(groups.values()), lr=0.0, betas=betas, fused=True)
+
+
+def block_number(key: str) -> int:
+    """Return the number of the encoder's block that a parameter is in, -1 outside the blocks."""
+    found = re.match(r"encoder\.vit\.blocks\.(\d+)\.", key)
+    return int(found[1]) if found else -1
+
+
+def layer_scale(key: str, depth: int, decay: float) -> float:
+    """Return the factor of a parameter's learning rate: `decay` for the last of `depth` blocks, once more for each earlier one.
+
+    The embeddings come before the first block. Norm and heads, which come after the last, have 1 (BEiT, arXiv 2106.08254).
+    """
+    is_behind = not key.startswith("encoder.vit.") or key.startswith(("encoder.vit.norm.", "encoder.vit.fc_norm."))
+    return 1.0 if is_behind else decay ** (depth - block_number(key))
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,9 @@ class Trainer:
         if training.compile:
             mode = "reduce-overhead" if training.compile == "cudagraphs" else None
             self.model.compile(dynamic=False, mode=mode)  # in place: the parameters keep their names
-        self.optimizer = build_optimizer(self.model, training.weight_decay, training.betas, training.optimizer)
+        self.optimizer = build_optimizer(
+            self.model, training.weight_decay, training.betas, training.optimizer, training.layer_decay
+        )
         self._snapshots = Snapshots(self.model, self.optimizer)
         self._loss_fn, self._replica = loss_fn or hjepa_losses, replicated(self.model, ranks)
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -207,7 +209,7 @@ class Trainer:
 
         # Optimiser. Where `found_inf` is 1, its kernels change nothing.
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         self.optimizer.found_inf = skip
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

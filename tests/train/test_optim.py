@@ -4,6 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from tests.train.test_run import QUICKSTART
+from train.build import build_model
+from train.config.load import load_config
 from train.optim import MUON_A, MUON_B, MUON_C, MuonAdamW, build_optimizer, orthogonalized
 
 SHAPES = [(64, 192), (256, 64), (64, 256), (64, 64), (8, 300)]
@@ -108,3 +111,22 @@ def test_the_groups_hold_every_parameter_once() -> None:
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     hidden = [name for group in optimizer.param_groups if group["muon"] for name in group["names"]]
     assert hidden == [f"blocks.{number}.weight" for number in range(len(SHAPES))]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("decay", [1.0, 0.75])
+def test_each_layer_has_the_rate_of_beit_and_the_heads_have_the_whole_rate(name: str, decay: float) -> None:
+    model = build_model(
+        load_config(QUICKSTART, ["loss.prediction_weight=1.0", "masking.strategy=global_only"]), torch.device("cpu")
+    )
+    depth = len(model.encoder.vit.blocks)
+    rates = [decay ** (depth + 1 - layer) for layer in range(depth + 2)]  # as in BEiT: embeddings, blocks, what follows
+    found = {key: group["lr_scale"] for group in build_optimizer(model, 0.05, (0.9, 0.95), name, decay).param_groups
+             for key in group["names"]}  # fmt: skip
+    assert found.keys() == {key for key, value in model.named_parameters() if value.requires_grad}
+    assert any(key.startswith("predictor.blocks.0.") for key in found)
+    for key, scale in found.items():
+        part = key.removeprefix("encoder.vit.")
+        layer = depth + 1 if part == key or part.startswith("norm") else 0
+        layer = int(part.split(".")[1]) + 1 if part != key and part.startswith("blocks") else layer
+        assert scale == pytest.approx(rates[layer]), key

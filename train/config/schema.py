@@ -205,6 +205,8 @@ class Training(Section):
     """Steps that few images are shown for in more than `epochs`; max_steps counts before it."""
     train_blocks: Annotated[str, Field(pattern=r"^(all|last_[1-9]\d*)$")] = "all"
     """last_N: of the encoder, only the last N blocks and the final norm learn; the others keep no gradients."""
+    layer_decay: PositiveFraction = 1.0
+    """Factor between the learning rates of two neighbouring blocks of the encoder, the earlier having the lower one."""
     heads_first_ratio: FractionBelowOne = 0.0
     """Fraction of the steps at the start in which predictor and projector learn and the encoder does not."""
     timeout_s: PositiveFloat = 900.0

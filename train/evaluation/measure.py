@@ -122,13 +122,18 @@ def nearest_neighbours(
 
 def knn_accuracies(
     train: torch.Tensor, train_labels: torch.Tensor, test: torch.Tensor, test_labels: torch.Tensor, ks: Sequence[int],
-    device: torch.device,
+    device: torch.device, *, leave_one_out: bool = False,
 ) -> dict[int, float]:  # fmt: skip
     """Return by k the percentage of `test` (`[m, D]`) whose label wins the vote of its k nearest in `train` (`[n, D]`).
 
-    Votes are weighted by exp(cosine similarity / 0.07). Where n is smaller than k, all n vote.
+    Votes are weighted by exp(cosine similarity / 0.07). Where n is smaller than k, all n vote. With `leave_one_out`, `test` is
+    `train`, and no image votes for itself.
     """
-    similarity, rows = nearest_neighbours(train, test, max(ks), device)
+    similarity, rows = nearest_neighbours(train, test, max(ks) + leave_one_out, device)
+    if leave_one_out:  # each image is among its own nearest, or behind k copies of itself, which are then the voters
+        itself = rows == torch.arange(len(test), device=device)[:, None]
+        similarity, order = similarity.masked_fill(itself, -torch.inf).sort(dim=1, descending=True)
+        rows = rows.gather(1, order)
     classes = num_classes(train_labels, test_labels)
     labels, weights, correct = (train_labels.to(device)[rows], torch.exp(similarity / KNN_TEMPERATURE), dict.fromkeys(ks, 0))
     chunks = (part.split(TEST_CHUNK) for part in (labels, weights, test_labels.to(device)))
@@ -138,6 +143,12 @@ def knn_accuracies(
             votes.scatter_add_(1, label[:, :k], weight[:, :k])
             correct[k] += int((votes.argmax(dim=1) == truth).sum())
     return {k: 100.0 * count / len(test) for k, count in correct.items()}
+
+
+def leave_one_out_knn(features: Features, k: int, device: torch.device) -> float:
+    """Return the percentage of images whose label wins the vote of their k nearest others, by the feature `last`."""
+    values, labels = features.values["last"], features.labels
+    return knn_accuracies(values, labels, values, labels, [k], device, leave_one_out=True)[k]
 
 
 def num_classes(*labels: torch.Tensor) -> int:

@@ -19,7 +19,7 @@ from pipeline.text import printable
 from train.build import build_encoder, build_evaluation_loaders
 from train.config.schema import Config, Evaluation
 from train.evaluation.features import Extractor, check_labels, colour_histogram, pixels, pooled_features
-from train.evaluation.measure import Scores, measure, nearest_neighbours
+from train.evaluation.measure import Scores, leave_one_out_knn, measure, nearest_neighbours
 
 if TYPE_CHECKING:
     from train.adapt.weights import Start
@@ -68,6 +68,7 @@ class OnlineEvaluation:
         self.linear: float | None = None
         self.rankme: float | None = None
         self.mixtures: dict[float, float] = {}
+        self.share: float | None = None
         self._latest: Scores | None = None
         self._loaders: tuple[MultiCropLoader, MultiCropLoader] | None = None
         self._labelled, self.one_label, self.num_validation = False, False, 0
@@ -122,9 +123,10 @@ class OnlineEvaluation:
         log.info(described(uniformity(start.train.values["last"])))
 
     def mix_back(self, path: Path, step: int) -> None:
-        """Write the mixture of target and starting weights with the best k-NN to `path`, and note it in `mixtures`.
+        """Write the best mixture of target and starting weights to `path`, and note its `share` and the k-NN of all `mixtures`.
 
-        Among equal mixtures it keeps the one nearest to the start. It does nothing without labels or starting weights.
+        The training images choose it, by k-NN without the image itself, so that the validation images measure what they have
+        not chosen. Among equal mixtures it is the one nearest to the start. Nothing is done without labels or starting weights.
         """
         if self._start is None or not self._labelled:
             return
@@ -136,17 +138,20 @@ class OnlineEvaluation:
         scores = self._measure({str(share): pooled_features(encoder) for share, encoder in encoders.items()})
         if scores is None:
             return
-        self.mixtures = {share: scores[str(share)].knn["last"][self._settings.knn_k] for share in SHARES}
-        best = max(SHARES, key=lambda share: self.mixtures[share])
+        k = self._settings.knn_k
+        self.mixtures = {share: scores[str(share)].knn["last"][k] for share in SHARES}
+        within = {share: leave_one_out_knn(scores[str(share)].train, k, self._device) for share in SHARES}
+        self.share = best = max(SHARES, key=lambda share: within[share])
         state = {name: value.cpu().contiguous() for name, value in encoders[best].vit.state_dict().items()}
         write_atomic(path, save(state, {"step": str(step)}))  # one key: safetensors writes several in a random order
-        shown = ", ".join(f"{share:.0%}: {knn:.1f} %" for share, knn in self.mixtures.items())
-        log.info(f"mixed back with the starting weights, k-NN by share of the trained encoder: {shown}; {best:.0%} is exported")
+        shown = ", ".join(f"{share:.0%}: {within[share]:.1f} % ({self.mixtures[share]:.1f} %)" for share in SHARES)
+        text = "mixed back with the starting weights, k-NN among the training images (of the validation images) by share of the "
+        log.info(f"{text}trained encoder: {shown}; {best:.0%} is exported")
 
     @property
     def scores(self) -> dict[str, float] | None:
         """The latest k-NN accuracies: of the baselines, as `trained` of the target encoder, as `mixed` of what is exported."""
-        best = {"mixed": max(self.mixtures.values())} if self.mixtures else {}
+        best = {} if self.share is None else {"mixed": self.mixtures[self.share]}
         return None if self.knn is None or self.baselines is None else {**self.baselines, "trained": self.knn, **best}
 
     @property

@@ -3,7 +3,8 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from train.evaluation import measure
-from train.evaluation.measure import knn_accuracies, nearest_neighbours
+from train.evaluation.features import Features
+from train.evaluation.measure import knn_accuracies, leave_one_out_knn, nearest_neighbours
 
 CPU = torch.device("cpu")
 
@@ -49,3 +50,16 @@ def test_neighbours_do_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch)
     parts = nearest_neighbours(train, test, 12, CPU)
     torch.testing.assert_close(parts[0], whole[0])
     assert torch.equal(parts[1], whole[1])
+
+
+def test_leaving_each_image_out_equals_a_vote_of_the_others_also_among_copies() -> None:
+    generator = torch.Generator().manual_seed(3)
+    values, labels = torch.randn(60, 6, generator=generator), torch.randint(0, 3, (60,), generator=generator)
+    values[40:50] = values[40]
+    for k in (1, 7, 100):
+        right = 0
+        for row in range(60):
+            others = torch.arange(60) != row
+            right += knn_accuracies(values[others], labels[others], values[row, None], labels[row, None], [k], CPU)[k] == 100
+        if k != 1:  # which of equal copies votes is a matter of order
+            assert leave_one_out_knn(Features({"last": values}, labels), k, CPU) == pytest.approx(100 * right / 60), k
