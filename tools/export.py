@@ -1,15 +1,18 @@
-"""A trained encoder as a folder that timm loads: `python tools/export.py RUN --out DIR [--figures JSON]`.
+"""A trained encoder as a folder that timm loads: `python tools/export.py RUN --out DIR [--onnx]`.
 
 DIR gets model.safetensors, config.json and README.md, the model card. It loads with
 `timm.create_model("local-dir:DIR", pretrained=True)` and no code of this project.
 """
 
+import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.files import write_atomic
 from pipeline.shards.manifest import read_as_expected, read_object
 from pipeline.text import markdown_table
 from train.command import CommandParser, path_argument, run_command
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
 REMEDY = "Run the command that wrote it again"
 WEIGHTS, SETTINGS, README = "model.safetensors", "config.json", "README.md"
+FILES = {WEIGHTS, SETTINGS, README, "model.onnx", "model.onnx.data"}  # the last one for weights above 1.5 GB
 CARD = """\
 ---
 library_name: timm
@@ -48,6 +52,17 @@ features = encoder(images)  # mean of the patch tokens; forward_features(images)
 `{dataset}`; pixels in 0..1 are normalised with mean {mean} and standard deviation {std}. The data has its own licence.
 """
 
+ONNX_CARD = """
+## ONNX
+
+```python
+import onnxruntime
+
+session = onnxruntime.InferenceSession("PATH_OF_THIS_FOLDER/model.onnx")
+features, tokens = session.run(None, {"images": images.numpy()})  # the same images, any number of them
+```
+"""
+
 
 def timm_settings(encoder: "MultiCropEncoder", config: Config) -> dict[str, Any]:
     """Return what timm needs to build the encoder and to prepare an image as the evaluation does."""
@@ -72,7 +87,7 @@ def timm_settings(encoder: "MultiCropEncoder", config: Config) -> dict[str, Any]
     }
 
 
-def model_card(config: Config, checkpoint: Path, licence: str, summary: Path, figures: Path | None) -> str:
+def model_card(config: Config, checkpoint: Path, licence: str, summary: Path, args: argparse.Namespace) -> str:
     """Return README.md: how to load the encoder, its data, training, scores, settings and licence."""
     from train.checkpoint import checkpoint_step
     from train.evaluation.offline import report_table
@@ -88,9 +103,11 @@ def model_card(config: Config, checkpoint: Path, licence: str, summary: Path, fi
     )  # fmt: skip
     if summary.exists():
         card += f"\n## Training\n\n{markdown_table(('', ''), summary_rows(read_summary(summary)))}\n"
-    if figures is not None:
-        content = read_object(figures, REMEDY)
-        with read_as_expected(figures, REMEDY):
+    if args.onnx:
+        card += ONNX_CARD
+    if args.figures is not None:
+        content = read_object(args.figures, REMEDY)
+        with read_as_expected(args.figures, REMEDY):
             card += f"\n## Evaluation\n\n{report_table(content)}\n"
     if config.model.weights is not None:
         card += f"\nTraining started from the weights `{config.model.weights}`, whose licence also binds these. Both "
@@ -98,43 +115,58 @@ def model_card(config: Config, checkpoint: Path, licence: str, summary: Path, fi
     return f"{card}\n## Settings\n\n```yaml\n{config.to_yaml().rstrip()}\n```\n\n## Licence\n\n{licence}\n"
 
 
-def export(run: Path, out: Path, settings: Path | None, licence: str | None, figures: Path | None) -> None:
+def export(args: argparse.Namespace) -> None:
     """Raises FileNotFoundError for missing files and ValueError for wrong ones."""
-    if out.exists() and {path.name for path in out.iterdir()} - {WEIGHTS, SETTINGS, README}:
-        raise ValueError(f"{out}: holds other files; name a new folder with --out")
+    run, out = args.run, args.out.absolute()
+    if out.exists() and {path.name for path in out.iterdir()} - FILES:
+        raise ValueError(f"{args.out}: holds other files; name a new folder with --out")
     print(LOADING, file=sys.stderr)
+    import timm
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
+    from tools.exporting.formats import write_onnx
     from train.adapt.weights import run_licence
     from train.build import build_model
     from train.evaluation.offline import find_checkpoint, load_trained
 
-    checkpoint, config = find_checkpoint(run, settings)
-    if (licence := licence or run_licence(checkpoint.resolve().parent.parent, config)) is None:
+    checkpoint, config = find_checkpoint(run, args.config)
+    if (licence := args.license or run_licence(checkpoint.resolve().parent.parent, config)) is None:
         raise ValueError(f"{run}: started from {config.model.weights}, whose licence is not known; name it with --license")
     model = build_model(config, torch.device("cpu"))
     load_trained(checkpoint, model)
     summary = checkpoint.resolve().parent.parent / "summary.json"
-    card = model_card(config, checkpoint, licence, summary, figures)
-    out.mkdir(parents=True, exist_ok=True)
-    encoder = model.target
-    save_file({name: value.contiguous() for name, value in encoder.vit.state_dict().items()}, out / WEIGHTS)
-    (out / SETTINGS).write_text(json.dumps(timm_settings(encoder, config), indent=2) + "\n")
-    (out / README).write_text(card)
-    print(f'exported; load it with timm.create_model("local-dir:{out}", pretrained=True)')
+    card = model_card(config, checkpoint, licence, summary, args)
+    state = {name: value.contiguous() for name, value in model.target.vit.state_dict().items()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+        folder = Path(scratch)
+        write_atomic(folder / WEIGHTS, save(state))  # save_file would write for this user alone, whatever the umask says
+        (folder / SETTINGS).write_text(json.dumps(timm_settings(model.target, config), indent=2) + "\n")
+        (folder / README).write_text(card)
+        vit = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()  # as everybody will
+        if args.onnx:
+            write_onnx(vit, config.data.multicrop.global_crop_size, folder)
+        out.mkdir(exist_ok=True)
+        for path in out.iterdir():
+            path.unlink()
+        for path in folder.iterdir():
+            path.rename(out / path.name)
+    print(f'exported; load it with timm.create_model("local-dir:{args.out}", pretrained=True)')
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = CommandParser(prog="export", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("run", type=path_argument, help="The folder of a run, whose newest checkpoint is exported, or one of its checkpoints.")
-    add("--out", type=path_argument, required=True, metavar="DIR", help="The folder to create or to export to again.")
+    add("--out", type=path_argument, required=True, metavar="DIR",
+        help="The folder to create. An earlier export there is replaced; one with other files is refused.")  # fmt: skip
     add("--config", type=path_argument, help="The settings of the checkpoint. The default is config.yaml of its run.")
     add("--figures", type=path_argument, metavar="JSON", help="The output of train.evaluate --json, for the model card.")
     add("--license", help="The licence of the weights. The default is that of model.weights, or else apache-2.0.")
+    add("--onnx", action="store_true", help="Write model.onnx too, for any number of images, and compare it with torch.")
     args = parser.parse_args(arguments)
-    return run_command("export", lambda: export(args.run, args.out, args.config, args.license, args.figures))
+    return run_command("export", lambda: export(args))
 
 
 if __name__ == "__main__":

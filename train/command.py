@@ -24,6 +24,7 @@ from pipeline.text import printable
 
 BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
 SETTING = "section.key=value"
+EXTRAS = {"onnxruntime": "onnx", "onnxscript": "onnx", "transformers": "transformers", "pyarrow": "parquet"}  # of pyproject.toml
 LOGGED_PACKAGES = ("pipeline", "model", "train", "tools")
 
 log = logging.getLogger(__name__)
@@ -148,6 +149,8 @@ def run_command(name: str, work: Callable[[], int | None], interrupted: str = "i
             message, code = str(error), BAD_INPUT
         except ModuleNotFoundError as error:
             install = "pip install --require-hashes -r requirements.lock; python tools/doctor.py says more"
+            if error.name in EXTRAS:
+                install = f"pip install -e '.[{EXTRAS[error.name]}]'"
             message, code = f"{error}: {install}", BAD_INPUT
         except KeyboardInterrupt:
             message, code = interrupted, INTERRUPTED

@@ -1,8 +1,11 @@
 """An exported encoder against the one that was trained: bit for bit, through timm only."""
 
 import json
+import os
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -59,6 +62,46 @@ def test_the_model_card_holds_figures_settings_and_licence(run: Path, tmp_path: 
     assert (run / "config.yaml").read_text().rstrip() in card
     assert "after 3 steps" in card
     assert export(arguments) == 0  # its own files may be written again
+
+
+def test_onnxruntime_gives_the_features_of_torch_for_any_number_of_images(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    out = tmp_path / "encoder"
+    assert export([str(run), "--out", str(out), "--onnx"]) == 0
+    assert "model.onnx: features differ from torch's by " in capsys.readouterr().out
+    session = runtime.InferenceSession(out / "model.onnx")
+    loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    for count in (1, 4):
+        images = torch.randn(count, 3, 32, 32)
+        features, tokens = session.run(None, {"images": images.numpy()})
+        with torch.inference_mode():
+            np.testing.assert_allclose(features, loaded(images).numpy(), atol=1e-5)
+            np.testing.assert_allclose(tokens, loaded.forward_features(images)[:, loaded.num_prefix_tokens :].numpy(), atol=1e-5)
+    code = (out / "README.md").read_text().split("## ONNX")[1].split("```python")[1].split("```")[0]
+    given = {"images": images}
+    exec(code.replace("PATH_OF_THIS_FOLDER", str(out)), given)
+    np.testing.assert_array_equal(given["features"], features)
+    assert export([str(run), "--out", str(out)]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_files_have_the_modes_of_the_umask_and_a_missing_package_is_named(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    previous = os.umask(0o027)
+    try:
+        assert export([str(run), "--out", str(tmp_path / "encoder")]) == 0
+    finally:
+        os.umask(previous)
+    assert (tmp_path / "encoder").stat().st_mode & 0o777 == 0o750
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "encoder").iterdir()} == {0o640}
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert export([str(run), "--out", str(tmp_path / "other"), "--onnx"]) == 2
+    assert "pip install -e '.[onnx]'" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
 
 
 def test_what_cannot_be_exported_is_one_clean_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from pipeline.shards.index import ShardIndex, open_index
 from pipeline.shards.manifest import read_manifest, read_object
 from pipeline.text import Every, plural
 from tools.export import timm_settings
+from tools.exporting.formats import FeaturesAndTokens
 from train.build import build_model
 from train.evaluation.features import mixed_precision
 from train.evaluation.offline import find_checkpoint, load_trained
@@ -62,13 +63,13 @@ class ImageEncoder:
             model = build_model(config, torch.device("cpu"))
             load_trained(checkpoint, model)
             vit, settings = model.target.vit, timm_settings(model.target, config)["pretrained_cfg"]
-        self.vit = vit.eval().to("cuda" if self.kind == "gpu" else "cpu")
+        self.model = FeaturesAndTokens(vit).eval().to("cuda" if self.kind == "gpu" else "cpu")
         self.size, self.crop_ratio = int(settings["input_size"][-1]), float(settings["crop_pct"])
         self.mean, self.std = tuple(settings["mean"]), tuple(settings["std"])
         if settings["input_size"][0] != 3:
             raise ValueError(f"{path}: an encoder of {settings['input_size'][0]} channels; crops have 3")
         digest = hashlib.sha256(repr(settings).encode())
-        for value in self.vit.state_dict().values():
+        for value in vit.state_dict().values():
             digest.update(value.cpu().contiguous().numpy())
         self.digest = digest.hexdigest()[:16]
 
@@ -76,9 +77,8 @@ class ImageEncoder:
     def __call__(self, crops: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """`[n, 3, S, S] float32`, normalised `->` timm's pooled features `[n, D] float32`, patch tokens `[n, T, D] float16`."""
         with mixed_precision(crops):
-            tokens = self.vit.forward_features(crops)
-            pooled = self.vit.forward_head(tokens, pre_logits=True)
-        return pooled.float().cpu().numpy(), tokens[:, self.vit.num_prefix_tokens :].half().cpu().numpy()
+            pooled, tokens = self.model(crops)
+        return pooled.float().cpu().numpy(), tokens.half().cpu().numpy()
 
 
 def encode(encoder: ImageEncoder, folders: list[Path], work: Path, batch_size: int, with_tokens: bool) -> Embeddings:
