@@ -12,7 +12,7 @@ from model.losses import LossWeights
 from model.masks import MultiCropMaskGenerator
 from model.predictor import Predictor
 from model.teacher import StudentTeacher
-from pipeline.crops.augment import Augmentation
+from pipeline.crops.augment import Augmentation, ViewRecipe
 from pipeline.crops.device import DeviceError, choose_crop_device
 from pipeline.crops.graph import CROP_DEVICES
 from pipeline.dataset import (
@@ -26,7 +26,7 @@ from pipeline.dataset import (
 from pipeline.defaults import HW_DECODER_LOAD
 from pipeline.loader import MultiCropLoader, build_multicrop_dataloader
 from pipeline.shards.cache import CacheSettings
-from pipeline.shards.index import open_index, split_folder
+from pipeline.shards.index import ShardIndex, open_index, split_folder
 from train.config.schema import Config
 from train.distributed import SINGLE_PROCESS, Ranks
 from train.evaluation.features import check_classes, subsample_evenly
@@ -150,6 +150,18 @@ def build_evaluation_loaders(config: Config, shuffle: bool = False) -> tuple[Mul
         shuffled = shuffle and folder == folders[0]
         loaders.append(build_loader(config, dataset, config.evaluation.batch_size, shuffle=shuffled, drop_last=False))
     return loaders[0], loaders[1]
+
+
+def build_pair_loader(config: Config, index: ShardIndex) -> MultiCropLoader:
+    """Build a loader, in stored order, of two uint8 global crops of each image: boxes and mirroring as in training, colours kept.
+
+    Their seed is always 0, so that every run gets the same crops.
+    """
+    crops, pixels = config.data.multicrop, config.data.augmentation
+    recipe = ViewRecipe(crops.global_crop_size, crops.global_crop_scale, flip_prob=pixels.flip_prob)
+    dataset = MultiCropDataset(index.cached(cache_settings(config)), (recipe, recipe), pixels.mean, pixels.std)
+    config = config.model_copy(update={"seed": 0})
+    return build_loader(config, dataset, config.evaluation.batch_size, shuffle=False, drop_last=False, normalized=False)
 
 
 def build_encoder(config: Config) -> MultiCropEncoder:

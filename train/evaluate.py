@@ -1,7 +1,8 @@
 """Measure a trained encoder: `python -m train.evaluate RUN|CHECKPOINT --data SHARDS --probe knn linear attentive`.
 
 Features are those of the moving-average encoder on deterministic centre crops, made by the same DALI pipeline as in training.
-Each probe also measures raw pixels and the run's random initialisation. The same command prints the same numbers.
+Each probe also measures raw pixels and the run's random initialisation; placement accuracy, which needs no labels, is always
+measured. The same command prints the same numbers.
 """
 
 import argparse

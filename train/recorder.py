@@ -33,6 +33,7 @@ from train.trainer import DIVERGED, NOT_WRITTEN, STOPPED, Trainer
 log = logging.getLogger(__name__)
 
 STATUSES = {0: "complete", STOPPED: "stopped", DIVERGED: "diverged", INTERRUPTED: "interrupted"}  # other exit codes: failed
+SHOWN = {"knn": "k-NN", "linear": "linear probe", "placement": "placement"}  # on the screen at each evaluation
 HEARTBEAT_S = 5.0
 GIB = 2**30
 
@@ -162,25 +163,28 @@ class Recorder:
     def evaluate(self) -> None:
         """Measure the target encoder and draw, during the run."""
         try:
-            self._measure()
+            values = self._measure()
+            shown = [f"{text} {values[name]:.1f} %" for name, text in SHOWN.items() if name in values]
+            log.info(f"step {self._trainer.state.step}: {', '.join(shown) or 'nothing measured'}")
             if hint := forgetting(self._trainer.config, self._evaluation.scores):
                 log.warning(f"step {self._trainer.state.step}: {hint}")
         except Exception as error:  # noqa: BLE001  # whatever it is: the trainer saves and stops
             self._trainer.error = error
 
-    def _measure(self) -> None:
-        """Measure the target encoder and draw the run as it is now; both go to the logs."""
+    def _measure(self) -> dict[str, float]:
+        """Measure the target encoder and draw the run as it is now; both go to the logs. Returns what was measured."""
         trainer, state = self._trainer, self._trainer.state
         values = self._evaluation.measure()
         state.knn, state.knn_step = values.get("knn"), state.step
         self._metrics.write(state.step, values)
         if not trainer.config.logging.pictures:
-            return
+            return values
         neighbours = self._evaluation.neighbours(partial(colourful, count=QUERIES), NEIGHBOURS, NUM_LOOKED_AT)
         model = cast(HJEPA, trainer.model)
         paths = draw_run(self._folder, trainer.config, trainer.dataset, model, trainer.masks, neighbours)
         for path in paths:
             self._metrics.picture(state.step, path)
+        return values
 
     def save(self) -> None:
         """Write a checkpoint in the background, unless the run has diverged."""

@@ -62,9 +62,12 @@ def assert_two_steps(run: Path) -> None:
     assert set(summary["knn"]) == {"pixels", "colour_histogram", "random_init", "trained"}
     assert 0 <= summary["linear"] <= 100
     assert {"images_per_s", "data_wait_percent", "loss_first", "loss_last", "rankme"} <= set(summary)
+    placement = summary["placement"]
+    assert set(placement) == {"chance", "pixels", "random_init", "trained", *(f"level_{rung}" for rung in range(3))}
     assert f"<th>k-NN, trained encoder</th><td>{summary['knn']['trained']:.1f} %</td>" in (run / "report.html").read_text()
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert (last["step"], last["knn"], last["linear"]) == (2, summary["knn"]["trained"], summary["linear"])
+    assert (last["placement"], last["placement_level_1"]) == (placement["trained"], placement["level_1"])
     heartbeat = json.loads((run / "heartbeat.json").read_text())
     assert (heartbeat["status"], heartbeat["step"], heartbeat["total_steps"]) == ("complete", 2, 2)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000002"]
@@ -172,10 +175,13 @@ def test_images_without_labels_get_neighbours_and_rankme_and_no_accuracies(
     summary = json.loads((tmp_path / "quickstart" / "summary.json").read_text())
     assert (summary["knn"], summary["linear"], summary["validation_images"]) == (None, None, 24)
     assert summary["rankme"] > 1
+    assert summary["placement"]["trained"] > summary["placement"]["chance"]
+    assert "Do its tokens find their place?" in (tmp_path / "quickstart" / "report.html").read_text()
     assert (tmp_path / "quickstart" / "figures" / "neighbours.png").exists()
     said = capsys.readouterr().out
     assert said.count("103 of 103 samples without labels") == 1
     assert "RankMe of the trained features" in said
+    assert "placement, random initialisation" in said
     assert "k-NN" not in said
 
 

@@ -19,6 +19,7 @@ from train.config.schema import Config
 from train.config.yaml12 import changed_settings, flatten
 from train.evaluation.features import Extractor, colour_histogram, pixels, pooled_features
 from train.evaluation.measure import measure
+from train.evaluation.placement import DenseExtractor, Placement, dense_features, patch_pixels
 from train.trainer import Trainer
 
 CALIBRATION_S, TURN_STEPS = 15.0, 12
@@ -83,7 +84,8 @@ def run_trial(base: Base, variant: str, seed: int, steps: int, points: int = 1) 
         training.run_to(max(1, trainer.schedule.total_steps * point // points))
         peak = peak or peak_memory()  # later peaks can be those of an evaluation
         trainer.model.eval()
-        scores = measure_rows(config, {"trained": pooled_features(trainer.model.target)})["trained"]
+        target = trainer.model.target
+        scores = measure_rows(config, {"trained": pooled_features(target)}, {"trained": dense_features(target)})["trained"]
         counts = {"steps": trainer.state.step, "images": trainer.state.images, "cpu_s": round(training.cpu_s, 2)}
         rows.append({**counts, **scores})
     rate = round(trainer.state.images / training.cpu_s, 1)
@@ -95,21 +97,25 @@ def run_baselines(base: Base, seed: int) -> dict[str, dict[str, Any]]:
     """Return the scores of raw pixels, of the colour histogram and of the seed's random initialisation."""
     torch.set_num_threads(1)
     config = trial_config(base, BASE, seed, 1)
-    untrained = pooled_features(build_model(config, CPU).eval().target)
-    rows = {"raw pixels": pixels, "colour histogram": colour_histogram, "random initialisation": untrained}
-    return measure_rows(config, rows)
+    untrained, name = build_model(config, CPU).eval().target, "random initialisation"
+    rows = {"raw pixels": pixels, "colour histogram": colour_histogram, name: pooled_features(untrained)}
+    return measure_rows(config, rows, {"raw pixels": patch_pixels(untrained.patch_size), name: dense_features(untrained)})
 
 
-def measure_rows(config: Config, extractors: Mapping[str, Extractor]) -> dict[str, dict[str, Any]]:
-    """Return k-NN, linear probe and RankMe of each extractor's features on the validation split."""
+def measure_rows(
+    config: Config, extractors: Mapping[str, Extractor], dense: Mapping[str, DenseExtractor]
+) -> dict[str, dict[str, Any]]:
+    """Return k-NN, linear probe, RankMe and placement of each extractor's features on the validation split."""
     k, epochs = config.evaluation.knn_k, config.evaluation.linear_epochs
     loaders = build_evaluation_loaders(config)
     scores = measure(loaders, extractors, CPU, ks=[k], linear_epochs=epochs, with_rankme=True)
+    pairs = Placement(config, loaders[1].index)
     return {
         name: {
             "knn": round(score.knn["last"][k], 2),
             "linear": round(score.linear[0], 2) if score.linear else "",
             "rankme": round(score.rankme or 0.0, 1),
+            "placement": round(pairs.measure(dense[name])["last"], 2) if name in dense else "",
         }
         for name, score in scores.items()
     }

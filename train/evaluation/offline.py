@@ -20,12 +20,14 @@ from train.config.load import load_config
 from train.config.schema import Config
 from train.evaluation.features import Extractor, check_labels, colour_histogram, pixels
 from train.evaluation.measure import Scores, measure, num_classes
+from train.evaluation.placement import Placement, dense_features
 from train.evaluation.probes import TokenStream, attentive_probe, patch_tokens, pixel_tokens
 
 KNN_KS = (10, 20, 100, 200)
 LAST_BLOCKS = 4  # concatenated for the linear probe, as in DINO (arXiv 2104.14294)
 LINEAR_EPOCHS = 20  # for runs that measure no linear probe themselves (evaluation.linear_epochs is 0)
 ROW_NAMES = {
+    "chance": "chance",
     "pixels": "raw pixels",
     "colour_histogram": "colour histogram",
     "random_init": "random initialisation",
@@ -119,8 +121,8 @@ def load_start(config: Config, device: torch.device) -> dict[str, MultiCropEncod
 def evaluate(checkpoint: Path, config: Config, probes: Sequence[str]) -> dict[str, Any]:
     """Return the report: what was measured and, under `figures`, the scores of each probe on each kind of features.
 
-    Raises FileNotFoundError for missing shards, ValueError for another architecture and for labels that allow no accuracy:
-    missing ones, one label for all images, other classes in val than in train.
+    With labels that allow no accuracy, missing ones or one label for all images, there are figures of placement only. Raises
+    FileNotFoundError for missing shards, ValueError for another architecture and for other classes in val than in train.
     """
     kind = resolve_device(config.device)
     device = torch.device("cuda" if kind == "gpu" else "cpu")
@@ -133,8 +135,9 @@ def evaluate(checkpoint: Path, config: Config, probes: Sequence[str]) -> dict[st
     train, val = (loader.index for loader in loaders)
     problems = check_labels(train, val)
     if text := problems.missing or problems.one_label:
-        raise ValueError(text)
-    if problems.unknown:
+        log.warning(f"no probes, only placement accuracy: {text}")
+        probes = ()
+    elif problems.unknown:
         log.warning(problems.unknown)
     log.info(f"measuring {len(train):,} + {len(val):,} images ...")
     extractors = {
@@ -144,13 +147,14 @@ def evaluate(checkpoint: Path, config: Config, probes: Sequence[str]) -> dict[st
     }
     ks = ([k for k in KNN_KS if k <= len(train)] or [len(train)]) if "knn" in probes else ()
     epochs = (config.evaluation.linear_epochs or LINEAR_EPOCHS) if "linear" in probes else 0
-    measured = measure(loaders, extractors, device, ks=ks, linear_epochs=epochs)
+    measured = measure(loaders, extractors, device, ks=ks, linear_epochs=epochs) if ks or epochs else {}
     figures: list[dict[str, Any]] = []
     for probe in probes:
         if probe == "attentive":
             figures += attentive_figures(config, encoders, device)
         else:
             figures += [figure for name in measured for figure in pooled_figures(probe, name, measured[name])]
+    figures += placement_figures(Placement(config, val), encoders, model.levels)
     return {
         "checkpoint": str(checkpoint),
         "step": checkpoint_step(checkpoint),
@@ -172,6 +176,18 @@ def pooled_figures(probe: str, name: str, scores: Scores) -> Iterator[dict[str, 
     for key, by_k in scores.knn.items() if probe == "knn" else ():
         features = name if key == "last" else f"{name}, {key.replace('_', ' ')}"
         yield from (figure(probe, features, f"k={k}", accuracy) for k, accuracy in by_k.items())
+
+
+def placement_figures(
+    pairs: Placement, encoders: dict[str, MultiCropEncoder], levels: Sequence[Level]
+) -> Iterator[dict[str, Any]]:
+    setting = f"{pairs.count} pairs of crops"
+    scores = pairs.baselines(encoders["trained"].patch_size) | {
+        name if key == "last" else f"{name}, {key.replace('_', ' ')}": accuracy
+        for name, encoder in encoders.items()
+        for key, accuracy in pairs.measure(dense_features(encoder, levels)).items()
+    }
+    yield from (figure("placement", features, setting, accuracy) for features, accuracy in scores.items())
 
 
 def attentive_figures(config: Config, encoders: dict[str, MultiCropEncoder], device: torch.device) -> Iterator[dict[str, Any]]:

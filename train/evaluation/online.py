@@ -20,6 +20,7 @@ from train.build import build_encoder, build_evaluation_loaders
 from train.config.schema import Config, Evaluation
 from train.evaluation.features import Extractor, check_labels, colour_histogram, pixels, pooled_features
 from train.evaluation.measure import Scores, leave_one_out_knn, measure, nearest_neighbours
+from train.evaluation.placement import Placement, affordable_images, dense_features
 
 if TYPE_CHECKING:
     from train.adapt.weights import Start
@@ -56,8 +57,9 @@ class Neighbours:
 class OnlineEvaluation:
     """Measures the target encoder of `model` on the validation split. Without that split it warns once and measures nothing.
 
-    If the images have no labels, or all the same one, there are `rankme` and `neighbours`, but no accuracies. Raises ValueError
-    when the labels of the two splits mean different classes. Accuracies are percentages, None until they are measured.
+    If the images have no labels, or all the same one, there are `placement`, `rankme` and `neighbours`, but no other accuracies.
+    Raises ValueError when the labels of the two splits mean different classes. Accuracies are percentages, None until they are
+    measured. `placement` holds them for chance, raw pixels, the encoder before training, the trained one and its levels.
     """
 
     def __init__(self, config: Config, folder: Path, model: HJEPA, start: "Start | None" = None) -> None:
@@ -67,6 +69,8 @@ class OnlineEvaluation:
         self.knn: float | None = None
         self.linear: float | None = None
         self.rankme: float | None = None
+        self.placement: dict[str, float] = {}
+        self._pairs: Placement | None = None
         self.mixtures: dict[float, float] = {}
         self.share: float | None = None
         self._latest: Scores | None = None
@@ -82,15 +86,19 @@ class OnlineEvaluation:
         problems = check_labels(self._train, self._val)
         self.one_label, self._labelled = bool(problems.one_label), not (problems.one_label or problems.missing)
         if not self._labelled:
-            log.warning("no accuracies, only RankMe and neighbours: %s", problems.missing or problems.one_label)
+            log.warning(
+                "no accuracies of classes, only placement, RankMe and neighbours: %s", problems.missing or problems.one_label
+            )
         elif problems.unknown:
             log.warning(problems.unknown)
 
     def measure_baselines(self) -> None:
         """Measure k-NN of pixels, colour histogram, random initialisation and starting weights. Call it before training.
 
-        The accuracies are kept in baselines.json, and measured again for other images or evaluation settings.
+        The accuracies are kept in baselines.json, and measured again for other images or evaluation settings. Placement, which
+        takes a moment, is measured at every start.
         """
+        self._place("random_init" if self._start is None else "start")
         if not self._labelled:
             if self._start is not None and (scores := self._measure({"start": pooled_features(self._model.target)})):
                 self._describe(scores["start"])
@@ -162,7 +170,7 @@ class OnlineEvaluation:
         return {**baselines_key(self._train, self._val, self._settings), "linear_epochs": self._settings.linear_epochs}
 
     def measure(self) -> dict[str, float]:
-        """Measure the target encoder: update `knn`, `linear` and `rankme`, and return those there are for the run's log."""
+        """Measure the target encoder: update `knn`, `linear`, `rankme` and `placement`, and return what there is for the log."""
         epochs = self._settings.linear_epochs if self._labelled else 0
         extractors = {"trained": pooled_features(self._model.target)}
         scores = self._measure(extractors, linear_epochs=epochs, with_rankme=True)
@@ -171,7 +179,9 @@ class OnlineEvaluation:
         self._latest = trained = scores["trained"]
         self.rankme, self.linear = trained.rankme, trained.linear[0] if trained.linear else None
         self.knn = trained.knn["last"][self._settings.knn_k] if self._labelled else None
-        values = {"knn": self.knn, "knn_rankme": self.rankme, "linear": self.linear}
+        self._place("trained")
+        values = {"knn": self.knn, "knn_rankme": self.rankme, "linear": self.linear, "placement": self.placement.get("trained")}
+        values |= {f"placement_{name}": value for name, value in self.placement.items() if name.startswith("level")}
         return {name: value for name, value in values.items() if value is not None}
 
     def neighbours(self, choose: Choose, k: int, candidates: int) -> list[Neighbours]:
@@ -204,6 +214,23 @@ class OnlineEvaluation:
     @property
     def _device(self) -> torch.device:
         return next(self._model.target.parameters()).device
+
+    def _place(self, name: str) -> None:
+        """Measure the placement accuracy of the target encoder, as `name`; of its levels only once it is trained."""
+        if self._loaders is None:
+            return
+        encoder, levels = self._model.target, self._model.levels if name == "trained" else ()
+        self._model.eval()
+        try:
+            if self._pairs is None:
+                self._pairs = Placement(self._config, self._val, affordable_images(len(self._train) + len(self._val)))
+                self.placement = self._pairs.baselines(encoder.patch_size)
+            scores = self._pairs.measure(dense_features(encoder, levels))
+            self.placement |= {name: scores.pop("last"), **scores}
+        except ValueError as error:
+            log.warning("no placement accuracy: %s", error)
+        finally:
+            self._model.train()
 
     def _measure(self, extractors: dict[str, Extractor], **settings: Any) -> dict[str, Scores] | None:
         """Return the scores, or None without a validation split or when the features do not fit in memory."""

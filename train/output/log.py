@@ -27,6 +27,7 @@ PANELS = {
     "View term": ("view",),
     "SIGReg": ("sigreg",),
     "k-NN and linear probe during the run, %": ("knn", "linear"),
+    "Placement accuracy during the run, %": ("placement", "placement_level_0", "placement_level_1", "placement_level_2"),
     "RankMe of pooled features": ("rankme",),
     "Images per second": ("images_per_s",),
     "Data wait, % of the step": ("data_wait_percent", "store_wait_percent"),

@@ -26,14 +26,20 @@ MAX_WAIT_PERCENT = 10.0
 MIN_STEPS = 50  # shorter runs spend most of their time starting up
 MIN_IMAGES = 100  # with fewer validation images, one image is more than a percentage point
 MAX_POINTS = 400  # of a curve in a page: beyond that, groups of neighbouring points are averaged
-KNN_NAMES = {
-    "pixels": "k-NN, raw pixels",
-    "colour_histogram": "k-NN, colour histogram",
-    "random_init": "k-NN, random initialisation",
-    "start": "k-NN, starting weights, untouched",
-    "trained": "k-NN, trained encoder",
-    "mixed": "k-NN, mixed with the starting weights, exported",
+SCORE_NAMES = {
+    "chance": "chance",
+    "pixels": "raw pixels",
+    "colour_histogram": "colour histogram",
+    "random_init": "random initialisation",
+    "start": "starting weights, untouched",
+    "trained": "trained encoder",
+    "mixed": "mixed with the starting weights, exported",
+    **{f"level_{rung}": f"level {rung}" for rung in range(4)},
 }
+PLACEMENT = (
+    "Placement accuracy: of two random crops of a validation image, how often the nearest feature in the second crop is that of "
+    "the cell that shows the same place. It needs no labels."
+)
 CAPTIONS = {
     "crops": "Images with the boxes of their crops (dashed: mirrored), and the crops as the encoder gets them",
     "masks": "What the encoder sees of each global crop, and the cells it predicts at every level",
@@ -62,6 +68,7 @@ def write_summary(
         "loss_last": state.loss_last,
         "rankme": probe.rankme,
         "width": width,
+        "placement": probe.placement or None,
         "measured_on": probe.measured_on,
         "validation_images": probe.num_validation,
         "knn": probe.scores,
@@ -97,7 +104,7 @@ def read_summary(path: Path) -> dict[str, Any]:
 def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the names and values of `summary`, the content of summary.json, as every table shows them."""
     # `get`: summaries of older versions lack some keys.
-    knn, images = summary.get("knn") or {}, summary["validation_images"]
+    knn, placement, images = summary.get("knn") or {}, summary.get("placement") or {}, summary["validation_images"]
 
     def show(form: str, value: float | None) -> str:
         return "" if value is None else form.format(value)
@@ -114,8 +121,9 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("collapse alarms at steps", ", ".join(map(str, summary["collapse_alarms"]))),
         ("RankMe of the trained features", rankme and f"{rankme} of {min(summary['width'], images)}"),
         ("validation images", rankme and f"{images:,}"),
-        *((name, show("{:.1f} %", knn.get(key))) for key, name in KNN_NAMES.items()),
+        *((f"k-NN, {name}", show("{:.1f} %", knn.get(key))) for key, name in SCORE_NAMES.items()),
         ("linear probe, trained encoder", show("{:.1f} %", summary.get("linear"))),
+        *((f"placement, {name}", show("{:.1f} %", placement.get(key))) for key, name in SCORE_NAMES.items()),
     ]
     return [(name, value) for name, value in rows if value]
 
@@ -126,7 +134,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
     table.add_column(style="bold")
     table.add_column(justify="right")
     for name, value in summary_rows(summary):
-        if name == KNN_NAMES["pixels"]:
+        if name in ("k-NN, raw pixels", "placement, chance"):
             table.add_section()
         table.add_row(name, value)
     return table
@@ -138,18 +146,14 @@ def write_page(folder: Path, hints: Sequence[str] = ()) -> Path:
     The page needs no other file and no network. `hints`: suggestions, one sentence each. Raises OSError.
     """
     summary = read_object(folder / "summary.json", REMEDY)
-    knn, linear, rankme = summary["knn"], summary["linear"], summary["rankme"]
+    knn, linear, rankme, placement = summary["knn"], summary["linear"], summary["rankme"], summary.get("placement")
     tiles = [
         knn and (f"{knn['trained']:.1f} %", "k-NN, trained encoder"),
         linear is not None and (f"{linear:.1f} %", "linear probe, trained encoder"),
         (f"{summary['images_per_s']:,.0f}", "images per second"),
         (f"{summary['data_wait_percent']:.1f} %", "of the time waiting for data"),
         rankme is not None and (f"{rankme:.1f}", "RankMe of the features"),
-    ]
-    bars = [
-        f'<span>{name}</span><div class="{key}" style="width:{knn[key]:.1f}%"></div><b>{knn[key]:.1f} %</b>'
-        for key, name in KNN_NAMES.items()
-        if knn and key in knn
+        placement and (f"{placement['trained']:.1f} %", "placement accuracy"),
     ]
     pictures = [path for path in sorted((folder / "figures").glob("*.png")) if path.stem in CAPTIONS]
     environment = read_object(folder / "environment.json", REMEDY)
@@ -159,13 +163,18 @@ def write_page(folder: Path, hints: Sequence[str] = ()) -> Path:
     metrics = read_metrics(folder)
     if knn:
         metrics.insert(0, {"step": 0, "knn": knn.get("start", knn["random_init"])})
+    if placement:
+        metrics.insert(0, {"step": 0, "placement": placement.get("start", placement.get("random_init"))})
     parts = [
         f'<p class="soft">{escape(" · ".join(filter(None, header)))}</p>',
         f"<p><code>{escape(printable(environment['command']))}</code></p>" if "command" in environment else "",
         '<div class="tiles">',
         *(f'<div class="tile"><b>{tile[0]}</b><span>{tile[1]}</span></div>' for tile in tiles if tile),
         "</div>",
-        f'<h2>Does it beat what needs no training?</h2><div class="bars">{"".join(bars)}</div>' if knn else "",
+        f"<h2>Does it beat what needs no training?</h2>{_bars('k-NN', knn)}" if knn else "",
+        f'<h2>Do its tokens find their place?</h2><p class="soft">{PLACEMENT}</p>{_bars("placement", placement)}'
+        if placement
+        else "",
         f"<h2>What to try next</h2><ul>{_elements('li', hints)}</ul>" if hints else "",
         line_charts({"": metrics}),
         "<h2>Pictures</h2>",
@@ -203,6 +212,16 @@ def thin_out(points: Curve) -> list[list[float]]:
     array = array[np.isfinite(array).all(axis=1)]
     groups = np.array_split(array, min(MAX_POINTS, len(array))) if len(array) else []
     return [[float(f"{value:.5g}") for value in group.mean(axis=0)] for group in groups]
+
+
+def _bars(score: str, values: Mapping[str, float]) -> str:
+    """Return the percentages of a score as bars, in the order of SCORE_NAMES."""
+    bars = [
+        f'<span>{score}, {name}</span><div class="{key}" style="width:{values[key]:.1f}%"></div><b>{values[key]:.1f} %</b>'
+        for key, name in SCORE_NAMES.items()
+        if key in values
+    ]
+    return f'<div class="bars">{"".join(bars)}</div>'
 
 
 def _picture(path: Path) -> str:

@@ -56,7 +56,13 @@ def test_every_probe_has_pixels_and_random_initialisation_next_to_it_and_twice_t
     settings = {figure["setting"] for figure in report["figures"] if figure["probe"] == "knn"}
     assert settings == {"k=10", "k=20", "k=100"}  # of 103 training images, there are no 200 neighbours
     assert {f"trained, level {rung}" for rung in range(3)} <= {figure["features"] for figure in report["figures"]}
-    knn = json.loads((run / "summary.json").read_text())["knn"]
+    summary = json.loads((run / "summary.json").read_text())
+    placed = {figure["features"]: figure["accuracy"] for figure in report["figures"] if figure["probe"] == "placement"}
+    for name in ("chance", "pixels", "random_init", "trained"):
+        assert placed[name] == pytest.approx(summary["placement"][name])
+    assert placed["trained, level 1"] == pytest.approx(summary["placement"]["level_1"])
+    assert "| placement | raw pixels | 24 pairs of crops |" in printed
+    knn = summary["knn"]
     trained = [f for f in report["figures"] if (f["features"], f["setting"]) == ("trained", "k=20")]
     assert trained[0]["accuracy"] == pytest.approx(knn["trained"])
     assert "| knn | trained | k=10 / k=20 / k=100 |" in printed
@@ -101,7 +107,7 @@ def test_what_cannot_be_measured_is_one_clean_line(
     assert "a single split; evaluation needs train/ and val/" in refusal([str(run), "--data", str(one_split)], capsys)
 
 
-def test_shards_without_labels_are_one_clean_line(
+def test_shards_without_labels_are_measured_by_placement_only_and_a_line_says_so(
     run: Path, data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photos = tmp_path / "photos"
@@ -109,4 +115,7 @@ def test_shards_without_labels_are_one_clean_line(
     for number, picture in enumerate(photographs(12)):
         picture.save(photos / f"{number}.jpg")
     assert make_shards(["convert", str(photos), "--out", str(tmp_path / "bare"), "--val-ratio", "0.25"]) == 0
-    assert "samples without labels" in refusal([str(run), "--data", str(tmp_path / "bare")], capsys)
+    out = tmp_path / "bare.json"
+    assert evaluate([str(run), "--data", str(tmp_path / "bare"), "--json", str(out)]) == 0
+    assert capsys.readouterr().err.count("only placement accuracy") == 1
+    assert {figure["probe"] for figure in json.loads(out.read_text())["figures"]} == {"placement"}

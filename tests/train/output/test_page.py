@@ -31,7 +31,7 @@ def run_folder(folder: Path, steps: int = 40, labelled: bool = True) -> Path:
         {"step": step, "loss": 1 / step, "level_0": 0.5, "level_1": 0.2, "view": 0.1, "sigreg": 2.0, "rankme": 8.0}
         for step in range(1, steps + 1)
     ]
-    lines.append({"step": steps, "knn": 71.5, "linear": 80.25})
+    lines.append({"step": steps, "knn": 71.5, "linear": 80.25, "placement": 41.5})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "config.yaml").write_text(f"logging: {{run_name: {folder.name}}}\nmasking: {{strategy: global_only}}\n")
     (folder / "environment.json").write_text(
@@ -42,6 +42,7 @@ def run_folder(folder: Path, steps: int = 40, labelled: bool = True) -> Path:
         "run_name": f"{folder.name} <b>&", "finished": "2026-11-29 07:07 UTC", "device": "CPU, 2 cores", "train_s": 83.4,
         "steps": steps, "images": 32 * steps, "images_per_s": 512.3,
         "data_wait_percent": 3.25, "loss_first": 1.0, "loss_last": 1 / steps, "rankme": 8.0, "width": 64,
+        "placement": {"chance": 6.25, "pixels": 30.0, "random_init": 20.5, "trained": 41.5, "level_0": 40.0},
         "validation_images": 720, "knn": knn, "linear": 80.25 if labelled else None, "bad_samples": 0,
         "skipped_steps": 0, "collapse_alarms": [], "collapsed": False,
     }  # fmt: skip
@@ -65,6 +66,7 @@ def test_the_page_holds_every_logged_value_and_the_pictures_to_the_byte(tmp_path
     assert "2026-11-29 07:07 UTC · 40 steps, 1,280 images · 0:01:23 on CPU, 2 cores · commit abc123-dirty" in page
     assert "<code>python -m x a&lt;b</code>" in page
     assert lines_of(page, "k-NN and linear probe during the run, %") == {"knn": [[0, 44.3], [40, 71.5]], "linear": [[40, 80.25]]}
+    assert lines_of(page, "Placement accuracy during the run, %") == {"placement": [[0, 20.5], [40, 41.5]]}
     assert "try &lt;this&gt; &amp; that" in page
     assert "one &lt;b&gt;&amp;" in page
     assert "&lt;none&gt; &amp; co" in page
@@ -77,6 +79,7 @@ def test_a_run_without_labels_or_pictures_has_a_page_too(tmp_path: Path) -> None
     shutil.rmtree(folder / "figures")
     page = write_page(folder).read_text()
     assert "k-NN, trained" not in page
+    assert "<span>placement, trained encoder</span>" in page
     assert "What to try next" not in page
 
 
