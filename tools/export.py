@@ -6,6 +6,7 @@ DIR gets model.safetensors, config.json and README.md, the model card. It loads 
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -25,43 +26,8 @@ if TYPE_CHECKING:
 
 REMEDY = "Run the command that wrote it again"
 WEIGHTS, SETTINGS, README = "model.safetensors", "config.json", "README.md"
-FILES = {WEIGHTS, SETTINGS, README, "model.onnx", "model.onnx.data"}  # the last one for weights above 1.5 GB
-CARD = """\
----
-library_name: timm
-tags: [image-feature-extraction, self-supervised, jepa]
-license: {licence}
----
-
-# {name}
-
-A `{encoder}` encoder, pretrained without labels by Multi-Crop H-JEPA: {crops}, masking strategy `{strategy}`. These are the
-weights of the moving-average encoder after {steps} steps.
-
-```python
-import timm
-
-encoder = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()
-features = encoder(images)  # mean of the patch tokens; forward_features(images) returns all tokens
-```
-
-`timm.data.create_transform(**timm.data.resolve_model_data_config(encoder))` prepares the images.
-
-## Data
-
-`{dataset}`; pixels in 0..1 are normalised with mean {mean} and standard deviation {std}. The data has its own licence.
-"""
-
-ONNX_CARD = """
-## ONNX
-
-```python
-import onnxruntime
-
-session = onnxruntime.InferenceSession("PATH_OF_THIS_FOLDER/model.onnx")
-features, tokens = session.run(None, {"images": images.numpy()})  # the same images, any number of them
-```
-"""
+FILES = {WEIGHTS, SETTINGS, README, "model.onnx", "model.onnx.data", "transformers"}  # .data: of weights above 1.5 GB
+CARD = Path(__file__).parent / "exporting" / "card"
 
 
 def timm_settings(encoder: "MultiCropEncoder", config: Config) -> dict[str, Any]:
@@ -96,15 +62,14 @@ def model_card(config: Config, checkpoint: Path, licence: str, summary: Path, ar
     crops = f"{num_global} global crops of {data.multicrop.global_crop_size} px"
     if num_local:
         crops += f" and {num_local} local crops of {data.multicrop.local_crop_size} px"
-    card = CARD.format(
+    card = (CARD / "timm.md").read_text().format(
         name=config.logging.run_name, licence=licence, encoder=config.model.encoder, strategy=config.masking.strategy,
         crops=crops, steps=f"{checkpoint_step(checkpoint):,}", dataset=data.dataset,
         mean=list(data.augmentation.mean), std=list(data.augmentation.std),
     )  # fmt: skip
     if summary.exists():
         card += f"\n## Training\n\n{markdown_table(('', ''), summary_rows(read_summary(summary)))}\n"
-    if args.onnx:
-        card += ONNX_CARD
+    card += "".join((CARD / f"{name}.md").read_text() for name in ("onnx", "transformers") if getattr(args, name))
     if args.figures is not None:
         content = read_object(args.figures, REMEDY)
         with read_as_expected(args.figures, REMEDY):
@@ -125,7 +90,7 @@ def export(args: argparse.Namespace) -> None:
     import torch
     from safetensors.torch import save
 
-    from tools.exporting.formats import write_onnx
+    from tools.exporting.formats import write_onnx, write_transformers
     from train.adapt.weights import run_licence
     from train.build import build_model
     from train.evaluation.offline import find_checkpoint, load_trained
@@ -137,19 +102,22 @@ def export(args: argparse.Namespace) -> None:
     load_trained(checkpoint, model)
     summary = checkpoint.resolve().parent.parent / "summary.json"
     card = model_card(config, checkpoint, licence, summary, args)
+    settings = timm_settings(model.target, config)
     state = {name: value.contiguous() for name, value in model.target.vit.state_dict().items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         folder = Path(scratch)
         write_atomic(folder / WEIGHTS, save(state))  # save_file would write for this user alone, whatever the umask says
-        (folder / SETTINGS).write_text(json.dumps(timm_settings(model.target, config), indent=2) + "\n")
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
         (folder / README).write_text(card)
         vit = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()  # as everybody will
         if args.onnx:
             write_onnx(vit, config.data.multicrop.global_crop_size, folder)
+        if args.transformers:
+            write_transformers(vit, settings["pretrained_cfg"], folder)
         out.mkdir(exist_ok=True)
         for path in out.iterdir():
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         for path in folder.iterdir():
             path.rename(out / path.name)
     print(f'exported; load it with timm.create_model("local-dir:{args.out}", pretrained=True)')
@@ -165,6 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--figures", type=path_argument, metavar="JSON", help="The output of train.evaluate --json, for the model card.")
     add("--license", help="The licence of the weights. The default is that of model.weights, or else apache-2.0.")
     add("--onnx", action="store_true", help="Write model.onnx too, for any number of images, and compare it with torch.")
+    add("--transformers", action="store_true", help="Write a folder `transformers`, which transformers' AutoModel loads.")
     args = parser.parse_args(arguments)
     return run_command("export", lambda: export(args))
 

@@ -4,12 +4,14 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
 
+from tests.conftest import photographs
 from tests.train.test_run import ROOT, command
 from tools.export import main as export
 from train.evaluation.features import pooled_features
@@ -21,7 +23,7 @@ from train.run import main as train
 def run(data_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     mean = "data.augmentation.mean=[0.3, 0.4, 0.5]"
-    changes = ["training.max_steps=3", "logging.run_name=short", mean, "evaluation.crop_ratio=0.9"]
+    changes = ["training.max_steps=3", "logging.run_name=short", mean, "evaluation.crop_ratio=0.8"]
     assert train(command(ROOT / "configs" / "quickstart.yaml", data_path, folder, *changes)) == 0
     return folder / "short"
 
@@ -41,7 +43,7 @@ def test_timm_loads_an_encoder_with_the_same_features_bit_for_bit(run: Path, tmp
     assert tuple(settings["input_size"]) == (3, 32, 32)
     assert tuple(settings["mean"]) == (0.3, 0.4, 0.5)
     assert tuple(settings["std"]) == (0.229, 0.224, 0.225)
-    assert settings["crop_pct"] == 0.9
+    assert settings["crop_pct"] == 0.8
 
 
 def test_the_model_card_holds_figures_settings_and_licence(run: Path, tmp_path: Path) -> None:
@@ -86,6 +88,70 @@ def test_onnxruntime_gives_the_features_of_torch_for_any_number_of_images(
     np.testing.assert_array_equal(given["features"], features)
     assert export([str(run), "--out", str(out)]) == 0
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"num_reg_tokens": 0, "init_values": None, "rope_temperature": 50.0, "mlp_ratio": 3.0},
+        {"qkv_bias": True, "swiglu_mlp": True, "swiglu_align_to": 8, "patch_size": 8},
+    ],
+)
+def test_transformers_gives_the_tokens_of_timm(
+    arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    from tools.exporting.formats import write_transformers
+
+    shape = {"img_size": 32, "patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 2, "init_values": 0.1}
+    vit = timm.create_model("vit_small_patch16_dinov3", num_classes=0, **(shape | arguments)).eval()
+    for parameter in vit.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    settings = {"input_size": [3, 32, 32], "crop_pct": 0.875, "mean": [0.3, 0.4, 0.5], "std": [0.2, 0.2, 0.2]}
+    write_transformers(vit, settings, tmp_path)
+    assert "transformers: features differ from torch's by " in capsys.readouterr().out
+    loaded = transformers.AutoModel.from_pretrained(tmp_path / "transformers").eval()
+    assert type(loaded) is transformers.DINOv3ViTModel
+    images = torch.randn(2, 3, 64, 48)  # another size and shape than in training
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(images).last_hidden_state, vit.forward_features(images), atol=1e-4, rtol=0)
+
+
+def test_the_card_computes_our_features_with_transformers(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    out = tmp_path / "encoder"
+    assert export([str(run), "--out", str(out), "--transformers"]) == 0
+    assert {path.stat().st_mode & 0o777 for path in (out / "transformers").iterdir()} == {0o644}
+    (picture,) = photographs(1)
+    code = (out / "README.md").read_text().split("## transformers")[1].split("```python")[1].split("```")[0]
+    given = {"pictures": [picture]}
+    exec(code.replace("PATH_OF_THIS_FOLDER", str(out)), given)
+    loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    images = timm.data.create_transform(**timm.data.resolve_model_data_config(loaded))(picture)[None]
+    torch.testing.assert_close(given["images"], images, atol=0.05, rtol=0)
+    with torch.inference_mode():
+        torch.testing.assert_close(given["features"], loaded(given["images"]), atol=1e-4, rtol=0)
+
+
+def test_what_transformers_cannot_express_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from tools.exporting.formats import write_transformers
+
+    settings = {"input_size": [3, 32, 32], "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3}
+    shape = {"img_size": 32, "embed_dim": 48, "depth": 1, "num_heads": 2}
+    for arguments, reason in (
+        ({"class_token": False, "num_reg_tokens": 0}, "no class token"),
+        ({"swiglu_mlp": True, "swiglu_align_to": 0}, "size mismatch"),
+        ({"scale_attn_inner": True}, "Unexpected key"),
+        ({"rope_grid_indexing": "xy"}, "features differ"),
+    ):
+        vit = timm.create_model("vit_small_patch16_dinov3", num_classes=0, **shape, **arguments).eval()
+        for parameter in vit.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        with pytest.raises(ValueError, match=f"{reason}.*possible are") as raised:
+            write_transformers(vit, settings, tmp_path)
+        assert "\n" not in str(raised.value)
 
 
 def test_files_have_the_modes_of_the_umask_and_a_missing_package_is_named(

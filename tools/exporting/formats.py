@@ -3,13 +3,28 @@
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
+from pipeline.files import write_atomic
+
 BATCHES = (1, 3)
 TOLERANCE = 1e-4  # of features that a layer norm has brought to about 1
+CONSTANTS = ("lambda1", "mask_token", "register_tokens")  # kept as they begin where timm's model has no LayerScale or registers
+NAMES = {
+    "cls_token": "embeddings.cls_token", "reg_token": "embeddings.register_tokens",
+    "patch_embed.proj": "embeddings.patch_embeddings", "blocks.": "model.layer.", ".attn.proj.": ".attention.o_proj.",
+    ".attn.q_bias": ".attention.q_proj.bias", ".attn.v_bias": ".attention.v_proj.bias", ".attn.": ".attention.",
+    ".gamma_1": ".layer_scale1.lambda1", ".gamma_2": ".layer_scale2.lambda1",
+    ".fc1_g.": ".gate_proj.", ".fc1_x.": ".up_proj.", ".fc1.": ".up_proj.", ".fc2.": ".down_proj.",
+}  # fmt: skip
+EXPRESSED = (
+    "possible are the vit_*_dinov3 encoders with model.encoder_kwargs.class_token: true, and of the other arguments img_size, "
+    "patch_size, embed_dim, depth, num_heads, mlp_ratio, qkv_bias, num_reg_tokens, init_values and rope_temperature"
+)
 
 
 class FeaturesAndTokens(nn.Module):
@@ -39,6 +54,56 @@ def write_onnx(vit: Eva, size: int, folder: Path) -> None:
     program.save(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     compare(path.name, encoder, size, lambda images: map(torch.from_numpy, session.run(None, {"images": images.numpy()})))
+
+
+def write_transformers(vit: Eva, settings: dict[str, Any], folder: Path) -> None:
+    """Write a folder for transformers' AutoModel and AutoImageProcessor; `settings` are timm's `pretrained_cfg`.
+
+    Raises ValueError for an encoder that DINOv3ViTModel cannot express.
+    """
+    import transformers
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    block, size, out = vit.blocks[0], settings["input_size"][-1], folder / "transformers"
+    has_bias, is_gated = block.attn.q_bias is not None, hasattr(block.mlp, "fc1_g")
+    config = transformers.DINOv3ViTConfig(
+        patch_size=vit.patch_embed.patch_size[0], hidden_size=vit.embed_dim, intermediate_size=block.mlp.fc2.in_features,
+        num_hidden_layers=len(vit.blocks), num_attention_heads=block.attn.num_heads, image_size=size,
+        hidden_act="silu" if is_gated else "gelu", use_gated_mlp=is_gated, layer_norm_eps=vit.norm.eps, query_bias=has_bias,
+        key_bias=False, value_bias=has_bias, num_register_tokens=vit.num_prefix_tokens - 1, pos_embed_rescale=None,
+        rope_theta=getattr(vit.rope, "temperature", 100.0),
+    )  # fmt: skip
+    try:
+        if vit.cls_token is None:
+            raise ValueError("the encoder has no class token")
+        model = transformers.DINOv3ViTModel(config)
+        constants = {name: value for name, value in model.state_dict().items() if name.endswith(CONSTANTS)}
+        model.load_state_dict(constants | renamed(vit))
+        model.save_pretrained(out)
+        weights = out / "model.safetensors"
+        write_atomic(weights, weights.read_bytes())  # with the mode of the umask; theirs is for this user alone
+        crop = {"height": size, "width": size}
+        transformers.DINOv3ViTImageProcessor(
+            size={"shortest_edge": int(size / settings["crop_pct"])}, do_center_crop=True, crop_size=crop,
+            image_mean=settings["mean"], image_std=settings["std"],
+        ).save_pretrained(out)  # fmt: skip
+        loaded = transformers.AutoModel.from_pretrained(out).eval()
+        compare(out.name, lambda images: [vit.forward_features(images)], size, lambda images: [loaded(images).last_hidden_state])
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"--transformers: DINOv3ViTModel cannot express this encoder ({reason}); {EXPRESSED}") from None
+
+
+def renamed(vit: Eva) -> dict[str, Tensor]:
+    """Return the state dict under transformers' names, with a projection each for queries, keys and values."""
+    state = {}
+    for name, value in vit.state_dict().items():
+        for ours, theirs in NAMES.items():
+            name = name.replace(ours, theirs)
+        parts = zip("qkv", value.chunk(3), strict=True) if ".qkv." in name else [("", value)]
+        state.update({name.replace(".qkv.", f".{letter}_proj."): part for letter, part in parts})
+    return state
 
 
 @torch.inference_mode()
