@@ -14,7 +14,7 @@ from train.command import CommandParser, device_argument, path_argument, place_a
 from train.output.display import LOADING
 from train.shards import with_shards
 
-PROBES = ("knn", "linear", "attentive")
+PROBES = ("knn", "linear", "attentive", "dense")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -24,6 +24,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add, probes = parser.add_argument, f"The probes: any of {', '.join(PROBES)}. The default is knn and linear."
     add("run", type=path_argument, help="The folder of a run, whose newest checkpoint is measured, or one of its checkpoints.")
     add("--probe", nargs="+", choices=PROBES, default=["knn", "linear"], metavar="PROBE", help=probes)
+    masks = "For dense: train/ and val/ with NAME.seg.png beside images, or a tree of VOC, ADE20K or Cityscapes."
+    add("--masks", type=path_argument, metavar="FOLDER", help=masks)
     parser.add_json("the results")
     add = parser.add_argument_group("instead of what the run was trained with").add_argument
     add("--data", type=place_argument, metavar="SHARDS", help="Measure on this folder, which contains train/ and val/.")
@@ -34,6 +36,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def evaluate_checkpoint(args: argparse.Namespace) -> None:
+    if ("dense" in args.probe) != (args.masks is not None):
+        raise ValueError("--probe dense and --masks FOLDER need each other")
     # cuBLAS is deterministic only with its own workspace.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     show_messages()
@@ -44,9 +48,17 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
 
     torch.use_deterministic_algorithms(True, warn_only=True)
     checkpoint, config = find_checkpoint(args.run, args.config, args.data, args.max_samples, args.device)
-    report = evaluate(checkpoint, with_shards(config), tuple(args.probe))
+    report, tables = {}, []
+    if pooled := tuple(probe for probe in args.probe if probe != "dense"):
+        report = evaluate(checkpoint, with_shards(config), pooled)
+        tables.append(report_table(report))
+    if args.masks is not None:
+        from train.evaluation.dense import dense_table, evaluate_dense
+
+        report["dense"] = evaluate_dense(checkpoint, config, args.masks)
+        tables.append(dense_table(report["dense"]))
     if args.json != "-":
-        print(report_table(report))
+        print("\n\n".join(tables))
     if args.json is not None:
         write_json(args.json, report)
 

@@ -18,7 +18,12 @@ from train.config.load import load_config
 # The quickstart predicts tokens and has no summary, so that two variants are its base.
 @pytest.mark.parametrize(
     ("config", "same"),
-    [("quickstart", {BASE, "global_only", "tokens, no summary"}), ("study_fashion_mnist", {BASE}), ("study_emoji", {BASE})],
+    [
+        ("quickstart", {BASE, "global_only", "tokens, no summary"}),
+        ("study_fashion_mnist", {BASE}),
+        ("study_emoji", {BASE}),
+        ("study_scenes", {BASE}),
+    ],
 )
 def test_every_variant_is_a_valid_config_that_differs_from_all_others(config: str, same: set[str]) -> None:
     base = Base(str(ROOT / "configs" / f"{config}.yaml"), ("training.lr=1e-3",))

@@ -47,6 +47,7 @@ FORMATS = {
     **({"HEIF": (".heic", ".heif")} if HEIC_IS_READ else {}),
 }
 EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in extensions)
+MASK_END = ".seg.png"  # of the mask beside an image: read by the dense probe, and no image itself
 
 VERIFY_LEVELS = ("none", "header", "full")
 MAX_FLAT_BYTES = 2_000  # of the headers and tables of an image of one colour; its pixels take half a bit each or less
@@ -85,7 +86,7 @@ class CheckedImage:
 
 
 def is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS)
+    return name.lower().endswith(EXTENSIONS) and not name.lower().endswith(MASK_END)
 
 
 def check_image(content: bytes, name: str, policy: ImagePolicy) -> CheckedImage:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline.text import plural, truncate_list
 from tools.shards.decoding.foreign import OTHERS, PACKED, describe_foreign
-from tools.shards.images import FORMATS
+from tools.shards.images import FORMATS, MASK_END
 
 QUIET = "texts, lists or hidden files"  # counted, but reported only when the source has no image at all
 QUIET_NAMES = frozenset({"index.npy", "thumbs.db", "desktop.ini", "readme", "license", "licence", "copying", "makefile"})
@@ -24,6 +24,8 @@ def file_kind(name: str) -> str:
     stem, _, extension = base.rpartition(".")
     if base.startswith(".") or base in QUIET_NAMES or extension in QUIET_EXTENSIONS:
         return QUIET
+    if base.endswith(MASK_END):
+        return "mask(s)"
     # The kind is printed, and the name can come from an untrusted archive.
     if not stem or len(extension) > MAX_EXTENSION_LENGTH or not (extension.isascii() and extension.isalnum()):
         return "without an extension"

@@ -139,9 +139,7 @@ def knn_accuracies(
     chunks = (part.split(TEST_CHUNK) for part in (labels, weights, test_labels.to(device)))
     for label, weight, truth in zip(*chunks, strict=True):
         for k in ks:
-            votes = torch.zeros(len(label), classes, device=device)
-            votes.scatter_add_(1, label[:, :k], weight[:, :k])
-            correct[k] += int((votes.argmax(dim=1) == truth).sum())
+            correct[k] += int((vote(label[:, :k], weight[:, :k], classes) == truth).sum())
     return {k: 100.0 * count / len(test) for k, count in correct.items()}
 
 
@@ -149,6 +147,11 @@ def leave_one_out_knn(features: Features, k: int, device: torch.device) -> float
     """Return the percentage of images whose label wins the vote of their k nearest others, by the feature `last`."""
     values, labels = features.values["last"], features.labels
     return knn_accuracies(values, labels, values, labels, [k], device, leave_one_out=True)[k]
+
+
+def vote(labels: torch.Tensor, weights: torch.Tensor, classes: int) -> torch.Tensor:
+    """Return the class with the largest sum of weights, `[m] int64`, from `labels` and `weights` `[m, k]`."""
+    return torch.zeros(len(labels), classes, device=labels.device).scatter_add_(1, labels, weights).argmax(dim=1)
 
 
 def num_classes(*labels: torch.Tensor) -> int:
