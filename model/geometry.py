@@ -45,14 +45,3 @@ def log_cell_size(boxes: Tensor, grid: int, stride: int = 1) -> Tensor:
     """Return the natural logarithm of a cell's height and width as fractions of the source image, `[n, 2] float32`."""
     sides = boxes[:, 2:] - boxes[:, :2]
     return torch.log(sides * (stride / grid))
-
-
-def covered(centres: Tensor, boxes: Tensor, partners: Tensor) -> Tensor:
-    """Return which cells have their centre in the box of one of their crop's partners, `[B * G, M] bool`.
-
-    `centres`: `[B * G, M, 2]`, y and x in the source image. `boxes`: `[B, V, 4]`. `partners`: `[B, G, V] bool`.
-    """
-    y, x = centres.unflatten(0, partners.shape[:2])[..., None].unbind(-2)  # [B, G, M, 1]
-    y0, x0, y1, x1 = boxes[:, None, None].unbind(-1)  # [B, 1, 1, V]
-    inside = (y0 <= y) & (y < y1) & (x0 <= x) & (x < x1)
-    return (inside & partners[:, :, None]).any(dim=-1).flatten(0, 1)

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from model import defaults
 from model.encoder import MultiCropEncoder
-from model.geometry import Cells, covered, crop_cells
-from model.losses import BatchStandardize, LossWeights, SIGReg, anchor_loss, prediction_losses, view_loss, weighted_sum
+from model.geometry import Cells, crop_cells
+from model.losses import BatchStandardize, LossWeights, SIGReg, anchor_loss, view_loss, weighted_sum
 from model.masks import MaskPlan, level_grid, pool_cells
 from model.predictor import Predictor, SummaryPredictor, summary_loss
 from model.teacher import StudentTeacher
@@ -49,7 +49,6 @@ class HJEPA(StudentTeacher):
         global_crop_size: int,
         projector_hidden: int,
         projector_dim: int,
-        sigreg_knots: int,
         weights: LossWeights,
         grad_checkpointing: bool = defaults.GRAD_CHECKPOINTING,
     ) -> None:
@@ -72,7 +71,7 @@ class HJEPA(StudentTeacher):
             )
         # The encoder at its starting weights, for the anchor; in a tuple, which keeps it out of the state dict.
         self.start: tuple[MultiCropEncoder, ...] = ()
-        self.sigreg = SIGReg(sigreg_knots)
+        self.sigreg = SIGReg()
         self.summary: SummaryPredictor | None = None
         if weights.summary > 0:
             cells = [level_grid(self.grid, level.stride) ** 2 for level in levels]
@@ -87,8 +86,7 @@ class HJEPA(StudentTeacher):
         `flips`: `[B, V]`, as in `CropBatch`. `directions`: `[P, S]`, from `random_directions`.
 
         `features`: `[B, D]`, the target's mean token of the first global; without predictions, the student's. The terms
-        `level_0` .., `summary`, `view` and `sigreg` are absent if their weight is 0. If the predictor sees other crops of an
-        image, `inside`, `outside` and `covered_share` of `prediction_losses` are added.
+        `level_0` .., `summary`, `view` and `sigreg` are absent if their weight is 0.
         """
         losses: dict[str, Tensor] = {}
         terms: list[Tensor] = []
@@ -108,9 +106,9 @@ class HJEPA(StudentTeacher):
         if self.predictor is not None:
             queries = self._query_cells(boxes, flips, plan)
             predictions = self.predictor(*self._context(student, boxes, flips, plan), queries, plan.sources, plan.real)
-            losses |= self._level_losses(predictions, targets, queries, boxes, plan)
-            levels = weighted_sum(self.level_weights, [losses[f"level_{rung}"] for rung in range(len(self.levels))])
-            terms.append(self.weights.prediction * levels)
+            levels = level_losses(predictions, targets, plan)
+            losses |= {f"level_{rung}": level for rung, level in enumerate(levels)}
+            terms.append(self.weights.prediction * weighted_sum(self.level_weights, levels))
         # 4. Prediction of all cells of every level from the mean context token only.
         if self.summary is not None:
             predicted_maps = self.summary(views[:, : self.num_global].flatten(0, 1))
@@ -169,18 +167,14 @@ class HJEPA(StudentTeacher):
         features, centres, log_sizes = [torch.cat(parts, dim=1) for parts in zip(*rows, strict=True)]
         return features, Cells(centres, log_sizes)
 
-    def _level_losses(
-        self, predictions: list[Tensor], targets: list[Tensor], queries: list[Cells], boxes: Tensor, plan: MaskPlan
-    ) -> dict[str, Tensor]:
-        """Return the `prediction_losses` of the smooth L1 distance, averaged over channels, of each queried cell."""
-        errors = []
-        for prediction, target, chosen in zip(predictions, targets, plan.queries, strict=True):
-            goal = torch.take_along_dim(target, chosen.flatten(0, 1)[..., None], dim=1)
-            errors.append(F.smooth_l1_loss(prediction.float(), goal, reduction="none").mean(dim=-1))
-        inside = None
-        if plan.partners is not None:
-            inside = [covered(cells.centres, boxes, plan.partners) for cells in queries]
-        return prediction_losses(errors, self.level_weights, inside)
+
+def level_losses(predictions: list[Tensor], targets: list[Tensor], plan: MaskPlan) -> list[Tensor]:
+    """Return per level the mean smooth L1 distance of the queried cells, `[] float32`."""
+    losses = []
+    for prediction, target, chosen in zip(predictions, targets, plan.queries, strict=True):
+        goal = torch.take_along_dim(target, chosen.flatten(0, 1)[..., None], dim=1)
+        losses.append(F.smooth_l1_loss(prediction.float(), goal, reduction="none").mean(dim=-1).mean())
+    return losses
 
 
 def join_crops(crops: Sequence[Tensor]) -> Tensor:

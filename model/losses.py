@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from model import defaults
 
+KNOTS = 17  # of SIGReg's integral, as in LeJEPA
+
 
 @dataclass(frozen=True)
 class LossWeights:
@@ -51,29 +53,6 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 
 def weighted_sum(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
     return torch.stack([weight * value for weight, value in zip(weights, values, strict=True)]).sum()
-
-
-def prediction_losses(errors: Sequence[Tensor], weights: Sequence[float], inside: Sequence[Tensor] | None) -> dict[str, Tensor]:
-    """Return the mean error of each level l as `level_l`; with `inside`, also three measurements without gradient.
-
-    `errors`: per level `[n, M_l] float32`. `inside`: per level `[n, M_l] bool`, the cells whose place in the image the predictor
-    sees in another crop. Measured are `covered_share`, their fraction, and `inside` and `outside`, the weighted sums of the
-    levels' mean errors over these and over the other cells.
-    """
-    losses = {f"level_{rung}": error.mean() for rung, error in enumerate(errors)}
-    if inside is None:
-        return losses
-    with torch.no_grad():
-        for name, chosen in (("inside", inside), ("outside", [~part for part in inside])):
-            means = [masked_mean(error, part) for error, part in zip(errors, chosen, strict=True)]
-            losses[name] = weighted_sum(weights, means)
-        losses["covered_share"] = torch.cat(list(inside), dim=1).float().mean()
-    return losses
-
-
-def masked_mean(values: Tensor, chosen: Tensor) -> Tensor:
-    """Return the mean of the chosen (`bool`, same shape) values, 0 if there are none."""
-    return (values * chosen).sum() / chosen.sum().clamp(min=1)
 
 
 class BatchStandardize(nn.Module):
@@ -121,7 +100,7 @@ class SIGReg(nn.Module):
     normal: Tensor
     weights: Tensor
 
-    def __init__(self, knots: int) -> None:
+    def __init__(self, knots: int = KNOTS) -> None:
         super().__init__()
         # The trapezoid rule on 0..3, beyond which the weight is below 0.012; doubled, since the integrand is even.
         points = torch.linspace(0, 3, knots)

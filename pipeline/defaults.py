@@ -18,7 +18,6 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of
 # Loading.
 BATCH_SIZE = 64  # images per rank
 PREFETCH = 2  # batches
-HW_DECODER_LOAD = 0.65  # DALI's own default
 MAX_BAD_SHARE = 0.01  # of all samples
 
 # Shards in an object store.

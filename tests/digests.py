@@ -66,7 +66,7 @@ def losses(shards: Path, folder: Path) -> None:
         run = [f"masking.strategy={strategy}", f"data.data_path={shards}", f"logging.run_dir={folder}"]
         command("-m", "train.run", "configs/quickstart.yaml", *settings, *run, f"logging.run_name={strategy}")
         lines = [json.loads(line) for line in (folder / strategy / "metrics.jsonl").read_text().splitlines()]
-        names = ("loss", "level_0", "level_1", "level_2", "summary", "view", "sigreg", "inside", "outside", "grad_norm")
+        names = ("loss", "level_0", "level_1", "level_2", "summary", "view", "sigreg", "grad_norm")
         values = [[line[name].hex() for name in names if name in line] for line in lines if "loss" in line]
         print(f"losses {strategy}: {len(values)} steps {sha(json.dumps(values).encode())}", flush=True)
 

@@ -55,7 +55,7 @@ def build_hjepa(dataset: MultiCropDataset) -> HJEPA:
     levels = default_levels(encoder.depth)
     return HJEPA(
         encoder, Predictor(encoder.width, 96, 2, 3, len(levels)), levels, num_global_crops=2, global_crop_size=224,
-        projector_hidden=256, projector_dim=PROJECTOR, sigreg_knots=17, weights=LossWeights(),
+        projector_hidden=256, projector_dim=PROJECTOR, weights=LossWeights(),
     )  # fmt: skip
 
 

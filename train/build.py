@@ -14,7 +14,6 @@ from model.predictor import Predictor
 from model.teacher import StudentTeacher
 from pipeline.crops.augment import Augmentation, ViewRecipe
 from pipeline.crops.device import DeviceError, choose_crop_device
-from pipeline.crops.graph import CROP_DEVICES
 from pipeline.dataset import (
     MultiCropDataset,
     build_multicrop_dataset,
@@ -23,7 +22,6 @@ from pipeline.dataset import (
     own_cores,
     resolve_device,
 )
-from pipeline.defaults import HW_DECODER_LOAD
 from pipeline.loader import MultiCropLoader, build_multicrop_dataloader
 from pipeline.shards.cache import CacheSettings
 from pipeline.shards.index import ShardIndex, open_index, split_folder
@@ -88,7 +86,6 @@ def build_loader(
     return build_multicrop_dataloader(
         dataset, batch_size, seed=config.seed, device=config.device, device_id=ranks.local_rank, crop_device=data.crop_device,
         num_workers=data.num_workers, prefetch=data.prefetch, max_bad_share=data.max_bad_share,
-        hw_decoder_load=HW_DECODER_LOAD if data.hw_decoder_load == "auto" else data.hw_decoder_load,
         rank=ranks.rank, world_size=ranks.world_size, **options,
     )  # fmt: skip
 
@@ -108,23 +105,21 @@ def build_training_loader(
     return loader
 
 
-def with_crop_device(config: Config, ranks: Ranks = SINGLE_PROCESS, kept: str | None = None) -> Config:
-    """Return `config` with data.crop_device decided for a GPU run: if it is auto, `kept`, or the best that works on rank 0.
+def with_crop_device(config: Config, ranks: Ranks = SINGLE_PROCESS) -> Config:
+    """Return `config` with data.crop_device decided for a GPU run: if it is auto, gpu where that works on every rank.
 
-    `kept`: where the run that continues has made its crops; any other way makes other pixels. Raises DeviceError if the kernel
-    is chosen and does not work on this rank.
+    Raises DeviceError if gpu is asked for and does not work on this rank.
     """
     asked = config.data.crop_device
-    if resolve_device(config.device) != "gpu" or asked in ("dali", "cpu"):
+    if resolve_device(config.device) != "gpu" or asked == "cpu":
         return config
     mine, reason = choose_crop_device(tuple(crop_sizes(config)), ranks.local_rank)
-    if asked == "auto":
-        asked = CROP_DEVICES[ranks.from_first(CROP_DEVICES.index(kept if kept in CROP_DEVICES else mine))]
-        if reason and asked == mine:
-            log.warning(reason)
-    if asked == "gpu" != mine:
-        raise DeviceError(f"data.crop_device: gpu: {reason}. data.crop_device={mine} works, with slightly other pixels")
-    return config.model_copy(update={"data": config.data.model_copy(update={"crop_device": asked})})
+    if asked == "gpu" and reason:
+        raise DeviceError(f"data.crop_device: gpu: {reason}. data.crop_device=cpu works, with slightly other pixels")
+    if reason:
+        log.warning(reason)
+    chosen = "gpu" if ranks.all(mine == "gpu") else "cpu"
+    return config.model_copy(update={"data": config.data.model_copy(update={"crop_device": chosen})})
 
 
 def build_evaluation_loaders(config: Config, shuffle: bool = False) -> tuple[MultiCropLoader, MultiCropLoader]:
@@ -187,7 +182,6 @@ def build_model(config: Config, device: torch.device) -> HJEPA:
         global_crop_size=config.data.multicrop.global_crop_size,
         projector_hidden=settings.projector_hidden,
         projector_dim=settings.projector_dim,
-        sigreg_knots=loss.sigreg_knots,
         weights=LossWeights(
             loss.prediction_weight, loss.summary_weight, loss.view_weight, loss.sigreg_weight, loss.anchor_weight
         ),

@@ -25,7 +25,7 @@ from train.evaluation.online import OnlineEvaluation
 from train.monitor import memory_metrics
 from train.output.display import Display
 from train.output.folder import check_run_folder, open_run_folder
-from train.output.log import MetricsLog, open_wandb
+from train.output.log import MetricsLog
 from train.output.pictures import NEIGHBOURS, NUM_LOOKED_AT, QUERIES, colourful, draw_run
 from train.output.report import advice, current_summary, forgetting, stop_setting, summary_table, write_page, write_summary
 from train.trainer import DIVERGED, NOT_WRITTEN, STOPPED, Trainer
@@ -133,17 +133,14 @@ class Recorder:
         self._writer = CheckpointWriter(self._checkpoints, config.checkpoint.keep_last_n, config.checkpoint.keep_best_n)
         steps = (trainer.state.step, trainer.schedule.total_steps, trainer.steps_per_epoch)
         self.display = Display(console, config.logging.run_name, *steps)
-        wandb = config.logging.wandb
-        self._was_complete, step = trainer.complete, trainer.state.step
-        self._wandb = open_wandb(wandb.project, self._folder, config.resolved, step) if wandb.enabled else None
-        self._opened = ExitStack()
+        self._was_complete, self._opened = trainer.complete, ExitStack()
         self._metrics = self._open_metrics()
         self._heartbeat_at = 0.0
 
     def _open_metrics(self) -> MetricsLog:
         """Open the logs, without what they hold of later steps."""
         tensorboard, step = self._trainer.config.logging.tensorboard, self._trainer.state.step
-        return self._opened.enter_context(MetricsLog(self._folder, tensorboard, step, self._wandb))
+        return self._opened.enter_context(MetricsLog(self._folder, tensorboard, step))
 
     def log(self, line: dict[str, float]) -> None:
         """Record a step; `line` is empty except at logging steps."""
@@ -234,7 +231,6 @@ class Recorder:
                 self._evaluation.mix_back(folder / MIXED, state.step)
                 width = self._trainer.model.encoder.width
                 summary = write_summary(folder, config, state, self._evaluation, width, device_name(self._trainer))
-                self._metrics.summary(summary)
             hints = advice(config, summary)
             page = write_page(folder, hints)
         except OSError as error:
@@ -263,5 +259,3 @@ class Recorder:
         """Note how the run ended, given its exit code."""
         self._opened.close()
         self._write_heartbeat(STATUSES.get(code, "failed"))
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=code)

@@ -14,7 +14,6 @@ from pipeline.defaults import IMAGENET_MEAN, IMAGENET_STD
 
 OPTIONS = {
     "num_global_crops": 2, "global_crop_size": 48, "projector_hidden": 32, "projector_dim": 16,
-    "sigreg_knots": 17,
 }  # fmt: skip
 BATCH = 6
 

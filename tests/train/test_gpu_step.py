@@ -28,7 +28,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def config_of(device: str, data_path: Path, tmp_path: Path, *changes: str) -> Config:
-    given = [f"device={device}", "data.crop_device=cpu", "data.hw_decoder_load=0.65", "training.max_steps=30", *changes]
+    given = [f"device={device}", "data.crop_device=cpu", "training.max_steps=30", *changes]
     path, *overrides = command(QUICKSTART, data_path, tmp_path, *given)
     return load_config(Path(path), overrides)
 
@@ -107,14 +107,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     assert (trainer.state.skipped_steps, trainer.state.skipped_in_a_row) == (2, 0)
 
 
-WAYS = [
-    pytest.param("gpu", "true", marks=pytest.mark.gpu), pytest.param("gpu", "cudagraphs", marks=pytest.mark.gpu),
-    pytest.param("cpu", "true", marks=pytest.mark.slow),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("device", "way"), WAYS)
-def test_compiled_steps_have_the_losses_of_eager_ones(device: str, way: str, data_path: Path, tmp_path: Path) -> None:
+@on_each_device
+def test_compiled_steps_have_the_losses_of_eager_ones(device: str, data_path: Path, tmp_path: Path) -> None:
     try:
         find_compiler()
     except ValueError as error:
@@ -123,7 +117,7 @@ def test_compiled_steps_have_the_losses_of_eager_ones(device: str, way: str, dat
     eager, compiled = (
         [trainer.train_step() for _ in range(6)]
         for trainer in (
-            Trainer(config_of(device, data_path, tmp_path, f"training.compile={c}", *changes)) for c in ("false", way)
+            Trainer(config_of(device, data_path, tmp_path, f"training.compile={c}", *changes)) for c in ("false", "true")
         )
     )
     for one, other in zip(eager, compiled, strict=True):

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -186,14 +185,13 @@ def test_images_without_labels_get_neighbours_and_rankme_and_no_accuracies(
 
 
 @pytest.mark.parametrize("strategy", ["global_with_local_context", "cross_crop_prediction"])
-def test_every_strategy_trains_and_reports_what_its_other_crops_cover(strategy: str, data_path: Path, tmp_path: Path) -> None:
+def test_every_strategy_trains(strategy: str, data_path: Path, tmp_path: Path) -> None:
     changes = [f"masking.strategy={strategy}", "logging.log_frequency=2"]
     path, *overrides = command(QUICKSTART, data_path, tmp_path, *changes)
     trainer = Trainer(load_config(Path(path), overrides))
     assert trainer.train_step() == {}
     line = trainer.train_step()
-    assert 0 < line["covered_share"] < 1
-    assert min(line["inside"], line["outside"]) > 0
+    assert min(line["level_0"], line["level_1"], line["level_2"]) > 0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -332,11 +330,6 @@ def test_without_data_one_line_says_what_is_missing_and_which_command_makes_it(t
         ("data.crop_device=gpu", "data.crop_device: gpu needs device: gpu"),
         ("masking.context_ratio=0.01", "0 context and 8 query tokens of 16"),
         ("model.levels=[{layer: 5, stride: 1, weight: 1.0}]", "the encoder has 2 blocks"),
-        pytest.param(
-            "logging.wandb.enabled=true",
-            "the package wandb is not installed",
-            marks=pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed"),
-        ),
         ("checkpoint.resume=runs/nowhere", "checkpoint.resume: runs/nowhere"),
         ("data.batch_size=200", "103 samples are fewer than one global batch of 200"),
     ],

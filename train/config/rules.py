@@ -60,13 +60,6 @@ def broken_rules(config: Config) -> Iterator[Problem]:
         yield "model.levels", "the list is empty; list some levels, or write null for the three default ones"
     if not any((loss.prediction_weight, loss.summary_weight, loss.view_weight, loss.sigreg_weight)):
         yield "loss.prediction_weight", "all four weights are 0, so nothing would be learned; raise one"
-    if training.compile == "cudagraphs" and config.device == "cpu":
-        yield "training.compile", "cudagraphs needs a GPU, and device is cpu; write true or false"
-    if training.compile == "cudagraphs" and training.accumulation_steps > 1:
-        yield (
-            "training.compile",
-            "cudagraphs needs accumulation_steps: 1, because each batch overwrites the last one; or write true",
-        )
     if training.warmup_epochs > training.epochs:
         problem = f"{training.warmup_epochs:g} is more than epochs = {training.epochs}; lr would never reach its peak"
         yield "training.warmup_epochs", problem
@@ -74,9 +67,8 @@ def broken_rules(config: Config) -> Iterator[Problem]:
 
 def _crop_rules(config: Config) -> Iterator[Problem]:
     data, patch, (num_global, num_local) = config.data, config.model.patch_size, config.data.crop_counts
-    if config.device == "cpu" and data.crop_device in ("gpu", "dali"):
-        problem = f"{data.crop_device} needs device: gpu; a run on the CPU makes its crops there, write auto or cpu"
-        yield "data.crop_device", problem
+    if config.device == "cpu" and data.crop_device == "gpu":
+        yield "data.crop_device", "gpu needs device: gpu; a run on the CPU makes its crops there, write auto or cpu"
     for key in ("global_blur_prob", "solarize_prob"):
         values = getattr(data.augmentation, key)
         if isinstance(values, tuple) and len(values) < num_global:

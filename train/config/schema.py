@@ -97,13 +97,11 @@ class Data(Section):
     """Images per rank."""
     num_workers: PositiveInt | Literal["auto"] = "auto"
     """CPU threads of DALI; auto: half of this rank's cores."""
-    hw_decoder_load: Fraction | Literal["auto"] = "auto"
-    """Fraction of the JPEGs that the GPU's JPEG engine decodes, if it has one; auto: 0.65, DALI's own default."""
     prefetch: PositiveInt = defaults.PREFETCH
     """Batches that are prefetched."""
-    crop_device: Literal["auto", "gpu", "dali", "cpu"] = "auto"
-    """Where a GPU run makes its crops. gpu: decoded there, by one kernel; dali: decoded there, by DALI's operators; cpu: decoded
-    and made on the CPU, then uploaded; auto: the first of these that works, and in a resumed run what the run has used so far."""
+    crop_device: Literal["auto", "gpu", "cpu"] = "auto"
+    """Where a GPU run makes its crops. gpu: decoded there, by one kernel; cpu: decoded and made on the CPU, then uploaded; auto:
+    gpu if that works."""
     pin_memory: StrictBool = True
     """Accepted because the user's guide has it, but without effect: DALI always uploads through pinned memory."""
     max_bad_share: FractionBelowOne = defaults.MAX_BAD_SHARE
@@ -175,7 +173,6 @@ class Loss(Section):
     anchor_weight: NonNegativeFloat = model_defaults.ANCHOR_WEIGHT
     """Weight of 1 - cosine between the tokens of the student and of model.weights, patches and their mean; 0: not computed."""
     sigreg_slices: PositiveInt = 256
-    sigreg_knots: Annotated[StrictInt, Field(ge=2)] = 17
 
 
 class Training(Section):
@@ -195,8 +192,8 @@ class Training(Section):
     betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.95)
     use_amp: StrictBool = True
     """bf16 autocast on a GPU."""
-    compile: StrictBool | Literal["cudagraphs"] = False
-    """true: torch.compile the model's passes; takes minutes at the start. cudagraphs: and replay them as CUDA graphs."""
+    compile: StrictBool = False
+    """torch.compile the model's passes; takes minutes at the start."""
     ema_momentum: Fraction = 0.996
     ema_final_momentum: Fraction = 1.0
     max_steps: PositiveInt | None = None
@@ -225,12 +222,6 @@ class Checkpoint(Section):
     """auto: continue from the run folder's newest checkpoint; none: start over; or the path of a checkpoint."""
 
 
-class Wandb(Section):
-    enabled: StrictBool = False
-    """Also log to Weights & Biases; needs the package `wandb`."""
-    project: Name = "hjepa"
-
-
 class Logging(Section):
     run_name: FolderName
     """The run's folder inside run_dir."""
@@ -240,7 +231,6 @@ class Logging(Section):
     tensorboard: StrictBool = True
     pictures: StrictBool = True
     """Draw crops, masks, features, neighbours and curves at every evaluation and at the end; false: none of them."""
-    wandb: Wandb = Wandb()
 
 
 class Evaluation(Section):

@@ -34,7 +34,7 @@ FREE_KEYS = (
     "device", "training.", "checkpoint.", "logging.", "evaluation.",
     "data.data_path", "data.cache_dir", "data.cache_size_gb", "data.store_streams", "data.store_retry_s",
     "data.batch_size", "data.num_workers", "data.prefetch", "data.crop_device", "data.pin_memory", "data.use_mmap",
-    "data.hw_decoder_load", "data.max_bad_share", "masking.exclude_covered",
+    "data.hw_decoder_load", "data.max_bad_share", "masking.exclude_covered", "loss.sigreg_knots",
 )  # fmt: skip
 
 
@@ -90,16 +90,6 @@ def check_run_folder(config: Config, data: str) -> None:
         )
     if known and before and (changes := changed_settings(before, config.resolved)):
         log.info(f"{folder}: continues with other settings ({'; '.join(changes)})")
-
-
-def kept_crop_device(config: Config) -> str | None:
-    """Return where the run that this one continues has made its crops, by its settings; None for a new run."""
-    resume = config.checkpoint.resume
-    folder = run_folder(config) if resume in ("auto", "none") else Path(resume).resolve().parent.parent
-    if resume == "none" or not (folder / "checkpoints").exists() or not (folder / "config.yaml").exists():
-        return None
-    kept = flatten(read_settings(folder / "config.yaml")).get("data.crop_device")
-    return "cpu" if kept == "auto" else kept  # a run on the CPU keeps auto
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The numbers of a run: metrics.jsonl, TensorBoard and Weights & Biases, and curves of what was logged."""
+"""The numbers of a run: metrics.jsonl and TensorBoard, and curves of what was logged."""
 
 import json
 import logging
@@ -14,7 +14,6 @@ from PIL import Image
 
 from pipeline.files import open_append, write_atomic
 from pipeline.shards.manifest import read_json_lines
-from train.config.yaml12 import flatten
 
 Curve = list[tuple[float, float]]
 """Points `(step, value)`, in order."""
@@ -23,7 +22,7 @@ MetricLines = Sequence[Mapping[str, Any]]
 
 PANELS = {
     "Loss": ("loss",),
-    "Prediction loss by level": ("level_0", "level_1", "level_2", "level_3", "summary", "inside", "outside"),
+    "Prediction loss by level": ("level_0", "level_1", "level_2", "level_3", "summary"),
     "View term": ("view",),
     "SIGReg": ("sigreg",),
     "k-NN and linear probe during the run, %": ("knn", "linear"),
@@ -40,13 +39,13 @@ log = logging.getLogger(__name__)
 
 
 class MetricsLog:
-    """Appends one JSON object per logging step to `folder/metrics.jsonl`; the same scalars go to TensorBoard and wandb.
+    """Appends one JSON object per logging step to `folder/metrics.jsonl`; the same scalars go to TensorBoard.
 
-    Training continues when the log cannot be written: the first such error is logged. `wandb`: a run of that package, or None.
+    Training continues when the log cannot be written: the first such error is logged.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool, start_step: int, wandb: Any = None) -> None:
-        self._folder, self._wandb, self._writer, self._failed = folder, wandb, None, False
+    def __init__(self, folder: Path, tensorboard: bool, start_step: int) -> None:
+        self._folder, self._writer, self._failed = folder, None, False
         _drop_lines_after(folder / "metrics.jsonl", start_step)
         self._file = open_append(folder / "metrics.jsonl")
         self._previous_hook, self._warning = threading.excepthook, threading.Lock()
@@ -64,26 +63,15 @@ class MetricsLog:
             if self._writer is not None:
                 for name, value in values.items():
                     self._writer.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(values, step=step)
 
     def picture(self, step: int, path: Path) -> None:
-        """Show a picture file in TensorBoard and wandb, under its name."""
+        """Show a picture file in TensorBoard, under its name."""
         if self._writer is not None:
             with self._errors_logged():
                 picture = Image.open(path)
                 sheet = Image.new("RGB", picture.size, "white")
                 sheet.paste(picture, mask=picture)  # it is transparent where it is empty
                 self._writer.add_image(path.stem, np.asarray(sheet), step, dataformats="HWC")
-        if self._wandb is not None:
-            import wandb
-
-            self._wandb.log({path.stem: wandb.Image(str(path))}, step=step)
-
-    def summary(self, summary: Mapping[str, Any]) -> None:
-        """Show the content of summary.json in wandb."""
-        if self._wandb is not None:
-            self._wandb.summary.update(flatten(summary))
 
     def _on_thread_error(self, failure: threading.ExceptHookArgs) -> None:
         if isinstance(failure.exc_value, OSError):
@@ -133,17 +121,6 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             break
         lines.append(numbers)
     return lines
-
-
-def open_wandb(project: str, folder: Path, settings: dict[str, Any], start_step: int) -> Any:
-    """Return a wandb run named after the run's folder. Its id is new at step 0, and kept in `folder/wandb_id` from then on."""
-    import wandb  # train.run has checked that it is installed
-
-    path = folder / "wandb_id"
-    known = path.read_text().strip() if start_step and path.exists() else None
-    run = wandb.init(project=project, name=folder.name, id=known, resume="allow", dir=folder, config=settings)
-    write_atomic(path, f"{run.id}\n")
-    return run
 
 
 def curves_by_panel(runs: Mapping[str, MetricLines]) -> dict[str, dict[str, Curve]]:
