@@ -26,7 +26,7 @@ from train.build import (
     build_training_loader,
     with_crop_device,
 )
-from train.checkpoint import Snapshot, Snapshots, checkpoint_path, load_checkpoint, newest_checkpoint
+from train.checkpoint import Snapshot, checkpoint_path, load_checkpoint, newest_checkpoint, take_snapshot
 from train.command import StopSignal
 from train.config.schema import Config
 from train.distributed import SINGLE_PROCESS, Ranks, Watchdog, no_sync_if, replicated
@@ -93,7 +93,6 @@ class Trainer:
         self.optimizer = build_optimizer(
             self.model, training.weight_decay, training.betas, training.optimizer, training.layer_decay
         )
-        self._snapshots = Snapshots(self.model, self.optimizer)
         self._loss_fn, self._replica = loss_fn or hjepa_losses, replicated(self.model, ranks)
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._generator = torch.Generator(self.device)
@@ -128,9 +127,9 @@ class Trainer:
         self._monitor.read_counts()
 
     def snapshot(self, score: float | None) -> Snapshot:
-        """Copy what a checkpoint of this step holds, over the last copy. `score` ranks it among the others; higher is better."""
+        """Copy what a checkpoint of this step holds. `score` ranks it among the others; higher is better."""
         step, run, loader = self.state.step, self.state.as_dict(), self._loader_state or self.loader.state_dict()
-        return self._snapshots.take({"step": step, "run": run, "loader": loader, "score": score})
+        return take_snapshot(self.model, self.optimizer, {"step": step, "run": run, "loader": loader, "score": score})
 
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint. Raises ValueError when it is damaged or of another architecture."""
