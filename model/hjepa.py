@@ -89,45 +89,37 @@ class HJEPA(StudentTeacher):
         `level_0` .., `summary`, `view` and `sigreg` are absent if their weight is 0.
         """
         losses: dict[str, Tensor] = {}
-        terms: list[Tensor] = []
         # 1. Student: one packed pass over the context of the globals and, if a term below uses them, all tokens of the locals.
-        global_crops = join_crops(crops[: self.num_global])
-        context = plan.context.flatten(0, 1)
-        groups = [(global_crops, None if context.shape[1] == self.grid**2 else context)]  # None: keeping all needs no gather
-        if len(crops) > self.num_global and (self.projector is not None or plan.partners is not None):
-            groups.append((join_crops(crops[self.num_global :]), None))
+        groups = self._student_groups(crops, plan)
         student = [output.tokens for output in self.encoder(groups)]
         views = pool_views(student, len(boxes))
         # 2. Teacher: the EMA encoder sees the complete globals, without gradient; its maps are what is predicted.
         if self.predictor is not None or self.summary is not None:
-            targets, pooled = self._targets(global_crops)
+            targets, pooled = self._targets(groups[0][0])
             losses["features"] = pooled.unflatten(0, (len(boxes), -1))[:, 0]
         # 3. Prediction of the queried cells of every level, from the context tokens and the positions in the source image.
         if self.predictor is not None:
-            queries = self._query_cells(boxes, flips, plan)
-            predictions = self.predictor(*self._context(student, boxes, flips, plan), queries, plan.sources, plan.real)
-            levels = level_losses(predictions, targets, plan)
+            levels = self._level_losses(student, targets, boxes, flips, plan)
             losses |= {f"level_{rung}": level for rung, level in enumerate(levels)}
-            terms.append(self.weights.prediction * weighted_sum(self.level_weights, levels))
+            losses["loss"] = self.weights.prediction * weighted_sum(self.level_weights, levels)
         # 4. Prediction of all cells of every level from the mean context token only.
         if self.summary is not None:
-            predicted_maps = self.summary(views[:, : self.num_global].flatten(0, 1))
-            losses["summary"] = summary_loss(predicted_maps, targets, self.level_weights)
-            terms.append(self.weights.summary * losses["summary"])
+            maps = self.summary(views[:, : self.num_global].flatten(0, 1))
+            losses["summary"] = summary_loss(maps, targets, self.level_weights)
         # 5. View invariance, which by itself collapses, and SIGReg, which prevents that by keeping projections Gaussian.
         if self.projector is not None:
             projections = self.projector(views.flatten(0, 1)).float().unflatten(0, views.shape[:2])
             losses["view"] = view_loss(projections, self.num_global)
             losses["sigreg"] = self.sigreg(projections, directions)
-            terms += [self.weights.view * losses["view"], self.weights.sigreg * losses["sigreg"]]
             losses.setdefault("features", views[:, 0].detach())
         # 6. Anchor: the student's tokens stay close to those of the starting weights for the same input.
         for start in self.start:
             with torch.no_grad():
                 (before,) = start(groups[:1])
             losses["anchor"] = anchor_loss(student[0], before.tokens)
-            terms.append(self.weights.anchor * losses["anchor"])
-        losses["loss"] = sum(terms[1:], terms[0])
+        for name in ("summary", "view", "sigreg", "anchor"):
+            if name in losses:
+                losses["loss"] = getattr(self.weights, name) * losses[name] + losses.get("loss", 0)
         return losses
 
     @torch.no_grad()
@@ -143,6 +135,28 @@ class HJEPA(StudentTeacher):
             grid = normed.transpose(1, 2).unflatten(2, (self.grid, self.grid))
             maps.append(pool_cells(grid, level.stride).flatten(2).transpose(1, 2))
         return maps, output.tokens.float().mean(dim=1)
+
+    def _student_groups(self, crops: Sequence[Tensor], plan: MaskPlan) -> list[tuple[Tensor, Tensor | None]]:
+        """Return what the student encodes: the globals with the tokens to keep (None: all), and the locals if they are used."""
+        context = plan.context.flatten(0, 1)
+        kept = None if context.shape[1] == self.grid**2 else context  # keeping all needs no gather
+        groups = [(join_crops(crops[: self.num_global]), kept)]
+        if len(crops) > self.num_global and (self.projector is not None or plan.partners is not None):
+            groups.append((join_crops(crops[self.num_global :]), None))
+        return groups
+
+    def _level_losses(
+        self, student: list[Tensor], targets: list[Tensor], boxes: Tensor, flips: Tensor, plan: MaskPlan
+    ) -> list[Tensor]:
+        """Return per level the mean smooth L1 distance of the predictions of queried cells, `[] float32`."""
+        assert self.predictor is not None
+        queries = self._query_cells(boxes, flips, plan)
+        predictions = self.predictor(*self._context(student, boxes, flips, plan), queries, plan.sources, plan.real)
+        losses = []
+        for prediction, target, chosen in zip(predictions, targets, plan.queries, strict=True):
+            goal = torch.take_along_dim(target, chosen.flatten(0, 1)[..., None], dim=1)
+            losses.append(F.smooth_l1_loss(prediction.float(), goal, reduction="none").mean(dim=-1).mean())
+        return losses
 
     def _query_cells(self, boxes: Tensor, flips: Tensor, plan: MaskPlan) -> list[Cells]:
         """Return the queried cells of each level, `[B * G, M_l]`."""
@@ -168,26 +182,8 @@ class HJEPA(StudentTeacher):
         return features, Cells(centres, log_sizes)
 
 
-def level_losses(predictions: list[Tensor], targets: list[Tensor], plan: MaskPlan) -> list[Tensor]:
-    """Return per level the mean smooth L1 distance of the queried cells, `[] float32`."""
-    losses = []
-    for prediction, target, chosen in zip(predictions, targets, plan.queries, strict=True):
-        goal = torch.take_along_dim(target, chosen.flatten(0, 1)[..., None], dim=1)
-        losses.append(F.smooth_l1_loss(prediction.float(), goal, reduction="none").mean(dim=-1).mean())
-    return losses
-
-
 def join_crops(crops: Sequence[Tensor]) -> Tensor:
-    """Interleave V tensors `[B, 3, S, S]` image by image: `[B * V, 3, S, S]`, channels last in memory.
-
-    Nothing is copied where they are all crops of one tensor `[B, V, S, S, 3]`, as the loader's kernel makes them on a GPU.
-    """
-    whole = None if torch.compiler.is_compiling() else crops[0]._base
-    if whole is not None and whole.dim() == 5 and whole.shape[:2] == (len(crops[0]), len(crops)):
-        parts = [part.permute(0, 3, 1, 2) for part in whole.unbind(1)]
-        layout = [(part.storage_offset(), part.stride()) for part in parts]
-        if all(crop._base is whole for crop in crops) and [(crop.storage_offset(), crop.stride()) for crop in crops] == layout:
-            return whole.flatten(0, 1).permute(0, 3, 1, 2)
+    """Interleave V tensors `[B, 3, S, S]` image by image: `[B * V, 3, S, S]`, channels last in memory."""
     return torch.stack([crop.permute(0, 2, 3, 1) for crop in crops], dim=1).flatten(0, 1).permute(0, 3, 1, 2)
 
 

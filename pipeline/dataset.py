@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -12,10 +12,8 @@ import torch
 from pipeline import defaults
 from pipeline.crops.augment import Augmentation, ViewRecipe
 from pipeline.files import expand_path
-from pipeline.shards.cache import CacheSettings
 from pipeline.shards.converted import as_shards
 from pipeline.shards.index import ShardIndex, open_index, split_folder
-from pipeline.shards.storage import is_remote
 
 DEFAULT_AUGMENTATION = Augmentation()
 
@@ -75,10 +73,6 @@ class MultiCropDataset:
     def __len__(self) -> int:
         return len(self.index)
 
-    def cached(self, settings: CacheSettings) -> "MultiCropDataset":
-        """Return the same with another cache for shards from a store."""
-        return replace(self, index=self.index.cached(settings))
-
 
 def build_multicrop_dataset(
     dataset_name: str,
@@ -98,19 +92,15 @@ def build_multicrop_dataset(
     """Open the shards of one split and describe its crops, globals first.
 
     Sizes are in pixels, scales are fractions of the image's area, and a jitter strength s means brightness and contrast s,
-    saturation s / 2 and hue s / 4. `data_path` is a folder, or a prefix such as `s3://BUCKET/PREFIX`
-    (`pipeline.shards.storage`), whose shards are cached on a local disk (`MultiCropDataset.cached`). Pictures that are
-    not in shards are converted once (`pipeline.shards.converted`).
+    saturation s / 2 and hue s / 4. `data_path`: what is not in shards on a local disk is brought there once: pictures are
+    converted (`pipeline.shards.converted`), a prefix such as `s3://BUCKET/PREFIX` is copied (`pipeline.shards.copied`).
 
-    Raises FileNotFoundError if there are no shards, ValueError if they do not match their index, StoreError if the store does not
-    answer.
+    Raises FileNotFoundError if there are no shards, ValueError if they do not match their index, StoreError if a store fails.
     """
     view = augmentation.view
     recipes = [view(global_crop_size, global_crop_scale, global_color_jitter, g) for g in range(num_global_crops)]
     recipes += [view(local_crop_size, local_crop_scale, local_color_jitter, None)] * num_local_crops
-    place: Path | str = expand_path(str(data_path))
-    if not is_remote(place):  # a store is asked once, below
-        place = as_shards(dataset_name, place)
+    place = as_shards(dataset_name, expand_path(str(data_path)))
     index = open_index(split_folder(dataset_name, place, split))
     return MultiCropDataset(index, tuple(recipes), augmentation.mean, augmentation.std)
 

@@ -19,8 +19,4 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of
 BATCH_SIZE = 64  # images per rank
 PREFETCH = 2  # batches
 MAX_BAD_SHARE = 0.01  # of all samples
-
-# Shards in an object store.
-CACHE_SIZE_GB = 100.0
-STORE_STREAMS = 2  # more of them make the next shard arrive later: they share the bandwidth
-STORE_RETRY_S = 120.0
+STORE_RETRY_S = 120.0  # for which a store that fails, or shards that are away, are tried again

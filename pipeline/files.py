@@ -1,11 +1,10 @@
-"""Paths as people write them, files that appear whole or not at all or that nobody else can replace, and checksums."""
+"""Paths as people write them, files that are read in part or appear whole or not at all, and checksums."""
 
 import hashlib
 import os
 import re
-import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TextIO
 from urllib.parse import unquote
@@ -73,21 +72,27 @@ def open_append(path: Path) -> TextIO:
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "a")
 
 
-def private_folder(folder: Path) -> Path:
-    """Make a folder for this user alone where anybody can write, as in /tmp, and return it.
+def read_bytes(path: Path, offset: int = 0, size: int | None = None) -> bytes:
+    """Return the content of a file, or `size` bytes of it from `offset` on, fewer where it ends.
 
-    Raises ValueError if it is there and somebody else can have put files, or the folder itself, there.
+    Raises FileNotFoundError, and ValueError for an unreadable file.
     """
-    with suppress(FileExistsError):
-        folder.mkdir(0o700)
-    status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        raise ValueError(
-            f"{folder}: is a link, belongs to another user (uid {status.st_uid}) or can be written by others (mode "
-            f"{status.st_mode & 0o777:03o}), so its files cannot be trusted. Remove it, or set TMPDIR to a folder of your own"
-        )
-    folder.chmod(0o700)
-    return folder
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}). Check its permissions") from None
+
+
+def read_whole(path: Path, limit: int) -> bytes:
+    """Return the content of a file. Raises as `read_bytes`, and ValueError above `limit` bytes."""
+    content = read_bytes(path, 0, limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"{path}: longer than the {limit:,} bytes that it can have")
+    return content
 
 
 def file_checksum(path: Path) -> str:

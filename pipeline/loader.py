@@ -1,11 +1,9 @@
 """The loader: an exact, resumable stream of `CropBatch`, made by DALI."""
 
 import logging
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +17,7 @@ from pipeline.crops.graph import ReaderOptions
 from pipeline.dataset import CropBatch, MultiCropDataset, Normalization, default_threads, resolve_device
 from pipeline.order import BatchSequence, BatchStart, Plan
 from pipeline.quarantine import Quarantine
-from pipeline.shards.cache import Pins
-from pipeline.shards.fetcher import patiently
-from pipeline.shards.storage import allow_open_files
+from pipeline.shards.watch import FolderWatch, allow_open_files
 from pipeline.text import Every
 from pipeline.window import WINDOW_TARS, GraphFailed, Window, WindowBuilder
 
@@ -46,8 +42,6 @@ class MultiCropLoader:
     batches_left: int | None = None
     """The number of batches that will still be read, over all epochs, if known: graphs then list no further samples. It counts
     down; set it after `load_state_dict`."""
-    store_wait_s = 0.0
-    """Seconds that this loader has waited for an object store."""
 
     def __init__(
         self,
@@ -55,6 +49,7 @@ class MultiCropLoader:
         recipes: tuple[ViewRecipe, ...],
         reader: ReaderOptions,
         normalization: Normalization | None = None,
+        retry_s: float = defaults.STORE_RETRY_S,
     ) -> None:
         if reader.device == "gpu" and not torch.cuda.is_available():
             raise DeviceError("device gpu: torch sees no CUDA GPU. Use device cpu, or check the driver with nvidia-smi")
@@ -64,19 +59,17 @@ class MultiCropLoader:
         # The compiled operator normalises a crop while it is in the cache; for an upload that would be four times the bytes.
         self._scaled = normalization is not None and reader.device == reader.crop_device == "cpu"
         scaling = normalization.scaling if normalization is not None and self._scaled else None
-        self._fetcher = sequence.index.fetcher()
+        self.watch = FolderWatch([self.index.shard_path(shard) for shard in range(len(self.index.shards))], retry_s)
         self._fused: FusedCrops | None = None
         if reader.crop_device == "gpu":
             from pipeline.crops import fused  # here, because others need no compiler
 
             self._fused = fused.FusedCrops([recipe.size for recipe in recipes], fused.load_kernel(reader.device_id))
-        self._make_window = partial(Window, sequence, recipes, reader, scaling, self._fused, self._fetcher)
+        self._make_window = partial(Window, sequence, recipes, reader, scaling, self._fused, self.watch)
         self._epoch = self._position = 0
         self._window: Window | None = None
         self._builder: WindowBuilder | None = None
-        self._pins: Pins | None = None
         self._watched, self._failed_at = Every(WATCH_S), BatchStart(-1, -1)
-        self._cancelled: Callable[[], bool] = lambda: False
 
     def __len__(self) -> int:
         """Return the number of batches of an epoch."""
@@ -135,8 +128,7 @@ class MultiCropLoader:
             if self._builder is None and 2 * window.taken >= len(window.starts) and (beyond is None or beyond > 0):
                 self._builder = WindowBuilder(partial(self._make_window, window.following, beyond))
             if self._watched.due():
-                shards = np.unique(window.shards[window.taken]).tolist()
-                patiently(partial(self._fetcher.check, shards), self._fetcher.retry_s, self._cancelled)
+                self.watch.patiently(partial(self.watch.check, window.shards[window.taken]))
             try:
                 return window.next()
             except GraphFailed as error:
@@ -153,46 +145,24 @@ class MultiCropLoader:
             return self.sequence.steps(self._position)
         return self.batches_left
 
-    def prepare(self, count: int, cancelled: Callable[[], bool]) -> None:
-        """Wait until the shards of the next `count` batches are here, so that the store cannot make these batches fail.
-
-        `cancelled` is polled meanwhile; True raises Cancelled. Raises StoreError. Neither loses a batch.
-        """
-        self._cancelled = cancelled
-        if self.index.remote is None:
-            return
-        here = next(self.sequence.iter_batch_starts(BatchStart(self._epoch, self._position)))
-        if self._window is not None and self._window.here != here:
-            self._window = None  # it is over: its shards make room for the next ones
-        if self._window is not None and self._window.left >= count:
-            return
-        began, self._pins = time.perf_counter(), None
-        rows = self.sequence.rank_rows(list(islice(self.sequence.iter_batch_starts(here), count)))
-        shards = self.index.samples["shard"][rows]
-        self._pins = self._fetcher.wait_for(np.unique(shards).tolist(), cancelled)
-        self.store_wait_s += time.perf_counter() - began
-
     def close(self) -> None:
         """Free the graphs with their threads and device memory. The next batch builds a new one."""
-        self._window, self._pins = None, None
+        self._window = None
         if self._fused is not None:
             self._fused.wait()
-        self._fetcher.release()
+        self.watch.closing = True  # a window that is being built waits for no tar
         self._take_ahead()
-        self._fetcher.release()  # what the prefetched window had fetched for later
+        self.watch.closing = False
 
     def _window_at(self, here: BatchStart) -> Window:
         """Return the window whose next batch begins at `here`: the one in use, the prefetched one, or a new one."""
         if self._window is not None and self._window.here == here:
             return self._window
         self._window = None  # free the old graph before the new one is filled
-        began = time.perf_counter()
         window = self._take_ahead()
         if window is None or window.here != here:
             window = None  # free a prefetched graph of another position before the new one is filled
             window = self._make_window(here, self._num_left())
-        # Its waiting for the store in the background, before this moment, cost nothing.
-        self.store_wait_s += max(0.0, window.waited[1] - max(window.waited[0], began))
         return window
 
     def _take_ahead(self) -> Window | None:
@@ -211,14 +181,13 @@ class MultiCropLoader:
         if error := as_device_error(dali_error, self.reader.numbered(self.reader.device)):
             raise error
         unknown = [row for row in np.unique(rows).tolist() if row not in self.quarantine.reasons]
-        shards = np.unique(self.index.samples["shard"][unknown]).tolist()
 
         def examine() -> dict[int, str]:
-            self._fetcher.check(shards)
+            self.watch.check(self.index.samples["shard"][unknown])
             return find_faults(self.index, unknown, self.reader.decoder)
 
         # Only bytes that were read in full, from a tar that is still the same, can be an image's fault.
-        faults = patiently(examine, self._fetcher.retry_s, self._cancelled)
+        faults = self.watch.patiently(examine)
         here = BatchStart(self._epoch, self._position)
         if not faults and self._failed_at == here:
             reason = dali_error.split("encountered:")[-1].strip().splitlines()[0]
@@ -242,6 +211,7 @@ def build_multicrop_dataloader(
     device: str = "auto",
     crop_device: str = "auto",
     num_workers: int | str = "auto",
+    retry_s: float = defaults.STORE_RETRY_S,
     **options: Any,
 ) -> MultiCropLoader:
     """Build a loader of `CropBatch`: `for crops, labels in loader`.
@@ -250,7 +220,8 @@ def build_multicrop_dataloader(
     `quarantine`: the file that remembers samples which cannot be decoded; the first of them makes it, in a folder that must exist
     by then. More bad samples than `max_bad_share` of all are an error. `device`: `gpu`, `cpu`, or `auto` for the GPU if there
     is one. `crop_device`: as in `ReaderOptions`, or `auto` for the best that works, with a warning if it is not the GPU's kernel.
-    `num_workers`: DALI's CPU threads, `auto` for half of this process's cores. `options`: as in `ReaderOptions`.
+    `num_workers`: DALI's CPU threads, `auto` for half of this process's cores. `retry_s`: the wait for shards that are away.
+    `options`: as in `ReaderOptions`.
     """
     index = dataset.index
     device, path = resolve_device(device), Path(quarantine) if quarantine else None
@@ -269,4 +240,4 @@ def build_multicrop_dataloader(
         **options,
     )
     normalization = Normalization(dataset.mean, dataset.std) if normalized else None
-    return MultiCropLoader(sequence, dataset.recipes, reader, normalization)
+    return MultiCropLoader(sequence, dataset.recipes, reader, normalization, retry_s)

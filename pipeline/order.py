@@ -43,12 +43,6 @@ class Plan:
     seed: int
     shuffle: bool = True
 
-    def shards(self, epoch: int, start: int) -> np.ndarray:
-        """Return `[n] int64`, the shards that hold the positions of `epoch` from `start` on, in the order of the epoch."""
-        order = permutation(self.seed, epoch, 0, len(self.sizes)) if self.shuffle else np.arange(len(self.sizes))
-        used = order[self.sizes[order] > 0]
-        return used[np.cumsum(self.sizes[used]) > start]
-
     def rows(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Return `[stop - start] int64`, the index rows at the positions `start..stop` of `epoch`."""
         if not 0 <= start <= stop <= (total := int(self.sizes.sum())):
@@ -116,11 +110,6 @@ class BatchSequence:
         while True:
             yield from (BatchStart(epoch, position + k * self.global_batch) for k in range(self.steps(position)))
             epoch, position = epoch + 1, 0
-
-    def shards_from(self, epoch: int, position: int) -> Iterator[int]:
-        """Yield the shards of the batches from there on, in order, to the end of the next epoch; replacements are not counted."""
-        yield from self.plan.shards(epoch, position).tolist()
-        yield from self.plan.shards(epoch + 1, 0).tolist()
 
     def rank_start(self, start: BatchStart) -> int:
         """Return the position of this rank's first sample of the global batch at `start`."""

@@ -2,7 +2,6 @@
 
 import tempfile
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -18,9 +17,8 @@ from pipeline.crops.augment import FLIP, Y0, ViewRecipe, draw_parameters
 from pipeline.crops.graph import ReaderOptions, build_graph, define_graph
 from pipeline.dataset import CropBatch
 from pipeline.order import BatchSequence, BatchStart
-from pipeline.shards.cache import Pins
-from pipeline.shards.fetcher import FolderWatch, ShardFetcher
 from pipeline.shards.index import ShardIndex, write_dali_indices
+from pipeline.shards.watch import FolderWatch
 
 if TYPE_CHECKING:
     from pipeline.crops.fused import FusedCrops
@@ -41,8 +39,7 @@ class GraphFailed(RuntimeError):
 class Window:
     """One DALI graph, which makes this rank's part of the global batches at `starts`, from `start` on and at most `limit`.
 
-    `scaling`: as in `define_graph`. `fused` makes the crops of a graph that only decodes. `waited`: from when to when it waited
-    for the store, in `time.perf_counter` seconds.
+    `scaling`: as in `define_graph`. `fused` makes the crops of a graph that only decodes.
 
     Raises StoreError.
     """
@@ -54,24 +51,20 @@ class Window:
         reader: ReaderOptions,
         scaling: np.ndarray | None,
         fused: "FusedCrops | None",
-        fetcher: ShardFetcher | FolderWatch,
+        watch: FolderWatch,
         start: BatchStart,
         limit: int | None = None,
     ) -> None:
         self.sequence, self.reader, self._fused = sequence, reader, fused
         starts, rows = plan_window(sequence, start, limit)
-        self.shards, count = sequence.index.samples["shard"][rows], len(rows)
-        count = fetcher.ready_batches(self.shards[:count])
-        rows, self.shards = rows[:count], self.shards[:count]
-        self.starts, self.taken = starts[:count], 0
-        began = time.perf_counter()
-        self.pins: Pins | None = fetcher.wait_for(np.unique(self.shards).tolist())
-        self.waited = (began, time.perf_counter())
-        fetcher.prefetch(sequence.shards_from(*self.following))
+        count = watch.ready_batches(sequence.index.samples["shard"][rows])
+        rows, self.starts, self.taken = rows[:count], starts[:count], 0
+        self.shards = sequence.index.samples["shard"][rows]
+        watch.patiently(lambda: watch.check(self.shards))
         self.fed: deque[Fed] = deque()
         batches = feed(sequence, recipes, self.starts, rows, self.fed)
         with tempfile.TemporaryDirectory(prefix="multicrop-hjepa-", ignore_cleanup_errors=True) as folder:
-            tars, indices = write_dali_indices(sequence.index, rows.reshape(-1), Path(folder), self.pins)
+            tars, indices = write_dali_indices(sequence.index, rows.reshape(-1), Path(folder))
             graph = define_graph(tars, indices, lambda: next(batches), recipes, sequence.batch_size, reader, scaling)
             self.graph = build_graph(graph, reader)
 

@@ -1,7 +1,6 @@
 """Builds the objects of a run from its config: the one place where config keys meet arguments."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from pipeline.dataset import (
     resolve_device,
 )
 from pipeline.loader import MultiCropLoader, build_multicrop_dataloader
-from pipeline.shards.cache import CacheSettings
 from pipeline.shards.index import ShardIndex, open_index, split_folder
 from train.config.schema import Config
 from train.distributed import SINGLE_PROCESS, Ranks
@@ -55,27 +53,10 @@ def crop_sizes(config: Config) -> list[int]:
 
 
 def build_dataset(config: Config) -> MultiCropDataset:
-    data, crops = config.data, config.data.multicrop
-    num_global, num_local = data.crop_counts
-    return build_multicrop_dataset(
-        data.dataset,
-        data.data_path,
-        num_global_crops=num_global,
-        num_local_crops=num_local,
-        global_crop_size=crops.global_crop_size,
-        local_crop_size=crops.local_crop_size,
-        global_crop_scale=crops.global_crop_scale,
-        local_crop_scale=crops.local_crop_scale,
-        global_color_jitter=crops.global_color_jitter,
-        local_color_jitter=crops.local_color_jitter,
-        augmentation=Augmentation(**data.augmentation.model_dump()),
-    ).cached(cache_settings(config))
-
-
-def cache_settings(config: Config) -> CacheSettings:
-    """Return where and how long the shards of an object store are cached."""
-    data, folder = config.data, Path(config.data.cache_dir) if config.data.cache_dir else None
-    return CacheSettings(folder, int(data.cache_size_gb * 1e9), data.store_retry_s, data.store_streams)
+    data, (num_global, num_local) = config.data, config.data.crop_counts
+    crops = data.multicrop.model_dump() | {"num_global_crops": num_global, "num_local_crops": num_local}
+    augmentation = Augmentation(**data.augmentation.model_dump())
+    return build_multicrop_dataset(data.dataset, data.data_path, augmentation=augmentation, **crops)
 
 
 def build_loader(
@@ -85,7 +66,7 @@ def build_loader(
     data = config.data
     return build_multicrop_dataloader(
         dataset, batch_size, seed=config.seed, device=config.device, device_id=ranks.local_rank, crop_device=data.crop_device,
-        num_workers=data.num_workers, prefetch=data.prefetch, max_bad_share=data.max_bad_share,
+        num_workers=data.num_workers, prefetch=data.prefetch, max_bad_share=data.max_bad_share, retry_s=data.store_retry_s,
         rank=ranks.rank, world_size=ranks.world_size, **options,
     )  # fmt: skip
 
@@ -134,14 +115,9 @@ def build_evaluation_loaders(config: Config, shuffle: bool = False) -> tuple[Mul
         raise FileNotFoundError(f"{folders[0]}: a single split; evaluation needs train/ and val/ in it")
     indices = [subsample_evenly(open_index(folder), config.evaluation.max_samples) for folder in folders]
     check_classes(*indices)
+    size, pixels = config.data.multicrop.global_crop_size, config.data.augmentation
     for folder, index in zip(folders, indices, strict=True):
-        dataset = centre_crop_dataset(
-            index.cached(cache_settings(config)),
-            config.data.multicrop.global_crop_size,
-            config.evaluation.crop_ratio,
-            config.data.augmentation.mean,
-            config.data.augmentation.std,
-        )
+        dataset = centre_crop_dataset(index, size, config.evaluation.crop_ratio, pixels.mean, pixels.std)
         shuffled = shuffle and folder == folders[0]
         loaders.append(build_loader(config, dataset, config.evaluation.batch_size, shuffle=shuffled, drop_last=False))
     return loaders[0], loaders[1]
@@ -154,7 +130,7 @@ def build_pair_loader(config: Config, index: ShardIndex) -> MultiCropLoader:
     """
     crops, pixels = config.data.multicrop, config.data.augmentation
     recipe = ViewRecipe(crops.global_crop_size, crops.global_crop_scale, flip_prob=pixels.flip_prob)
-    dataset = MultiCropDataset(index.cached(cache_settings(config)), (recipe, recipe), pixels.mean, pixels.std)
+    dataset = MultiCropDataset(index, (recipe, recipe), pixels.mean, pixels.std)
     config = config.model_copy(update={"seed": 0})
     return build_loader(config, dataset, config.evaluation.batch_size, shuffle=False, drop_last=False, normalized=False)
 
@@ -207,21 +183,16 @@ def build_levels(config: Config, depth: int) -> tuple[Level, ...]:
 
 def build_masks(config: Config, model: StudentTeacher, device: torch.device) -> MultiCropMaskGenerator:
     """Build the generator of masks for any model with the config's encoder."""
-    (num_global, num_local), crops, patch = config.data.crop_counts, config.data.multicrop, model.encoder.patch_size
+    crops, patch = config.data.multicrop, model.encoder.patch_size
     levels = build_levels(config, model.encoder.depth) if config.loss.prediction_weight > 0 else ()
     return MultiCropMaskGenerator(
         config.masking.strategy,
-        num_global,
-        num_local,
+        *config.data.crop_counts,
         grid=crops.global_crop_size // patch,
         local_grid=crops.local_crop_size // patch,
         strides=tuple(level.stride for level in levels),
-        num_masks=config.masking.num_masks,
-        mask_scale=config.masking.mask_scale,
-        aspect_ratio=config.masking.aspect_ratio,
-        context_ratio=config.masking.context_ratio,
-        query_ratio=config.masking.query_ratio,
         device=device,
+        **config.masking.model_dump(exclude={"strategy"}),
     )
 
 

@@ -58,9 +58,11 @@ class Snapshot:
 
 def take_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Snapshot:
     """Copy what a checkpoint holds, `state` as JSON. Waits for the device."""
-    tensors = (model.state_dict(), _optimizer_tensors(optimizer))
-    copies = [{name: value.detach().to("cpu", copy=True) for name, value in part.items()} for part in tensors]
-    return Snapshot(*copies, json.loads(json.dumps(state)))
+    weights, moments = (
+        {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
+        for tensors in (model.state_dict(), _optimizer_tensors(optimizer))
+    )
+    return Snapshot(weights, moments, json.loads(json.dumps(state)))
 
 
 def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:

@@ -19,7 +19,7 @@ from typing import Any, NoReturn, Self, TextIO, cast
 from rich.console import Console
 
 from pipeline.files import expand_path
-from pipeline.shards.storage import is_remote
+from pipeline.shards.copied import is_remote
 from pipeline.text import printable
 
 BAD_INPUT, INTERRUPTED = 2, 130  # exit codes

@@ -84,7 +84,6 @@ class StepMonitor:
             **signals,
             "images_per_s": (now.images - before.images) / seconds,
             "data_wait_percent": 100 * (now.wait_s - before.wait_s) / seconds,
-            "store_wait_percent": 100 * (now.store_wait_s - before.store_wait_s) / seconds,
             "skipped_steps": now.skipped_steps,
             "collapse_alarm": float(now.collapsed),
             "bad_samples": now.bad_samples,

@@ -5,7 +5,6 @@ import logging
 import os
 import time
 from contextlib import ExitStack, suppress
-from functools import partial
 from pathlib import Path
 from typing import Self, cast
 
@@ -18,15 +17,23 @@ from pipeline.files import write_atomic
 from pipeline.memory import memory_limit
 from pipeline.shards.index import UNLABELLED
 from pipeline.text import plural
-from train.checkpoint import MIXED, CheckpointWriter, abandon_others, checkpoint_step, list_checkpoints
+from train.checkpoint import (
+    MIXED,
+    CheckpointWriter,
+    abandon_others,
+    checkpoint_path,
+    checkpoint_step,
+    list_checkpoints,
+    newest_checkpoint,
+)
 from train.command import INTERRUPTED
-from train.distributed import LOST
+from train.distributed import LOST, Ranks
 from train.evaluation.online import OnlineEvaluation
 from train.monitor import memory_metrics
 from train.output.display import Display
 from train.output.folder import check_run_folder, open_run_folder
 from train.output.log import MetricsLog
-from train.output.pictures import NEIGHBOURS, NUM_LOOKED_AT, QUERIES, colourful, draw_run
+from train.output.pictures import NEIGHBOURS, QUERIES, draw_run
 from train.output.report import advice, current_summary, forgetting, stop_setting, summary_table, write_page, write_summary
 from train.trainer import DIVERGED, NOT_WRITTEN, STOPPED, Trainer
 
@@ -50,8 +57,7 @@ def open_recorder(trainer: Trainer, console: Console, opened: ExitStack) -> "Rec
         log_description(trainer)
         evaluation.measure_baselines()  # now, while the model is untrained
     ranks.barrier()  # the folder exists
-    resume = config.checkpoint.resume
-    checkpoint = trainer.newest_checkpoint() if resume == "auto" else None if resume == "none" else Path(resume)
+    checkpoint = resumed_from(config.checkpoint.resume, folder, ranks)
     if checkpoint is not None:
         trainer.restore(checkpoint)
         if ranks.is_first:
@@ -67,6 +73,15 @@ def open_recorder(trainer: Trainer, console: Console, opened: ExitStack) -> "Rec
         limit = stop_setting(config, trainer.schedule.total_steps)
         log.info(f"this run is complete: to continue, raise {limit}; checkpoint.resume=none starts over")
     return None if evaluation is None else Recorder(trainer, evaluation, console)
+
+
+def resumed_from(resume: str, folder: Path, ranks: Ranks) -> Path | None:
+    """Return the checkpoint that a run continues: for `auto`, the newest undamaged one, which rank 0 chooses for all."""
+    if resume != "auto":
+        return None if resume == "none" else Path(resume)
+    path = newest_checkpoint(folder) if ranks.is_first else None
+    number = ranks.from_first(-1 if path is None else int(path.name.removeprefix("step_")))
+    return None if number < 0 else checkpoint_path(folder, number)
 
 
 def log_description(trainer: Trainer) -> None:
@@ -133,14 +148,8 @@ class Recorder:
         self._writer = CheckpointWriter(self._checkpoints, config.checkpoint.keep_last_n, config.checkpoint.keep_best_n)
         steps = (trainer.state.step, trainer.schedule.total_steps, trainer.steps_per_epoch)
         self.display = Display(console, config.logging.run_name, *steps)
-        self._was_complete, self._opened = trainer.complete, ExitStack()
-        self._metrics = self._open_metrics()
-        self._heartbeat_at = 0.0
-
-    def _open_metrics(self) -> MetricsLog:
-        """Open the logs, without what they hold of later steps."""
-        tensorboard, step = self._trainer.config.logging.tensorboard, self._trainer.state.step
-        return self._opened.enter_context(MetricsLog(self._folder, tensorboard, step))
+        self._was_complete, self._heartbeat_at = trainer.complete, 0.0
+        self._metrics = MetricsLog(self._folder, config.logging.tensorboard, trainer.state.step)
 
     def log(self, line: dict[str, float]) -> None:
         """Record a step; `line` is empty except at logging steps."""
@@ -176,7 +185,7 @@ class Recorder:
         self._metrics.write(state.step, values)
         if not trainer.config.logging.pictures:
             return values
-        neighbours = self._evaluation.neighbours(partial(colourful, count=QUERIES), NEIGHBOURS, NUM_LOOKED_AT)
+        neighbours = self._evaluation.neighbours(QUERIES, NEIGHBOURS)
         model = cast(HJEPA, trainer.model)
         paths = draw_run(self._folder, trainer.config, trainer.dataset, model, trainer.masks, neighbours)
         for path in paths:
@@ -208,12 +217,6 @@ class Recorder:
             if self._trainer.error is None:
                 raise
             return False  # the GPU that failed gives nothing any more
-
-    def rewind(self, checkpoint: Path) -> None:
-        """Drop what was logged after the checkpoint to which the trainer has gone back, and move newer ones aside."""
-        abandon_others(self._checkpoints, checkpoint)
-        self._opened.close()
-        self._metrics = self._open_metrics()
 
     def report(self) -> int:
         """Measure the trained encoder, draw, and write summary.json and report.html. Returns an exit code.
@@ -257,5 +260,5 @@ class Recorder:
 
     def close(self, code: int) -> None:
         """Note how the run ended, given its exit code."""
-        self._opened.close()
+        self._metrics.close()
         self._write_heartbeat(STATUSES.get(code, "failed"))

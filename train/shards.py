@@ -1,4 +1,4 @@
-"""Training straight from pictures: a config whose data.data_path becomes the shards that are made from them."""
+"""Training straight from pictures or a store: data.data_path becomes a folder of the shards made or copied from there."""
 
 from pathlib import Path
 
@@ -7,11 +7,12 @@ from train.config.schema import Config
 
 
 def with_shards(config: Config) -> Config:
-    """Return `config` with shards in data.data_path; pictures are converted first.
+    """Return `config` with a folder of shards in data.data_path; pictures are converted and stores are copied first.
 
     Raises FileNotFoundError and ValueError as `as_shards` does.
     """
     data, cache = config.data, config.data.cache_dir
-    shards = as_shards(data.dataset, data.data_path, Path(cache) if cache else None, data.val_ratio, data.resize)
+    folder = Path(cache) if cache else None
+    shards = as_shards(data.dataset, data.data_path, folder, data.val_ratio, data.resize, data.store_retry_s)
     changes = {"data_path": str(shards), "val_ratio": None, "resize": None}
     return config.model_copy(update={"data": data.model_copy(update=changes)})

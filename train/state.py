@@ -16,8 +16,6 @@ class RunState:
     """The step of `loss_last`, which is read at logging steps only."""
     train_s: float = 0.0
     wait_s: float = 0.0
-    store_wait_s: float = 0.0
-    """The part of `wait_s` that an object store took."""
     bad_samples: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0

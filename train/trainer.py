@@ -16,7 +16,7 @@ from model.masks import MaskPlan
 from model.teacher import StudentTeacher
 from pipeline.dataset import CropBatch, resolve_device
 from pipeline.loader import MultiCropLoader
-from pipeline.shards.fetcher import Cancelled
+from pipeline.shards.watch import Cancelled
 from train.build import (
     amp_enabled,
     build_dataset,
@@ -26,7 +26,7 @@ from train.build import (
     build_training_loader,
     with_crop_device,
 )
-from train.checkpoint import Snapshot, checkpoint_path, load_checkpoint, newest_checkpoint, take_snapshot
+from train.checkpoint import Snapshot, load_checkpoint, take_snapshot
 from train.command import StopSignal
 from train.config.schema import Config
 from train.distributed import SINGLE_PROCESS, Ranks, Watchdog, no_sync_if, replicated
@@ -107,7 +107,6 @@ class Trainer:
         self.state, self._monitor = state, StepMonitor(self.device, state)
         self.loader.batches_left = (self.schedule.total_steps - state.step) * self.config.training.accumulation_steps
         self._batches = batches(self.loader, self.config.training.accumulation_steps)
-        self._store_wait_before_s = state.store_wait_s - self.loader.store_wait_s
 
     @property
     def complete(self) -> bool:
@@ -140,59 +139,60 @@ class Trainer:
         self._start_from(RunState(**{**saved["run"], "skipped_in_a_row": 0}))
         log.info(f"continuing from {path} (step {self.state.step} of {self.schedule.total_steps})")
 
-    def newest_checkpoint(self) -> Path | None:
-        """Return the newest undamaged checkpoint of the run, which rank 0 chooses for all ranks."""
-        folder = self.folder / "checkpoints"
-        path = newest_checkpoint(folder) if self.ranks.is_first else None
-        number = self.ranks.from_first(-1 if path is None else int(path.name.removeprefix("step_")))
-        return None if number < 0 else checkpoint_path(folder, number)
-
     def fetch_batches(self, cancelled: Callable[[], bool]) -> bool:
         """Make the batches of the next step, so that what fails there cannot break the step itself.
 
         Returns False when `cancelled()` turns true or the data fail; `error` then says why.
         """
-        started, parts = time.perf_counter(), self.config.training.accumulation_steps
+        self.loader.watch.cancelled = cancelled
         try:
             if self.error is None:
-                self._loader_state = self.loader.state_dict()
-                self.loader.prepare(parts, cancelled)
-                self._ready = [next(self._batches) for _ in range(parts)]
+                self._fetch()
         except Cancelled:
             pass
         except Exception as error:  # noqa: BLE001  # whatever the loader has met: the steps that were taken are saved
             self.error = error
-        waited = time.perf_counter() - started
-        self.state.wait_s, self.state.train_s = self.state.wait_s + waited, self.state.train_s + waited
-        self.state.store_wait_s = self._store_wait_before_s + self.loader.store_wait_s
         return self.error is None and not cancelled()
 
-    def train_step(self) -> dict[str, float]:
-        """Take one optimiser step. Returns its entry of metrics.jsonl at a logging step, else an empty dict."""
-        config, ranks, state, started = self.config, self.ranks, self.state, time.perf_counter()
-        parts = config.training.accumulation_steps
-        lr, momentum = self.schedule.lr(state.step), self.schedule.momentum(state.step)
+    def _fetch(self) -> None:
+        # DALI prefetches batches: this waits only where the loader is slower than the model.
+        started, state = time.perf_counter(), self.state
+        try:
+            self._loader_state = self.loader.state_dict()
+            self._ready = [next(self._batches) for _ in range(self.config.training.accumulation_steps)]
+        finally:
+            waited = time.perf_counter() - started
+            state.wait_s, state.train_s = state.wait_s + waited, state.train_s + waited
+
+    def _backward(self) -> list[Losses]:
+        """Add up the gradients of the batches of a step. Returns the losses of each."""
+        config, ranks, step, parts, losses = self.config, self.ranks, self.state.step, len(self._ready), list[Losses]()
         # SIGReg's random directions must agree on all ranks: lane 0 of the step.
-        self._generator.manual_seed(step_seed(config.seed, state.step, 0))
+        self._generator.manual_seed(step_seed(config.seed, step, 0))
         size = (config.model.projector_dim, config.loss.sigreg_slices)
         directions = random_directions(*size, self._generator, self.device)
-        losses = []
         for part in range(parts):
-            # Data. DALI prefetches batches: this waits only where the loader is slower than the model.
-            waiting = time.perf_counter()
-            batch = self._ready.pop(0) if self._ready else next(self._batches)
-            state.wait_s += time.perf_counter() - waiting
-            state.images += len(batch.labels) * ranks.world_size
+            batch = self._ready.pop(0)
+            self.state.images += len(batch.labels) * ranks.world_size
 
             # Masks. They and stochastic depth use the global generator, seeded so that a resumed run draws the same.
-            torch.manual_seed(step_seed(config.seed, state.step, part * ranks.world_size + ranks.rank + 1))
+            torch.manual_seed(step_seed(config.seed, step, part * ranks.world_size + ranks.rank + 1))
             plan = self.masks(len(batch.labels))
 
-            # Forward and backward. Gradients add up over the parts; only the last one averages them over the ranks.
+            # Forward and backward. Only the last part averages the gradients over the ranks.
             amp = torch.autocast(self.device.type, torch.bfloat16, enabled=amp_enabled(config, self.device))
             with no_sync_if(part < parts - 1, self._replica), amp:
                 losses.append(self._loss_fn(self._replica, batch, plan, directions))
             (losses[-1]["loss"] / parts).backward()
+        return losses
+
+    def train_step(self) -> dict[str, float]:
+        """Take one optimiser step. Returns its entry of metrics.jsonl at a logging step, else an empty dict."""
+        if not self._ready:
+            self._fetch()
+        config, state, started = self.config, self.state, time.perf_counter()
+        lr, momentum = self.schedule.lr(state.step), self.schedule.momentum(state.step)
+        losses = self._backward()
 
         # At the start of some runs only the heads learn: without a gradient, the optimiser leaves the encoder as it is.
         is_heads_only = state.step < self.schedule.heads_steps
@@ -220,7 +220,7 @@ class Trainer:
         state.step, self._loader_state = state.step + 1, None
         self._monitor.add(losses, grad_norm, skip)
         is_logged = self.is_due(config.logging.log_frequency) or self.complete
-        means = self._monitor.read_means(ranks) if is_logged or state.step == 1 else {}
+        means = self._monitor.read_means(self.ranks) if is_logged or state.step == 1 else {}
         state.bad_samples = len(self.loader.quarantine)
         state.train_s += time.perf_counter() - started
         if not is_logged:
@@ -232,7 +232,7 @@ class Trainer:
 def train(trainer: Trainer, recorder: "Recorder | None", stop: StopSignal) -> int:
     """Train to the end of the schedule; only rank 0 has a recorder. Returns an exit code."""
     config, ranks = trainer.config, trainer.ranks
-    eval_steps, rolled_back_to = config.evaluation.eval_frequency * trainer.steps_per_epoch, None
+    eval_steps = config.evaluation.eval_frequency * trainer.steps_per_epoch
     with recorder.display if recorder else nullcontext(), Watchdog(ranks, config.training.timeout_s) as watchdog:
         # Stop all ranks before the same step: when one of them is asked to, or cannot get its images.
         while not trainer.complete and ranks.all(trainer.fetch_batches(lambda: stop.asked)):
@@ -255,20 +255,12 @@ def train(trainer: Trainer, recorder: "Recorder | None", stop: StopSignal) -> in
                 if recorder:
                     recorder.save()
 
-            # Roll back a run that diverges, but not twice to the same checkpoint.
             if trainer.diverged:
                 if recorder:
                     recorder.wait()
-                checkpoint, skipped = trainer.newest_checkpoint(), trainer.state.skipped_in_a_row
-                bad = f"step {trainer.state.step}: {skipped} steps in a row without a finite loss and gradient"
-                if checkpoint is None or checkpoint == rolled_back_to:
-                    log.error(f"{bad}; stopped. {DIVERGED_ADVICE}")
-                    return DIVERGED
-                log.warning(f"{bad}; going back to the last checkpoint")
-                rolled_back_to = checkpoint
-                trainer.restore(checkpoint)
-                if recorder:
-                    recorder.rewind(checkpoint)
+                skipped = f"{trainer.state.skipped_in_a_row} steps in a row without a finite loss and gradient"
+                log.error(f"step {trainer.state.step}: {skipped}; stopped. {DIVERGED_ADVICE}")
+                return DIVERGED
             watchdog.beat()
 
     # Leave with a checkpoint. torchrun kills the others half a minute after one rank has left, so all wait for rank 0's.

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -89,22 +89,14 @@ def define_graph(
 
     @pipeline_def
     def graph() -> tuple:
-        encoded = fn.readers.webdataset(
-            paths=tars,
-            index_paths=dali_indices,
-            ext=[IMAGE],
-            missing_component_behavior="error",
-            dont_use_mmap=True,  # a file that is truncated while it is mapped kills the process
-        )
+        # A file that is truncated while it is mapped kills the process.
+        reading: dict[str, Any] = {"ext": [IMAGE], "missing_component_behavior": "error", "dont_use_mmap": True}
+        encoded = fn.readers.webdataset(paths=tars, index_paths=dali_indices, **reading)
         # make_shards applies the EXIF orientation; boxes are drawn for the stored height and width.
         # A CPU upsamples chroma smoothly by default, and a GPU does not.
-        image = fn.decoders.image(
-            parsed(encoded),
-            device="mixed" if reader.crop_device == "gpu" else "cpu",
-            output_type=types.RGB,
-            adjust_orientation=False,
-            jpeg_fancy_upsampling=True,
-        )
+        device = "mixed" if reader.crop_device == "gpu" else "cpu"
+        decoding: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False, "jpeg_fancy_upsampling": True}
+        image = fn.decoders.image(parsed(encoded), device=device, **decoding)
         values = fn.external_source(source=source, dtype=types.FLOAT, ndim=2)
         if reader.crop_device == "gpu":
             return image, values

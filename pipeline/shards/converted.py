@@ -1,4 +1,4 @@
-"""Images that are not in shards yet, converted once into a cache."""
+"""What is not in shards on a local disk yet, brought there once: pictures are converted, shards in a store are copied."""
 
 import hashlib
 import logging
@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from pipeline.defaults import STORE_RETRY_S
 from pipeline.lock import locked
+from pipeline.shards.copied import copied, is_remote
 from pipeline.shards.index import split_folder
 from pipeline.shards.manifest import MANIFEST_NAME
-from pipeline.shards.storage import is_remote
 from pipeline.text import notify_after
 
 CACHE = Path("shards/converted")
@@ -23,16 +24,24 @@ log = logging.getLogger(__name__)
 
 
 def as_shards(
-    dataset_name: str, data_path: Path | str, cache: Path | None = None, val_ratio: float | None = None, resize: int | None = None
-) -> Path | str:
+    dataset_name: str,
+    data_path: Path | str,
+    cache: Path | None = None,
+    val_ratio: float | None = None,
+    resize: int | None = None,
+    retry_s: float = STORE_RETRY_S,
+) -> Path:
     """Return `data_path` if it holds shards, or the folder of those that are made from the pictures there (`converted`).
 
-    Raises FileNotFoundError if there is nothing, ValueError for pictures that cannot be converted, and for `val_ratio` or
-    `resize` where there is nothing to convert.
+    Shards in a store are `copied`, with requests that are retried for `retry_s` seconds. Raises FileNotFoundError if there is
+    nothing, ValueError for pictures that cannot be converted, and for `val_ratio` or `resize` where there is nothing to convert.
     """
     source = Path(data_path)
     try:
-        split_folder(dataset_name, data_path, "train")
+        if is_remote(data_path):
+            source = copied(str(data_path), cache or CACHE, retry_s)
+        else:
+            split_folder(dataset_name, data_path, "train")
     except FileNotFoundError:
         if is_remote(data_path) or not (source.is_file() or (source.is_dir() and any(source.iterdir()))):
             raise
@@ -40,7 +49,7 @@ def as_shards(
     for name, value in (("val_ratio", val_ratio), ("resize", resize)):
         if value is not None:
             raise ValueError(f"data.{name}: {value} is for pictures, but {data_path} holds shards already. Remove it")
-    return data_path
+    return source
 
 
 def converted(source: Path, cache: Path = CACHE, *, val_ratio: float = 0.0, resize: int = 0) -> Path:

@@ -3,58 +3,43 @@
 import hashlib
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.defaults import STORE_RETRY_S
-from pipeline.shards import index_file
-from pipeline.shards.advice import advise
-from pipeline.shards.cache import CacheSettings, Pins, ShardCache, StoredShard
-from pipeline.shards.fetcher import FolderWatch, ShardFetcher
-from pipeline.shards.index_file import INDEX_NAME, SAMPLE_DTYPE, UNLABELLED, load_index, save_index
+from pipeline.files import read_bytes
+from pipeline.shards.index_file import INDEX_NAME, SAMPLE_DTYPE, UNLABELLED, check_shards, load_index, save_index
 from pipeline.shards.manifest import check_fits, read_manifest
 from pipeline.shards.samples import MAX_LABEL_BYTES, scan_shard
-from pipeline.shards.storage import MissingObject, StoreError, check_prefix, is_remote, join, read_bytes, sizes
 from pipeline.shards.tar import sample_key
+from pipeline.shards.watch import StoreError
 
 __all__ = [
     "INDEX_NAME", "SAMPLE_DTYPE", "UNLABELLED", "ShardIndex", "open_index", "save_index", "scan_shard", "split_folder",
 ]  # fmt: skip
 
+PATTERN = re.compile(r"[*?\[]|\{.*\}")  # of several paths
 IMAGE = "img"  # the component's name in DALI's index files
 MAX_MEMBERS = 8  # of a sample after its image, among which its name is looked for
-# A larger index is mapped, and reading all of it takes minutes: its digest covers evenly spaced rows.
-MAX_DIGEST_ROWS, NUM_SPACED_ROWS = 1 << 21, 1 << 14
-
-
-@dataclass(frozen=True)
-class RemoteShards:
-    """The shards of a prefix by number, None for one without samples, and the cache that they go through."""
-
-    stored: tuple[StoredShard | None, ...]
-    cache: ShardCache
 
 
 @dataclass(frozen=True)
 class ShardIndex:
     """All samples of one split, in stored order.
 
-    `folder`: a path, or the URL of a prefix as text. `shards`: tar names relative to it. `samples`: `[N]` of SAMPLE_DTYPE,
-    ordered by shard; a large index is mapped from its file. `counts`: `[num_shards] int64`, the samples of each shard.
-    `remote`: None for a folder, whose tars are waited for up to `retry_s` when they cannot be read.
+    `shards`: tar names relative to `folder`. `samples`: `[N]` of SAMPLE_DTYPE, ordered by shard. `counts`: `[num_shards] int64`,
+    the samples of each shard.
     """
 
-    folder: Path | str
+    folder: Path
     shards: tuple[str, ...]
     samples: np.ndarray
     counts: np.ndarray
-    remote: RemoteShards | None = field(default=None, compare=False)
-    retry_s: float = field(default=STORE_RETRY_S, compare=False)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -63,41 +48,15 @@ class ShardIndex:
     def digest(self) -> str:
         """16 hex digits that tell this data set from others, wherever its folder lies.
 
-        It covers the names and sample counts of the tars, and offset, sizes and label of every sample; above two million
-        samples, those of 16,384 evenly spaced ones.
+        It covers the names and sample counts of the tars, and offset, sizes and label of every sample.
         """
         digest = hashlib.sha256("\0".join(self.shards).encode("utf-8", "surrogatepass"))
         digest.update(self.counts.astype("<i8").tobytes())
-        step = 1 if len(self) <= MAX_DIGEST_ROWS else len(self) // NUM_SPACED_ROWS
-        digest.update(np.ascontiguousarray(self.samples[::step]).tobytes())
+        digest.update(self.samples.tobytes())
         return digest.hexdigest()[:16]
 
-    def shard_place(self, shard: int) -> str:
-        """The path or URL of one tar."""
-        return join(self.folder, self.shards[shard])
-
     def shard_path(self, shard: int) -> Path:
-        """The tar as a local file; one of a prefix exists only while it is in the cache."""
-        if self.remote is None:
-            return Path(self.shard_place(shard))
-        stored = self.remote.stored[int(shard)]
-        return self.remote.cache.folder / (stored.name if stored else "none")
-
-    def cached(self, settings: CacheSettings) -> "ShardIndex":
-        """The same index with another cache for the shards of a store, or another patience with those of a folder."""
-        if self.remote is None:
-            return replace(self, retry_s=settings.retry_s)
-        return replace(self, remote=replace(self.remote, cache=ShardCache(settings)))
-
-    def fetcher(self) -> ShardFetcher | FolderWatch:
-        """Return what downloads the shards of a prefix or watches those of a folder.
-
-        Raises ValueError for a cache that cannot be made, OSError for a shard that is gone.
-        """
-        if self.remote is None:
-            return FolderWatch([self.shard_path(shard) for shard in range(len(self.shards))], self.retry_s)
-        self.remote.cache.make()
-        return ShardFetcher(self.remote.stored, self.remote.cache)  # type: ignore[arg-type]
+        return self.folder / self.shards[shard]
 
     def key(self, row: int) -> str:
         """The member name of one sample, read from its tar header; words in brackets if none can be read."""
@@ -134,53 +93,41 @@ class ShardIndex:
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
         try:
-            try:
-                content = read_bytes(self.shard_path(shard), offset, size)
-            except FileNotFoundError:  # not in the cache
-                content = read_bytes(self.shard_place(shard), offset, size)
+            content = read_bytes(self.shard_path(shard), offset, size)
         except ValueError as error:
             raise StoreError(str(error)) from None
         if len(content) < size:
-            raise StoreError(f"{self.shard_place(shard)}: ends after {offset + len(content):,} bytes, inside a sample")
+            raise StoreError(f"{self.shard_path(shard)}: ends after {offset + len(content):,} bytes, inside a sample")
         return content
 
     def describe(self, row: int) -> str:
         """One sample for error messages: shard, member name and offset."""
         sample = self.samples[row]
-        return f"{self.shard_place(sample['shard'])}: {self.key(row)} at byte {sample['offset']}"
+        return f"{self.shard_path(sample['shard'])}: {self.key(row)} at byte {sample['offset']}"
 
 
-def split_folder(dataset_name: str, data_path: Path | str, split: str) -> Path | str:
+def split_folder(dataset_name: str, data_path: Path | str, split: str) -> Path:
     """The folder with the shards of `split`: `data_path/split`, or `data_path` itself if it holds tars.
 
-    The same holds for a prefix in a store, where the index decides. Raises FileNotFoundError that says how to get shards,
-    StoreError, and ValueError for a URL without a bucket.
+    Raises FileNotFoundError that says how to get shards.
     """
-    if is_remote(data_path):
-        return _remote_split(str(data_path), split)
-    folders = Path(data_path) / split, Path(data_path)
-    for folder in folders:
+    path, convert = Path(data_path), "python tools/make_shards.py convert"
+    for folder in (path / split, path):
         if tar_names(folder):
             return folder
+    missing = f"{path / split}: no shards (*.tar) here"
     if dataset_name == "sample":
-        command = f"python tools/make_shards.py sample --out {data_path}"
-        raise FileNotFoundError(f"{folders[0]}: no sample shards (*.tar) here. Make them with `{command}`")
-    raise FileNotFoundError(advise(str(data_path), split))
-
-
-def _remote_split(prefix: str, split: str) -> str:
-    check_prefix(prefix)
-    folders = (join(prefix, split), prefix.rstrip("/"))
-    for folder in folders:
-        try:
-            read_bytes(join(folder, INDEX_NAME), 0, 4)
-            return folder
-        except MissingObject as error:
-            reason = str(error).removeprefix(f"{join(folder, INDEX_NAME)}: ")
-    raise FileNotFoundError(
-        f"{', '.join(join(folder, INDEX_NAME) for folder in folders)}: {reason}. Shards in a store need an index: write it with "
-        "`python tools/make_shards.py index FOLDER` before they are uploaded"
-    )
+        raise FileNotFoundError(f"{missing}. Make them with `python tools/make_shards.py sample --out {path}`")
+    if "://" in str(data_path) or str(data_path).startswith("pipe:") or (PATTERN.search(str(path)) and not path.exists()):
+        raise FileNotFoundError(
+            f"{data_path}: patterns, commands and this kind of URL are not read. Name the folder of the shards, a folder of "
+            "pictures or a prefix such as s3://BUCKET/PREFIX (gs, az, hf, https)"
+        )
+    if split != "train" and (path / "train").exists():
+        aside = "where the images have no such split, convert them into another folder with `--val-ratio 0.1`"
+        raise FileNotFoundError(f"{missing}. Make them with `{convert} SOURCE --out {path} --split {split}`; {aside}")
+    run = f"`{convert} SOURCE --out {path} --val-ratio 0.1`"
+    raise FileNotFoundError(f"{missing}. Set data_path to a folder of pictures, or run {run}")
 
 
 def tar_names(folder: Path) -> list[str]:
@@ -206,14 +153,12 @@ def tar_sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
 
 
 def open_index(folder: Path | str) -> ShardIndex:
-    """Read the index of a folder or prefix, and compare it with the tars; those of a store are compared when they arrive.
+    """Read the index of a folder, and compare it with the tars.
 
     A folder of tars without an index is scanned, header by header. Raises FileNotFoundError if there are no shards, ValueError
     for an index that is damaged or does not fit its tars, and for a tar that is missing, unreadable, truncated, zero-filled or
-    foreign; StoreError.
+    foreign.
     """
-    if isinstance(folder, str) and is_remote(folder):
-        return _open_remote(folder.rstrip("/"))
     folder = Path(folder)
     names, rebuild = tar_names(folder), f"Rebuild it: `python tools/make_shards.py index {folder}`"
     if not names:
@@ -236,43 +181,16 @@ def open_index(folder: Path | str) -> ShardIndex:
             f"{folder}: the index lists {len(shards)} tars, and the folder holds {len(unlisted)} more "
             f"({unlisted[0]}, ...). Move them away, or include them. {rebuild}"
         )
-    index_file.check_shards([folder / name for name in shards], ends)
+    check_shards([folder / name for name in shards], ends)
     check_fits(folder, manifest, num_bytes, len(samples))
     return ShardIndex(folder, shards, samples, counts)
 
 
-def _open_remote(folder: str) -> ShardIndex:
-    """Open a prefix with one request each for the files of the index, the manifest and the listing."""
-    remedy = "Upload it again"
-    names, samples, counts, ends = load_index(folder, remedy)
-    manifest, listed = read_manifest(folder), sizes(folder)
-    check_fits(folder, manifest, dict.fromkeys(names, 0), len(samples))
-    entries = {shard.name: shard for shard in manifest.shards if shard.bytes is not None} if manifest else {}
-    stored, stops = list[StoredShard | None]([None] * len(names)), np.cumsum(counts)
-    for shard, pair in ends.items():
-        name, url, entry = names[shard], join(folder, names[shard]), entries.get(names[shard])
-        num_bytes = entry.bytes if entry and entry.bytes else int((pair["offset"] + pair["size"]).max())
-        if listed is not None and "/" not in name:
-            size, source = listed.get(name), "manifest" if entry else "index"
-            if size is None:
-                raise ValueError(f"{url}: listed in the index but missing. {remedy}, or rebuild the index")
-            if size < num_bytes or (entry and size != num_bytes):
-                problem = "truncated" if size < num_bytes else "changed"
-                raise ValueError(f"{url}: {problem}: {size:,} bytes, and the {source} needs {num_bytes:,}. {remedy}")
-        sha256 = entry.sha256 if entry else ""
-        rows = samples[stops[shard] - counts[shard] : stops[shard]]
-        tag = sha256 or hashlib.sha256(rows.tobytes()).hexdigest()
-        stored[shard] = StoredShard(url, f"{Path(name).stem}-{tag[:24]}.tar", num_bytes, sha256, pair.copy())
-    return ShardIndex(folder, names, samples, counts, RemoteShards(tuple(stored), ShardCache(CacheSettings())))
-
-
-def write_dali_indices(
-    index: ShardIndex, rows: np.ndarray, folder: Path, pins: Pins | None = None
-) -> tuple[list[str], list[str]]:
+def write_dali_indices(index: ShardIndex, rows: np.ndarray, folder: Path) -> tuple[list[str], list[str]]:
     """Write rows of the index, in their order, as DALI index files in `folder`.
 
     Returns the tars and their index files; a tar is listed once for each run of its rows, since an index file can drop, permute
-    and repeat the members of a tar. Tars of a store are read through their links in `pins`.
+    and repeat the members of a tar.
     """
     samples = index.samples[rows]
     breaks = np.flatnonzero(np.diff(samples["shard"])) + 1
@@ -280,8 +198,8 @@ def write_dali_indices(
     for part, run in zip(np.split(rows, breaks), np.split(samples, breaks), strict=True):
         members = zip(part.tolist(), run["offset"].tolist(), run["size"].tolist(), strict=True)
         lines = [f"{IMAGE} {offset} {size} {row}.{IMAGE}\n" for row, offset, size in members]
-        path, tar = folder / f"{len(tars):06d}.idx", index.shard_path(run["shard"][0])
+        path = folder / f"{len(tars):06d}.idx"
         path.write_text(f"v1.2 {len(lines)}\n{''.join(lines)}")
-        tars.append(os.fspath(tar if pins is None else pins.folder / tar.name))
+        tars.append(os.fspath(index.shard_path(run["shard"][0])))
         paths.append(os.fspath(path))
     return tars, paths

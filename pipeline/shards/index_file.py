@@ -1,4 +1,4 @@
-"""The files of an index, which opens in a time that does not grow with it, and its comparison with the tars.
+"""The files of an index, and its comparison with the tars.
 
 `index.npy` holds one row per sample and `index.json` the shards with their numbers of samples.
 """
@@ -13,15 +13,15 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 from pydantic import BaseModel, Field, InstanceOf
 
-from pipeline.files import write_atomic
+from pipeline.files import read_bytes, write_atomic
 from pipeline.shards.manifest import as_model, read_object
-from pipeline.shards.storage import is_remote, join, read_bytes, read_whole
 from pipeline.shards.tar import IMAGE_EXTENSIONS, head_kind
 
 INDEX_NAME = "index.json"
@@ -33,9 +33,6 @@ UNLABELLED = -1
 SAMPLE_DTYPE = np.dtype(
     [("shard", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("label", "<i4"), ("height", "<i4"), ("width", "<i4")]
 )
-# A larger `index.npy` (two million samples) is mapped: only the rows in use are in memory, and its checksum is not computed.
-MAX_READ_BYTES = 1 << 26
-MAX_INDEX_BYTES, MAX_HEADER_BYTES = 1 << 32, 4096  # of a downloaded `index.npy`, and of what is not its rows
 CHECKSUM_BYTES = 32  # of sha256
 # The exceptions of numpy and zipfile for a damaged `.npy` or `.npz`.
 DAMAGES = (
@@ -70,8 +67,7 @@ def index_files(shards: dict[str, int], samples: np.ndarray) -> dict[str, bytes]
     file = io.BytesIO()
     np.save(file, samples)
     checksum = _checksum(shards, file.getbuffer())
-    # The checksum at the end, which numpy passes over, ties a large file to its JSON without reading all of it: a crash or
-    # another writer between the two renames never leaves a pair that looks right.
+    # The checksum is in both: a crash or another writer between the two renames never leaves a pair that looks right.
     file.write(checksum)
     text = json.dumps({"checksum": checksum.hex(), "shards": shards}, indent=1) + "\n"
     return {SAMPLES_NAME: file.getvalue(), INDEX_NAME: text.encode()}
@@ -83,16 +79,16 @@ def _checksum(shards: dict[str, int], array_file: bytes | memoryview) -> bytes:
     return digest.digest()
 
 
-def load_index(folder: Path | str, remedy: str) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, dict[int, np.ndarray]]:
+def load_index(folder: Path, remedy: str) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, dict[int, np.ndarray]]:
     """Return the names of the shards, the samples `[N]`, the number of samples per shard, `[num_shards] int64`, and the ends.
 
     The ends are the first and the last sample, `[2]` of SAMPLE_DTYPE, of each shard that has samples. Raises FileNotFoundError
-    without an index, ValueError that ends with `remedy` for a damaged one, StoreError.
+    without an index, ValueError that ends with `remedy` for a damaged one.
     """
-    place = join(folder, INDEX_NAME)
+    place = folder / INDEX_NAME
     content = as_model(IndexContent, read_object(place, remedy), place, remedy)
     names, counts = tuple(content.shards), np.array([*content.shards.values()], np.int64)
-    place = join(folder, SAMPLES_NAME)
+    place = folder / SAMPLES_NAME
     samples = _load_samples(place, content, remedy)
     used, ends, problem = np.flatnonzero(counts), samples, ""
     if samples.dtype != SAMPLE_DTYPE or samples.ndim != 1:
@@ -105,37 +101,27 @@ def load_index(folder: Path | str, remedy: str) -> tuple[tuple[str, ...], np.nda
     else:
         stops = np.cumsum(counts)[used]
         ends = samples[np.stack([stops - counts[used], stops - 1], axis=1)]  # [shards, 2]
-        # Reading all rows of a mapped index takes minutes.
-        is_small = samples.nbytes <= MAX_READ_BYTES
-        checked, times = samples if is_small else ends.reshape(-1), counts[used] if is_small else 2
-        is_sane = (checked["shard"] == np.repeat(used, times)) & (checked["offset"] >= BLOCK) & (checked["offset"] % BLOCK == 0)
-        is_sane &= (checked["size"] >= 0) & (checked["label"] >= UNLABELLED) & (checked["height"] > 0) & (checked["width"] > 0)
+        shards, offsets, sizes, labels, heights, widths = (samples[name] for name in SAMPLE_DTYPE.names or ())
+        is_sane = (shards == np.repeat(used, counts[used])) & (offsets >= BLOCK) & (offsets % BLOCK == 0)
+        is_sane &= (sizes >= 0) & (labels >= UNLABELLED) & (heights > 0) & (widths > 0)
         # In this order, since hostile numbers could overflow.
-        reach = np.repeat(ends["offset"][:, 1] + ends["size"][:, 1], times)
-        if not (is_sane & (checked["size"] <= reach - checked["offset"])).all():
+        reach = np.repeat(ends["offset"][:, 1] + ends["size"][:, 1], counts[used])
+        if not (is_sane & (sizes <= reach - offsets)).all():
             problem = "damaged, or not ordered by shard"
     if problem:
         raise ValueError(f"{place}: {problem}. {remedy}")
     return names, samples, counts, dict(zip(used.tolist(), ends, strict=True))
 
 
-def _load_samples(place: str, content: IndexContent, remedy: str) -> np.ndarray:
-    mapped = False
+def _load_samples(path: Path, content: IndexContent, remedy: str) -> np.ndarray:
     try:
-        if not is_remote(place) and (mapped := os.path.getsize(place) > MAX_READ_BYTES):
-            checksum = read_bytes(place, os.path.getsize(place) - CHECKSUM_BYTES, CHECKSUM_BYTES)
-        else:
-            num_bytes = sum(content.shards.values()) * SAMPLE_DTYPE.itemsize + MAX_HEADER_BYTES
-            data = read_whole(place, min(num_bytes, MAX_INDEX_BYTES))
-            checksum = _checksum(content.shards, data[:-CHECKSUM_BYTES])
+        data = read_bytes(path)
     except FileNotFoundError:
-        raise ValueError(f"{place}: missing, and {INDEX_NAME} is there. {remedy}") from None
-    try:
-        if checksum.hex() == content.checksum:
-            return np.asarray(np.load(place, mmap_mode="r") if mapped else np.load(io.BytesIO(data)))
-    except DAMAGES:  # of the header of a mapped file
-        pass
-    raise ValueError(f"{place}: damaged, or not of the {INDEX_NAME} next to it. {remedy}")
+        raise ValueError(f"{path}: missing, and {INDEX_NAME} is there. {remedy}") from None
+    with suppress(*DAMAGES):  # of a forged header
+        if _checksum(content.shards, memoryview(data)[:-CHECKSUM_BYTES]).hex() == content.checksum:
+            return np.asarray(np.load(io.BytesIO(data)))
+    raise ValueError(f"{path}: damaged, or not of the {INDEX_NAME} next to it. {remedy}")
 
 
 def check_shards(paths: Sequence[Path], ends: dict[int, np.ndarray]) -> None:

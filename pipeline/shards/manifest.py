@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, InstanceOf, StrictInt, ValidationError
 
-from pipeline.shards.storage import join, read_whole
+from pipeline.files import read_whole
 
 MANIFEST_NAME = "manifest.json"
 MAX_JSON_BYTES = 1 << 26  # of a file with JSON, many times what a million shards need
@@ -45,8 +45,8 @@ class Manifest(BaseModel):
         return {shard.name: shard.sha256 for shard in self.shards}
 
 
-def read_object(place: Path | str, remedy: str) -> dict[str, Any]:
-    """Return the JSON object in a file or object. Raises ValueError that names it, what it holds instead, and the remedy."""
+def read_object(place: Path, remedy: str) -> dict[str, Any]:
+    """Return the JSON object in a file. Raises ValueError that names it, what it holds instead, and the remedy."""
     text = read_whole(place, MAX_JSON_BYTES)
     try:
         content = json.loads(text)
@@ -67,8 +67,8 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
         yield content if isinstance(content, dict) else {}
 
 
-def as_model(model: type[Model], content: dict[str, Any], place: Path | str, remedy: str) -> Model:
-    """Return the JSON object from a place as a model. Raises ValueError as `read_object`, for the first wrong field."""
+def as_model(model: type[Model], content: dict[str, Any], place: Path, remedy: str) -> Model:
+    """Return the JSON object from a file as a model. Raises ValueError as `read_object`, for the first wrong field."""
     try:
         return model.model_validate(content)
     except ValidationError as error:
@@ -77,12 +77,12 @@ def as_model(model: type[Model], content: dict[str, Any], place: Path | str, rem
         raise ValueError(f"{place}: damaged: {reason}. {remedy}") from None
 
 
-def read_manifest(folder: Path | str) -> Manifest | None:
-    """Return the manifest of a folder or prefix, None if there is none or another program wrote a file of that name.
+def read_manifest(folder: Path) -> Manifest | None:
+    """Return the manifest of a folder, None if there is none or another program wrote a file of that name.
 
-    Raises ValueError for a damaged one, StoreError for a store that does not answer.
+    Raises ValueError for a damaged one.
     """
-    place = join(folder, MANIFEST_NAME)
+    place = folder / MANIFEST_NAME
     remedy = f"Convert {folder} again, or remove the file to use the shards without class names and checksums"
     try:
         content = read_object(place, remedy)
@@ -92,7 +92,7 @@ def read_manifest(folder: Path | str) -> Manifest | None:
 
 
 @contextmanager
-def read_as_expected(place: Path | str, remedy: str) -> Iterator[None]:
+def read_as_expected(place: Path, remedy: str) -> Iterator[None]:
     """Turn what goes wrong with the content of a JSON file from outside, inside this context, into a ValueError of one line."""
     try:
         yield
@@ -103,10 +103,10 @@ def read_as_expected(place: Path | str, remedy: str) -> Iterator[None]:
         ) from None
 
 
-def check_fits(folder: Path | str, manifest: Manifest | None, sizes: dict[str, int], num_samples: int) -> None:
+def check_fits(folder: Path, manifest: Manifest | None, sizes: dict[str, int], num_samples: int) -> None:
     """Raise ValueError if a manifest is not of these tars, so that its classes and sums would mean others.
 
-    `sizes`: bytes by name, 0 where they are unknown. `num_samples`: of all tars.
+    `sizes`: bytes by name. `num_samples`: of all tars.
     """
     if manifest is None or not manifest.shards:
         return
@@ -116,23 +116,23 @@ def check_fits(folder: Path | str, manifest: Manifest | None, sizes: dict[str, i
     reasons += [
         f"{name} has {sizes[name]:,} bytes instead of {size:,}"
         for name, size in listed.items()
-        if size and sizes.get(name) not in (None, 0, size)
+        if size and sizes.get(name) not in (None, size)
     ]
     if manifest.num_samples not in (None, num_samples):
         reasons.append(f"{num_samples:,} images instead of {manifest.num_samples:,}")
     if reasons:
         raise ValueError(
-            f"{join(folder, MANIFEST_NAME)}: of other tars than these: {reasons[0]}. Labels of two conversions can mean "
+            f"{folder / MANIFEST_NAME}: of other tars than these: {reasons[0]}. Labels of two conversions can mean "
             f"different classes: keep each in a folder of its own, or copy or convert {folder} again"
         )
 
 
-def check_class_count(folder: Path | str, labels: np.ndarray, manifest: Manifest) -> None:
+def check_class_count(folder: Path, labels: np.ndarray, manifest: Manifest) -> None:
     """Raise ValueError if samples have labels for which the manifest of `folder` has no class. `labels`: of all samples."""
     highest, classes = int(labels.max()), manifest.classes
     if classes and highest >= len(classes):
         raise ValueError(
-            f"{join(folder, MANIFEST_NAME)}: names {len(classes)} classes, but labels go up to {highest}. Convert "
+            f"{folder / MANIFEST_NAME}: names {len(classes)} classes, but labels go up to {highest}. Convert "
             f"{folder} again, or remove the file to use the labels without names"
         )
 

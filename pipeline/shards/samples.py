@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from pipeline.files import read_bytes
 from pipeline.shards.index_file import SAMPLE_DTYPE, UNLABELLED
 from pipeline.shards.side_folders import folder_of_images
-from pipeline.shards.storage import read_bytes
 from pipeline.shards.tar import CONVERTIBLE, IMAGE_EXTENSIONS, TarMember, is_hidden, sample_key, tar_kind, tar_members, warn_once
 
 HEAD_BYTES = 1 << 14  # of an image: mostly enough to know its size in pixels

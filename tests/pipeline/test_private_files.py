@@ -1,17 +1,15 @@
-"""Names and files that others control: control characters, folders in /tmp, links, and the limits of a container."""
+"""Names and files that others control: control characters, links, and the limits of a container."""
 
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 
 from pipeline import memory
-from pipeline.files import open_append, private_folder, write_atomic
+from pipeline.files import open_append, write_atomic
 from pipeline.memory import memory_limit, peak_memory
-from pipeline.shards.cache import CacheSettings, ShardCache
 from pipeline.text import printable
 
 HOSTILE = "\x1b]0;title\x07\x1b[2Jcat\r\n\u202egpj.\udcff"
@@ -30,38 +28,6 @@ def test_the_error_line_of_a_command_holds_no_control_character(tmp_path: Path) 
     assert done.returncode == 2
     assert done.stderr.count("\n") == 2  # the name holds one line break
     assert done.stderr.replace("\n", "").isprintable()
-
-
-@pytest.mark.parametrize("trap", ["a link", "writable by all", "of another user", "a file"])
-def test_a_folder_that_others_can_have_filled_is_refused(tmp_path: Path, trap: str) -> None:
-    folder = tmp_path / "shared"
-    victim = tmp_path / "victim"
-    victim.mkdir()
-    if trap == "a link":
-        folder.symlink_to(victim)
-    elif trap == "a file":
-        folder.touch()
-    else:
-        folder.mkdir()
-        folder.chmod(0o777 if trap == "writable by all" else 0o755)
-    if trap == "of another user":
-        if os.geteuid() != 0:
-            pytest.skip("only root can give a folder away")
-        os.chown(folder, 65534, -1)
-    with pytest.raises(ValueError, match="cannot be trusted") as caught:
-        private_folder(folder)
-    assert "\n" not in str(caught.value)
-    assert not any(victim.iterdir())
-
-
-def test_the_default_cache_is_closed_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    cache = ShardCache(CacheSettings())
-    cache.make()
-    assert cache.folder.stat().st_mode & 0o777 == 0o700
-    cache.folder.chmod(0o777)
-    with pytest.raises(ValueError, match="cannot be trusted"):
-        ShardCache(CacheSettings()).make()
 
 
 def test_links_are_replaced_or_refused_and_never_written_through(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -272,10 +272,10 @@ def test_a_disk_that_refuses_a_checkpoint_is_reported_and_training_continues_wit
 def test_a_log_that_the_disk_refuses_is_reported_once_and_what_is_there_stays(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with MetricsLog(tmp_path, True, 0) as log:
+    with closing(MetricsLog(tmp_path, True, 0)) as log:
         log.write(1, {"loss": 1.0})
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    with sizes_limited(len(before)), MetricsLog(tmp_path, True, 1) as log:
+    with sizes_limited(len(before)), closing(MetricsLog(tmp_path, True, 1)) as log:
         for step in range(2, 300):
             log.write(step, {"loss": 1.0})
     (message,) = caplog.messages

@@ -1,14 +1,10 @@
 """Files next to shards and in run folders come from anybody: whatever they hold, it is one line or has no effect."""
 
-import hashlib
 import json
-import os
 import random
 import shutil
-import threading
 from collections.abc import Callable
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from pipeline.files import expand_path
+from pipeline.files import expand_path, read_whole
 from pipeline.quarantine import Quarantine
-from pipeline.shards.cache import CacheSettings, ShardCache, StoredShard
 from pipeline.shards.index import open_index, save_index
 from pipeline.shards.index_file import INDEX_FILES, SAMPLES_NAME, _checksum, index_files
 from pipeline.shards.manifest import check_class_count, read_manifest
-from pipeline.shards.storage import StoreError, read_whole
 from tests.pipeline.shards.conftest import write_manifest
 from tests.train.test_run import QUICKSTART, command
 from tools import compare_runs, doctor, make_shards
@@ -109,7 +103,7 @@ def compare(path: Path) -> None:
 def open_metrics(path: Path) -> None:
     content = path.read_bytes()
     compare(path)
-    with MetricsLog(path.parent, False, 1):
+    with closing(MetricsLog(path.parent, False, 1)):
         assert all(line["step"] <= 1 for line in read_metrics(path.parent))
     path.write_bytes(content)
 
@@ -226,61 +220,6 @@ def test_a_file_longer_than_it_can_be_is_not_read(tmp_path: Path) -> None:
     assert read_whole(path, 4) == b"1234"
     with pytest.raises(ValueError, match=r"longer than the 3 bytes"):
         read_whole(path, 3)
-
-
-class Endless(BaseHTTPRequestHandler):
-    """Announces a thousand bytes, and sends as long as anybody listens."""
-
-    def do_HEAD(self) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", "application/octet-stream")
-        self.end_headers()
-
-    def do_GET(self) -> None:
-        self.do_HEAD()
-        with suppress(OSError):
-            while True:
-                self.wfile.write(bytes(1 << 16))
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-def test_a_download_ends_where_the_manifest_says(tmp_path: Path) -> None:
-    pytest.importorskip("aiohttp")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        with pytest.raises(StoreError, match=r"manifest\.json: longer than the [\d,]+ bytes that it can have"):
-            read_manifest(url)
-        shard = StoredShard(f"{url}/a.tar", "a-" + "0" * 24 + ".tar", 2_000_000, "0" * 64, np.empty(0))
-        cache = ShardCache(CacheSettings(tmp_path / "cache"))
-        cache.make()
-        pins = cache.new_pins()
-        with pytest.raises(StoreError, match=r"a\.tar: longer than the 2,000,000 bytes"):
-            cache.fetch(shard, pins)
-        assert not list(pins.folder.iterdir())
-        server.shutdown()
-
-
-def test_another_users_shard_in_a_shared_cache_counts_only_with_its_checksum(tmp_path: Path) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("only root can give a file away")
-    content = b"sound" * 1000
-    sha256 = hashlib.sha256(content).hexdigest()
-    for uid, planted, tag, expected in (
-        (65534, content, sha256, True), (65534, content, "", False), (65534, b"other" * 1000, sha256, False),
-        (0, b"other" * 1000, sha256, True),
-    ):  # fmt: skip
-        cache = ShardCache(CacheSettings(tmp_path / "cache"))
-        cache.make()
-        shard = StoredShard("s3://b/a.tar", "a-" + "0" * 24 + ".tar", len(content), tag, np.empty(0))
-        cache.path(shard).write_bytes(planted)
-        os.chown(cache.path(shard), uid, -1)
-        pins = cache.new_pins()
-        assert cache.pin(shard, pins) is expected
-        assert [path.name for path in pins.folder.iterdir()] == [shard.name] * expected
-        cache.path(shard).unlink()
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "figures", "checkpoints", "report.html"])

@@ -14,9 +14,8 @@ from safetensors.torch import load_file
 
 from pipeline import build_multicrop_dataloader, build_multicrop_dataset, window
 from pipeline.loader import MultiCropLoader
-from pipeline.shards.cache import CacheSettings
 from pipeline.shards.index import open_index, save_index
-from pipeline.shards.storage import StoreError
+from pipeline.shards.watch import StoreError
 from tests.train.test_ranks import torchrun, wait_for_step
 from tests.train.test_run import QUICKSTART, command
 from train.checkpoint import list_checkpoints
@@ -36,9 +35,8 @@ def folder(data_path: Path, tmp_path: Path) -> Path:
 
 def loader_of(folder: Path, retry_s: float, quarantine: Path | None = None) -> MultiCropLoader:
     dataset = build_multicrop_dataset("custom", folder.parent, num_local_crops=0, global_crop_size=32)
-    dataset = dataset.cached(CacheSettings(retry_s=retry_s))
     return build_multicrop_dataloader(
-        dataset, BATCH, device="cpu", num_workers=1, normalized=False, quarantine=quarantine, prefetch=1
+        dataset, BATCH, device="cpu", num_workers=1, normalized=False, quarantine=quarantine, prefetch=1, retry_s=retry_s
     )
 
 

@@ -10,10 +10,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from pipeline.files import file_checksum
+from pipeline.files import file_checksum, read_bytes
 from pipeline.shards.index import INDEX_NAME, UNLABELLED, open_index, save_index, scan_shard, tar_names, tar_sizes
 from pipeline.shards.manifest import MANIFEST_NAME, Manifest, check_class_count, check_fits, read_manifest
-from pipeline.shards.storage import read_bytes
 from pipeline.shards.tar import tar_members
 from pipeline.text import truncate_list
 

@@ -22,7 +22,6 @@ SHORT_FLAGS = {
     "dataset": "data.dataset",
     "resume": "checkpoint.resume",
 }
-MAX_BYTES = 100_000  # a shard passed by mistake is not read to its end
 MAX_SHOWN = 60  # characters of a wrong value in a message
 COMMAND_LINE = "command line"
 
@@ -58,17 +57,12 @@ def read_values(path: Path, origins: dict[str, str]) -> dict[str, Any]:
 
 def _read(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-        text = raw.decode("utf-8-sig")
+        return path.read_text("utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; configs/ holds the shipped files") from error
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{path}:{line}: not a text file: byte {raw[error.start]:#04x} is not UTF-8") from None
-    if len(raw) > MAX_BYTES:
-        raise ConfigError(f"{path}:1: larger than {MAX_BYTES} bytes; not a config file")
-    return text
+        line, byte = error.object.count(b"\n", 0, error.start) + 1, error.object[error.start]
+        raise ConfigError(f"{path}:{line}: not a text file: byte {byte:#04x} is not UTF-8") from None
 
 
 def _apply(override: str, values: dict[str, Any], origins: dict[str, str]) -> None:

@@ -79,20 +79,16 @@ class Augmentation(Section):
 class Data(Section):
     dataset: Literal["imagenet", "cifar10", "cifar100", "fashion_mnist", "sample", "custom"] = "imagenet"
     data_path: PathText
-    """Folder, or prefix of an object store (s3://, gs://, az://, hf://, https://), that holds the shards in train/ and val/; or
-    pictures in any layout that make_shards.py convert reads: they are converted once, into shards/converted or cache_dir."""
+    """Folder that holds the shards in train/ and val/; or pictures in any layout that make_shards.py convert reads; or a prefix
+    of an object store (s3://, gs://, az://, hf://, https://). Pictures are converted and stores copied once, to cache_dir."""
     val_ratio: FractionBelowOne | None = None
     """Share of the pictures of every class that becomes val/ when data_path holds pictures; null: 0.1."""
     resize: PositiveInt | None = None
     """Pixels to which the shorter side of larger pictures is reduced when data_path holds pictures; null: none are."""
     cache_dir: PathText | None = None
-    """Folder for shards downloaded from a store; it should be on a local disk. null: a folder of your own in $TMPDIR."""
-    cache_size_gb: PositiveFloat = defaults.CACHE_SIZE_GB
-    """Size limit of cache_dir; the shards that were planned least recently are removed first."""
-    store_streams: PositiveInt = defaults.STORE_STREAMS
-    """Concurrent downloads per rank; raise it if a single connection is slower than the network."""
+    """Folder on a local disk for shards that are converted or copied from data_path. null: shards/converted."""
     store_retry_s: NonNegativeFloat = defaults.STORE_RETRY_S
-    """Seconds during which a failing store, or a folder whose shards are away, is retried; then the run saves and stops."""
+    """Seconds during which a store that fails, or shards that are away, are tried again; then the run saves and stops."""
     batch_size: PositiveInt = defaults.BATCH_SIZE
     """Images per rank."""
     num_workers: PositiveInt | Literal["auto"] = "auto"
@@ -209,7 +205,7 @@ class Training(Section):
     timeout_s: PositiveFloat = 900.0
     """With several ranks: seconds without a step after which the run stops and shows where each rank is."""
     max_skipped_steps: PositiveInt = 20
-    """Consecutive steps without a finite loss and gradient before the run returns to its last checkpoint; after that it stops."""
+    """Consecutive steps without a finite loss and gradient after which the run stops."""
 
 
 class Checkpoint(Section):

@@ -101,19 +101,10 @@ def free_memory() -> int:
 
 
 def subsample_evenly(index: ShardIndex, max_samples: int) -> ShardIndex:
-    """Return at most `max_samples` samples of the index, evenly spaced in stored order so that every class is represented.
-
-    For remote data they come from the fewest evenly spaced shards that suffice, since each must be downloaded in full.
-    """
+    """Return at most `max_samples` samples of the index, evenly spaced in stored order so that every class is represented."""
     if len(index) <= max_samples:
         return index
-    rows = np.arange(len(index))
-    if index.remote is not None:
-        used = np.flatnonzero(index.counts)
-        choices = (used[np.arange(number) * len(used) // number] for number in range(1, len(used) + 1))
-        shards = next(shards for shards in choices if index.counts[shards].sum() >= max_samples)
-        rows = np.flatnonzero(np.isin(index.samples["shard"], shards))
-    samples = index.samples[rows[np.arange(max_samples) * len(rows) // max_samples]]
+    samples = index.samples[np.arange(max_samples) * len(index) // max_samples]
     return replace(index, samples=samples, counts=np.bincount(samples["shard"], minlength=len(index.shards)))
 
 

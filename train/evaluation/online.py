@@ -1,7 +1,6 @@
 """Scores of frozen features before, during and after a run, and baselines that need no training (baselines.json)."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 BASELINES_FILE = "baselines.json"
 BaselineName = Literal["pixels", "colour_histogram", "random_init", "start"]
-Choose = Callable[[list[bytes], list[int]], list[int]]
 Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 
 log = logging.getLogger(__name__)
@@ -184,16 +182,12 @@ class OnlineEvaluation:
         values |= {f"placement_{name}": value for name, value in self.placement.items() if name.startswith("level")}
         return {name: value for name, value in values.items() if value is not None}
 
-    def neighbours(self, choose: Choose, k: int, candidates: int) -> list[Neighbours]:
-        """Return the k nearest training images, at the latest measurement, of some of `candidates` validation images.
-
-        The candidates are evenly spaced; `choose` returns the places of some, given their encoded files and labels.
-        """
+    def neighbours(self, count: int, k: int) -> list[Neighbours]:
+        """Return the k nearest training images, at the latest measurement, of `count` evenly spaced validation images."""
         if self._latest is None or self._loaders is None:
             return []
         train, test = self._latest.train, self._latest.test
-        rows = torch.linspace(0, len(test.labels) - 1, min(candidates, len(test.labels))).long()
-        rows = rows[choose([self._val.encoded(self._row(1, row)) for row in rows.tolist()], test.labels[rows].tolist())]
+        rows = torch.linspace(0, len(test.labels) - 1, min(count, len(test.labels))).long()
         similarities, nearest = nearest_neighbours(train.values["last"], test.values["last"][rows], k, self._device)
         manifest, neighbours = read_manifest(self._train.folder), []
         classes = manifest.classes if manifest else ()

@@ -75,7 +75,6 @@ class Display(ProgressDisplay):
             f"loss {loss}",
             f"{state.images / state.train_s:.0f} images/s",
             f"data wait {100 * state.wait_s / state.train_s:.0f}%",
-            state.store_wait_s and f"store wait {100 * state.store_wait_s / state.train_s:.0f}%",
             epochs >= 1 and f"epoch {epoch:.1f}/{epochs:.4g}",
         ]
         self.show(state.step, " · ".join(part for part in parts if part))

@@ -6,8 +6,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -29,7 +28,7 @@ PANELS = {
     "Placement accuracy during the run, %": ("placement", "placement_level_0", "placement_level_1", "placement_level_2"),
     "RankMe of pooled features": ("rankme",),
     "Images per second": ("images_per_s",),
-    "Data wait, % of the step": ("data_wait_percent", "store_wait_percent"),
+    "Data wait, % of the step": ("data_wait_percent",),
     "Learning rate": ("lr",),
     "Gradient norm": ("grad_norm",),
 }
@@ -93,10 +92,7 @@ class MetricsLog:
         except OSError as error:
             self._warn_once(error)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def close(self) -> None:
         for output in (self._file, self._writer):
             with self._errors_logged():
                 if output is not None:

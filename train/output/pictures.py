@@ -25,7 +25,6 @@ from train.trainer import step_seed
 if TYPE_CHECKING:
     from train.evaluation.online import Neighbours
 
-NUM_LOOKED_AT = 32  # images, among which the pictured ones are chosen
 NUM_PICTURED, NUM_MASKED = 4, 2  # images in crops.png and features.png, and in masks.png
 QUERIES, NEIGHBOURS = 6, 7  # in neighbours.png
 QUERY_COLOUR = np.array([1.0, 0.69, 0.0])
@@ -36,7 +35,6 @@ INK = (118, 124, 130)  # of captions: readable on white and on black, since pict
 CLEAR = (*INK, 0)  # transparent; in the colour of the ink, so that the edges of letters blend well
 GAP, CAPTION, LINE, FONT_SIZE = 8, 20, 15, 12  # pixels: CAPTION of a caption's first line, LINE of each further one
 GLOBAL_SIDE, LOCAL_SIDE, NEIGHBOUR_SIDE = 200, 112, 104  # of a tile; a local crop's caption needs 112
-STRENGTH_SIDE = 16  # of an image whose colours are compared
 DASH = 10  # pixels from the start of one dash to the next
 
 Outline = tuple[Sequence[float], str, bool]
@@ -70,22 +68,16 @@ def draw_run(
 ) -> list[Path]:  # fmt: skip
     """Draw `folder/figures/*.png` and return their paths.
 
-    crops and masks show colourful images among the first positions of epoch 0, with the crops that are trained on. Pictures that
-    do not apply are removed: masks.png where nothing is masked, neighbours.png without neighbours.
+    crops and masks show the first positions of epoch 0, with the crops that are trained on. Pictures that do not apply are
+    removed: masks.png where nothing is masked, neighbours.png without neighbours.
     """
-    count = min(NUM_LOOKED_AT, len(dataset))
+    count = min(NUM_PICTURED, len(dataset))
     loader = build_loader(config, dataset, count)
     batch, rows = next(iter(loader)), loader.rows_at(0, 0, count).tolist()
-    sources = [dataset.index.encoded(row) for row in rows]
-    chosen = colourful(sources, batch.labels.tolist(), NUM_PICTURED)
-    sources, names = [sources[i] for i in chosen], [dataset.index.name(rows[i]) for i in chosen]
-    batch = CropBatch(
-        [crops[chosen] for crops in batch.crops], batch.labels[chosen], batch.boxes[chosen], batch.flips[chosen],
-        batch.positions[chosen],
-    )  # fmt: skip
+    sources, names = [dataset.index.encoded(row) for row in rows], [dataset.index.name(row) for row in rows]
     views = Views(batch, model.num_global, dataset.mean, dataset.std)
     torch.manual_seed(step_seed(config.seed, 0, 1))
-    plan, globals_ = masks(len(chosen)), range(model.num_global)
+    plan, globals_ = masks(count), range(model.num_global)
     pictures: dict[str, list[list[Image.Image]]] = {"crops": [], "masks": []}
     for i, (source, name) in enumerate(zip(sources, names, strict=True)):
         pictures["crops"] += [[text_line(name)], [source_tile(views, i, source), *crop_tiles(views, i)]]
@@ -101,19 +93,6 @@ def draw_run(
         else:
             paths[name].unlink(missing_ok=True)
     return [path for path in paths.values() if path.exists()]
-
-
-def colourful(sources: Sequence[bytes], labels: Sequence[int], count: int) -> list[int]:
-    """Return the places of `count` images with strong colours and contrast, in order, of as many classes as there are."""
-
-    def strength(source: bytes) -> float:
-        pixels = np.asarray(_fit(open_picture(source), STRENGTH_SIDE), np.float32)
-        return float((1 + np.ptp(pixels, axis=2).mean()) * pixels.std(axis=(0, 1)).mean())
-
-    strengths = [strength(source) for source in sources]
-    ranked = sorted(range(len(sources)), key=lambda i: -strengths[i])
-    others = [i for n, i in enumerate(ranked) if labels[i] in [labels[j] for j in ranked[:n]]]
-    return sorted([*(i for i in ranked if i not in others), *others][:count])
 
 
 def crop_tiles(views: Views, i: int) -> list[Image.Image]:

@@ -13,7 +13,6 @@ from rich.table import Table
 
 from pipeline.files import write_atomic
 from pipeline.shards.manifest import read_as_expected, read_object
-from pipeline.shards.storage import is_remote
 from pipeline.text import printable
 from train.config.schema import Config
 from train.output.log import Curve, MetricLines, curves_by_panel, read_metrics
@@ -63,7 +62,6 @@ def write_summary(
         "images": state.images,
         "images_per_s": state.images / state.train_s,
         "data_wait_percent": 100 * state.wait_s / state.train_s,
-        "store_wait_percent": 100 * state.store_wait_s / state.train_s if is_remote(config.data.data_path) else None,
         "loss_first": state.loss_first,
         "loss_last": state.loss_last,
         "rankme": probe.rankme,
@@ -114,7 +112,6 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("images seen", f"{summary['images']:,}"),
         ("images/s", f"{summary['images_per_s']:.0f}"),
         ("data wait", f"{summary['data_wait_percent']:.1f} %"),
-        ("of it for the store", show("{:.1f} %", summary.get("store_wait_percent"))),
         ("loss, first -> last", show("{:.4f} -> ", summary["loss_first"]) + show("{:.4f}", summary["loss_last"])),
         ("bad samples, replaced", show("{:,}, see quarantine.jsonl", summary["bad_samples"] or None)),
         ("steps skipped, not finite", show("{:,}", summary["skipped_steps"] or None)),
@@ -265,18 +262,11 @@ def advice(config: Config, summary: dict[str, Any]) -> list[str]:
     """Return a suggestion for each problem of a run. `summary` is the content of summary.json."""
     data, knn, images = config.data, summary["knn"], summary["validation_images"]
     hints = []
-    wait, store_wait = summary["data_wait_percent"], summary.get("store_wait_percent") or 0.0
-    if summary["steps"] >= MIN_STEPS and store_wait > MAX_WAIT_PERCENT:
+    if summary["steps"] >= MIN_STEPS and summary["data_wait_percent"] > MAX_WAIT_PERCENT:
         hints.append(
-            f"slow store: the model waited for shards of {data.data_path} {store_wait:.0f} % of the time. More "
-            f"data.store_streams (now {data.store_streams}), a nearer store, images stored smaller "
-            "(make_shards.py convert --resize 512), or a data.cache_size_gb that holds them all"
-        )
-    elif summary["steps"] >= MIN_STEPS and wait > MAX_WAIT_PERCENT:
-        hints.append(
-            f"too slow: the model waited for data {wait:.0f} % of the time. Fewer data.multicrop.num_local_crops (now "
-            f"{data.multicrop.num_local_crops}), more data.num_workers (now {data.num_workers}) and cores, "
-            "smaller stored images (make_shards.py convert --resize 512), or shards on a local disk"
+            f"too slow: the model waited for data {summary['data_wait_percent']:.0f} % of the time. Fewer "
+            f"data.multicrop.num_local_crops (now {data.multicrop.num_local_crops}), more data.num_workers (now "
+            f"{data.num_workers}) and cores, smaller stored images (make_shards.py convert --resize 512), or a local disk"
         )
     if summary.get("one_label"):
         hints.append(

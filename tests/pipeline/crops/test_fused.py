@@ -18,7 +18,6 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from skimage import data
 
-from model.hjepa import join_crops
 from pipeline.crops import cubin
 from pipeline.crops.augment import SIGMA, SOLARIZE, TWIST, ViewRecipe, draw_parameters
 from pipeline.crops.cpu_operator import crop_once
@@ -204,10 +203,6 @@ def test_crops_of_a_batch_are_those_of_its_images_and_join_without_a_copy(kernel
         for number, image in enumerate(images):
             expected = crop_once(image, np.ascontiguousarray(values[number]), sizes)
             assert all(np.array_equal(crop[number].numpy(), wanted) for crop, wanted in zip(made, expected, strict=True))
-        for views in ((0, 2), (1, 4, 5), (3,)):
-            joined = join_crops([made[view] for view in views])
-            assert joined.data_ptr() == made[views[0]].data_ptr()
-            assert torch.equal(joined.unflatten(0, (5, -1)), torch.stack([made[view] for view in views], dim=1))
 
 
 def test_batches_of_the_kernel_are_those_of_the_cpu_operator(kernels: list[HostKernel], index: ShardIndex) -> None:

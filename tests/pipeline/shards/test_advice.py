@@ -7,10 +7,10 @@ import pytest
 from pipeline.shards.index import split_folder
 
 FORMS = {
-    "shards/*.tar": "patterns are not expanded. Name the folder",
-    "shards/x-{000000..000123}.tar": "patterns are not expanded",
-    "pipe:aws s3 cp s3://b/x.tar -": "commands are not run",
-    "ftp://host/set": "unknown kind of store; allowed are s3://",
+    **dict.fromkeys(
+        ("shards/*.tar", "shards/x-{000000..000123}.tar", "pipe:aws s3 cp s3://b/x.tar -", "ftp://host/set"),
+        "patterns, commands and this kind of URL are not read. Name the folder of the shards",
+    ),
     "nowhere": "nowhere/train: no shards (*.tar) here. Set data_path to a folder of pictures, or run "
     "`python tools/make_shards.py convert SOURCE --out nowhere",
     "empty": "empty/train: no shards (*.tar) here. Set data_path to",

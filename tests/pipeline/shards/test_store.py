@@ -1,12 +1,15 @@
-"""Training from a store: the crops of local files, bit for bit, and clear lines where it cannot be read."""
+"""Shards in a store: copied once, complete and checked, and clear lines where that cannot be."""
 
+import hashlib
 import json
 import os
-import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,35 +19,36 @@ import pytest
 import torch
 
 from pipeline import build_multicrop_dataloader, build_multicrop_dataset
-from pipeline.loader import MultiCropLoader
-from pipeline.shards.cache import CacheSettings
-from pipeline.shards.index import INDEX_NAME, open_index, split_folder
+from pipeline.shards.copied import copied, is_remote
+from pipeline.shards.index import INDEX_NAME, open_index
 from pipeline.shards.index_file import SAMPLES_NAME
-from pipeline.shards.storage import StoreError, is_remote, read_whole
+from pipeline.shards.watch import StoreError
 from tests.pipeline.shards.conftest import COUNTS, Store
-from tests.pipeline.shards.proxy import Fault, ThrottledProxy, environment, no_fault
 from tests.train.test_run import command
-from train.evaluation.features import check_classes, subsample_evenly
 from train.run import main
 
 ROOT = Path(__file__).parents[3]
-CONFIG = ROOT / "configs" / "quickstart.yaml"
-SIZES = {"global_crop_size": 32, "local_crop_size": 16}
-TOTAL = sum(COUNTS)
+COPY = (
+    "import sys; from pathlib import Path; from pipeline.shards.copied import copied; copied(sys.argv[1], Path(sys.argv[2]), 20)"
+)
 
 
-def loader(place: Path | str, cache: Path, batch: int = 16, max_bytes: int = 10**9, **options: object) -> MultiCropLoader:
-    dataset = build_multicrop_dataset("custom", place, **SIZES).cached(CacheSettings(cache, max_bytes, 20))
-    return build_multicrop_dataloader(dataset, batch, device="cpu", num_workers=1, **options)
+def sums(folder: Path) -> dict[str, str]:
+    """The sha256 of each file below a folder, by its place there."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
-def assert_equal(ours: MultiCropLoader, theirs: MultiCropLoader) -> list[int]:
-    positions = []
-    for a, b in zip(ours, theirs, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a.crops, b.crops, strict=True))
-        assert torch.equal(a.labels, b.labels)
-        positions += a.positions.tolist()
-    return positions
+def shard_requests(store: Store) -> list[str]:
+    return [request for request in store.proxy.requests if ".tar" in request]
+
+
+def one_line(caught: pytest.ExceptionInfo[BaseException]) -> str:
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def test_the_schemes_are_told_from_paths() -> None:
@@ -53,178 +57,148 @@ def test_the_schemes_are_told_from_paths() -> None:
     assert not any(is_remote(place) for place in ("s3:/b", "shards/mine", Path("s3://b/p"), "file://x"))
 
 
-def test_the_split_is_found_and_its_index_is_the_local_one(store: Store) -> None:
-    assert split_folder("custom", store.url, "train") == f"{store.url}/train"
-    assert split_folder("custom", f"{store.url}/", "val") == f"{store.url}/val"
-    assert split_folder("custom", f"{store.url}/train", "train") == f"{store.url}/train"
-    ours, theirs = open_index(f"{store.url}/train"), open_index(store.local / "train")
-    assert (ours.shards, ours.counts.tolist()) == (theirs.shards, COUNTS)
-    np.testing.assert_array_equal(ours.samples, theirs.samples)
-    assert ours.key(50) == theirs.key(50)
-    assert ours.encoded(102) == theirs.encoded(102)
-    assert ours.describe(0).startswith(f"{store.url}/train/photos-000000.tar: 00000000.jpg at byte 512")
+def test_the_copy_has_the_files_of_the_store_and_is_made_once(store: Store, tmp_path: Path) -> None:
+    before = len(shard_requests(store))
+    folder = copied(store.url, tmp_path, 20)
+    assert sums(folder) == sums(store.local)
+    assert len(set(shard_requests(store)[before:])) == len(shard_requests(store)[before:]) == len(COUNTS) + 1
+    requests = len(store.proxy.requests)
+    assert copied(f"{store.url}/", tmp_path, 20) == folder
+    assert len(store.proxy.requests) - requests <= 4  # for the two indices
+    train = copied(f"{store.url}/train", tmp_path, 20)
+    assert sums(train) == sums(store.local / "train")
 
 
-def test_a_change_of_the_environment_reaches_the_next_request(store: Store) -> None:
-    url = f"{store.url}/train/{INDEX_NAME}"
-    content = read_whole(url, 1 << 30)
-    with ThrottledProxy(store.server) as other:
-        with environment(other.url):
-            assert read_whole(url, 1 << 30) == content
-        before = len(store.proxy.requests)
-        assert read_whole(url, 1 << 30) == content
-        assert len(other.requests) == len(store.proxy.requests) - before == 1
-
-
-@pytest.mark.parametrize("room", [100.0, 4.0], ids=["all", "little"])
-def test_two_epochs_have_the_crops_of_local_files_and_every_sample_once(store: Store, tmp_path: Path, room: float) -> None:
-    largest = max(path.stat().st_size for path in (store.local / "train").glob("*.tar"))
-    ours = loader(store.url, tmp_path, max_bytes=int(room * largest), drop_last=False)
-    theirs = loader(store.local, tmp_path, drop_last=False)
-    for _ in range(2):
-        assert sorted(assert_equal(ours, theirs)) == list(range(TOTAL))
-    assert len(ours.quarantine) == 0
-
-
-def test_resumed_on_other_ranks_it_goes_on_where_it_stopped(store: Store, tmp_path: Path) -> None:
-    first = loader(store.url, tmp_path, batch=16)
-    batches = iter(first)
-    seen = [position for _ in range(3) for position in next(batches).positions.tolist()]
-    state = first.state_dict()
-    for rank in range(2):
-        ours, theirs = (loader(place, tmp_path, batch=8, rank=rank, world_size=2) for place in (store.url, store.local))
-        ours.load_state_dict(state)
-        theirs.load_state_dict(state)
-        seen += assert_equal(ours, theirs)
-    assert sorted(seen) == list(range(TOTAL // 16 * 16))
-
-
-def test_it_starts_with_the_first_shard_and_fetches_the_next_ones_in_the_order_of_the_plan(store: Store, tmp_path: Path) -> None:
-    ours = loader(store.url, tmp_path, batch=8)
-    before = len(store.proxy.requests)
-    next(iter(ours))
-    assert len(set(np.unique(ours._window.shards))) == 1
-    order = ours.sequence.plan.shards(0, 0).tolist()
-    for _ in ours:
-        pass
-    fetched = [request for request in store.proxy.requests[before:] if ".tar" in request]
-    assert fetched[0].endswith(f"{order[0]:06d}.tar")
-    assert sorted(fetched) == sorted(f"GET /photos/set/train/photos-{shard:06d}.tar" for shard in order)
-    assert ours.store_wait_s > 0
-
-
-def test_a_store_that_fails_ends_the_run_with_a_checkpoint_from_which_it_continues(
-    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_loader_of_a_store_makes_the_crops_of_local_files(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache, out = tmp_path / "cache", tmp_path / "quickstart"
+    monkeypatch.chdir(tmp_path)
+    ours, theirs = (
+        build_multicrop_dataloader(
+            build_multicrop_dataset("custom", place, global_crop_size=32, local_crop_size=16), 16, device="cpu", num_workers=1
+        )
+        for place in (store.url, store.local)
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a.crops, b.crops, strict=True))
+    assert ours.state_dict() == theirs.state_dict()
+
+
+def test_a_run_from_a_store_copies_trains_and_continues(store: Store, tmp_path: Path) -> None:
     arguments = command(
-        CONFIG, Path("replaced"), tmp_path, "training.max_steps=18", "evaluation.max_samples=16", "data.batch_size=16",
-        f"data.data_path={store.url}", f"data.cache_dir={cache}", "data.store_retry_s=0.5",
-        "evaluation.linear_epochs=0", "evaluation.eval_frequency=1",
+        ROOT / "configs" / "quickstart.yaml", Path("replaced"), tmp_path, "evaluation.max_samples=16",
+        "evaluation.linear_epochs=0", f"data.data_path={store.url}", f"data.cache_dir={tmp_path / 'cache'}",
     )  # fmt: skip
-
-    def saved_when_it_fails(fault: Fault) -> list[str]:
-        """Return the checkpoints of a run whose credentials expire."""
-        store.proxy.fault = fault
-        assert main(arguments) == 2
-        last = capsys.readouterr().out.splitlines()[-1]
-        assert last.startswith(f"{store.url}/")
-        assert "ExpiredToken" in last
-        step = re.search(r"; stopped at step (\d+); the same command continues from there$", last)
-        assert step is not None
-        saved = sorted(path.name for path in (out / "checkpoints").iterdir())
-        assert saved[-1] == f"step_{int(step[1]):08d}"
-        return saved
-
-    def in_the_evaluation(_: int, path: str) -> str:
-        """The validation shard, here since the baselines, is gone when the epoch ends."""
-        if (out / "baselines.json").exists() and "/train/photos" in path:
-            (cache / validation).unlink(missing_ok=True)
-        return "403" if "/val/photos" in path and (out / "baselines.json").exists() else ""
-
-    def in_the_epoch(_: int, path: str) -> str:
-        return "403" if "/train/photos" in path and num_fetched() > first + 3 else ""
-
-    def num_fetched() -> int:
-        return sum("/train/photos" in request for request in store.proxy.requests)
-
-    validation = open_index(f"{store.url}/val").remote.stored[0].name
-    assert saved_when_it_fails(in_the_evaluation) == ["step_00000010"]
-    shutil.rmtree(cache)
-    first = num_fetched()
-    assert len(saved_when_it_fails(in_the_epoch)) == 2
-    store.proxy.fault = no_fault
-    assert main(arguments) == 0
-    assert json.loads((out / "summary.json").read_text())["store_wait_percent"] > 0
-    assert "of it for the store" in (out / "report.html").read_text()
+    assert main([*arguments, "training.max_steps=2"]) == 0
+    before = len(shard_requests(store))
+    assert main([*arguments, "training.max_steps=4"]) == 0
+    assert json.loads((tmp_path / "quickstart" / "summary.json").read_text())["steps"] == 4
+    assert len(shard_requests(store)) == before
 
 
-def test_a_damaged_sample_is_replaced_and_named(store: Store, tmp_path: Path) -> None:
-    index = open_index(store.local / "train")
-    content = bytearray(index.shard_path(0).read_bytes())
-    offset = int(index.samples["offset"][7])
-    content[offset : offset + 400] = bytes(400)
-    url = store.upload("damaged", shard0=bytes(content), manifest=None)
-    ours = loader(url, tmp_path / "cache", quarantine=tmp_path / "bad")
-    assert len(list(ours)) == TOTAL // 16
-    assert list(ours.quarantine.reasons) == [7]
-    assert '"key": "00000007.jpg"' in (tmp_path / "bad").read_text()
+def test_all_that_ask_at_once_share_one_copy(store: Store, tmp_path: Path) -> None:
+    before = len(shard_requests(store))
+    with ThreadPoolExecutor(4) as pool:
+        folders = set(pool.map(lambda _: copied(store.url, tmp_path, 20), range(4)))
+    assert len(folders) == 1
+    assert len(shard_requests(store)) - before == len(COUNTS) + 1
 
 
-def test_a_missing_or_short_object_is_found_at_the_start(store: Store) -> None:
-    content = (store.local / "train" / "photos-000001.tar").read_bytes()
-    for changed, words in ((None, "missing"), (content[: len(content) // 2], "truncated"), (content + bytes(512), "changed")):
-        url = store.upload("broken" + words, shard1=changed)
-        with pytest.raises(ValueError, match=rf"^{url}/train/photos-000001.tar: .*{words}") as caught:
-            open_index(f"{url}/train")
-        assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("kind", ["503", "500", "cut"])
+def test_every_third_request_fails_and_nothing_is_lost(store: Store, tmp_path: Path, kind: str) -> None:
+    store.proxy.fault = lambda number, _: kind if number % 3 == 0 else ""
+    assert sums(copied(store.url, tmp_path, 20)) == sums(store.local)
 
 
-def test_the_class_names_of_two_splits_in_a_store_are_compared(store: Store) -> None:
-    indices = []
-    for split, classes in (("named", ["ant", "bee"]), ("others", ["bee", "ant"])):
-        manifest = json.loads((store.local / "train" / "manifest.json").read_text()) | {"classes": classes}
-        indices.append(open_index(f"{store.upload(split, manifest=json.dumps(manifest).encode())}/train"))
-    check_classes(indices[0], indices[0])
-    with pytest.raises(ValueError, match=r"s3://photos/others/train: .* label 0 is 'ant' in train and 'bee' in val"):
-        check_classes(*indices)
+@pytest.mark.parametrize(("kind", "words"), [("503", "SlowDown"), ("403", "ExpiredToken"), ("cut", "")])
+def test_a_store_that_keeps_failing_is_one_line_and_the_next_start_goes_on(
+    store: Store, tmp_path: Path, kind: str, words: str
+) -> None:
+    store.proxy.fault = lambda _, path: kind if "000003.tar" in path else ""
+    with pytest.raises(StoreError, match=r"s3://photos/set/train/photos-000003\.tar: .*AWS_ACCESS_KEY_ID") as caught:
+        copied(store.url, tmp_path, 0.5)
+    assert words in one_line(caught)
+    there = {path.name for path in tmp_path.rglob("photos-*.tar")}
+    store.proxy.fault, before = lambda *_: "", len(shard_requests(store))
+    assert sums(copied(store.url, tmp_path, 20)) == sums(store.local)
+    assert not [request for request in shard_requests(store)[before:] if "/train/" in request and request[-17:] in there]
+
+
+def test_a_kill_while_copying_leaves_no_half_shard(store: Store, tmp_path: Path) -> None:
+    expected = sums(store.local)
+    store.proxy.bytes_per_s = sum(path.stat().st_size for path in store.local.rglob("*.tar")) / 2
+    process = subprocess.Popen([sys.executable, "-c", COPY, store.url, str(tmp_path)], cwd=ROOT)
+    while not list(tmp_path.rglob("*.tar")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    (unfinished,) = tmp_path.glob(".set-*.partial")
+    whole = {name: digest for name, digest in sums(unfinished).items() if not Path(name).name.startswith(".")}
+    assert whole.items() <= expected.items()
+    store.proxy.bytes_per_s = float("inf")
+    assert {name: digest for name, digest in sums(copied(store.url, tmp_path, 20)).items() if "/." not in name} == expected
+
+
+def test_a_shard_that_is_not_of_its_manifest_or_index_is_refused(store: Store, tmp_path: Path) -> None:
+    content = (store.local / "train" / "photos-000000.tar").read_bytes()
+    url = store.upload("changed", shard1=content)
+    with pytest.raises(StoreError, match=r"photos-000001\.tar: its sha256 is not that of manifest\.json") as caught:
+        copied(url, tmp_path, 0.3)
+    one_line(caught)
+    for number, (changed, words) in enumerate(((content, "where the index has a sample"), (content[:5000], "truncated"))):
+        url = store.upload(f"foreign{number}", shard1=changed, manifest=None)
+        with pytest.raises(ValueError, match=rf"photos-000001\.tar: .*{words}") as caught:
+            copied(url, tmp_path / str(number), 20)
+        one_line(caught)
+        store.upload(f"foreign{number}", manifest=None)
+        assert len(open_index(copied(url, tmp_path / str(number), 20) / "train")) == sum(COUNTS)
+
+
+def test_a_missing_shard_is_one_line(store: Store, tmp_path: Path) -> None:
+    url = store.upload("short", shard1=None)
+    with pytest.raises(FileNotFoundError, match=rf"^{url}/train/photos-000001\.tar: no such object") as caught:
+        copied(url, tmp_path, 20)
+    one_line(caught)
 
 
 @pytest.mark.parametrize(("content", "words"), [(b"{", "no JSON"), (b'{"classes": [], "shards": [1]}', r"shards\.0 is 1")])
-def test_a_damaged_manifest_is_one_line(store: Store, content: bytes, words: str) -> None:
+def test_a_damaged_manifest_is_one_line(store: Store, tmp_path: Path, content: bytes, words: str) -> None:
     url = store.upload(f"unnamed{len(content)}", manifest=content)
-    with pytest.raises(ValueError, match=rf"^{url}/train/manifest.json: damaged.*{words}") as caught:
-        open_index(f"{url}/train")
-    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=rf"manifest.json: damaged.*{words}") as caught:
+        copied(url, tmp_path, 20)
+    one_line(caught)
 
 
-def test_a_damaged_index_is_one_line(store: Store) -> None:
+def test_a_damaged_index_is_one_line(store: Store, tmp_path: Path) -> None:
     for part, name in (("index", INDEX_NAME), ("samples", SAMPLES_NAME)):
         content = (store.local / "train" / name).read_bytes()
         url = store.upload(f"cut-{part}", **{part: content[:-100]})
-        with pytest.raises(ValueError, match=rf"^{url}/train/{name}: damaged.* Upload it again$"):
-            open_index(f"{url}/train")
+        with pytest.raises(ValueError, match=rf"{name}: damaged.* Upload {url}/train/ again$"):
+            copied(url, tmp_path, 20)
 
 
 @pytest.mark.parametrize(
     ("place", "words"),
     [
-        ("s3://photos/nothing", INDEX_NAME),
-        ("s3://elsewhere/set", "no such .* AWS_ENDPOINT_URL"),
+        ("s3://photos/nothing", "no index.json here.* tools/make_shards.py index FOLDER"),
+        ("s3://elsewhere/set", "no index.json here.* AWS_ENDPOINT_URL"),
         ("s3://", "write s3://BUCKET/PREFIX"),
     ],
     ids=["prefix", "bucket", "name"],
 )
-def test_a_missing_prefix_is_one_line(store: Store, place: str, words: str) -> None:
+def test_a_missing_prefix_is_one_line(store: Store, tmp_path: Path, place: str, words: str) -> None:
     with pytest.raises((OSError, ValueError), match=words) as caught:
-        split_folder("custom", place, "train")
-    assert "\n" not in str(caught.value)
+        copied(place, tmp_path, 20)
+    one_line(caught)
 
 
-def test_expired_credentials_are_named(store: Store) -> None:
-    store.proxy.fault = lambda *_: "403"
-    with pytest.raises(StoreError, match=r"ExpiredToken.*AWS_ACCESS_KEY_ID"):
-        read_whole(f"{store.url}/train/{INDEX_NAME}", 1 << 30, retry_s=0.3)
+def test_a_disk_without_room_is_one_line(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    before = len(shard_requests(store))
+    with pytest.raises(OSError, match=r"0\.0 GB of shards, and the disk of .* has 0\.0 GB free\. Choose another"):
+        copied(store.url, tmp_path, 20)
+    assert len(shard_requests(store)) == before
 
 
 def test_a_web_server_serves_shards_as_well(store: Store, tmp_path: Path) -> None:
@@ -232,27 +206,30 @@ def test_a_web_server_serves_shards_as_well(store: Store, tmp_path: Path) -> Non
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        ours, theirs = (loader(place, tmp_path) for place in (url, store.local))
-        assert_equal(ours, theirs)
+        assert sums(copied(url, tmp_path, 20)) == sums(store.local)
         with pytest.raises(FileNotFoundError, match=INDEX_NAME):
-            split_folder("custom", f"{url}/nothing", "train")
+            copied(f"{url}/nothing", tmp_path, 20)
         server.shutdown()
 
 
-def test_an_evaluation_reads_few_complete_shards_of_a_store(store: Store) -> None:
-    index = open_index(f"{store.url}/train")
-    for most, shards in ((30, 1), (60, 2), (100, 3), (1000, 5)):
-        some = subsample_evenly(index, most)
-        assert len(some) == min(most, TOTAL)
-        assert len(np.unique(some.samples["shard"])) == np.count_nonzero(some.counts) == shards
+def test_an_index_names_no_file_outside_the_copy(store: Store, tmp_path: Path) -> None:
+    from pipeline.shards.index_file import index_files
+
+    index = open_index(store.local / "train")
+    names = {f"../{name}": int(count) for name, count in zip(index.shards, index.counts, strict=True)}
+    files = index_files(names, np.array(index.samples))
+    url = store.upload("outside", index=files[INDEX_NAME], samples=files[SAMPLES_NAME])
+    with pytest.raises(ValueError, match="is not the name of a file"):
+        copied(url, tmp_path, 20)
 
 
 def test_a_missing_client_names_its_extra() -> None:
     code = (
         "import sys; sys.modules['gcsfs'] = None\n"
-        "from pipeline.shards.index import split_folder\n"
-        "try: split_folder('custom', 'gs://bucket/set', 'train')\n"
-        "except OSError as error: print(error)\n"
+        "from pathlib import Path\n"
+        "from pipeline.shards.copied import copied\n"
+        "try: copied('gs://bucket/set', Path('nowhere'))\n"
+        "except ValueError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
     assert "pip install -e '.[gs]'" in done.stdout, done.stderr

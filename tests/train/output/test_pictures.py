@@ -1,8 +1,6 @@
 """Pictures of a run: which images they show, what is written above them, and that they suit light and dark pages."""
 
-import io
 import json
-import random
 import shutil
 from pathlib import Path
 from typing import cast
@@ -15,30 +13,8 @@ from pipeline.shards.index import open_index
 from tests.train.test_run import QUICKSTART, command
 from train.config.load import load_config
 from train.evaluation.online import OnlineEvaluation
-from train.output.pictures import colourful, draw_run, tile
+from train.output.pictures import draw_run, tile
 from train.trainer import Trainer
-
-
-def encoded(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
-    return file.getvalue()
-
-
-def test_strong_colours_come_first_and_a_class_comes_twice_only_when_all_have_come() -> None:
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 256, (40, 40, 3))
-    gray, sky = noise[..., :1].repeat(3, axis=2), 0 * noise + [90, 130, 220]
-    kinds = {"bright": noise, "pale": 200 + noise // 8, "gray": gray, "black": 0 * noise, "sky": sky}
-    for seed in range(20):
-        names = random.Random(seed).sample(sorted(kinds), len(kinds))
-        sources = [encoded(kinds[name]) for name in names]
-        assert {names[i] for i in colourful(sources, [-1] * 5, 3)} == {"bright", "gray", "pale"}
-        labels = [int(name != "black") for name in names]
-        chosen = colourful(sources, labels, 3)
-        assert {names[i] for i in chosen} == {"bright", "pale", "black"}
-        assert chosen == sorted(chosen)
-    assert colourful([], [], 4) == []
 
 
 def test_what_is_not_picture_is_transparent_and_captions_are_legible_on_white_and_on_black() -> None:
@@ -70,9 +46,9 @@ def test_neighbours_are_named_by_class_and_file(data_path: Path, tmp_path: Path)
     trainer = Trainer(load_config(Path(path), settings))
     evaluation = OnlineEvaluation(trainer.config, tmp_path, cast(HJEPA, trainer.model))
     evaluation.measure()
-    rows = evaluation.neighbours(lambda sources, labels: list(range(len(sources)))[::-1], 3, 24)
+    rows = evaluation.neighbours(24, 3)
     index = open_index(shards / "val")
     assert [row.captions[0] for row in rows] == [
         f"{['cat' + chr(92) + 'x1b', 'dog'][label]}\n{index.name(i)}" for i, label in enumerate(index.samples["label"].tolist())
-    ][::-1]
+    ]
     assert all(len(row.pictures) == len(row.captions) == len(row.labels) == 4 for row in rows)

@@ -1,23 +1,15 @@
-"""Names of places, and the limit of open files."""
+"""The limit of open files."""
 
 import resource
 import subprocess
 import sys
-from pathlib import Path
 
-from pipeline.shards.storage import allow_open_files, join
-
-
-def test_names_join_to_paths_and_urls() -> None:
-    assert join(Path("/a/b"), "c.tar") == "/a/b/c.tar"
-    assert join("a/b/", "c.tar") == "a/b/c.tar"
-    assert join("s3://bucket/set/", "c.tar") == "s3://bucket/set/c.tar"
-    assert join("s3://bucket", "c.tar") == "s3://bucket/c.tar"
+from pipeline.shards.watch import allow_open_files
 
 
 def test_the_limit_of_open_files_is_raised_to_what_is_needed() -> None:
     code = (
-        "import resource; from pipeline.shards.storage import allow_open_files\n"
+        "import resource; from pipeline.shards.watch import allow_open_files\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 4000))\n"
         "allow_open_files(1000); print(resource.getrlimit(resource.RLIMIT_NOFILE))\n"
         "allow_open_files(10); print(resource.getrlimit(resource.RLIMIT_NOFILE))\n"
@@ -27,7 +19,7 @@ def test_the_limit_of_open_files_is_raised_to_what_is_needed() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     first, second, refused = done.stdout.splitlines()
     assert (first, second) == ("(1512, 4000)", "(1512, 4000)")
-    assert "needs 5512 open files and this system allows 4000" in refused
+    assert "5512 open files are needed, the limit is 4000" in refused
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     allow_open_files(0)
     assert resource.getrlimit(resource.RLIMIT_NOFILE) >= before
