@@ -5,18 +5,21 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.memory import memory_limit
 from pipeline.shards.manifest import MANIFEST_NAME
 from pipeline.text import notify_after, plural, printable, say
 from tools.shards.catalogue import LooseFiles, Source, hold_out
 from tools.shards.classes import adopt_classes
 from tools.shards.convert import ConvertOptions, assign_images, convert, describe_conversion
+from tools.shards.copies import group_copies
 from tools.shards.images import VERIFY_LEVELS, ImagePolicy
 from tools.shards.layouts.labels import label_by_file, without_labels
 from tools.shards.layouts.parquet import delete_spool
 from tools.shards.layouts.source import LAYOUTS, open_source
 from tools.shards.photographs import NUM_SHARDS, photograph_source
-from tools.shards.report import remarks
+from tools.shards.report import COPIES_NAME, remarks
 from tools.shards.skipped_files import describe_skipped
 from tools.shards.verify import index_split, split_folders, verify_split
 from tools.shards.writer import RECORD_FOLDER
@@ -107,11 +110,16 @@ def run_convert(parsed: argparse.Namespace) -> None:
             source = label_by_file(source, parsed.labels) if parsed.labels else without_labels(source)
         parts = {parsed.split: source}
         if parsed.val_ratio:
-            parts["train"], parts["val"] = hold_out(source, parsed.val_ratio, parsed.seed)
+            # A dry run compares nothing: it takes long, and the images of parquet files are not copied.
+            first = np.arange(len(source.catalogue)) if parsed.dry_run else group_copies(source.catalogue, parsed.workers)
+            parts["train"], parts["val"] = hold_out(source, first, parsed.val_ratio, parsed.seed)
         parts = {split: adopt_classes(part, parsed.out, split) for split, part in parts.items()}
     say(f"layout   {source.layout} ({printable('; '.join(parts[parsed.split].notes))})")
     if skipped := describe_skipped(source.skipped):
         say(skipped)
+    if groups := [len(group) for part in parts.values() for group in part.copies]:
+        sizes = f"{plural(len(groups), 'group')}, {max(groups):,} in the largest"
+        say(f"copies   {sum(groups):,} images are equal or nearly so, in {sizes}; no group is in both splits ({COPIES_NAME})")
     if parsed.dry_run:
         for split, part in parts.items():
             say("\n".join(describe_conversion(assign_images(part, parsed.out / split, split, options))))

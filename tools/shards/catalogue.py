@@ -6,7 +6,7 @@ import math
 import os
 import unicodedata
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +17,6 @@ from PIL import Image
 
 from tools.shards.decoding.pixels import encode_png
 
-HEAD_BYTES, COMPARED_BYTES = 1 << 12, 64 << 20  # of two files of one size, to know whether they are equal
 MAX_SAMPLES = 1 << 31  # labels, shards and rows are int32 in the index
 
 
@@ -128,7 +127,7 @@ class Source:
 
     `classes[label]` identifies a class (a wnid, a folder name); it is empty for unlabelled data. `attributions`: origin
     and licence of the images, where known. `notes` say how the source is read; `skipped` counts the files that are not images,
-    by kind.
+    by kind. `copies`: the names in each group of images that are equal or nearly so, where those were looked for.
     """
 
     layout: str
@@ -138,6 +137,7 @@ class Source:
     attributions: tuple[dict[str, str], ...] = ()
     notes: tuple[str, ...] = ()
     skipped: Counter[str] = field(default_factory=Counter)
+    copies: tuple[tuple[str, ...], ...] = ()
 
     def relabelled(self, labels: Iterable[int], classes: tuple[str, ...], *notes: str) -> "Source":
         """Return the source with other labels, one per image, and further notes."""
@@ -146,24 +146,12 @@ class Source:
         return replace(self, catalogue=catalogue, classes=classes, notes=(*self.notes, *notes))
 
 
-def first_equals(catalogue: Catalogue) -> np.ndarray:
-    """Return `[N]`: for each image the first one with the same bytes; reads only images of equal sizes, at first their heads."""
-    keys: list[tuple[int, bytes]] = [(size, b"") for size in catalogue.size]
-    for num_bytes in (HEAD_BYTES, COMPARED_BYTES) if catalogue.containers else ():  # a dry run cannot read parquet files
-        counts = Counter(keys)
-        for row, key in enumerate(keys):
-            if counts[key] > 1:
-                keys[row] = key[0], hashlib.sha256(catalogue.read(row, num_bytes)).digest()
-    first: dict[tuple[int, bytes], int] = {}
-    return np.array([first.setdefault(key, row) for row, key in enumerate(keys)])
+def hold_out(source: Source, first: np.ndarray, ratio: float, seed: int) -> tuple[Source, Source]:
+    """Split a source into train and val: val gets `ratio` of each class, chosen by `seed`; groups of copies stay together.
 
-
-def hold_out(source: Source, ratio: float, seed: int) -> tuple[Source, Source]:
-    """Split a source into train and val: val gets `ratio` of each class, chosen by `seed`; equal files stay together.
-
-    Raises ValueError when one of them would be empty.
+    `first`: of each image, the first one of its group. Raises ValueError when one of the splits would be empty.
     """
-    first, total = first_equals(source.catalogue), len(source.catalogue)
+    total, names = len(source.catalogue), source.catalogue.names()
     # Sort by class, then at random, and take the images at which the running share of R passes a whole number.
     rows, draws = np.unique(first), np.random.Philox(key=[seed, 1]).random_raw(total)
     by_class = rows[np.lexsort((draws[rows], np.asarray(source.catalogue.label)[rows]))]
@@ -173,8 +161,15 @@ def hold_out(source: Source, ratio: float, seed: int) -> tuple[Source, Source]:
     is_val = is_val[first]
     if is_val.all() or not is_val.any():
         raise ValueError(f"--val-ratio {ratio} of {total:,} images leaves a split empty: choose another, or add images")
-    train, val = (replace(source, catalogue=source.catalogue.subset(np.flatnonzero(rows).tolist())) for rows in (~is_val, is_val))
-    return train, val
+    copies = defaultdict[int, list[str]](list)
+    for row in np.flatnonzero(np.bincount(first, minlength=total)[first] > 1).tolist():
+        copies[int(first[row])].append(names[row])
+
+    def part(is_ours: np.ndarray) -> Source:
+        groups = tuple(tuple(group) for row, group in copies.items() if is_ours[row])
+        return replace(source, catalogue=source.catalogue.subset(np.flatnonzero(is_ours).tolist()), copies=groups)
+
+    return part(~is_val), part(is_val)
 
 
 def normalized_name(name: str) -> str:

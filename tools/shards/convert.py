@@ -6,7 +6,6 @@ import math
 import multiprocessing
 import os
 import shutil
-import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -24,7 +23,7 @@ from pipeline.quarantine import allowed_bad
 from pipeline.shards.index import UNLABELLED
 from pipeline.shards.manifest import read_object
 from pipeline.text import plural
-from tools.own_process import die_with_parent
+from tools.own_process import start_worker
 from tools.shards.catalogue import Catalogue, Source
 from tools.shards.images import ImagePolicy
 from tools.shards.report import REJECTED_NAME, finish_split
@@ -136,7 +135,7 @@ def _run_workers(conversion: Conversion, shards: range, options: ConvertOptions)
     """Complete each shard; returns how many had to be written."""
     context = multiprocessing.get_context("fork")  # the workers inherit the catalogue instead of reading it again
     counts, workers = SharedCounts(context), max(1, min(options.workers, len(shards)))
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (conversion, counts, os.getpid()))
+    pool = ProcessPoolExecutor(workers, context, start_worker, (os.getpid(), _WORK.append, (conversion, counts)))
     num_images, start, written = sum(map(conversion.shard_size, shards)), time.monotonic(), 0
     try:
         pending = {pool.submit(_complete_shard, shard) for shard in shards}
@@ -169,12 +168,6 @@ def _run_workers(conversion: Conversion, shards: range, options: ConvertOptions)
 
 
 _WORK: list[tuple[Conversion, SharedCounts]] = []  # set once in each worker process
-
-
-def _start_worker(conversion: Conversion, counts: SharedCounts, parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    die_with_parent(parent)
-    _WORK.append((conversion, counts))
 
 
 def _complete_shard(shard: int) -> bool:

@@ -15,7 +15,7 @@ from pipeline.shards.manifest import MANIFEST_NAME, read_manifest
 from pipeline.text import truncate_list
 from tools.shards.writer import IDENTITY_NAME, RECORD_FOLDER, Conversion, ShardRecord
 
-REJECTED_NAME = "rejected.jsonl"
+REJECTED_NAME, COPIES_NAME = "rejected.jsonl", "copies.jsonl"
 
 
 def finish_split(conversion: Conversion, split: str, seed: int) -> tuple[bool, int]:
@@ -36,10 +36,11 @@ def finish_split(conversion: Conversion, split: str, seed: int) -> tuple[bool, i
         files = index_files({conversion.shard_name(shard): len(record.rows) for shard, record in enumerate(records)}, rows)
         manifest = json.dumps(_manifest(conversion, split, seed, records), indent=1, ensure_ascii=False) + "\n"
         files[MANIFEST_NAME] = manifest.encode("utf-8", "backslashreplace")
-        if rejected:
-            files[REJECTED_NAME] = "".join(json.dumps(bad) + "\n" for bad in rejected).encode()
-        else:
-            (folder / REJECTED_NAME).unlink(missing_ok=True)
+        for name, lines in ((REJECTED_NAME, rejected), (COPIES_NAME, conversion.source.copies)):
+            if lines:
+                files[name] = "".join(json.dumps(line) + "\n" for line in lines).encode()
+            else:
+                (folder / name).unlink(missing_ok=True)
         # A finished split keeps its files untouched, so that a second run can say that there was nothing to do.
         changed = False
         for name, content in files.items():

@@ -1,12 +1,8 @@
 """Checks and indexes existing shards, ours or from another writer."""
 
 import logging
-import multiprocessing
 import re
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,8 +11,8 @@ from pipeline.shards.index import INDEX_NAME, UNLABELLED, open_index, save_index
 from pipeline.shards.manifest import MANIFEST_NAME, Manifest, check_class_count, check_fits, read_manifest
 from pipeline.shards.tar import tar_members
 from pipeline.text import truncate_list
+from tools.own_process import in_parallel
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -41,7 +37,7 @@ def verify_split(folder: Path, workers: int) -> list[str]:
     expected = [manifest.checksums.get(name, "") for name in index.shards]
     paths = [index.shard_path(shard) for shard in range(len(index.shards))]
     rows = np.split(index.samples, np.cumsum(index.counts)[:-1])
-    return [problem for found in _in_parallel(workers, _verify_shard, paths, rows, expected) for problem in found]
+    return [problem for found in in_parallel(workers, _verify_shard, paths, rows, expected) for problem in found]
 
 
 def _verify_shard(path: Path, rows: np.ndarray, sha256: str) -> list[str]:
@@ -68,7 +64,7 @@ def index_split(folder: Path, workers: int) -> int:
     """Write the index by scanning headers; returns the number of samples."""
     tars = [folder / name for name in tar_names(folder)]
     sizes = tar_sizes(folder, [tar.name for tar in tars])
-    scans = list(_in_parallel(workers, scan_shard, tars, range(len(tars))))
+    scans = list(in_parallel(workers, scan_shard, tars, range(len(tars))))
     check_fits(folder, read_manifest(folder), sizes, sum(map(len, scans)))
     names = {re.sub(r"-?\d+$", "", tar.stem) for tar in tars}
     if len(names) > 1 and max(int(scan["label"].max(initial=UNLABELLED)) for scan in scans) > 0:
@@ -76,12 +72,3 @@ def index_split(folder: Path, workers: int) -> int:
         log.warning(f"{folder}: tars of {len(names)} sets ({listed}); if their labels mean different classes, keep them apart")
     save_index(folder, [tar.name for tar in tars], np.concatenate(scans))
     return sum(map(len, scans))
-
-
-def _in_parallel(workers: int, work: Callable[..., T], paths: list[Path], *arguments: Iterable[Any]) -> Iterator[T]:
-    """Yield `work(path, ...)` of each shard, computed in at most `workers` processes. `arguments`: as for `map`."""
-    if workers == 1 or len(paths) == 1:
-        yield from map(work, paths, *arguments)
-        return
-    with ProcessPoolExecutor(min(workers, len(paths)), multiprocessing.get_context("fork")) as pool:
-        yield from pool.map(work, paths, *arguments)

@@ -13,7 +13,6 @@ from reading import run_convert, stored_samples
 
 from pipeline.text import notify_after
 from tools.make_shards import main
-from tools.shards.catalogue import Catalogue, FileRanges, Source, hold_out
 from tools.shards.images import AVIF_IS_READ, HEIC_IS_READ
 
 
@@ -157,27 +156,6 @@ def test_degenerate_images_and_labels_are_said_at_the_end(tmp_path: Path, capsys
 
 def test_sound_images_are_not_remarked_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "note" not in said(capsys, sources.class_folders(tmp_path / "in"), tmp_path / "out", "--val-ratio", "0.25")
-
-
-def test_equal_files_stay_on_one_side_of_val_ratio(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    for trial in range(30):
-        contents = [rng.bytes(int(rng.choice([3, 5_000]))) for _ in range(int(rng.integers(10, 30)))]
-        contents.append(contents[0][:-1] + b"x")  # of the same size, and of the same beginning if it is long
-        copies = [contents[int(k)] for k in rng.integers(0, len(contents), 20)]
-        ratio, path = float(rng.choice([0.1, 0.3, 0.5])), tmp_path / f"{trial}.bin"
-        path.write_bytes(b"".join(everything := [*contents, *copies]))
-        catalogue, offset = Catalogue([FileRanges(path)]), 0
-        for number, content in enumerate(everything):
-            catalogue.add(0, offset, len(content), int(rng.integers(3)), str(number))
-            offset += len(content)
-        sides = [
-            [part.catalogue.read(row) for row in range(len(part.catalogue))]
-            for part in hold_out(Source("", "", catalogue), ratio, trial)
-        ]
-        assert not set(sides[0]) & set(sides[1])
-        assert sorted(sides[0] + sides[1]) == sorted(everything)
-        assert len(set(sides[1])) == int(len(contents) * ratio)
 
 
 @pytest.mark.skipif(not AVIF_IS_READ, reason="this Pillow was built without AVIF")

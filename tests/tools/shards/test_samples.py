@@ -92,10 +92,10 @@ def test_masks_next_to_an_image_are_parts_of_its_sample(tmp_path: Path, capsys: 
     members = []
     for k in range(6):
         mask = sources.picture(9, k, image_format="PNG")
-        members += [(f"{k}.seg.png", mask), (f"{k}.jpg", sources.picture(k % 2, k)), (f"{k}.cls", b"%d" % (k % 2))]
+        members += [(f"{k}.depth.png", mask), (f"{k}.jpg", sources.picture(k % 2, k)), (f"{k}.cls", b"%d" % (k % 2))]
     tar = write_tar(tmp_path / "in/0.tar", members)
     assert assert_colours_tell_labels(run_convert(tar, tmp_path / "out"), 6) == [0, 1]
-    assert "further images of samples (6, such as 0.seg.png" in capsys.readouterr().out
+    assert "further images of samples (6, such as 0.depth.png" in capsys.readouterr().out
     assert index_labels(tmp_path / "in") == [0, 1] * 3
 
 
