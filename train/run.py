@@ -42,6 +42,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[Path, list[str], a
         "--dry-run", action="store_true",
         help="Print the settings, take one step, print the memory that it used, and exit. Nothing is written.",
     )  # fmt: skip
+    trial.add_argument(
+        "--prove", action="store_true",
+        help="Train with three seeds from model.weights, and say in one line whether that helped, by k-NN of labels.",
+    )  # fmt: skip
     options = parser.parse_intermixed_args(arguments)
     overrides = list(options.overrides)
     if options.config_flag and options.config:  # the first positional argument is an override
@@ -86,7 +90,7 @@ def find_compiler() -> str:
 def launch(options: argparse.Namespace, path: Path, overrides: list[str]) -> int:
     """Load, print and check the settings, then train. Returns the exit code."""
     is_first = os.environ.get("RANK", "0") == "0"
-    console = Console(soft_wrap=True, quiet=not is_first)
+    console = Console(soft_wrap=True, quiet=not is_first, stderr=options.prove)
     show_messages(console)
     try:
         config, origins = load_config_with_origins(Path(expand_path(str(path))), overrides)
@@ -100,7 +104,22 @@ def launch(options: argparse.Namespace, path: Path, overrides: list[str]) -> int
         return 0
     config = check_settings(config)
     console.print(LOADING, style="dim")
-    return execute(config, console, options.dry_run)
+    return prove(config, console) if options.prove else execute(config, console, options.dry_run)
+
+
+def prove(config: Config, console: Console) -> int:
+    """Train with each seed, then print whether it helped. Returns the exit code."""
+    from train.adapt.prove import seeded_runs, verdict
+    from train.output.folder import run_folder
+
+    if "WORLD_SIZE" in os.environ:
+        raise ValueError("--prove: is for one process; start it without torchrun")
+    runs = seeded_runs(config)
+    for run in runs:
+        if code := execute(run, console, is_dry_run=False):
+            return code
+    print(verdict([run_folder(run) for run in runs]))
+    return 0
 
 
 def execute(config: Config, console: Console, is_dry_run: bool) -> int:

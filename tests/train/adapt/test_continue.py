@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from model.losses import anchor_loss
+from pipeline.shards.index import UNLABELLED, open_index, save_index
 from tests.train.test_run import QUICKSTART, ROOT, command
 from tools.export import main as export
 from train.adapt.mix import SHARES, described, mixed, uniformity
+from train.adapt.prove import verdict
 from train.adapt.weights import starting_encoder
 from train.config.load import load_config
 from train.config.schema import Config
@@ -141,3 +143,51 @@ def test_uniformity_orders_features_and_says_what_it_means() -> None:
     assert uniformity(spread) < -3.0
     assert "spread out" in described(uniformity(spread))
     assert "close together" in described(uniformity(point))
+
+
+def test_prove_trains_three_seeds_once_and_says_in_one_line_what_came_of_it(
+    first: Path, data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = ["training.min_steps=0", "training.max_steps=2", "evaluation.eval_frequency=0", "logging.run_name=mine"]
+    arguments = [*command(CONTINUE, data_path, tmp_path, *changes, f"model.weights={first}"), "--prove"]
+    assert train(arguments) == 0
+    said = capsys.readouterr().out
+    knn = [json.loads((tmp_path / f"mine-seed{seed}" / "summary.json").read_text())["knn"] for seed in range(3)]
+    gain = sum(each["mixed"] - each["start"] for each in knn) / 3
+    assert said.count("\n") == 1
+    assert f"{knn[0]['start']:.1f} % untouched" in said
+    assert f"{gain:+.1f} ± " in said
+    before = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("mine-seed*/checkpoints/*"))]
+    assert train(arguments) == 0
+    assert capsys.readouterr().out == said
+    assert [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("mine-seed*/checkpoints/*"))] == before
+
+
+def test_a_gain_is_told_from_none_by_its_interval(tmp_path: Path) -> None:
+    def said(*gains: float) -> str:
+        for seed, gain in enumerate(gains):
+            (tmp_path / str(seed)).mkdir(exist_ok=True)
+            summary = {"knn": {"start": 50.0, "mixed": 50.0 + gain}, "validation_images": 24}
+            (tmp_path / str(seed) / "summary.json").write_text(json.dumps(summary))
+        return verdict([tmp_path / str(seed) for seed in range(3)])
+
+    assert said(1, 2, 3).startswith("no difference can be told")  # 2 ± 2.5
+    assert said(2, 2, 3).startswith("adapting helped: k-NN of 24 validation images 50.0 % untouched, 52.3 % adapted, +2.3 ± 1.4")
+    assert said(-2, -2, -3).startswith("adapting hurt")
+    assert said(0, 0, 0).startswith("no difference")
+
+
+def test_prove_is_refused_where_nothing_can_be_compared(
+    first: Path, tmp_path: Path, data_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train([*command(QUICKSTART, data_path, tmp_path), "--prove"]) == 2
+    assert "model.weights is not set" in capsys.readouterr().err
+    for split in ("train", "val"):
+        index = open_index(data_path / split)
+        samples = index.samples.copy()
+        samples["label"] = UNLABELLED
+        shutil.copytree(data_path / split, tmp_path / "bare" / split)
+        save_index(tmp_path / "bare" / split, list(index.shards), samples)
+    assert train([*command(CONTINUE, tmp_path / "bare", tmp_path, f"model.weights={first}"), "--prove"]) == 2
+    assert "samples without labels" in capsys.readouterr().err
+    assert not (tmp_path / "continued-seed0").exists()
