@@ -33,6 +33,12 @@ class MaskPlan:
     real: Tensor | None = None
     partners: Tensor | None = None
 
+    def images(self, chosen: slice) -> "MaskPlan":
+        """Return the plan of some of the images."""
+        real, partners = (None if part is None else part[chosen] for part in (self.real, self.partners))
+        queries = tuple(level[chosen] for level in self.queries)
+        return MaskPlan(self.context[chosen], queries, self.sources[chosen], real, partners)
+
 
 def level_grid(grid: int, stride: int) -> int:
     """Return the cells per side of a level; the last one is narrower if the stride does not divide the grid."""

@@ -17,6 +17,7 @@ COMMANDS = {
     "export": ("tools.export", [], "Write the encoder as a folder that timm loads."),
     "compare": ("tools.compare_runs", [], "Compare runs: curves, results, settings that differ."),
     "preview": ("tools.preview", [], "Draw the crops and masks that training sees."),
+    "replay": ("tools.preview", [], "Take a step of a run again; find the images with the largest losses."),
     "convert": ("tools.make_shards", ["convert"], "Convert images to shards."),
     "shards": ("tools.make_shards", [], "Verify or index shards; make the sample."),
     "doctor": ("tools.doctor", [], "Check the machine, the packages and the data."),

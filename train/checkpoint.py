@@ -110,7 +110,7 @@ def prune_checkpoints(folder: Path, keep_last: int, keep_best: int) -> None:
     Damaged and unreadable checkpoints and links to checkpoints elsewhere stay where they are; damaged ones do not count.
     """
     sound = [path for path in list_checkpoints(folder) if is_sound(path)]
-    scores = {path: score for path in sound if isinstance(score := _read_state(path).get("score"), int | float)}
+    scores = {path: score for path in sound if isinstance(score := read_state(path).get("score"), int | float)}
     best = sorted(scores, key=lambda path: (scores[path], path.name))[::-1][:keep_best]
     for path in sound[:-keep_last]:
         if path in best or path.is_symlink():
@@ -146,11 +146,11 @@ def move_aside(paths: Iterable[Path], folder: Path, name: str) -> Path:
 
 def data_of(path: Path) -> str | None:
     """Return the digest of the shards that a checkpoint was trained on; None for old and for damaged checkpoints."""
-    loader = _read_state(path).get("loader")
+    loader = read_state(path).get("loader")
     return loader.get("data") if isinstance(loader, dict) else None
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path) -> dict[str, Any]:
     """Return state.json without checking it; empty if it is damaged."""
     try:
         return read_object(path / STATE, "")
@@ -164,7 +164,7 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def checkpoint_step(path: Path) -> int:
     """Return the step in a checkpoint's state, whatever its folder is called; where the state is damaged, that of the name."""
-    step = _read_state(path).get("step")
+    step = read_state(path).get("step")
     return step if isinstance(step, int) and 0 <= step < 10**8 else int(path.name.removeprefix("step_"))
 
 

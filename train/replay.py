@@ -1,84 +1,150 @@
-"""Reproduces the crops and masks that training sees at a position of an epoch."""
+"""Takes a step of a run again: its images, crops and masks, and the losses of each image."""
 
+import logging
+import math
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import cast
 
 import torch
 
+from model.hjepa import HJEPA
+from model.losses import BatchStandardize
 from model.masks import MaskPlan
-from pipeline.dataset import CropBatch, MultiCropDataset, resolve_device
-from train.build import build_dataset, build_loader, build_masks, build_model, build_schedule
+from pipeline.dataset import CropBatch, MultiCropDataset, Normalization
+from pipeline.text import Every, printable
+from train.build import amp_enabled
+from train.checkpoint import checkpoint_step, is_sound, list_checkpoints, read_state
 from train.config.schema import Config
-from train.config.yaml12 import printable
-from train.distributed import Ranks
-from train.trainer import step_seed
+from train.output.folder import run_folder
+from train.trainer import Trainer, batches
+
+PROGRESS_EVERY_S = 5.0
+Losses = dict[str, float]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ReplayedImage:
+    """An image of a step: crops, normalised, and masks as those of a batch of one, its row in the index, and its losses.
+
+    `score` is the weighted sum of the losses that an image has, all but SIGReg; infinite if it is not finite.
+    """
+
+    batch: CropBatch
+    masks: MaskPlan
+    row: int
+    caption: str
+    losses: Losses
+    score: float
 
 
 @dataclass(frozen=True)
 class Replay:
-    """B samples: their crops, their `masks`, their `rows` in the index, and a caption for each."""
+    """A step taken again; `losses` and those of its images are empty if they were not computed.
+
+    `weights_step`: after so many steps, the weights were as they are here.
+    """
 
     dataset: MultiCropDataset
-    batch: CropBatch
-    masks: MaskPlan
-    rows: list[int]
-    captions: list[str]
+    images: list[ReplayedImage]
+    losses: Losses
+    weights_step: int
     grid: int
     strides: tuple[int, ...]
 
 
-def replay(config: Config, epoch: int, position: int, count: int, world_size: int = 1) -> Replay:
-    """Return the samples at `position .. position + count` of `epoch`, or fewer where their batch ends before.
+def replay_step(config: Config, step: int, *, with_losses: bool, exact: bool = False, world_size: int | None = None) -> Replay:
+    """Take `step`, counted from 1, again, in one process and without writing anything.
 
-    Raises ValueError for an epoch or a position that no step of the run reaches.
+    Losses need the run in `run_folder(config)`: the weights are those of its last checkpoint before the step; with `exact`, the
+    steps between are taken again. `world_size`: ranks of the run; None: as many as its newest checkpoint implies, or one.
+    Nothing is dropped by stochastic depth. Raises ValueError for a step that the run does not have.
     """
-    for option, value in (("--count", count), ("--world-size", world_size)):
-        if value < 1:
-            raise ValueError(f"{option} {value}: must be at least 1")
-    dataset, batch_size, parts = build_dataset(config), config.data.batch_size, config.training.accumulation_steps
-    loader = build_loader(config, dataset, batch_size, Ranks(world_size=world_size))
-    num_used = len(loader) // parts * parts * loader.global_batch
-    check_position(epoch, position, config.training.epochs, num_used, len(dataset))
-    # Each global batch is cut into one slice per rank.
-    number, within = divmod(epoch * num_used + position, loader.global_batch)
-    (step, part), (rank, image) = divmod(number, parts), divmod(within, batch_size)
-    if step >= (num_steps := build_schedule(config, len(loader)).total_steps):
-        raise ValueError(
-            f"--epoch {epoch} --position {position}: step {step} is past the run's {num_steps} steps: choose an earlier "
-            "position, or raise training.max_steps"
-        )
-    count = min(count, batch_size - image)
-    # One batch from there: random draws depend on the position only, so the size of the batch does not matter.
-    loader = build_loader(config, dataset, count)
-    loader.load_state_dict({"epoch": epoch, "position": position})
-    batch, rows = next(iter(loader)), loader.rows_at(epoch, position, position + count).tolist()
-    with torch.device("meta"):  # only the sizes of the model matter: no weights are allocated
-        model = build_model(config, torch.device("meta"))
-    generator = build_masks(config, model, torch.device("cuda" if resolve_device(config.device) == "gpu" else "cpu"))
-    torch.manual_seed(step_seed(config.seed, step, part * world_size + rank + 1))
-    plan = generator(batch_size)  # masks are drawn for a complete batch, as in training
-
-    def chosen(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(chosen, value))
-        return None if value is None else value[image : image + count]
-
-    masks = MaskPlan(**{name: chosen(value) for name, value in vars(plan).items()})
-    index = dataset.index
-    captions = [
-        f"epoch {epoch}, position {position + i}, step {step} (rank {rank}, image {image + i} of its batch): shard "
-        f"{index.shards[index.samples[row]['shard']]}, {printable(index.name(row))}, label {index.samples[row]['label']}"
-        for i, row in enumerate(rows)
-    ]
-    return Replay(dataset, batch, masks, rows, captions, model.grid, generator.strides)
+    checkpoints = list_checkpoints(run_folder(config) / "checkpoints") if with_losses else []
+    before = [path for path in checkpoints if checkpoint_step(path) < step and is_sound(path)]
+    batch_size, parts = config.data.batch_size, config.training.accumulation_steps
+    if world_size is None:
+        run = read_state(checkpoints[-1]).get("run", {}) if checkpoints else {}
+        world_size = max(1, round(run.get("images", 0) / max(run.get("step", 1), 1) / (batch_size * parts)))
+    data = config.data.model_copy(update={"batch_size": batch_size * world_size})
+    training = config.training.model_copy(update={"compile": False})
+    model = config.model if with_losses else config.model.model_copy(update={"weights": None})
+    trainer = Trainer(config.model_copy(update={"data": data, "training": training, "model": model}))
+    if not 1 <= step <= trainer.schedule.total_steps:
+        raise ValueError(f"--step {step}: the run has {trainer.schedule.total_steps:,} steps, counted from 1")
+    if before:
+        trainer.restore(before[-1])
+    progress = Every(PROGRESS_EVERY_S)
+    while exact and trainer.state.step < step - 1:
+        trainer.train_step()
+        if progress.due():
+            log.info(f"step {trainer.state.step:,} of {step - 1:,} taken again ...")
+    weights_step, trainer.state.step = trainer.state.step, step - 1
+    trainer.loader.load_state_dict(position_after(trainer, step - 1 - weights_step))
+    losses, images = take(trainer, with_losses)
+    return Replay(trainer.dataset, images, losses, weights_step, trainer.masks.grid, trainer.masks.strides)
 
 
-def check_position(epoch: int, position: int, epochs: int, num_used: int, total: int) -> None:
-    """Raise ValueError unless the epoch exists and the position is one of the `num_used` that fill its steps."""
-    if not 0 <= epoch < epochs:
-        raise ValueError(f"--epoch {epoch}: the run has {epochs} epochs, allowed are 0..{epochs - 1}")
-    if not 0 <= position < num_used:
-        dropped = f" (the last {total - num_used} fill no step and are dropped)" if num_used <= position < total else ""
-        raise ValueError(
-            f"--position {position}: an epoch trains on {num_used:,} of {total:,} samples, allowed are 0..{num_used - 1}{dropped}"
-        )
+def position_after(trainer: Trainer, steps: int) -> dict[str, int]:
+    """Return the loader's state after so many more steps."""
+    loader, state = trainer.loader, trainer.loader.state_dict()
+    per_step = loader.global_batch * trainer.config.training.accumulation_steps
+    epoch, position, left = state["epoch"], state["position"], (len(loader.index) - state["position"]) // per_step
+    if steps >= left:
+        epochs, steps = divmod(steps - left, trainer.steps_per_epoch)
+        epoch, position = epoch + 1 + epochs, 0
+    return {"epoch": epoch, "position": position + steps * per_step}
+
+
+def take(trainer: Trainer, with_losses: bool) -> tuple[Losses, list[ReplayedImage]]:
+    """Return the losses of the trainer's next step, and its images."""
+    model, loader, config = cast(HJEPA, trainer.model.eval()), trainer.loader, trainer.config
+    (directions, plan), index, images = trainer.draw(), loader.index, list[ReplayedImage]()
+    normalize, wholes = Normalization(trainer.dataset.mean, trainer.dataset.std), list[Losses]()
+    for part, batch in enumerate(islice(batches(loader), config.training.accumulation_steps)):
+        masks = plan.images(slice(part * loader.global_batch, (part + 1) * loader.global_batch))
+        epoch, first = loader.state_dict()["epoch"], int(batch.positions[0])
+        rows = loader.rows_at(epoch, first, first + len(batch.labels)).tolist()
+        each: list[Losses] = [{} for _ in rows]
+        if with_losses:
+            with torch.autocast(trainer.device.type, torch.bfloat16, enabled=amp_enabled(config, trainer.device)):
+                whole, each = image_losses(model, batch, masks, directions)
+            wholes.append(whole)
+        for i, (row, losses) in enumerate(zip(rows, each, strict=True)):
+            score, one = losses.pop("loss", 0.0) - model.weights.sigreg * losses.pop("sigreg", 0.0), slice(i, i + 1)
+            crops = [normalize(crop[one]) for crop in batch.crops]
+            seen = CropBatch(crops, batch.labels[one], batch.boxes[one], batch.flips[one], batch.positions[one])
+            shard, label = (index.samples[row][field] for field in ("shard", "label"))
+            caption = (
+                f"epoch {epoch}, position {first + i}: shard {index.shards[shard]}, {printable(index.name(row))}, label {label}"
+            )
+            score = score if math.isfinite(score) else math.inf
+            images.append(ReplayedImage(seen, masks.images(one), row, caption, losses, score))
+    return {name: sum(whole[name] for whole in wholes) / len(wholes) for name in (wholes or [{}])[0]}, images
+
+
+@torch.no_grad()
+def image_losses(model: HJEPA, batch: CropBatch, masks: MaskPlan, directions: torch.Tensor) -> tuple[Losses, list[Losses]]:
+    """Return the losses of a batch, and of each image alone, with its projections standardised as they are in the batch."""
+    statistics = list[torch.Tensor]()
+
+    def as_in_the_batch(module: BatchStandardize, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        x = inputs[0].float()
+        if not statistics:
+            statistics.extend((x.mean(dim=0), torch.rsqrt(x.var(dim=0, correction=0) + module.eps)))
+            return output
+        return (x - statistics[0]) * statistics[1] * module.weight + module.bias
+
+    def losses_of(images: slice) -> Losses:
+        crops = [crop[images] for crop in batch.crops]
+        losses = model(crops, batch.boxes[images], batch.flips[images], masks.images(images), directions)
+        return {name: float(value) for name, value in losses.items() if value.dim() == 0}
+
+    hooks = [m.register_forward_hook(as_in_the_batch) for m in model.modules() if isinstance(m, BatchStandardize)]
+    try:
+        return losses_of(slice(None)), [losses_of(slice(i, i + 1)) for i in range(len(batch.labels))]
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -164,25 +164,32 @@ class Trainer:
             waited = time.perf_counter() - started
             state.wait_s, state.train_s = state.wait_s + waited, state.train_s + waited
 
-    def _backward(self) -> list[Losses]:
-        """Add up the gradients of the batches of a step. Returns the losses of each."""
-        config, ranks, step, parts, losses = self.config, self.ranks, self.state.step, len(self._ready), list[Losses]()
-        # SIGReg's random directions must agree on all ranks: lane 0 of the step.
+    def draw(self) -> tuple[torch.Tensor, MaskPlan]:
+        """Draw SIGReg's directions and the masks of all images of the next step: the same on all ranks, however many they are."""
+        config, step = self.config, self.state.step
         self._generator.manual_seed(step_seed(config.seed, step, 0))
         size = (config.model.projector_dim, config.loss.sigreg_slices)
         directions = random_directions(*size, self._generator, self.device)
+        torch.manual_seed(step_seed(config.seed, step, 1))
+        return directions, self.masks(self.loader.global_batch * config.training.accumulation_steps)
+
+    def _backward(self) -> list[Losses]:
+        """Add up the gradients of the batches of a step. Returns the losses of each."""
+        config, ranks, parts, losses = self.config, self.ranks, len(self._ready), list[Losses]()
+        (directions, plan), batch_size = self.draw(), config.data.batch_size
         for part in range(parts):
             batch = self._ready.pop(0)
             self.state.images += len(batch.labels) * ranks.world_size
 
-            # Masks. They and stochastic depth use the global generator, seeded so that a resumed run draws the same.
-            torch.manual_seed(step_seed(config.seed, step, part * ranks.world_size + ranks.rank + 1))
-            plan = self.masks(len(batch.labels))
+            # Stochastic depth uses the global generator too: seeded, so that a resumed run draws the same.
+            if number := part * ranks.world_size + ranks.rank:
+                torch.manual_seed(step_seed(config.seed, self.state.step, number + 1))
 
             # Forward and backward. Only the last part averages the gradients over the ranks.
             amp = torch.autocast(self.device.type, torch.bfloat16, enabled=amp_enabled(config, self.device))
             with no_sync_if(part < parts - 1, self._replica), amp:
-                losses.append(self._loss_fn(self._replica, batch, plan, directions))
+                masks = plan.images(slice(number * batch_size, (number + 1) * batch_size))
+                losses.append(self._loss_fn(self._replica, batch, masks, directions))
             (losses[-1]["loss"] / parts).backward()
         return losses
 
@@ -282,7 +289,7 @@ def train(trainer: Trainer, recorder: "Recorder | None", stop: StopSignal) -> in
 def step_seed(seed: int, step: int, lane: int) -> int:
     """Return a seed for every step and lane, so that a resumed run draws what an uninterrupted one would.
 
-    Lane 0 is for what all ranks share; each part of each rank has one of the others.
+    Lanes 0 and 1 are for what all ranks share; stochastic depth has one of the others for each further part of each rank.
     """
     return ((seed * 1_000_003 + step) * 1_000_003 + lane) % 2**63
 

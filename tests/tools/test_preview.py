@@ -15,7 +15,7 @@ from train.build import build_dataset, build_loader
 from train.config.load import load_config
 from train.config.schema import Config
 from train.distributed import Ranks
-from train.replay import replay
+from train.replay import replay_step
 from train.trainer import Trainer
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -57,20 +57,19 @@ def test_the_preview_is_what_training_sees_there_bit_for_bit(strategy: str, part
     config = load_config(CONFIG, settings(data_path, *changes))
     # From the last steps of epoch 0, through the boundary, to the middle of epoch 1: batches 10 to 17.
     batches = trained_on(config, {"epoch": 0, "position": 10 * BATCH}, 8)
-    for epoch, position, count in ((0, 87, 1), (1, 0, 1), (1, 29, 3)):
-        again = replay(config, epoch, position, count)
+    for step in range(10 // parts + 1, 18 // parts + 1):
+        again = replay_step(config, step, with_losses=False)
         normalize = Normalization(again.dataset.mean, again.dataset.std)  # training leaves it to the encoder
-        assert len(again.rows) == count
-        assert torch.equal(again.batch.positions, torch.arange(position, position + count))
-        for i in range(count):
-            batch, slot = divmod(epoch * STEPS_PER_EPOCH * BATCH + position + i, BATCH)
+        assert len(again.images) == parts * BATCH
+        for i, image in enumerate(again.images):
+            batch, slot = divmod((step - 1) * parts * BATCH + i, BATCH)
             crops, boxes, flips, masks = batches[batch - 10]
-            for ours, theirs in zip(again.batch.crops, crops, strict=True):
-                assert torch.equal(ours[i], normalize(theirs[slot]))
-            assert torch.equal(again.batch.boxes[i], boxes[slot])
-            assert torch.equal(again.batch.flips[i], flips[slot])
-            for ours, theirs in zip(mask_tensors(again.masks), mask_tensors(masks), strict=True):
-                assert torch.equal(ours[i], theirs[slot])
+            for ours, theirs in zip(image.batch.crops, crops, strict=True):
+                assert torch.equal(ours[0], normalize(theirs[slot]))
+            assert torch.equal(image.batch.boxes[0], boxes[slot])
+            assert torch.equal(image.batch.flips[0], flips[slot])
+            for ours, theirs in zip(mask_tensors(image.masks), mask_tensors(masks), strict=True):
+                assert torch.equal(ours[0], theirs[slot])
 
 
 def mask_tensors(plan: Any) -> list[torch.Tensor]:
@@ -78,31 +77,28 @@ def mask_tensors(plan: Any) -> list[torch.Tensor]:
     return [plan.context, *plan.queries, plan.sources, *optional]
 
 
-def test_on_several_ranks_a_position_has_the_masks_of_the_rank_that_gets_it(data_path: Path) -> None:
-    config = load_config(CONFIG, settings(data_path))
-    dataset = build_dataset(config)
-    single, second = replay(config, 0, 9, 1), replay(config, 0, 9, 1, world_size=2)
-    loader = build_loader(config, dataset, BATCH, Ranks(1, 2))
-    assert next(iter(loader)).positions[1] == 9
-    assert "step 0 (rank 1, image 1 of its batch)" in second.captions[0]
-    assert "step 1 (rank 0, image 1 of its batch)" in single.captions[0]
-    assert torch.equal(single.batch.crops[0], second.batch.crops[0])
-    assert not torch.equal(single.masks.context, second.masks.context)
+def test_several_ranks_share_what_one_with_their_joined_batch_sees(data_path: Path) -> None:
+    config, joined = (load_config(CONFIG, settings(data_path, *changes)) for changes in ([], [f"data.batch_size={2 * BATCH}"]))
+    shared, alone = replay_step(config, 2, with_losses=False, world_size=2), replay_step(joined, 2, with_losses=False)
+    second = next(iter(build_loader(config, build_dataset(config), BATCH, Ranks(1, 2))))
+    assert second.positions[0] == BATCH
+    assert [image.caption for image in shared.images] == [image.caption for image in alone.images]
+    assert "position 24: " in shared.images[BATCH].caption
+    assert torch.equal(shared.images[BATCH].masks.context, alone.images[BATCH].masks.context)
 
 
 def test_the_command_names_each_sample_and_draws_it(data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "sheet.png"
-    arguments = [str(CONFIG), "--epoch", "1", "--position", "37", "--out", str(out), *settings(data_path)]
+    arguments = [str(CONFIG), "--step", "17", "--out", str(out), *settings(data_path)]
     assert main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     index = open_index(data_path / "train")
     config = load_config(CONFIG, settings(data_path))
-    rows = build_loader(config, build_dataset(config), BATCH).sequence.plan.rows(1, 37, 39)
+    rows = build_loader(config, build_dataset(config), BATCH).sequence.plan.rows(1, 32, 34)
     for i, row in enumerate(rows):
         sample = index.samples[row]
         assert lines[i] == (
-            f"epoch 1, position {37 + i}, step {12 + 4} (rank 0, image {5 + i} of its batch): "
-            f"shard {index.shards[sample['shard']]}, {index.key(row)}, label {sample['label']}"
+            f"epoch 1, position {32 + i}: shard {index.shards[sample['shard']]}, {index.key(row)}, label {sample['label']}"
         )
     assert str(out) in lines[2]
     pixels = np.asarray(Image.open(out).convert("RGB"))
@@ -113,14 +109,9 @@ def test_the_command_names_each_sample_and_draws_it(data_path: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--epoch", "3"], "--epoch 3: the run has 3 epochs, allowed are 0..2"),
-        (["--epoch", "-1"], "--epoch -1"),
-        (["--position", "96"], "an epoch trains on 96 of 103 samples, allowed are 0..95 (the last 7 fill no step"),
-        (["--position", "500"], "--position 500: an epoch trains on 96 of 103 samples, allowed are 0..95"),
-        (["--position", "-1"], "--position -1"),
-        (["--count", "0"], "--count 0: must be at least 1"),
-        (["--world-size", "0"], "--world-size 0: must be at least 1"),
-        (["--epoch", "1", "training.max_steps=5"], "step 12 is past the run's 5 steps"),
+        (["--step", "0"], "--step 0: the run has 36 steps, counted from 1"),
+        (["--step", "37"], "--step 37: the run has 36 steps"),
+        (["--step", "6", "training.max_steps=5"], "--step 6: the run has 5 steps"),
         (["training.epoch=1"], "training.epoch"),
     ],
 )
@@ -132,10 +123,6 @@ def test_a_place_that_training_never_reaches_is_one_clear_line(
     (error,) = (line for line in capsys.readouterr().err.splitlines() if not line.endswith(" ..."))
     assert said in error
     assert not out.exists()
-
-
-def test_the_last_samples_of_a_batch_are_fewer_than_asked_for(data_path: Path) -> None:
-    assert len(replay(load_config(CONFIG, settings(data_path)), 0, 94, 8).rows) == 2
 
 
 def test_a_single_crop_without_locals_is_drawn_too(data_path: Path, tmp_path: Path) -> None:
