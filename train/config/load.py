@@ -11,7 +11,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from train.config.rules import DATASETS, broken_rules, merge
+from train.config.rules import broken_rules
 from train.config.schema import Config, Section
 from train.config.yaml12 import ConfigError, KeyPath, dotted, flatten, one_line, parse
 
@@ -37,13 +37,8 @@ def load_config_with_origins(path: Path, overrides: Sequence[str] = ()) -> tuple
     values = read_values(path, origins)
     for override in overrides:
         _apply(override, values, origins)
-    data = values.get("data")
-    dataset = str(data.get("dataset")) if isinstance(data, dict) else ""
-    defaults = DATASETS.get(dataset, {})
-    config = _validate(merge(defaults, values), origins)
-    implied = dict.fromkeys(flatten(config.resolved), "default")
-    implied |= dict.fromkeys(implied.keys() & flatten(defaults).keys(), f"default of {dataset}")
-    return config, {key: origins.get(key, default) for key, default in implied.items()}
+    config = _validate(values, origins)
+    return config, {key: origins.get(key, "default") for key in flatten(config.resolved)}
 
 
 def read_values(path: Path, origins: dict[str, str]) -> dict[str, Any]:

@@ -1,31 +1,10 @@
-"""Rules between keys, and defaults that depend on `data.dataset`."""
+"""Rules between keys."""
 
 from collections.abc import Iterator
-from typing import Any
 
-from pipeline.defaults import IMAGENET_MEAN, IMAGENET_STD
 from train.config.schema import Config
 
-Values = dict[str, Any]
 Problem = tuple[str, str]  # the dotted key that an error is reported at, and the message
-
-
-def _small_images(mean: tuple[float, ...], std: tuple[float, ...]) -> Values:
-    """Return defaults for images of about 32 pixels, where blur and solarization would leave too little information."""
-    augmentation = {"global_blur_prob": 0.0, "local_blur_prob": 0.0, "solarize_prob": 0.0, "mean": mean, "std": std}
-    return {
-        "data": {"multicrop": {"global_crop_size": 32, "local_crop_size": 16}, "augmentation": augmentation},
-        "model": {"encoder": "vit_small_patch16_dinov3", "encoder_kwargs": {"img_size": 32, "patch_size": 4}},
-    }
-
-
-# Means and standard deviations of the training pixels, as published with common training recipes.
-DATASETS: dict[str, Values] = {
-    "cifar10": _small_images((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)),
-    "cifar100": _small_images((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "fashion_mnist": _small_images((0.286, 0.286, 0.286), (0.353, 0.353, 0.353)),
-    "sample": _small_images(IMAGENET_MEAN, IMAGENET_STD),
-}
 
 WEIGHTS_KEY = "starting weights have a key of their own: model.weights names a timm tag, a file, a folder or a run"
 REFUSED_ARGUMENTS = {
@@ -33,15 +12,6 @@ REFUSED_ARGUMENTS = {
     **dict.fromkeys(("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"), WEIGHTS_KEY),
     "in_chans": "crops have 3 channels; leave it out",
 }
-
-
-def merge(defaults: Values, values: Values) -> Values:
-    """Return `values` over `defaults`, section by section."""
-    merged = defaults | values
-    for key in defaults.keys() & values.keys() - {"encoder_kwargs"}:  # the arguments of one call belong together
-        if isinstance(defaults[key], dict) and isinstance(values[key], dict):
-            merged[key] = merge(defaults[key], values[key])
-    return merged
 
 
 def broken_rules(config: Config) -> Iterator[Problem]:

@@ -63,7 +63,6 @@ def test_origins_name_the_line_the_command_line_or_the_default():
     assert origins["training.lr"] == f"{path}:{written}"
     assert origins["data.batch_size"] == origins["model.encoder_kwargs.depth"] == "command line"
     assert origins["training.grad_clip"] == "default"
-    assert origins["data.augmentation.mean"] == "default of sample"
     assert origins.keys() == flatten(load_config(path, ["model.encoder_kwargs.depth=2"]).resolved).keys()
 
 
