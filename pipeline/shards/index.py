@@ -170,9 +170,8 @@ def open_index(folder: Path | str) -> ShardIndex:
         shards, samples, counts, ends = load_index(folder, rebuild)
     except FileNotFoundError:
         scans = [scan_shard(folder / name, shard) for shard, name in enumerate(names)]
-        samples, counts = np.concatenate(scans), np.array([len(scan) for scan in scans], np.int64)
-        check_fits(folder, manifest, tar_sizes(folder, names), len(samples))
-        return ShardIndex(folder, tuple(names), samples, counts)
+        shards, samples, ends = tuple(names), np.concatenate(scans), {}
+        counts = np.array([len(scan) for scan in scans], np.int64)
     num_bytes = tar_sizes(folder, names)
     if unlisted := sorted(set(names) - set(shards)):
         check_fits(folder, manifest, num_bytes, len(samples))  # tars of another conversion are not to be included
