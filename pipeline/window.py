@@ -57,9 +57,7 @@ class Window:
     ) -> None:
         self.sequence, self.reader, self._fused = sequence, reader, fused
         starts, rows = plan_window(sequence, start, limit)
-        count = watch.ready_batches(sequence.index.samples["shard"][rows])
-        rows, self.starts, self.taken = rows[:count], starts[:count], 0
-        self.shards = sequence.index.samples["shard"][rows]
+        self.starts, self.taken, self.shards = starts, 0, sequence.index.samples["shard"][rows]
         watch.patiently(lambda: watch.check(self.shards))
         self.fed: deque[Fed] = deque()
         batches = feed(sequence, recipes, self.starts, rows, self.fed)

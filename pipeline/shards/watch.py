@@ -54,16 +54,6 @@ class FolderWatch:
                 raise Cancelled
             time.sleep(POLL_S)
 
-    def ready_batches(self, shards: np.ndarray) -> int:
-        """Return the number of leading batches, at least one, whose shards can be read. `shards`: `[n, B]`, by sample."""
-        flat, batch_size = shards.reshape(-1), shards.shape[1]
-        for start in np.sort(np.unique(flat, return_index=True)[1]).tolist():
-            try:
-                self.check(flat[start : start + 1])
-            except OSError:
-                return max(1, start // batch_size)
-        return len(shards)
-
     def check(self, shards: np.ndarray) -> None:
         """Raise OSError if one of these tars cannot be read, or was changed."""
         for shard in np.unique(shards).tolist():
