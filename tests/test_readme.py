@@ -59,7 +59,6 @@ def run_here(words: list[str], place: Path) -> int:
     module = words[2] if words[1] == "-m" else words[1].removesuffix(".py").replace("/", ".")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        patch.setattr("train.evaluation.probes.MIN_STEPS", 20)  # of the attentive heads, for 80 photographs
         try:
             return import_module(module).main(words[3 if words[1] == "-m" else 2 :]) or 0
         except SystemExit as ended:

@@ -23,9 +23,10 @@ from tools.studies.grid import BASE, IMAGES, PEERS, TIME, VARIANTS, Base, Trial,
 from train.command import CommandParser, path_argument, run_command
 from train.config.load import load_config
 
-CURVE_FIELDS = ("variant", "equal", "seed", "knn", "linear", "rankme", "placement", "steps", "images", "cpu_s")
+SCORES = ("knn", "linear", "rankme", "placement", "dense_knn", "dense_linear")
+CURVE_FIELDS = ("variant", "equal", "seed", *SCORES, "steps", "images", "cpu_s")
 FIELDS = (*CURVE_FIELDS, "images_per_cpu_s", "peak_mib")
-LATER = {"placement"}  # columns that older tables lack
+LATER = {"placement", "dense_knn", "dense_linear"}  # columns that older tables lack
 ARENA_POINTS = 5
 
 
@@ -41,6 +42,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--equal", choices=(TIME, IMAGES), help="What the arena keeps equal. By default first one, then the other.")
     text = f"How often the arena measures a training, evenly spaced. The default is {ARENA_POINTS}."
     add("--points", type=int, metavar="N", help=text)
+    add("--masks", type=path_argument, metavar="FOLDER", help="Measure the dense probe too, on these images with masks.")
     return parser.parse_args(arguments)
 
 
@@ -104,12 +106,14 @@ def write_results(options: argparse.Namespace, path: Path, variants: Sequence[st
     words = ["python", "tools/study.py", str(options.config), *options.overrides, "--variants", ",".join(variants[1:])]
     words += ["--budget", f"{options.budget:g}", "--points", str(options.points or ARENA_POINTS)]
     words += ["--equal", options.equal] if options.equal else []
+    words += ["--masks", str(options.masks)] if options.masks else []
     write_arena(path, shlex.join(words), variants, rows, steps, options.budget)
 
 
 def run_study(options: argparse.Namespace) -> None:
     check_options(options)
-    base, variants = Base(str(options.config), tuple(options.overrides)), arena_variants(options)
+    masks = str(options.masks) if options.masks else ""
+    base, variants = Base(str(options.config), tuple(options.overrides), masks), arena_variants(options)
     equals, seeds = (options.equal,) if options.equal else (TIME, IMAGES), parse_seeds(options.seeds)
     planned = plan_trials(plan_sections(variants, equals), seeds)
     run_name = load_config(options.config, options.overrides).logging.run_name

@@ -103,8 +103,8 @@ def with_crop_device(config: Config, ranks: Ranks = SINGLE_PROCESS) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update={"crop_device": chosen})})
 
 
-def build_evaluation_loaders(config: Config, shuffle: bool = False) -> tuple[MultiCropLoader, MultiCropLoader]:
-    """Build loaders of centre crops: of the training split, in stored order unless `shuffle`, and of the validation split.
+def build_evaluation_loaders(config: Config) -> tuple[MultiCropLoader, MultiCropLoader]:
+    """Build loaders of centre crops in stored order: of the training split and of the validation split.
 
     Each has at most `evaluation.max_samples` images. Raises FileNotFoundError when a split is missing, and ValueError when
     their labels mean different classes.
@@ -116,10 +116,9 @@ def build_evaluation_loaders(config: Config, shuffle: bool = False) -> tuple[Mul
     indices = [subsample_evenly(open_index(folder), config.evaluation.max_samples) for folder in folders]
     check_classes(*indices)
     size, pixels = config.data.multicrop.global_crop_size, config.data.augmentation
-    for folder, index in zip(folders, indices, strict=True):
+    for index in indices:
         dataset = centre_crop_dataset(index, size, config.evaluation.crop_ratio, pixels.mean, pixels.std)
-        shuffled = shuffle and folder == folders[0]
-        loaders.append(build_loader(config, dataset, config.evaluation.batch_size, shuffle=shuffled, drop_last=False))
+        loaders.append(build_loader(config, dataset, config.evaluation.batch_size, shuffle=False, drop_last=False))
     return loaders[0], loaders[1]
 
 

@@ -1,4 +1,4 @@
-"""Measure a trained encoder: `python -m train.evaluate RUN|CHECKPOINT --data SHARDS --probe knn linear attentive`.
+"""Measure a trained encoder: `python -m train.evaluate RUN|CHECKPOINT --data SHARDS --probe knn linear`.
 
 Features are those of the moving-average encoder on deterministic centre crops, made by the same DALI pipeline as in training.
 Each probe also measures raw pixels and the run's random initialisation; placement accuracy, which needs no labels, is always
@@ -14,7 +14,7 @@ from train.command import CommandParser, device_argument, path_argument, place_a
 from train.output.display import LOADING
 from train.shards import with_shards
 
-PROBES = ("knn", "linear", "attentive", "dense")
+PROBES = ("knn", "linear", "dense")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

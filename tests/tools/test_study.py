@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.train.evaluation.test_dense import coloured_scenes
 from tests.train.test_run import ROOT
 from tools import study
 from tools.studies.grid import BASE, EXPERIMENTS, PEERS, VARIANTS, Base, plan_sections, plan_trials
@@ -50,15 +51,19 @@ def test_each_training_is_planned_once_seed_by_seed_and_crops_at_equal_time_come
 
 
 def test_one_training_measures_time_memory_and_accuracy_of_its_variant(base: Path) -> None:
-    rows = {name: run_trial(Base(str(base)), name, 0, 2)[-1] for name in ("1+0", "2+6")}
+    masks = str(coloured_scenes(base.parent / "masks"))
+    rows = {name: run_trial(Base(str(base), masks=masks), name, 0, 2)[-1] for name in ("1+0", "2+6")}
     for row in rows.values():
         assert set(row) | {"variant", "equal", "seed"} == set(study.FIELDS)
+        assert 0 < row["dense_knn"] <= 100
         assert (row["steps"], row["images"]) == (2, 16)
         assert row["cpu_s"] >= 0
         assert 0 <= row["knn"] <= 100
     again = run_trial(Base(str(base)), "2+6", 0, 2)[-1]
     assert [again[key] for key in ("knn", "linear", "rankme")] == [rows["2+6"][key] for key in ("knn", "linear", "rankme")]
-    baselines = run_baselines(Base(str(base)), 0)
+    assert set(again) == set(rows["2+6"]) - {"dense_knn", "dense_linear"}
+    baselines = run_baselines(Base(str(base), masks=masks), 0)
+    assert [name for name, row in baselines.items() if "dense_knn" in row] == ["raw pixels", "random initialisation"]
     assert set(baselines) == {"raw pixels", "colour histogram", "random initialisation"}
 
 
@@ -85,6 +90,7 @@ def test_the_tables_hold_means_intervals_and_the_claims(tmp_path: Path) -> None:
     rows = made_up_rows()
     write_study(tmp_path / "made_up", rows, {"2+6": 10}, 10.0)
     text = (tmp_path / "made_up.md").read_text()
+    assert "dense" not in text  # nobody measured it
     assert "| 2+6 | 3 | 64.0 ± 2.5 | 74.0 ± 0.0 | 320 | 10.0 | 1,000 | 16.0 | 100 |" in text
     assert "| raw pixels | 1 | 50.0 | 50.0 |" in text
     assert (tmp_path / "made_up.png").stat().st_size > 5_000

@@ -15,8 +15,8 @@ from model.encoder import patchify
 from train.build import build_encoder
 from train.command import path_argument
 from train.config.load import load_config
-from train.evaluation.dense import IGNORED, dense_figures, dense_table, find_masks
-from train.evaluation.probes import patch_tokens, pixel_tokens
+from train.evaluation.dense import IGNORED, dense_figures, dense_table, find_masks, raw_patches
+from train.evaluation.placement import dense_features
 from train.optim import build_optimizer, cosine
 
 BATCH, WARMUP, STUDY_PATCHES = 32, 40, 20_000
@@ -57,7 +57,7 @@ def main() -> None:
         optimizer.step()
         steps += 1
     encoder.requires_grad_(False)
-    rows_of = {"pixels": pixel_tokens(patch), "random_init": patch_tokens(untrained), "trained": patch_tokens(encoder)}
+    rows_of = {"pixels": raw_patches(patch), "random_init": dense_features(untrained), "trained": dense_features(encoder)}
     figures = dense_figures(options.masks, rows_of, config, patch, torch.device("cpu"), STUDY_PATCHES)
     print(dense_table({"checkpoint": f"supervised, {steps * BATCH:,} images", "masks": str(options.masks), "figures": figures}))
 

@@ -13,9 +13,15 @@ NO_PREDICTION = "loss.prediction_weight=0.0"
 NO_SUMMARY = "loss.summary_weight=0.0"
 UNMASKED = ("masking.strategy=none", NO_PREDICTION)
 GLOBAL_ONLY = "masking.strategy=global_only"
-MASKED = ("loss.prediction_weight=1.0", "masking.context_ratio=0.5", "masking.query_ratio=0.5")
 ONE_LEVEL = "model.levels=[{layer: -1, stride: 1, weight: 1.0}]"
 NO_VIEW, NO_SIGREG = "loss.view_weight=0.0", "loss.sigreg_weight=0.0"
+
+
+def masked(prediction_weight: float) -> tuple[str, ...]:
+    return (f"loss.prediction_weight={prediction_weight}", "masking.context_ratio=0.5", "masking.query_ratio=0.5")
+
+
+MASKED = masked(1.0)
 
 # Overrides of the base config, which is `2+6`: 2 globals, 6 locals, three levels. Masked variants predict tokens.
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -27,6 +33,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "cross_crop_prediction": ("masking.strategy=cross_crop_prediction", *MASKED),
     "summary, a quarter masked": (*(GLOBAL_ONLY, NO_PREDICTION, "masking.context_ratio=0.75", "masking.query_ratio=0.25"),),
     "tokens, no summary": (GLOBAL_ONLY, NO_SUMMARY, *MASKED),
+    **{f"tokens {weight}": (GLOBAL_ONLY, NO_SUMMARY, *masked(weight)) for weight in (5, 20, 60)},
+    "tokens 20, summary": (GLOBAL_ONLY, *masked(20)),
+    "tokens 20, locals as context": ("masking.strategy=global_with_local_context", NO_SUMMARY, *masked(20)),
+    "tokens 20, cross crop": ("masking.strategy=cross_crop_prediction", NO_SUMMARY, *masked(20)),
+    "tokens 20, one level": (GLOBAL_ONLY, NO_SUMMARY, *masked(20), ONE_LEVEL),
     "one level": (ONE_LEVEL,),
     "no view term": (NO_VIEW,),
     "no SIGReg": (NO_SIGREG,),
@@ -52,10 +63,11 @@ EXPERIMENTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
 
 @dataclass(frozen=True)
 class Base:
-    """The YAML file that all variants start from, and overrides for all of them."""
+    """The YAML file that all variants start from, and overrides for all of them. `masks`: of the dense probe, if not empty."""
 
     config: str
     overrides: tuple[str, ...] = ()
+    masks: str = ""
 
     def settings(self, variant: str) -> tuple[str, ...]:
         return (*self.overrides, *(VARIANTS | PEERS)[variant])

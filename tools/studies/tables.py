@@ -19,7 +19,8 @@ Row = dict[str, str]
 BASELINES = ("raw pixels", "colour histogram", "random initialisation")
 # `step_mib`, the predicted memory of a step, is in older CSV files only.
 COLUMN_FIELDS = {
-    "k-NN %": "knn", "linear %": "linear", "images": "images", "CPU s": "cpu_s", "images/CPU s": "images_per_cpu_s",
+    "k-NN %": "knn", "linear %": "linear", "dense k-NN %": "dense_knn", "dense linear %": "dense_linear",
+    "images": "images", "CPU s": "cpu_s", "images/CPU s": "images_per_cpu_s",
     "step memory, MiB": "step_mib", "peak above start, MiB": "peak_mib",
 }  # fmt: skip
 CLAIMS = (
@@ -28,6 +29,7 @@ CLAIMS = (
     ("memory of a step", "step_mib", "1.6x"),
     ("time of an image", "images_per_cpu_s", "1.4x"),
 )
+DENSE = ("dense_knn", "dense_linear")
 SCORES = {"knn": "k-NN", "linear": "linear probe"}
 
 
@@ -62,16 +64,17 @@ def markdown(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 def section_lines(rows: Sequence[Row], title: str, runs: Sequence[Run]) -> list[str]:
     """Return a table of those runs that have rows."""
     table = []
+    columns = {head: field for head, field in COLUMN_FIELDS.items() if field not in DENSE or numbers(rows, field)}
     for run in runs:
         if group := rows_of(rows, run):
             cells = [run[0], str(len(group))]
-            for field in COLUMN_FIELDS.values():
+            for field in columns.values():
                 values = numbers(group, field)
                 mean = statistics.mean(values) if values else 0.0
                 short = f"{mean:,.0f}" if mean >= 100 else f"{mean:.1f}"
-                cells.append(format_cell(values, ".1f") if field in SCORES else short if values else "")
+                cells.append(format_cell(values, ".1f") if field in (*SCORES, *DENSE) else short if values else "")
             table.append(cells)
-    return markdown(title, ["variant", "seeds", *COLUMN_FIELDS], table)
+    return markdown(title, ["variant", "seeds", *columns], table)
 
 
 def claim_lines(rows: Sequence[Row]) -> list[str]:

@@ -13,10 +13,11 @@ from pipeline.memory import peak_memory
 from tools.own_process import run_in_subprocess
 from tools.studies.grid import BASE, Base
 from tools.studies.peers import build_peer, peer_losses
-from train.build import build_dataset, build_evaluation_loaders, build_model, build_training_loader
+from train.build import build_dataset, build_encoder, build_evaluation_loaders, build_model, build_training_loader
 from train.config.load import load_config
 from train.config.schema import Config
 from train.config.yaml12 import changed_settings, flatten
+from train.evaluation.dense import dense_figures, raw_patches
 from train.evaluation.features import Extractor, colour_histogram, pixels, pooled_features
 from train.evaluation.measure import measure
 from train.evaluation.placement import DenseExtractor, Placement, dense_features, patch_pixels
@@ -26,6 +27,7 @@ CALIBRATION_S, TURN_STEPS = 15.0, 12
 MANY_EPOCHS = 100_000  # max_steps decides
 MANY_STEPS = 10_000  # the budget decides
 CPU = torch.device("cpu")
+DENSE_PATCHES = 20_000  # of the training images, so that the dense probe takes seconds
 # Settings that can differ between the calls of one study: where files are, and what each trial sets itself.
 FREE_KEYS = (
     "device", "seed", "training.max_steps", "training.epochs", "checkpoint.", "logging.", "data.data_path",
@@ -85,7 +87,8 @@ def run_trial(base: Base, variant: str, seed: int, steps: int, points: int = 1) 
         peak = peak or peak_memory()  # later peaks can be those of an evaluation
         trainer.model.eval()
         target = trainer.model.target
-        scores = measure_rows(config, {"trained": pooled_features(target)}, {"trained": dense_features(target)})["trained"]
+        rows_of = ({"trained": pooled_features(target)}, {"trained": dense_features(target)})
+        scores = measure_rows(config, *rows_of, base.masks)["trained"]
         counts = {"steps": trainer.state.step, "images": trainer.state.images, "cpu_s": round(training.cpu_s, 2)}
         rows.append({**counts, **scores})
     rate = round(trainer.state.images / training.cpu_s, 1)
@@ -99,23 +102,35 @@ def run_baselines(base: Base, seed: int) -> dict[str, dict[str, Any]]:
     config = trial_config(base, BASE, seed, 1)
     untrained, name = build_model(config, CPU).eval().target, "random initialisation"
     rows = {"raw pixels": pixels, "colour histogram": colour_histogram, name: pooled_features(untrained)}
-    return measure_rows(config, rows, {"raw pixels": patch_pixels(untrained.patch_size), name: dense_features(untrained)})
+    patches = {"raw pixels": patch_pixels(untrained.patch_size), name: dense_features(untrained)}
+    return measure_rows(config, rows, patches, base.masks)
 
 
 def measure_rows(
-    config: Config, extractors: Mapping[str, Extractor], dense: Mapping[str, DenseExtractor]
+    config: Config, extractors: Mapping[str, Extractor], dense: Mapping[str, DenseExtractor], masks: str = ""
 ) -> dict[str, dict[str, Any]]:
-    """Return k-NN, linear probe, RankMe and placement of each extractor's features on the validation split."""
+    """Return k-NN, linear probe, RankMe and placement of each extractor's features on the validation split.
+
+    With a folder of `masks`, the mean IoU of the dense probe is added.
+    """
     k, epochs = config.evaluation.knn_k, config.evaluation.linear_epochs
     loaders = build_evaluation_loaders(config)
     scores = measure(loaders, extractors, CPU, ks=[k], linear_epochs=epochs, with_rankme=True)
     pairs = Placement(config, loaders[1].index)
+    segmented: dict[str, dict[str, float]] = {name: {} for name in dense}
+    if masks:
+        patch = build_encoder(config).patch_size
+        tokens = {name: raw_patches(patch) if name == "raw pixels" else extractor for name, extractor in dense.items()}
+        for row in dense_figures(Path(masks), tokens, config, patch, CPU, DENSE_PATCHES):
+            if row["probe"]:
+                segmented[row["features"]][f"dense_{row['probe']}"] = round(row["miou"], 2)
     return {
         name: {
             "knn": round(score.knn["last"][k], 2),
             "linear": round(score.linear[0], 2) if score.linear else "",
             "rankme": round(score.rankme or 0.0, 1),
             "placement": round(pairs.measure(dense[name])["last"], 2) if name in dense else "",
+            **segmented.get(name, {}),
         }
         for name, score in scores.items()
     }

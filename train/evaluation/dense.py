@@ -19,28 +19,21 @@ from scipy import ndimage
 from torch import nn
 from torch.nn import functional as F
 
+from model.encoder import patchify
 from pipeline.dataset import resolve_device
 from pipeline.text import markdown_table
 from train.build import torch_threads
 from train.checkpoint import checkpoint_step
 from train.config.schema import Config
 from train.evaluation.features import STORED_DTYPE, mixed_precision
-from train.evaluation.measure import (
-    KNN_TEMPERATURE,
-    LINEAR_RATES,
-    Standardizer,
-    is_held_out,
-    linear_heads,
-    nearest_neighbours,
-    vote,
-)
+from train.evaluation.measure import LINEAR_RATES, Standardizer, is_held_out, linear_heads, nearest_neighbours, vote
 from train.evaluation.offline import ROW_NAMES, load_models, load_start
-from train.evaluation.probes import Tokenizer, patch_tokens, pixel_tokens
+from train.evaluation.placement import DenseExtractor, dense_features
 
 IGNORED = 255  # the class of pixels that do not count
 NUM_CLASSES = 256  # of 8-bit masks
 MASK_END = ".seg.png"
-NAMES = ("miou", "boundaries", "small")
+SCORES = ("miou", "boundaries", "small")
 KS = (1, 3, 10, 30)
 EPOCHS = 5
 MAX_PATCHES = 100_000  # of the training images, for bounded memory and time
@@ -161,50 +154,61 @@ def mean_iou(matrix: torch.Tensor) -> float | None:
     return float(100 * (hits / (truth + predicted - hits))[present].mean()) if present.any() else None
 
 
-class Patches:
-    """The tokens of the patches that train the classifiers: an even random share of every image, seeded.
+def raw_patches(patch: int) -> DenseExtractor:
+    """Return an extractor of the pixels of each patch."""
+    return lambda crops: {"last": patchify(crops, patch).float() / 255}
 
-    `tokens`: `{row: [m, D] float16}`, `labels`: `[m] int64`, `images`: `[m] int64`.
+
+def tokens_of(extractor: DenseExtractor, crops: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return the tokens `[n, N, D] float16`, on the CPU, of crops `[n, 3, S, S] uint8`."""
+    crops = crops.to(device)
+    with mixed_precision(crops):
+        return extractor(crops)["last"].to("cpu", STORED_DTYPE)
+
+
+class Patches:
+    """The patches that train the classifiers, as many of each image, drawn with a fixed seed.
+
+    `tokens`: `{row: [m, D] float16}`; `labels` and `held_out`: `[m]` int64 and bool.
     """
 
-    def __init__(self, data: MaskedImages, rows: Mapping[str, Tokenizer], size: int, patch: int, max_patches: int) -> None:
-        per_image, generator = max(1, max_patches // len(data.images)), torch.Generator().manual_seed(0)
+    def __init__(
+        self, data: MaskedImages, rows: Mapping[str, DenseExtractor], size: int, patch: int, limit: int, device: torch.device
+    ) -> None:
+        share, generator = max(1, limit // len(data.images)), torch.Generator().manual_seed(0)
         tokens: dict[str, list[torch.Tensor]] = {name: [] for name in rows}
-        labels, images, first = [], [], 0
-        for crops, masks in data.batches(size):
+        labels, held_out = [], []
+        for first, (crops, masks) in zip(range(0, len(data.images), BATCH), data.batches(size), strict=True):
             truth = majority(patch_counts(masks, patch)).unflatten(0, (len(crops), -1))
-            order = torch.rand(truth.shape, generator=generator)
-            chosen = (order.argsort(dim=1).argsort(dim=1) < per_image) & (truth != IGNORED)
-            for name, tokenizer in rows.items():
-                tokens[name].append(tokenizer(crops)[chosen].to(STORED_DTYPE))
+            ranks = torch.rand(truth.shape, generator=generator).argsort(dim=1).argsort(dim=1)
+            chosen = (ranks < share) & (truth != IGNORED)
+            for name, extractor in rows.items():
+                tokens[name].append(tokens_of(extractor, crops, device)[chosen])
             labels.append(truth[chosen])
-            images.append(first + chosen.nonzero()[:, 0])
-            first += len(crops)
+            held_out.append(is_held_out(first + chosen.nonzero()[:, 0]))
         self.tokens = {name: torch.cat(parts) for name, parts in tokens.items()}
-        self.labels, self.images = torch.cat(labels), torch.cat(images)
+        self.labels, self.held_out = torch.cat(labels), torch.cat(held_out)
 
 
 def fit(patches: Patches, name: str, device: torch.device) -> dict[str, tuple[Classifier, str]]:
-    """Return the classifiers `knn` and `linear` of one row, each with its setting, chosen by the held-out images' mean IoU."""
-    held_out = is_held_out(patches.images)
-    train, labels, others = patches.tokens[name][~held_out], patches.labels[~held_out], patches.tokens[name][held_out]
-    standardizer = Standardizer(train, device)
-    keys, values, classes = standardizer(train), labels.to(device), 1 + int(labels.max())
+    """Return the classifiers `knn` and `linear` of one row, each with its setting, chosen by the held-out patches' mean IoU."""
+    tokens, labels, held_out = patches.tokens[name], patches.labels, patches.held_out
+    standardizer, classes = Standardizer(tokens[~held_out], device), 1 + int(labels.max())
+    keys, values = standardizer(tokens[~held_out]), labels[~held_out].to(device)
 
     def knn(ks: Sequence[int], queries: torch.Tensor) -> list[torch.Tensor]:
         similarity, rows = nearest_neighbours(keys, standardizer(queries), max(ks), device)
-        weights, found = torch.exp(similarity / KNN_TEMPERATURE), values[rows]
-        return [vote(found[:, :k], weights[:, :k], classes).cpu() for k in ks]
+        return [vote(values[rows[:, :k]], similarity[:, :k], classes).cpu() for k in ks]
 
     def linear(head: nn.Module, queries: torch.Tensor) -> torch.Tensor:
         return head(standardizer(queries)).argmax(dim=1).cpu()
 
-    truth = F.one_hot(patches.labels[held_out], NUM_CLASSES)
     with torch.enable_grad():
-        heads = linear_heads(train, labels, classes, LINEAR_RATES, EPOCHS, standardizer)
+        heads = linear_heads(tokens[~held_out], labels[~held_out], classes, LINEAR_RATES, EPOCHS, standardizer)
+    truth, others = F.one_hot(labels[held_out], NUM_CLASSES), tokens[held_out]
     of_k, of_rate = (
-        [mean_iou(confusion(truth, classes)) or 0.0 for classes in predicted]
-        for predicted in (knn(KS, others), [linear(head, others) for head in heads])
+        [mean_iou(confusion(truth, predicted)) or 0.0 for predicted in predictions]
+        for predictions in (knn(KS, others), [linear(head, others) for head in heads])
     )
     k, best = KS[of_k.index(max(of_k))], of_rate.index(max(of_rate))
     return {
@@ -215,37 +219,29 @@ def fit(patches: Patches, name: str, device: torch.device) -> dict[str, tuple[Cl
 
 @torch.no_grad()
 def dense_figures(
-    folder: Path, rows: Mapping[str, Tokenizer], config: Config, patch: int, device: torch.device,
+    folder: Path, rows: Mapping[str, DenseExtractor], config: Config, patch: int, device: torch.device,
     max_patches: int = MAX_PATCHES,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Return the figures of each row and of `limit`: `miou`, of all pixels, of `boundaries` and of `small` objects, in percent.
+    """Return the figures of each row and of `limit`: mean IoU of all pixels, of `boundaries` and of `small` objects, in percent.
 
-    Boundaries are the patches with more than one class. `rows`: tokenizers of normalised crops with one token per patch.
-    Raises ValueError and FileNotFoundError as `find_masks` does.
+    Boundaries are the patches with more than one class. `rows`: extractors, of which `last` is used. Raises ValueError and
+    FileNotFoundError as `find_masks` does.
     """
-    size, augmentation = config.data.multicrop.global_crop_size, config.data.augmentation
-    mean, std = (255 * torch.tensor(values, device=device)[:, None, None] for values in (augmentation.mean, augmentation.std))
+    size = config.data.multicrop.global_crop_size
     train, val = (find_masks(folder, split, config.evaluation.max_samples) for split in ("train", "val"))
-
-    def tokens_of(tokenizer: Tokenizer, crops: torch.Tensor) -> torch.Tensor:
-        normalised = (crops.to(device).float() - mean) / std
-        with mixed_precision(normalised):
-            return tokenizer(normalised).float().cpu()
-
     log.info(f"dense probe: {len(train.images):,} + {len(val.images):,} images of {folder} ...")
-    tokenizers: dict[str, Tokenizer] = {name: partial(tokens_of, tokenizer) for name, tokenizer in rows.items()}
-    patches = Patches(train, tokenizers, size, patch, max_patches)
+    patches = Patches(train, rows, size, patch, max_patches, device)
     fitted = {name: fit(patches, name, device) for name in rows}
     settings = {(name, probe): text for name, probes in fitted.items() for probe, (_, text) in probes.items()}
-    settings[("limit", "")] = f"patches of {patch}"
-    matrices = {key: torch.zeros(3, NUM_CLASSES, NUM_CLASSES, dtype=torch.int64) for key in settings}
+    settings["limit", ""] = f"patches of {patch}"
+    matrices = {key: torch.zeros(len(SCORES), NUM_CLASSES, NUM_CLASSES, dtype=torch.int64) for key in settings}
     for crops, masks in val.batches(size):
         counts = patch_counts(masks, patch)
-        mixed = (counts[:, :IGNORED] > 0).sum(dim=1) > 1
-        parts = (counts, counts * mixed[:, None], patch_counts(small_objects(masks, SMALL_PATCHES * patch**2), patch))
+        mixed = (counts[:, :IGNORED] > 0).sum(dim=1, keepdim=True) > 1
+        parts = (counts, counts * mixed, patch_counts(small_objects(masks, SMALL_PATCHES * patch**2), patch))
         predicted = {("limit", ""): majority(counts)}
         for name, probes in fitted.items():
-            tokens = tokenizers[name](crops).flatten(0, 1)
+            tokens = tokens_of(rows[name], crops, device).flatten(0, 1)
             predicted |= {(name, probe): classifier(tokens) for probe, (classifier, _) in probes.items()}
         for key, classes in predicted.items():
             matrices[key] += torch.stack([confusion(part, classes) for part in parts])
@@ -254,7 +250,7 @@ def dense_figures(
             "features": name,
             "probe": probe,
             "setting": settings[name, probe],
-            **dict(zip(NAMES, map(mean_iou, three), strict=True)),
+            **dict(zip(SCORES, map(mean_iou, three), strict=True)),
         }
         for (name, probe), three in matrices.items()
     ]
@@ -268,7 +264,7 @@ def evaluate_dense(checkpoint: Path, config: Config, folder: Path) -> dict[str, 
     model, initial = load_models(checkpoint, config, device)
     encoders = {"random_init": initial, **load_start(config, device), "trained": model.target}
     patch = initial.patch_size
-    rows = {"pixels": pixel_tokens(patch), **{name: patch_tokens(encoder) for name, encoder in encoders.items()}}
+    rows = {"pixels": raw_patches(patch), **{name: dense_features(encoder) for name, encoder in encoders.items()}}
     figures = dense_figures(folder, rows, config, patch, device)
     return {"checkpoint": str(checkpoint), "step": checkpoint_step(checkpoint), "masks": str(folder), "figures": figures}
 
@@ -277,7 +273,7 @@ def dense_table(report: dict[str, Any]) -> str:
     """Return the report as Markdown."""
     names = ROW_NAMES | {"pixels": "raw patches", "limit": "the right class of every patch"}
     rows = [
-        (names[row["features"]], row["probe"], row["setting"], *("" if row[key] is None else f"{row[key]:.1f}" for key in NAMES))
+        (names[row["features"]], row["probe"], row["setting"], *("" if row[key] is None else f"{row[key]:.1f}" for key in SCORES))
         for row in report["figures"]
     ]
     head = ("tokens", "probe", "setting", "mIoU, %", "boundaries", "small objects")

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
@@ -135,11 +134,11 @@ def knn_accuracies(
         similarity, order = similarity.masked_fill(itself, -torch.inf).sort(dim=1, descending=True)
         rows = rows.gather(1, order)
     classes = num_classes(train_labels, test_labels)
-    labels, weights, correct = (train_labels.to(device)[rows], torch.exp(similarity / KNN_TEMPERATURE), dict.fromkeys(ks, 0))
-    chunks = (part.split(TEST_CHUNK) for part in (labels, weights, test_labels.to(device)))
-    for label, weight, truth in zip(*chunks, strict=True):
+    labels, correct = train_labels.to(device)[rows], dict.fromkeys(ks, 0)
+    chunks = (part.split(TEST_CHUNK) for part in (labels, similarity, test_labels.to(device)))
+    for label, near, truth in zip(*chunks, strict=True):
         for k in ks:
-            correct[k] += int((vote(label[:, :k], weight[:, :k], classes) == truth).sum())
+            correct[k] += int((vote(label[:, :k], near[:, :k], classes) == truth).sum())
     return {k: 100.0 * count / len(test) for k, count in correct.items()}
 
 
@@ -149,8 +148,9 @@ def leave_one_out_knn(features: Features, k: int, device: torch.device) -> float
     return knn_accuracies(values, labels, values, labels, [k], device, leave_one_out=True)[k]
 
 
-def vote(labels: torch.Tensor, weights: torch.Tensor, classes: int) -> torch.Tensor:
-    """Return the class with the largest sum of weights, `[m] int64`, from `labels` and `weights` `[m, k]`."""
+def vote(labels: torch.Tensor, similarity: torch.Tensor, classes: int) -> torch.Tensor:
+    """Return the class `[m] int64` that wins the vote of neighbours, `labels` and cosine `similarity` `[m, k]`."""
+    weights = torch.exp(similarity / KNN_TEMPERATURE)
     return torch.zeros(len(labels), classes, device=labels.device).scatter_add_(1, labels, weights).argmax(dim=1)
 
 
@@ -180,28 +180,11 @@ class Standardizer:
             yield self(part), truth.to(self._mean.device)
 
     def shuffled(self, rows: torch.Tensor, labels: torch.Tensor, epochs: int) -> Batches:
-        """Yield the batches of several epochs, always in the same random order, for `fit_heads`."""
+        """Yield the batches of several epochs, always in the same random order, for `linear_heads`."""
         generator = torch.Generator().manual_seed(0)
         for _ in range(epochs):
             for batch in torch.randperm(len(rows), generator=generator).split(LINEAR_BATCH):
                 yield self(rows[batch]), labels[batch].to(self._mean.device)
-
-
-def fit_heads(
-    name: str, heads: nn.ModuleList, rates: Sequence[float], make_optimizer: Callable[..., torch.optim.Optimizer],
-    batches: Batches, steps: int,
-) -> None:  # fmt: skip
-    """Train all heads on the same batches, each from its own learning rate, which falls to 0 along half a cosine."""
-    groups = [{"params": list(head.parameters()), "lr": rate} for head, rate in zip(heads, rates, strict=True)]
-    optimizer, progress = make_optimizer(groups), Every(PROGRESS_EVERY_S)
-    for step, (inputs, labels) in enumerate(batches):
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = cosine(rate, 0.0, step / steps)
-        optimizer.zero_grad(set_to_none=True)
-        torch.stack([F.cross_entropy(head(inputs), labels) for head in heads]).sum().backward()
-        optimizer.step()
-        if progress.due():
-            log.info("%s probe: step %s of %s ...", name, f"{step + 1:,}", f"{steps:,}")
 
 
 @torch.inference_mode()
@@ -225,14 +208,25 @@ def linear_heads(
     features: torch.Tensor, labels: torch.Tensor, classes: int, rates: Sequence[float], epochs: int,
     standardizer: Standardizer,
 ) -> nn.ModuleList:  # fmt: skip
-    """Return a linear classifier of `[n, D]` features per learning rate, trained from zero weights by SGD with momentum 0.9."""
+    """Return a linear classifier of `[n, D]` features per learning rate, trained from zero weights by SGD with momentum 0.9.
+
+    All see the same batches; each rate falls to 0 along half a cosine.
+    """
     width, device = features.shape[1], standardizer(features[:1]).device
     heads = nn.ModuleList(nn.utils.skip_init(nn.Linear, width, classes, device=device) for _ in rates)
     for parameter in heads.parameters():
         nn.init.zeros_(parameter)  # draws no random numbers, so that measuring does not disturb a training run
+    groups = [{"params": list(head.parameters()), "lr": rate} for head, rate in zip(heads, rates, strict=True)]
+    optimizer, progress = torch.optim.SGD(groups, momentum=0.9), Every(PROGRESS_EVERY_S)
     steps = epochs * -(-len(features) // LINEAR_BATCH)
-    sgd = partial(torch.optim.SGD, momentum=0.9)
-    fit_heads("linear", heads, rates, sgd, standardizer.shuffled(features, labels, epochs), steps)
+    for step, (inputs, truth) in enumerate(standardizer.shuffled(features, labels, epochs)):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = cosine(rate, 0.0, step / steps)
+        optimizer.zero_grad(set_to_none=True)
+        torch.stack([F.cross_entropy(head(inputs), truth) for head in heads]).sum().backward()
+        optimizer.step()
+        if progress.due():
+            log.info("linear probe: step %s of %s ...", f"{step + 1:,}", f"{steps:,}")
     return heads
 
 
@@ -246,9 +240,4 @@ def linear_probe(train: Features, test: Features, names: Sequence[str], epochs: 
         validation = accuracies(heads, standardizer.batches(values[held_out], train.labels[held_out]))
         scores = accuracies(heads, standardizer.batches(test.values[name], test.labels))
         trials += zip(validation, scores, (f"{name}, lr {rate:g}" for rate in LINEAR_RATES), strict=True)
-    return best_trial(trials)
-
-
-def best_trial(trials: Iterable[Trial]) -> tuple[float, str]:
-    """Return score and setting of the first trial with the highest held-out score."""
     return max(trials, key=lambda trial: trial[0])[1:]

@@ -19,9 +19,8 @@ from train.checkpoint import MANIFEST, MIXED, checkpoint_step, load_checkpoint, 
 from train.config.load import load_config
 from train.config.schema import Config
 from train.evaluation.features import Extractor, check_labels, colour_histogram, pixels
-from train.evaluation.measure import Scores, measure, num_classes
+from train.evaluation.measure import Scores, measure
 from train.evaluation.placement import Placement, dense_features
-from train.evaluation.probes import TokenStream, attentive_probe, patch_tokens, pixel_tokens
 
 KNN_KS = (10, 20, 100, 200)
 LAST_BLOCKS = 4  # concatenated for the linear probe, as in DINO (arXiv 2104.14294)
@@ -150,10 +149,7 @@ def evaluate(checkpoint: Path, config: Config, probes: Sequence[str]) -> dict[st
     measured = measure(loaders, extractors, device, ks=ks, linear_epochs=epochs) if ks or epochs else {}
     figures: list[dict[str, Any]] = []
     for probe in probes:
-        if probe == "attentive":
-            figures += attentive_figures(config, encoders, device)
-        else:
-            figures += [figure for name in measured for figure in pooled_figures(probe, name, measured[name])]
+        figures += [figure for name in measured for figure in pooled_figures(probe, name, measured[name])]
     figures += placement_figures(Placement(config, val), encoders, model.levels)
     return {
         "checkpoint": str(checkpoint),
@@ -188,20 +184,6 @@ def placement_figures(
         for key, accuracy in pairs.measure(dense_features(encoder, levels)).items()
     }
     yield from (figure("placement", features, setting, accuracy) for features, accuracy in scores.items())
-
-
-def attentive_figures(config: Config, encoders: dict[str, MultiCropEncoder], device: torch.device) -> Iterator[dict[str, Any]]:
-    patch = encoders["trained"].patch_size
-    rows = {"pixels": (pixel_tokens(patch), 3 * patch**2)}
-    rows |= {name: (patch_tokens(encoder), encoder.width) for name, encoder in encoders.items()}
-    for name, (tokenizer, width) in rows.items():
-        log.info("attentive probe: %s ...", ROW_NAMES[name])
-        # Shuffled, since the heads train on the loader's batches.
-        loaders = build_evaluation_loaders(config, shuffle=True)
-        classes = num_classes(*(torch.tensor(loader.index.samples["label"]) for loader in loaders))
-        train, test = (TokenStream(loader, tokenizer) for loader in loaders)
-        accuracy, setting = attentive_probe(train, test, width, classes, device)
-        yield figure("attentive", name, setting, accuracy)
 
 
 def report_table(report: dict[str, Any]) -> str:

@@ -19,9 +19,9 @@ from train.evaluation.dense import (
     majority,
     mean_iou,
     patch_counts,
+    raw_patches,
     small_objects,
 )
-from train.evaluation.probes import pixel_tokens
 from train.run import main as train
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -84,7 +84,7 @@ def coloured_scenes(folder: Path, size: int = 32, count: int = 20) -> Path:
 def test_a_task_that_colour_solves_is_solved_and_tokens_without_information_solve_nothing(tmp_path: Path) -> None:
     folder = coloured_scenes(tmp_path)
     config = load_config(QUICKSTART, ["data.multicrop.global_crop_size=32", "data.data_path=none"])
-    rows = {"pixels": pixel_tokens(8), "constant": lambda crops: torch.ones(len(crops), 16, 5)}
+    rows = {"pixels": raw_patches(8), "constant": lambda crops: {"last": torch.ones(len(crops), 16, 5)}}
     figures = dense_figures(folder, rows, config, 8, torch.device("cpu"))
     scores = {(row["features"], row["probe"]): row["miou"] for row in figures}
     assert scores["limit", ""] == scores["pixels", "knn"] == scores["pixels", "linear"] == 100

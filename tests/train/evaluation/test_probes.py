@@ -1,7 +1,6 @@
 """Probes that are trained on frozen features, against scikit-learn and against one another."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,13 +8,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.dataset import centre_crop_dataset
-from pipeline.loader import MultiCropLoader, build_multicrop_dataloader
-from pipeline.shards.index import ShardIndex
-from train.evaluation import probes
 from train.evaluation.features import Features
 from train.evaluation.measure import Standardizer, accuracies, linear_heads, linear_probe
-from train.evaluation.probes import AttentiveProbe, TokenStream, attentive_probe
 
 CPU = torch.device("cpu")
 
@@ -81,11 +75,6 @@ def test_accuracies_count_every_row_once() -> None:
     assert accuracies(heads, Standardizer(rows, CPU).batches(rows, labels)) == [100, 100 / 3]
 
 
-def colour_tokens(crops: torch.Tensor) -> torch.Tensor:
-    """`[n, 16, 3]`: colours of a 4x4 grid."""
-    return F.adaptive_avg_pool2d(crops, 4).flatten(2).transpose(1, 2)
-
-
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Run torch on one thread: the products here are so small that more threads only wait for each other."""
@@ -93,56 +82,3 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def streams(index: ShardIndex) -> tuple[TokenStream, TokenStream]:
-    """Tokens of photographs that are labelled by being redder than the median one."""
-
-    def loader(labelled: ShardIndex) -> MultiCropLoader:
-        dataset = centre_crop_dataset(labelled, 16, 1.0)
-        return build_multicrop_dataloader(dataset, 16, device="cpu", num_workers=1, shuffle=False, drop_last=False)
-
-    means = torch.cat([batch.crops[0].mean(dim=(2, 3)) for batch in loader(index)])
-    redness = means[:, 0] - means[:, 2]
-    samples = index.samples.copy()
-    samples["label"] = (redness > redness.median()).numpy()
-    redder = replace(index, samples=samples)
-    return TokenStream(loader(redder), colour_tokens), TokenStream(loader(redder), colour_tokens)
-
-
-def test_tokens_are_the_same_whether_kept_or_made_again_for_each_epoch(
-    streams: tuple[TokenStream, TokenStream], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept, again = streams
-    first = list(kept.epoch())
-    assert sum(len(labels) for _, labels, _ in first) == 103
-    monkeypatch.setattr(probes, "TOKENS_SHARE", 0.0)
-    list(again.epoch())
-    assert kept._store
-    assert not again._store
-    for one, other, new in zip(first, kept.epoch(), again.epoch(), strict=True):
-        assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(one, other, new, strict=True))
-
-
-def test_the_attentive_probe_learns_what_it_can_and_repeats_itself(
-    streams: tuple[TokenStream, TokenStream], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(probes, "MIN_STEPS", 400)
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    found = attentive_probe(*streams, 3, 2, CPU)
-    assert found[0] > 85
-    assert found == attentive_probe(*streams, 3, 2, CPU)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-@pytest.mark.parametrize("width", [64, 100, 432])
-def test_the_attentive_probe_is_torchs_attention_with_one_query(width: int) -> None:
-    torch.manual_seed(0)
-    probe, tokens = AttentiveProbe(width, 5), torch.randn(3, 7, width)
-    for parameter in probe.parameters():  # biases too, which torch starts at 0
-        nn.init.normal_(parameter, std=0.3)
-    normed = probe.norm(tokens)
-    expected, _ = probe.attention(probe.query.expand(3, -1, -1), normed, normed)
-    torch.testing.assert_close(probe(tokens), probe.classify(expected[:, 0]), atol=1e-4, rtol=1e-4)
