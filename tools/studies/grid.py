@@ -34,7 +34,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "summary, a quarter masked": (*(GLOBAL_ONLY, NO_PREDICTION, "masking.context_ratio=0.75", "masking.query_ratio=0.25"),),
     "tokens, no summary": (GLOBAL_ONLY, NO_SUMMARY, *MASKED),
     **{f"tokens {weight}": (GLOBAL_ONLY, NO_SUMMARY, *masked(weight)) for weight in (5, 20, 60)},
-    "tokens 20, summary": (GLOBAL_ONLY, *masked(20)),
+    "tokens 20, summary": (GLOBAL_ONLY, "loss.summary_weight=10.0", *masked(20)),
     "tokens 20, locals as context": ("masking.strategy=global_with_local_context", NO_SUMMARY, *masked(20)),
     "tokens 20, cross crop": ("masking.strategy=cross_crop_prediction", NO_SUMMARY, *masked(20)),
     "tokens 20, one level": (GLOBAL_ONLY, NO_SUMMARY, *masked(20), ONE_LEVEL),
