@@ -14,7 +14,6 @@ from train.command import CommandParser, path_argument, run_command, write_json
 COMMANDS = {
     "gpu": "Everything that only a GPU can tell, as one table for the README.",
     "pipeline": "Images per second and CPU time per image, against torchvision and DALI's own operators.",
-    "scale": "Start-up time and memory at the size of ImageNet.",
     "step": "Time, memory and FLOPs of one training step, against a loop over crops and against unmasked crops.",
 }
 CORES = len(os.sched_getaffinity(0))
@@ -24,14 +23,12 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("gpu step", "device", "auto", "auto, cpu or gpu; `gpu --device cpu` is a rehearsal with small sizes."),
     ("gpu pipeline", "threads", CORES, "DALI threads, or worker processes of a DataLoader."),
     ("gpu", "minutes", float, "Time limit with the start. The default is 8, and 3 with --parts."),
-    ("gpu", "parts", str, "Run only these: parity, images/s, training, step, memory, masks, save, compile."),
+    ("gpu", "parts", str, "Run only these: parity, images/s, training, step, memory, masks, compile."),
     ("pipeline", "rows", str, "Run only these: ours, torchvision, dali-operators, decode-only, gpu-host."),
     ("pipeline", "images", 256, "Images per row and round."),
     ("pipeline", "batch", 32, "Images per batch."),
-    ("scale", "batch", 64, "Images per batch."),
     ("step", "batch", 4, "Images per batch, each with 2 + 6 crops."),
     ("pipeline step", "rounds", 5, "Rounds; medians are printed."),
-    ("scale", "samples", 1_281_167, "Samples in the data set."),
     ("step", "model", "small", "The encoder, small or tiny."),
 )
 CHOICES = {"device": ("auto", "cpu", "gpu"), "model": ("small", "tiny")}

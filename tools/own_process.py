@@ -22,10 +22,10 @@ def die_with_parent(parent: int | None = None) -> None:
         os._exit(1)
 
 
-def isolated_executor(preload: str) -> ProcessPoolExecutor:
+def isolated_executor(*preload: str) -> ProcessPoolExecutor:
     """Return an executor of one worker, forked from a server that has imported `preload` but has no threads and no CUDA."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([preload])
+    context.set_forkserver_preload(list(preload))
     return ProcessPoolExecutor(1, context, initializer=die_with_parent)
 
 

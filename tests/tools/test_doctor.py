@@ -45,7 +45,6 @@ def test_on_a_sound_machine_nothing_fails_and_what_does_not_apply_is_skipped(
     rows = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in rows] == list(doctor.CHECKS)
     assert {row["name"] for row in rows if row["status"] == "fail"} == set()
-    assert {row["name"]: row["status"] for row in rows}["compiler"] == "skip"  # not "ok"
     assert all(row["text"] for row in rows)
     assert set(rows[0]) == {"name", "status", "text", "fix", "seconds"}
     assert list((tmp_path / "runs").iterdir()) == []  # nothing of the trials is left
@@ -171,13 +170,6 @@ def test_more_threads_than_the_container_may_use_warn(tmp_path: Path, monkeypatc
     finding = diagnosis("cores and threads", Case(load_config(QUICKSTART, ["data.num_workers=4"])))
     assert finding.status == "warn"
     assert finding.fix.startswith("data.num_workers=1,")
-
-
-def test_compilation_without_a_compiler_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    finding = diagnosis("compiler", Case(load_config(QUICKSTART, ["training.compile=true"])))
-    assert finding.status == "fail"
-    assert "training.compile=false" in finding.fix
 
 
 def test_a_missing_gpu_fails() -> None:

@@ -7,10 +7,9 @@ reason and does not stop the others. Needs no network.
 import argparse
 import multiprocessing
 import os
-import threading
 import time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing.connection import Connection
 from typing import Any
 
 import nvidia.dali
@@ -21,13 +20,12 @@ from tools.benchmarks.gpu_parts import PARTS, Figures, GpuCase, Measurement, pla
 from tools.benchmarks.measure import choose, error_line, table
 from tools.benchmarks.photographs import benchmark_shards
 from tools.checks.machine import driver_version
-from tools.own_process import die_with_parent
+from tools.own_process import isolated_executor
 from train.command import write_json
 
 NUM_PHOTOGRAPHS, NUM_REHEARSED = 256, 48
 MEASURED_S, REHEARSED_S, PATIENCE_S = 6.0, 1.0, 600.0  # a rehearsal is slow, but never stopped
 MINUTES, MINUTES_OF_PARTS = 8.0, 3.0
-CONTEXT = multiprocessing.get_context("forkserver")
 
 
 @dataclass(frozen=True)
@@ -54,10 +52,7 @@ def run_benchmark(options: argparse.Namespace) -> dict[str, Any]:
     planned = [measurement for measurement in plan(device) if measurement.part in parts]
     needs = ", ".join(f"{part} {sum(each.needs_s for each in plan('gpu') if each.part == part):.0f}" for part in parts)
     print(f"on a GPU, within {limit_s:.0f} s, each part needs so many: {needs}", flush=True)
-    server = threading.Thread(target=start_server)  # beside the photographs
-    server.start()
     with benchmark_shards(options.shards, NUM_REHEARSED if device == "cpu" else NUM_PHOTOGRAPHS, options.threads) as folder:
-        server.join()
         case = GpuCase(folder, device, options.threads, REHEARSED_S if device == "cpu" else MEASURED_S)
         for number, (part, name, needs_s, measure) in enumerate(planned):
             left_s = limit_s - (time.monotonic() - started) - sum(later.needs_s for later in planned[number + 1 :])
@@ -82,36 +77,24 @@ def describe_machine(device: str) -> str:
     return f"{machine}{', a rehearsal' if device == 'cpu' else ''}, {versions}, {time.strftime('%Y-%m-%d')}"
 
 
-def start_server() -> None:
-    """Start the server that forks the subprocesses, without CUDA, after it has imported and compiled all they need."""
-    CONTEXT.set_forkserver_preload([__name__, "pipeline.crops.cpu_operator"])
-    first = CONTEXT.Process(target=die_with_parent)
-    first.start()
-    first.join()
-
-
 def run_limited(name: str, measure: Measurement, case: GpuCase, limit_s: float) -> list[Result]:
     """Return the results of a measurement, or one row with the reason why there are none, after at most `limit_s`."""
     # A process rather than a thread: a measurement can hang or crash in CUDA, and only the kernel can end it then.
-    receiver, sender = CONTEXT.Pipe(duplex=False)
-    process = CONTEXT.Process(target=send_results, args=(name, measure, case, sender))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv() if receiver.poll(limit_s) else [Result(name, error=f"stopped after {limit_s:.0f} s")]
-    except EOFError:
-        process.join()
-        return [Result(name, error=f"its process ended with exit code {process.exitcode}")]
-    finally:
-        process.kill()
-        process.join()
+    with isolated_executor(__name__, "pipeline.crops.cpu_operator") as worker:
+        try:
+            rows = worker.submit(measured, measure, case).result(limit_s)
+            return [Result(*row) for row in rows.items()]
+        except TimeoutError:
+            return [Result(name, error=f"stopped after {limit_s:.0f} s")]
+        except BrokenProcessPool:
+            return [Result(name, error="its process ended: killed, or crashed")]
+        except Exception as error:  # noqa: BLE001  # a bug becomes a row: it must not stop the other measurements
+            return [Result(name, error=f"{type(error).__name__}: {error_line(error)}"[:200])]
+        finally:
+            for process in multiprocessing.active_children():
+                process.kill()
 
 
-def send_results(name: str, measure: Measurement, case: GpuCase, sender: Connection) -> None:
-    die_with_parent()
+def measured(measure: Measurement, case: GpuCase) -> dict[str, Figures]:
     torch.set_num_threads(max(1, case.threads // 2) if case.rehearsal else 1)
-    try:
-        results = [Result(*row) for row in measure(case).items()]
-    except Exception as error:  # noqa: BLE001  # a bug becomes a row: it must not stop the other measurements
-        results = [Result(name, error=f"{type(error).__name__}: {error_line(error)}"[:200])]
-    sender.send(results)
+    return measure(case)

@@ -1,11 +1,7 @@
 """The measurements of `bench.py gpu`; each runs in a process of its own, in a rehearsal on the CPU with small sizes."""
 
-import shutil
-import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -17,7 +13,6 @@ import torch
 from tools.benchmarks.loaders import decode_only, ours
 from tools.benchmarks.measure import Loader, LoaderSetup, cpu_seconds, median_times, peak_bytes, seconds_per_image, synchronize
 from tools.benchmarks.step import CONFIG, ENCODERS, MASKED_IMAGES, make_steps
-from train.checkpoint import write_checkpoint
 from train.config.load import load_config
 from train.trainer import Trainer
 
@@ -86,29 +81,8 @@ def parity(case: GpuCase) -> dict[str, Figures]:
 def loader_rate(name: str, loader: Loader, case: GpuCase) -> dict[str, Figures]:
     """Measure a loader as training uses it, with uint8 crops; the CPU load is that of this process."""
     setup = LoaderSetup(case.folder, 8 if case.rehearsal else 128, case.threads, case.device)
-    with unit_loads() as loads:
-        wall, cpu = seconds_per_image(loader, setup, 10**9, case.seconds)
-    return {name: {"images/s": 1 / wall, "CPU ms an image": 1e3 * cpu, "cores busy": cpu / wall, **loads}}
-
-
-@contextmanager
-def unit_loads() -> Iterator[Figures]:
-    """Fill in, at the end, how busy the JPEG engine and the multiprocessors were, as far as nvidia-smi tells."""
-    loads: Figures = {}
-    if not torch.cuda.is_available() or not shutil.which("nvidia-smi"):
-        yield loads
-        return
-    device = f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}"
-    query = ["nvidia-smi", device, "--query-gpu=utilization.jpeg,utilization.gpu", "--format=csv,noheader,nounits", "-lms", "100"]
-    with subprocess.Popen(query, stdout=subprocess.PIPE, text=True) as sampler:
-        try:
-            yield loads
-        finally:
-            sampler.terminate()
-            samples = sampler.communicate()[0].splitlines()
-    for unit, column in zip(("% JPEG engine", "% GPU"), zip(*(line.split(",") for line in samples), strict=False), strict=False):
-        if values := [float(value) for value in column[len(column) // 2 :] if value.strip().isdigit()]:  # after the start
-            loads[unit] = sum(values) / len(values)
+    wall, cpu = seconds_per_image(loader, setup, 10**9, case.seconds)
+    return {name: {"images/s": 1 / wall, "CPU ms an image": 1e3 * cpu, "cores busy": cpu / wall}}
 
 
 def training_rate(name: str, encoder: str, crop_device: str, compiled: str, case: GpuCase) -> dict[str, Figures]:
@@ -148,20 +122,6 @@ def step_rows(name: str, encoder: str, part: str, case: GpuCase) -> dict[str, Fi
     }
 
 
-def save(name: str, encoder: str, case: GpuCase) -> dict[str, Figures]:
-    """Save a checkpoint: how long training stands still while it is copied to the host, and how long the disk then takes."""
-    trainer = case.trainer(encoder, "cpu")
-    trainer.train_step()
-    synchronize(case.device)
-    started = time.perf_counter()
-    snapshot = trainer.snapshot(None)
-    copied = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        num_bytes = sum(file.stat().st_size for file in write_checkpoint(Path(folder), snapshot).iterdir())
-    figures = {"MB": num_bytes / 1e6, "ms of training": 1e3 * (copied - started)}
-    return {name: {**figures, "s to disk, beside training": time.perf_counter() - copied}}
-
-
 def plan(device: str) -> list[Planned]:
     """Return all measurements, in the order of the table."""
     is_cpu = device == "cpu"
@@ -173,7 +133,6 @@ def plan(device: str) -> list[Planned]:
     loaders |= {name: partial(ours, normalized=False, crop_device="auto" if is_cpu else where) for name, where in ways.items()}
     trained = [(f"{small}, {way}", encoder, where) for way, where in ways.items()]
     trained += [(f"{name}, the kernel", other, "gpu") for name, other in others]
-    name, largest = others[-1] if others else (small, encoder)
     return [
         Planned("parity", "the kernel", 15, parity),
         *(Planned("images/s", name, 14, partial(loader_rate, name, loader)) for name, loader in loaders.items()),
@@ -183,7 +142,6 @@ def plan(device: str) -> list[Planned]:
             for part, needs_s in (("step", 25), ("memory", 15), ("masks", 12))
             for name, other in ((small, encoder), *(others if part != "masks" else ()))
         ),
-        Planned("save", name, 25, partial(save, name, largest)),
         Planned("compile", "true", 65, partial(training_rate, f"{small}, training.compile=true", encoder, "gpu", "true")),
     ]
 

@@ -29,7 +29,7 @@ def check_index(case: Case) -> Finding:
 
 def check_images(case: Case) -> Finding:
     """Decode some images with the training's decoder, on the CPU."""
-    from tools.shards.decode_check import decode_errors
+    from pipeline.crops.device import find_faults
 
     try:
         index = opened(case.dataset, case.data) if case.data else None
@@ -38,11 +38,10 @@ def check_images(case: Case) -> Finding:
     if index is None:
         return skip(f'no shards to check, see "{INDEX_CHECK}"')
     rows = random.sample(range(len(index)), min(SAMPLED_IMAGES, len(index)))
-    images = [(index.encoded(row), int(index.samples[row]["height"]), int(index.samples[row]["width"])) for row in rows]
-    bad = [(row, error) for row, error in zip(rows, decode_errors(images), strict=True) if error]
-    if bad:
-        return fail(f"{len(bad)} of {len(rows)}: {index.describe(bad[0][0])}: {bad[0][1]}", COPY_AGAIN)
-    return ok(f"{len(rows)} decoded to their indexed sizes")
+    if faults := find_faults(index, rows, "cpu"):
+        row, fault = next(iter(faults.items()))
+        return fail(f"{len(faults)} of {len(rows)}: {index.describe(row)}: {fault}", COPY_AGAIN)
+    return ok(f"{len(rows)} decoded")
 
 
 DATA_CHECKS = {INDEX_CHECK: Check(check_index, VERIFY), "shards: sampled images": Check(check_images)}

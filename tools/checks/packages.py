@@ -9,8 +9,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from tools.checks.check import INSTALL, Case, Check, Finding, fail, ok, sees_gpu, skip, warn
-from train.run import find_compiler
+from tools.checks.check import INSTALL, Case, Check, Finding, fail, ok, sees_gpu, warn
 
 PROJECT = "multicrop-hjepa"
 # By DALI package: its decoder and CUDA's major version.
@@ -89,14 +88,4 @@ def library_exists(library: str, folder: Path) -> bool:
     return True
 
 
-def check_compiler(case: Case) -> Finding:
-    if case.config is None or not case.config.training.compile:
-        return skip("only needed for training.compile=true")
-    return ok(f"{find_compiler()}, for training.compile={str(case.config.training.compile).lower()}")
-
-
-PACKAGE_CHECKS = {
-    "packages": Check(check_packages),
-    "DALI and nvImageCodec": Check(check_dali),
-    "compiler": Check(check_compiler, "apt-get install g++ python3-dev, or training.compile=false"),
-}
+PACKAGE_CHECKS = {"packages": Check(check_packages), "DALI and nvImageCodec": Check(check_dali)}

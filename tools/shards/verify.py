@@ -2,12 +2,13 @@
 
 import logging
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.files import file_checksum, read_bytes
-from pipeline.shards.index import INDEX_NAME, UNLABELLED, open_index, save_index, scan_shard, tar_names, tar_sizes
+from pipeline.files import file_checksum
+from pipeline.shards.index import INDEX_NAME, UNLABELLED, ShardIndex, open_index, save_index, scan_shard, tar_names, tar_sizes
 from pipeline.shards.manifest import MANIFEST_NAME, Manifest, check_class_count, check_fits, read_manifest
 from pipeline.shards.tar import tar_members
 from pipeline.text import truncate_list
@@ -34,30 +35,27 @@ def verify_split(folder: Path, workers: int) -> list[str]:
         check_class_count(folder, index.samples["label"], manifest)
     except ValueError as error:
         return [str(error)]
-    expected = [manifest.checksums.get(name, "") for name in index.shards]
-    paths = [index.shard_path(shard) for shard in range(len(index.shards))]
-    rows = np.split(index.samples, np.cumsum(index.counts)[:-1])
-    return [problem for found in in_parallel(workers, _verify_shard, paths, rows, expected) for problem in found]
+    found = in_parallel(workers, partial(_verify_shard, index, manifest.checksums), range(len(index.shards)))
+    return [problem for problems in found for problem in problems]
 
 
-def _verify_shard(path: Path, rows: np.ndarray, sha256: str) -> list[str]:
-    """Return the problems of one tar. `rows`: its part of the index. `sha256`: from the manifest, "" without one."""
-    from tools.shards.decode_check import decode_errors  # DALI takes a second to import
+def _verify_shard(index: ShardIndex, checksums: dict[str, str], shard: int) -> list[str]:
+    """Return the problems of one tar. `checksums`: from the manifest."""
+    from pipeline.crops.device import find_faults  # DALI takes a second to import
 
-    problems = []
-    if sha256 and file_checksum(path) != sha256:
+    problems, path, rows = [], index.shard_path(shard), np.flatnonzero(index.samples["shard"] == shard)
+    if (sha256 := checksums.get(path.name)) and file_checksum(path) != sha256:
         problems.append(f"{path}: sha256 differs from {MANIFEST_NAME}: damaged, or another conversion")
     try:
-        scanned = scan_shard(path, rows["shard"].max(initial=0))
+        scanned = scan_shard(path, shard)
     except ValueError as error:
         return [*problems, str(error)]
-    if not np.array_equal(scanned, rows):
-        problems.append(f"{path}: {INDEX_NAME} does not describe this tar: run `make_shards.py index` on its folder")
-    # The decoder names an image by its number in a batch, a person finds it by its name in the tar.
+    if not np.array_equal(scanned, index.samples[rows]):
+        return [*problems, f"{path}: {INDEX_NAME} does not describe this tar: run `make_shards.py index` on its folder"]
+    # The decoder names an image by its row, a person finds it by its name in the tar.
     names = {member.offset: member.name for member in tar_members(path)}
-    images = ((read_bytes(path, offset, size), height, width) for _, offset, size, _, height, width in scanned.tolist())
-    errors = zip(scanned["offset"].tolist(), decode_errors(images), strict=True)
-    return problems + [f"{path}: {names[offset]}: {error}" for offset, error in errors if error]
+    faults = find_faults(index, rows.tolist(), "cpu")
+    return problems + [f"{path}: {names[int(index.samples['offset'][row])]}: {fault}" for row, fault in faults.items()]
 
 
 def index_split(folder: Path, workers: int) -> int:
