@@ -4,17 +4,19 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.shards.index import UNLABELLED
+from pipeline.shards.side_folders import first_folder
 from pipeline.shards.tar import tar_kind
 from pipeline.text import plural, truncate_list
 from tools.shards.catalogue import Source, check_class_names
 from tools.shards.images import is_image
 from tools.shards.layouts.cifar import open_cifar
-from tools.shards.layouts.folders import folders_are_classes, image_folders, image_root, open_flat, open_folders, walk_images
+from tools.shards.layouts.folders import open_files, walk_images
 from tools.shards.layouts.idx import open_idx
 from tools.shards.layouts.imagenet import open_imagenet_val
 from tools.shards.layouts.parquet import open_parquet
@@ -30,8 +32,8 @@ LAYOUTS: dict[str, Callable[[Path, str, Path | None], Source | None]] = {
     "idx": open_idx,
     "parquet": open_parquet,
     "tars": open_tars,
-    "folders": open_folders,
-    "flat": open_flat,
+    "folders": partial(open_files, labelled=True),
+    "flat": partial(open_files, labelled=False),
 }
 FILES_OF = {"parquet": "parquet files", "tars": "tars"}  # layouts whose files can lie next to folders of images
 
@@ -63,14 +65,13 @@ def open_source(path: Path, split: str, layout: str = "auto", spools: Path | Non
 
 
 def _open_split(path: Path, split: str, layout: str, spools: Path | None) -> Source:
-    tried = [name for name in LAYOUTS if layout in ("auto", name)]
-    if layout == "auto" and not folders_are_classes(path, split):
-        tried.remove("folders")
-    for name in tried:
-        if source := LAYOUTS[name](path, split, spools):
+    tried = {"auto": LAYOUTS | {"folders": open_files}}.get(layout) or {layout: LAYOUTS[layout]}
+    for name, open_layout in tried.items():
+        if source := open_layout(path, split, spools):
             if not len(source.catalogue):
                 raise ValueError(f"{path}: no {split} images: {describe_no_images(source.skipped)}")
-            if layout == "auto" and name in FILES_OF and path.is_dir() and (folders := image_folders(path)):
+            beside = walk_images(path, "", Counter()) if layout == "auto" and name in FILES_OF and path.is_dir() else ()
+            if folders := sorted({first_folder(image) for image, _ in beside} - {""}):
                 raise ValueError(
                     f"{path}: images lie in {FILES_OF[name]} and in the folders {truncate_list(folders)} next to them: "
                     f"choose --layout {name}, folders or flat"
@@ -99,5 +100,5 @@ def _describe_content(path: Path, split: str) -> str:
         one_image = "it is one image, convert the folder that it lies in"
         return one_image if is_image(path.name) else f"{tar_kind(path)}, not an archive we read"
     counts = Counter[str]()
-    num_images = sum(1 for _ in walk_images(image_root(path, split) or path, "", counts))
+    num_images = sum(1 for _ in walk_images(path, "", counts))
     return f"{plural(num_images, 'image')} in files of their own" if num_images else describe_no_images(counts)

@@ -1,10 +1,11 @@
-"""Which folders and files belong to a split, judged by their names."""
+"""Which split an image belongs to, and which class, judged by the names of its folders and files."""
 
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
+from pipeline.shards.side_folders import are_no_classes, common_folder, first_folder, main_folder
 from pipeline.shards.tar import is_hidden
 from pipeline.text import truncate_list
 
@@ -31,7 +32,7 @@ def visible_folders(root: Path) -> list[str]:
         return sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name))
 
 
-def folder_of_split(folders: Iterable[str], split: str, where: str) -> str:
+def only_of_split(folders: Iterable[str], split: str, where: str) -> str:
     """Return the folder of the split, "" when there is none. Raises ValueError when there are two."""
     ours = [name for name in folders if split_of(name) == split]
     if len(ours) > 1:
@@ -39,29 +40,69 @@ def folder_of_split(folders: Iterable[str], split: str, where: str) -> str:
     return ours[0] if ours else ""
 
 
-def choose_split(folders: Collection[str], split: str, where: str) -> tuple[str, list[str]]:
-    """Return the folder of the split, "" when no folder is named after a split; and the folders of no split.
+def folder_of_split(names: list[str], split: str, where: str) -> str:
+    """Return `a/images/train/`, which holds the images of the split or those beside masks; "" where all images count.
 
-    `folders` hold images; "" stands for images outside of folders. Raises NoSplitError when the split has no folder among
-    those of other splits, ValueError when other folders lie next to those.
+    Raises NoSplitError where only other splits have a folder, ValueError where a folder can be a class as well as a split.
     """
-    splits, others = (sorted(name for name in folders if bool(split_of(name)) == is_split) for is_split in (True, False))
-    ours = folder_of_split(splits, split, where)
+    below, chosen = "", False
+    while True:
+        folders = sorted({first_folder(name[len(below) :]) for name in names})
+        inner = "" if chosen else _choose_split(folders, names, below, split, where)
+        chosen = chosen or bool(inner)
+        inner = inner or main_folder(folders)
+        if len(folders) == 1 and ((chosen and split_of(folders[0]) == split) or _leads_on(names, below, chosen)):
+            inner = folders[0]  # the same split again, or a parent of splits or of images and masks, as many archives unpack
+        if not inner:
+            return below
+        below += f"{inner}/"
+        names = [name for name in names if name.startswith(below)]
+
+
+def _choose_split(folders: list[str], names: list[str], below: str, split: str, where: str) -> str:
+    """Return the folder of the split, "" when none of the folders is named after a split; "" is for images outside of folders."""
+    splits, others = ([name for name in folders if bool(split_of(name)) == is_split] for is_split in (True, False))
+    ours = only_of_split(splits, split, where)
     if splits and not ours and not others:
         raise NoSplitError(
             f"{where}: no {split} images: the folders in it are {truncate_list(splits)}. Choose another --split, or convert "
             f"the folder that is to be the {split} split, such as {splits[0]}"
         )
-    if splits and not ours:
-        raise mixed_splits(splits[0], others, where)
-    return ours, others
+    inside = [name.removeprefix(f"{below}{ours}/") for name in names if name.startswith(f"{below}{ours}/")] if ours else []
+    if splits and others and not any("/" in name for name in inside):  # a split with folders in it is no class
+        neighbours = truncate_list([other or "images" for other in others])
+        raise ValueError(
+            f"{where}: the folder {ours or splits[0]} is named after a split and lies next to {neighbours}: convert the folder "
+            "of one split, or rename it if it is a class"
+        )
+    return ours
 
 
-def mixed_splits(folder: str, others: list[str], where: str) -> ValueError:
-    return ValueError(
-        f"{where}: the folder {folder} is named after a split and lies next to {truncate_list([o or 'images' for o in others])}: "
-        "convert the folder of one split, or rename it if it is a class"
-    )
+def _leads_on(names: list[str], below: str, chosen: bool) -> bool:
+    """Return True where the way to the deepest common folder, or the folders in that, are splits or images and masks."""
+    common = common_folder(names)
+    inside = {first_folder(name[common:]) for name in names}
+    levels = [{part} for part in names[0][len(below) : common].split("/")[1:-1]] + [inside]
+    return any(main_folder(level) or (not chosen and any(map(split_of, level))) for level in levels)
+
+
+def note_elsewhere(below: str, number: int) -> list[str]:
+    return [f"images below {below}; {number:,} elsewhere, of other splits or masks, are left out"] if number else []
+
+
+def class_folders(names: list[str], start: int, where: str) -> tuple[list[str], str]:
+    """Return the folder that is the class of each image, the first behind `name[:start]`; [] and a reason where it is none."""
+    folders = [first_folder(name[start:]) for name in names]
+    if num_loose := folders.count(""):
+        why = f": {num_loose:,} lie next to the folders, so the folders are not classes"
+        return [], why if num_loose < len(names) else ""
+    if are_no_classes(set(folders)):
+        return [], f": the folders {truncate_list(sorted(set(folders)))} are not classes"
+    inner = [first_folder(name[start:].partition("/")[2]) for name in names]
+    if all(len(outer) == 1 and name[:1].lower() == outer.lower() for outer, name in zip(folders, inner, strict=True)):
+        return inner, ""  # folders below their initials, like `a/abbey` in Places and SUN
+    check_no_splits(names, start, where)
+    return folders, ""
 
 
 def files_of_split(files: list[Path], split: str, root: Path) -> list[Path]:

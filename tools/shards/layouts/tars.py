@@ -7,27 +7,26 @@ images; else there are none.
 
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.shards.index import UNLABELLED
 from pipeline.shards.manifest import read_manifest
 from pipeline.shards.samples import ORPHANS, Label, LabelMembers, describe_left_out, match_labels
-from pipeline.shards.side_folders import are_no_classes, common_folder, first_folder, folder_of_images, main_folder
+from pipeline.shards.side_folders import common_folder
 from pipeline.shards.tar import TarMember, is_hidden, sample_key, tar_kind, tar_members
 from pipeline.text import plural, truncate_list
 from tools.shards.catalogue import Catalogue, FileRanges, Source, check_class_names
 from tools.shards.classes import class_order, number_labels
 from tools.shards.images import is_image
-from tools.shards.layouts.folders import are_below_initials, has_images, walk_images
+from tools.shards.layouts.folders import has_images, walk_images
 from tools.shards.layouts.imagenet import ARCHIVES, are_wnids, label_order
 from tools.shards.layouts.splits import (
-    check_no_splits,
-    choose_split,
+    class_folders,
     files_of_split,
     folder_of_split,
-    mixed_splits,
+    note_elsewhere,
+    only_of_split,
     plain_name,
     visible_folders,
 )
@@ -58,7 +57,7 @@ def open_tars(path: Path, split: str, spools: Path | None) -> Source | None:
         return None  # the tar holds something else and lies next to images
     # The names of all images tell whether they lie in folders of splits, or next to masks; if so, only ours stay.
     names = listing.catalogue.names()
-    if below := _folder_of_split(names, split, str(path)):
+    if below := folder_of_split(names, split, str(path)):
         rows = [row for row, name in enumerate(names) if name.startswith(below)]
         listing.catalogue = listing.catalogue.subset(rows)
         listing.labels, listing.inner = [listing.labels[row] for row in rows], [listing.inner[row] for row in rows]
@@ -66,9 +65,7 @@ def open_tars(path: Path, split: str, spools: Path | None) -> Source | None:
     notes = [tars[0].name if len(tars) == 1 else f"{len(tars)} tars", note]
     if left_out := describe_left_out(listing.left_out):
         notes.append(left_out)
-    if below:
-        num_elsewhere = len(names) - len(listing.catalogue)
-        notes.append(f"images below {below}; {num_elsewhere:,} elsewhere, of other splits or masks, are left out")
+    notes += note_elsewhere(below, len(names) - len(listing.catalogue))
     if num_others:
         notes.append(f"not of the {split} split and left out: {plural(num_others, 'tar')}")
     if path.is_dir():
@@ -85,7 +82,7 @@ def _tars_of_split(path: Path, split: str) -> tuple[list[Path], int]:
     """Return one tar, or the tars of a split in a folder; and the number of other tars."""
     if path.is_file():
         return ([path] if tar_kind(path) == "a tar" else []), 0
-    root = path / folder_of_split(visible_folders(path), split, str(path))
+    root = path / only_of_split(visible_folders(path), split, str(path))
     tars = sorted(tar for tar in root.glob("*.tar") if not tar.name.startswith("."))
     chosen = [tar for tar in tars if tar.name == ARCHIVES.get(split)] or files_of_split(tars, split, root)
     return chosen, len(tars) - len(chosen)
@@ -150,9 +147,13 @@ def _label_images(listing: Listing, tars: list[Path], name: str) -> tuple[str, t
     stems = [stem.rpartition("/")[2] for stem in dict.fromkeys(filter(None, listing.inner))]
     if len(stems) > 1 or are_wnids(stems):
         return "imagenet" if are_wnids(stems) else name, *_label_by_inner_tar(listing, stems, where)
-    classes, note = _label_by_folder(listing.catalogue, where, unlabelled)
-    if classes:
-        return name, classes, note
+    names = listing.catalogue.names()
+    folders, why = class_folders(names, common_folder(names), where)
+    if folders:
+        labels, classes = number_labels(folders)
+        listing.catalogue.label = array("i", labels)
+        return name, classes, f"{len(classes):,} classes named by the folders in it: {truncate_list(classes)}"
+    note = unlabelled + why
     if len(tars) > 1 and not all(tar.stem[-1:].isdigit() for tar in tars):
         note += "; if each tar is a class, run `tar -cf all.tar *.tar` and convert all.tar"
     return own_name, (), note
@@ -167,43 +168,3 @@ def _label_by_inner_tar(listing: Listing, stems: list[str], where: str) -> tuple
     num_loose = listing.catalogue.label.count(UNLABELLED)
     note = f"{len(stems):,} classes named by the tars in it: {truncate_list(sorted(stems))}"
     return tuple(classes), note + (f"; {num_loose:,} images next to those have no label" if num_loose else "")
-
-
-def _label_by_folder(catalogue: Catalogue, where: str, unlabelled: str) -> tuple[tuple[str, ...], str]:
-    """Label the images by the first folder below their common one; returns the classes, () where there are none, and a note."""
-    names = catalogue.names()
-    common = common_folder(names)
-    folders = [first_folder(name[common:]) for name in names]
-    if num_loose := folders.count(""):
-        why = f": {num_loose:,} lie next to the folders, so the folders are not classes"
-        return (), unlabelled + (why if num_loose < len(names) else "")
-    if are_no_classes(set(folders)):
-        return (), f"{unlabelled}: the folders {truncate_list(sorted(set(folders)))} are not classes"
-    inner = [first_folder(name[common:].partition("/")[2]) for name in names]
-    if all(inner) and are_below_initials(set(zip(folders, inner, strict=True))):
-        folders = inner
-    check_no_splits(names, common, where)
-    classes = class_order(set(folders))
-    labels = {name: label for label, name in enumerate(classes)}
-    catalogue.label = array("i", map(labels.__getitem__, folders))
-    return tuple(classes), f"{len(classes):,} classes named by the folders in it: {truncate_list(classes)}"
-
-
-def _folder_of_split(names: list[str], split: str, where: str) -> str:
-    """Return `a/images/train/` where the images of the split lie there, next to those of other splits or to masks, else "".
-
-    Raises ValueError for a mixture of splits and other folders.
-    """
-    chosen = ""
-
-    def choose(folders: Collection[str]) -> str:
-        nonlocal chosen
-        if not chosen:
-            chosen, others = choose_split(folders, split, where)
-            if chosen and others:
-                raise mixed_splits(chosen, others, where)
-            if chosen:
-                return chosen
-        return main_folder(folders)
-
-    return folder_of_images(names, choose)
