@@ -5,14 +5,11 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from pipeline.memory import memory_limit
-from pipeline.shards.manifest import MANIFEST_NAME
 from pipeline.text import notify_after, plural, printable, say
 from tools.shards.catalogue import LooseFiles, Source, hold_out
 from tools.shards.classes import adopt_classes
-from tools.shards.convert import ConvertOptions, assign_images, convert, describe_conversion
+from tools.shards.convert import ConvertOptions, convert
 from tools.shards.copies import group_copies
 from tools.shards.images import VERIFY_LEVELS, ImagePolicy
 from tools.shards.layouts.labels import label_by_file, without_labels
@@ -64,7 +61,6 @@ def add_convert(command: argparse.ArgumentParser) -> None:
     add("--out", type=path_argument, required=True, help="Output folder; shards go to OUT/SPLIT.")
     add("--num-shards", type=positive, default=0, help="Number of shards (default: of 256 MiB or 10,000 images each).")
     add("--seed", type=int, default=options.seed, help=f"Seed of the shuffle {default}.")
-    add("--dry-run", action="store_true", help="Print what would be done; write nothing.")
     add = command.add_argument_group("input").add_argument
     add("--split", choices=("train", "val"), default="train", help=f"The split to convert {default}.")
     add("--val-ratio", type=float, default=0.0, metavar="R", help="Hold out this share of every class as OUT/val.")
@@ -78,16 +74,12 @@ def add_convert(command: argparse.ArgumentParser) -> None:
         help=f"Quality of resized JPEGs (default: {policy.quality}).")  # fmt: skip
     add("--verify", choices=VERIFY_LEVELS, default=policy.verify, help=f"How far each image is decoded {default}.")
     add("--max-pixels", type=positive, default=policy.max_pixels, help=f"Reject larger images {default}.")
-    add("--max-bytes", type=positive, default=policy.max_bytes, help=f"Reject larger files {default}.")
     add("--max-bad-fraction", type=float, default=options.max_bad_fraction,
         help=f"Stop when a larger share of the images is rejected {default}.")  # fmt: skip
-    group = command.add_argument_group("parallel work")
-    add_workers(group)
-    group.add_argument("--task-index", type=int, default=0, help="This task's number in a job array, counted from 0.")
-    group.add_argument("--num-tasks", type=positive, default=1, help=f"The number of tasks in the job array {default}.")
+    add_workers(command)
 
 
-def add_workers(command: argparse._ActionsContainer) -> None:
+def add_workers(command: argparse.ArgumentParser) -> None:
     workers = max(1, min(len(os.sched_getaffinity(0)), memory_limit() // WORKER_BYTES))
     text = "Number of processes (default: one per core, fewer where memory is short: %(default)s here)."
     command.add_argument("--workers", type=positive, default=workers, help=text)
@@ -104,14 +96,13 @@ def run_convert(parsed: argparse.Namespace) -> None:
     # List the images of every split and number their classes. Nothing is written but the spool of parquet files.
     spools = parsed.out / parsed.split / RECORD_FOLDER / "spool"
     with notify_after(2, f"listing the images of {parsed.source} ..."):
-        source = open_source(parsed.source, parsed.split, parsed.layout, None if parsed.dry_run else spools)
+        source = open_source(parsed.source, parsed.split, spools, parsed.layout)
         check_out_is_outside(source, parsed.out)
         if parsed.labels or parsed.no_labels:
             source = label_by_file(source, parsed.labels) if parsed.labels else without_labels(source)
         parts = {parsed.split: source}
         if parsed.val_ratio:
-            # A dry run compares nothing: it takes long, and the images of parquet files are not copied.
-            first = np.arange(len(source.catalogue)) if parsed.dry_run else group_copies(source.catalogue, parsed.workers)
+            first = group_copies(source.catalogue, parsed.workers)
             parts["train"], parts["val"] = hold_out(source, first, parsed.val_ratio, parsed.seed)
         parts = {split: adopt_classes(part, parsed.out, split) for split, part in parts.items()}
     say(f"layout   {source.layout} ({printable('; '.join(parts[parsed.split].notes))})")
@@ -120,17 +111,11 @@ def run_convert(parsed: argparse.Namespace) -> None:
     if groups := [len(group) for part in parts.values() for group in part.copies]:
         sizes = f"{plural(len(groups), 'group')}, {max(groups):,} in the largest"
         say(f"copies   {sum(groups):,} images are equal or nearly so, in {sizes}; no group is in both splits ({COPIES_NAME})")
-    if parsed.dry_run:
-        for split, part in parts.items():
-            say("\n".join(describe_conversion(assign_images(part, parsed.out / split, split, options))))
-        return
     for split, part in parts.items():
         say(convert(part, parsed.out / split, split, options))
-    # A job array's other tasks can still be writing; only the task that completes the last split goes on.
-    if all((parsed.out / split / MANIFEST_NAME).exists() for split in parts):
-        delete_spool(spools)
-        for line in remarks(parsed.out):
-            say(f"note     {line}")
+    delete_spool(spools)
+    for line in remarks(parsed.out):
+        say(f"note     {line}")
 
 
 def check_out_is_outside(source: Source, out: Path) -> None:
@@ -144,16 +129,14 @@ def convert_options(parsed: argparse.Namespace) -> ConvertOptions:
     """Build the options. Raises ValueError for values out of range and for an option without an effect."""
     if parsed.quality and not parsed.resize:
         raise ValueError("--quality has no effect without --resize: images keep their bytes")
-    ratio, task, num_tasks, fraction = parsed.val_ratio, parsed.task_index, parsed.num_tasks, parsed.max_bad_fraction
+    ratio, fraction = parsed.val_ratio, parsed.max_bad_fraction
     if not 0 <= ratio < 1 or (ratio and parsed.split == "val"):
         raise ValueError(f"--val-ratio {ratio} --split {parsed.split}: needs a share below 1 and the train split")
-    if not 0 <= task < num_tasks:
-        raise ValueError(f"--task-index {task} is outside 0..{num_tasks - 1} (--num-tasks {num_tasks})")
     if not 0 <= fraction <= 1:
         raise ValueError(f"--max-bad-fraction {fraction} is outside 0..1")
     quality = parsed.quality or ImagePolicy().quality
-    policy = ImagePolicy(parsed.verify, parsed.resize, quality, parsed.max_pixels, parsed.max_bytes)
-    return ConvertOptions(parsed.seed, parsed.num_shards, policy, fraction, parsed.workers, task, num_tasks)
+    policy = ImagePolicy(parsed.verify, parsed.resize, quality, parsed.max_pixels)
+    return ConvertOptions(parsed.seed, parsed.num_shards, policy, fraction, parsed.workers)
 
 
 def run_verify(parsed: argparse.Namespace) -> int:

@@ -30,7 +30,7 @@ def benchmark_shards(folder: Path | None, num_images: int, workers: int) -> Iter
     with tempfile.TemporaryDirectory(dir=MEMORY_DISK if os.access(MEMORY_DISK, os.W_OK) else None) as temporary:
         source, shards = Path(temporary, "source"), Path(temporary, "shards")
         write_photographs(source, num_images)
-        convert(open_source(source, "train"), shards, "train", ConvertOptions(workers=workers, num_shards=NUM_SHARDS))
+        convert(open_source(source, "train", shards), shards, "train", ConvertOptions(workers=workers, num_shards=NUM_SHARDS))
         yield shards
 
 

@@ -7,10 +7,8 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,11 +18,10 @@ from rich.console import Console
 from pipeline.files import write_atomic
 from pipeline.lock import exclusive
 from pipeline.quarantine import allowed_bad
-from pipeline.shards.index import UNLABELLED
 from pipeline.shards.manifest import read_object
 from pipeline.text import plural
 from tools.own_process import start_worker
-from tools.shards.catalogue import Catalogue, Source
+from tools.shards.catalogue import Source
 from tools.shards.images import ImagePolicy
 from tools.shards.report import REJECTED_NAME, finish_split
 from tools.shards.writer import IDENTITY_NAME, RECORD_FOLDER, Conversion, SharedCounts, intact_record, write_shard
@@ -38,42 +35,24 @@ IN_WORDS = {"source": "the images, or --val-ratio,", "prefix": "the name of the 
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """How to convert. `num_shards` 0: about 256 MiB or 10,000 images each. Task i of n writes every n-th shard."""
+    """How to convert. `num_shards` 0: about 256 MiB or 10,000 images each."""
 
     seed: int = 0
     num_shards: int = 0
     policy: ImagePolicy = field(default_factory=ImagePolicy)
     max_bad_fraction: float = 0.01
     workers: int = 1
-    task_index: int = 0
-    num_tasks: int = 1
 
 
 def assign_images(source: Source, folder: Path, split: str, options: ConvertOptions) -> Conversion:
     """Shuffle all images and cut them into shards whose sizes differ by at most one; depends only on the arguments."""
-    total, num_bytes = len(source.catalogue), _num_bytes(source.catalogue, options.policy)
+    total, num_bytes = len(source.catalogue), sum(size for size in source.catalogue.size if size <= options.policy.max_bytes)
     num_shards = options.num_shards or max(math.ceil(num_bytes / SHARD_BYTES), math.ceil(total / SHARD_SAMPLES))
     num_shards = min(num_shards, total)
     # Raw Philox output, unlike `permutation`, is guaranteed to stay the same in every numpy release.
     order = np.argsort(np.random.Philox(key=options.seed).random_raw(total), kind="stable")
     starts = np.arange(num_shards + 1) * total // num_shards
     return Conversion(source, folder, f"{source.name}-{split}", order, starts, options.policy)
-
-
-def _num_bytes(catalogue: Catalogue, policy: ImagePolicy) -> int:
-    return sum(size for size in catalogue.size if size <= policy.max_bytes)
-
-
-@contextmanager
-def only_writer(folder: Path, options: ConvertOptions) -> Iterator[None]:
-    """Keep other conversions out of a split's folder while open, except the other tasks of a job array.
-
-    Raises ValueError naming the process that converts into it. Two job arrays that cut the work in different ways write the
-    same bytes; one may have to be started again.
-    """
-    (folder / RECORD_FOLDER).mkdir(parents=True, exist_ok=True)
-    with exclusive(folder, "choose another --out", f"{RECORD_FOLDER}/task-{options.task_index}.lock"):
-        yield
 
 
 def convert(source: Source, folder: Path, split: str, options: ConvertOptions) -> str:
@@ -83,12 +62,10 @@ def convert(source: Source, folder: Path, split: str, options: ConvertOptions) -
     OSError when the disk is full.
     """
     conversion, start = assign_images(source, folder, split, options), time.monotonic()
-    with only_writer(folder, options):
+    (folder / RECORD_FOLDER).mkdir(parents=True, exist_ok=True)
+    with exclusive(folder, "choose another --out", f"{RECORD_FOLDER}/.lock"):
         _claim_folder(conversion, options)
-        written = _run_workers(conversion, range(options.task_index, conversion.num_shards, options.num_tasks), options)
-        # The task that completes the last shard writes the files of the split.
-        if not all(conversion.record_path(shard).exists() for shard in range(conversion.num_shards)):
-            return f"{folder}: this task wrote {plural(written, 'shard')}; other tasks have not finished"
+        written = _run_workers(conversion, options)
         changed, rejects = finish_split(conversion, split, options.seed)
     if not changed and not written:
         return f"{folder}: already complete, nothing to do"
@@ -131,15 +108,15 @@ def _claim_folder(conversion: Conversion, options: ConvertOptions) -> None:
         )
 
 
-def _run_workers(conversion: Conversion, shards: range, options: ConvertOptions) -> int:
+def _run_workers(conversion: Conversion, options: ConvertOptions) -> int:
     """Complete each shard; returns how many had to be written."""
     context = multiprocessing.get_context("fork")  # the workers inherit the catalogue instead of reading it again
-    counts, workers = SharedCounts(context), max(1, min(options.workers, len(shards)))
+    counts, workers = SharedCounts(context), min(options.workers, conversion.num_shards)
     pool = ProcessPoolExecutor(workers, context, start_worker, (os.getpid(), _WORK.append, (conversion, counts)))
-    num_images, start, written = sum(map(conversion.shard_size, shards)), time.monotonic(), 0
+    total, start, written = len(conversion.source.catalogue), time.monotonic(), 0
     try:
-        pending = {pool.submit(_complete_shard, shard) for shard in shards}
-        display = ProgressDisplay(Console(stderr=True), conversion.prefix, "image", num_images, transient=True)
+        pending = {pool.submit(_complete_shard, shard) for shard in range(conversion.num_shards)}
+        display = ProgressDisplay(Console(stderr=True), conversion.prefix, "image", total, transient=True)
         with display as progress:
             while pending:
                 finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -148,7 +125,7 @@ def _run_workers(conversion: Conversion, shards: range, options: ConvertOptions)
                 passed = max(time.monotonic() - start, 1e-6)
                 speed = f"{images / passed:,.0f} images/s · {num_bytes / MB / passed:,.0f} MB/s"
                 progress.show(images, f"{speed} · {rejects} rejected")
-                if rejects > allowed_bad(total := len(conversion.source.catalogue), options.max_bad_fraction):
+                if rejects > allowed_bad(total, options.max_bad_fraction):
                     raise ValueError(
                         f"{conversion.folder}: {rejects} of {total} images are bad, allowed {options.max_bad_fraction:.2%} "
                         f"(--max-bad-fraction); the first: {counts.first.value.decode(errors='replace')}. Check the source, or "
@@ -178,15 +155,3 @@ def _complete_shard(shard: int) -> bool:
         return False
     write_shard(conversion, shard, counts)
     return True
-
-
-def describe_conversion(conversion: Conversion) -> list[str]:
-    """Return lines on what a conversion would do."""
-    source, catalogue = conversion.source, conversion.source.catalogue
-    num_classes = len(source.classes) or len(set(catalogue.label) - {UNLABELLED})
-    classes = f"in {num_classes:,} classes" if num_classes else "without labels"
-    per_shard, first = len(catalogue) // conversion.num_shards, conversion.folder / conversion.shard_name(0)
-    return [
-        f"images   {len(catalogue):,} {classes}, {_num_bytes(catalogue, conversion.policy) / MB:,.1f} MB",
-        f"shards   {conversion.num_shards:,} of about {per_shard:,} images: {first} ...",
-    ]

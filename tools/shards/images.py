@@ -49,7 +49,7 @@ FORMATS = {
 EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in extensions)
 MASK_END = ".seg.png"  # of the mask beside an image: read by the dense probe, and no image itself
 
-VERIFY_LEVELS = ("none", "header", "full")
+VERIFY_LEVELS = ("header", "full")
 MAX_FLAT_BYTES = 2_000  # of the headers and tables of an image of one colour; its pixels take half a bit each or less
 JPEG_QUALITY = 95  # of JPEGs that are encoded again at their own size
 ORIENTATION_TAG = 0x0112
@@ -62,7 +62,7 @@ TRANSPOSE = {orientation: Image.Transpose[name] for orientation, name in enumera
 class ImagePolicy:
     """The options of the policy. `resize`: the shorter side in pixels; 0 keeps every size. `quality`: of resized JPEGs.
 
-    `verify`: "header" trusts a header and an end marker, "full" decodes every image, "none" needs no end marker.
+    `verify`: "header" trusts a header and an end marker, "full" decodes every image.
     """
 
     verify: str = "header"
@@ -154,7 +154,7 @@ def _needed_changes(image: ImageFile.ImageFile, content: bytes, name: str, polic
     if "exif" in image.info and _orientation(image) in TRANSPOSE:
         changes.append("orientation")
     end_marker = END_OF_IMAGE if is_jpeg else b"IEND" if is_png else b""
-    if policy.verify != "none" and content.rfind(end_marker, jpeg.scan) < 0:
+    if content.rfind(end_marker, jpeg.scan) < 0:
         changes.append("no end marker")
     if policy.resize and min(image.size) > policy.resize:
         changes.append("resized")

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from pipeline.files import write_atomic
-from pipeline.lock import locked
 from pipeline.shards.index_file import index_files
 from pipeline.shards.manifest import MANIFEST_NAME, read_manifest
 from pipeline.text import truncate_list
@@ -24,31 +23,30 @@ def finish_split(conversion: Conversion, split: str, seed: int) -> tuple[bool, i
     Returns True if one of them had to be written, and the number of rejected images.
     """
     folder = conversion.folder
-    with locked(folder / RECORD_FOLDER / "lock"):  # several tasks of a job array can find the last shard done at once
-        records = [ShardRecord.load(conversion.record_path(shard)) for shard in range(conversion.num_shards)]
-        rows = np.concatenate([record.rows for record in records])
-        if len(rows) == 0:
-            raise ValueError(f"{folder}: every image was rejected, see {RECORD_FOLDER}")
-        # All shards are complete, so no process is writing any more: these are left from killed runs.
-        for partial in (*folder.glob(".*.partial"), *(folder / RECORD_FOLDER).glob(".*.partial")):
-            partial.unlink(missing_ok=True)
-        rejected = [bad for record in records for bad in record.rejected]
-        files = index_files({conversion.shard_name(shard): len(record.rows) for shard, record in enumerate(records)}, rows)
-        manifest = json.dumps(_manifest(conversion, split, seed, records), indent=1, ensure_ascii=False) + "\n"
-        files[MANIFEST_NAME] = manifest.encode("utf-8", "backslashreplace")
-        for name, lines in ((REJECTED_NAME, rejected), (COPIES_NAME, conversion.source.copies)):
-            if lines:
-                files[name] = "".join(json.dumps(line) + "\n" for line in lines).encode()
-            else:
-                (folder / name).unlink(missing_ok=True)
-        # A finished split keeps its files untouched, so that a second run can say that there was nothing to do.
-        changed = False
-        for name, content in files.items():
-            path = folder / name
-            if not path.exists() or path.read_bytes() != content:
-                write_atomic(path, content)
-                changed = True
-        return changed, len(rejected)
+    records = [ShardRecord.load(conversion.record_path(shard)) for shard in range(conversion.num_shards)]
+    rows = np.concatenate([record.rows for record in records])
+    if len(rows) == 0:
+        raise ValueError(f"{folder}: every image was rejected, see {RECORD_FOLDER}")
+    # All shards are complete, so no process is writing any more: these are left from killed runs.
+    for partial in (*folder.glob(".*.partial"), *(folder / RECORD_FOLDER).glob(".*.partial")):
+        partial.unlink(missing_ok=True)
+    rejected = [bad for record in records for bad in record.rejected]
+    files = index_files({conversion.shard_name(shard): len(record.rows) for shard, record in enumerate(records)}, rows)
+    manifest = json.dumps(_manifest(conversion, split, seed, records), indent=1, ensure_ascii=False) + "\n"
+    files[MANIFEST_NAME] = manifest.encode("utf-8", "backslashreplace")
+    for name, lines in ((REJECTED_NAME, rejected), (COPIES_NAME, conversion.source.copies)):
+        if lines:
+            files[name] = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        else:
+            (folder / name).unlink(missing_ok=True)
+    # A finished split keeps its files untouched, so that a second run can say that there was nothing to do.
+    changed = False
+    for name, content in files.items():
+        path = folder / name
+        if not path.exists() or path.read_bytes() != content:
+            write_atomic(path, content)
+            changed = True
+    return changed, len(rejected)
 
 
 def _manifest(conversion: Conversion, split: str, seed: int, records: list[ShardRecord]) -> dict[str, Any]:

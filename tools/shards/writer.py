@@ -155,7 +155,7 @@ def check_row(conversion: Conversion, row: int) -> CheckedImage | str:
     """Return one image as it is to be stored, or the reason to leave it out. Files above the limit are never read."""
     catalogue, policy = conversion.source.catalogue, conversion.policy
     if catalogue.size[row] > policy.max_bytes:
-        return f"{catalogue.size[row]:,} bytes, allowed {policy.max_bytes:,} (--max-bytes)"
+        return f"{catalogue.size[row]:,} bytes, allowed {policy.max_bytes:,} "
     content = catalogue.read(row)
     try:
         return check_image(content, catalogue.name(row), policy)

@@ -14,9 +14,9 @@ import pytest
 import sources
 from reading import folder_bytes, run_convert, stored_samples
 
+from pipeline.lock import exclusive
 from pipeline.shards.index import open_index
 from tools.make_shards import main
-from tools.shards.convert import ConvertOptions, only_writer
 
 SHARDS = ("--num-shards", "6")
 
@@ -52,13 +52,6 @@ def test_any_number_of_workers_writes_the_same_bytes(
     source: Path, reference: dict[str, bytes], tmp_path: Path, workers: str
 ) -> None:
     assert folder_bytes(run_convert(source, tmp_path, *SHARDS, "--workers", workers)) == reference
-
-
-def test_a_job_array_writes_the_same_bytes_in_any_order(source: Path, reference: dict[str, bytes], tmp_path: Path) -> None:
-    for index in (2, 0, 1):
-        assert not (tmp_path / "train/manifest.json").exists()
-        run_convert(source, tmp_path, *SHARDS, "--num-tasks", "3", "--task-index", str(index))
-    assert folder_bytes(tmp_path / "train") == reference
 
 
 def kill_and_finish(source: Path, out: Path, moments: list[float], options: tuple[str, ...]) -> tuple[int, dict[str, bytes]]:
@@ -103,22 +96,20 @@ def test_twenty_kills_at_random_moments_end_in_the_same_bytes(tmp_path: Path) ->
     assert found == expected
 
 
-def test_a_second_conversion_is_refused_and_removes_nothing_but_tasks_of_one_array_work_side_by_side(
+def test_a_second_conversion_is_refused_and_removes_nothing(
     source: Path, reference: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["convert", str(source), "--out", str(tmp_path), "--workers", "1", *SHARDS]
-    tasks = [(*command, "--num-tasks", "2", "--task-index", number) for number in "01"]
-    with only_writer(tmp_path / "train", ConvertOptions(num_tasks=2)):  # as task 0 does, in a process of its own
+    (tmp_path / "train/.records").mkdir(parents=True)
+    with exclusive(tmp_path / "train", "", ".records/.lock"):
         partial = tmp_path / "train" / ".animals-train-000000.tar.7.partial"
         partial.write_bytes(b"half")
-        for again in (command, tasks[0]):
-            assert main([*again]) == 2
-            error = capsys.readouterr().err
-            assert f"train: in use by process {os.getpid()} on " in error
-            assert error.count("\n") == 1
-        assert main([*tasks[1]]) == 0
+        assert main([*command]) == 2
+        error = capsys.readouterr().err
+        assert f"train: in use by process {os.getpid()} on " in error
+        assert error.count("\n") == 1
         assert partial.exists()
-    assert main([*tasks[0]]) == 0
+    assert main([*command]) == 0
     assert folder_bytes(tmp_path / "train") == reference
 
 
@@ -215,13 +206,6 @@ def test_another_conversion_is_not_mixed_in(source: Path, tmp_path: Path, capsys
     assert "another conversion (seed differ)" in capsys.readouterr().err
     assert main(["convert", str(source), "--out", str(tmp_path), *SHARDS, "--val-ratio", "0.1"]) == 2
     assert "another conversion (the images, or --val-ratio, differ)" in capsys.readouterr().err
-
-
-def test_a_dry_run_prints_the_plan_and_writes_nothing(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["convert", str(source), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
-    words = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert words == ["layout", "images", "shards"]
-    assert not (tmp_path / "out").exists()
 
 
 def test_resize_bounds_the_shorter_side_and_never_enlarges(tmp_path: Path) -> None:

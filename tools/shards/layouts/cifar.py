@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from tools.shards.catalogue import Catalogue, Source
 
 
-def open_cifar(path: Path, split: str, spools: Path | None) -> Source | None:
+def open_cifar(path: Path, split: str, spools: Path) -> Source | None:
     """Read an archive with torchvision, if it has the published checksum: what is in it comes pickled."""
     candidates = [path] if path.is_file() else sorted(path.glob("cifar-*.tar.gz"))
     archive = next((file for file in candidates if file.name in ("cifar-10-python.tar.gz", "cifar-100-python.tar.gz")), None)

@@ -45,7 +45,7 @@ def has_images(folder: Path) -> bool:
     return next(walk_images(folder, "", Counter()), None) is not None
 
 
-def open_files(path: Path, split: str, spools: Path | None, labelled: bool | None = None) -> Source | None:
+def open_files(path: Path, split: str, spools: Path, labelled: bool | None = None) -> Source | None:
     """List the images of a split, whose classes are the folders in its folder; images lie at any depth in those.
 
     There are no classes where images lie next to the folders, unless `labelled` asks for them; False leaves out all labels.

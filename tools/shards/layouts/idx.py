@@ -17,7 +17,7 @@ MAX_UNPACKED = 512 << 20  # ten times the largest file
 CLOTHES = "t-shirt/top, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle-boot"
 
 
-def open_idx(path: Path, split: str, spools: Path | None) -> Source | None:
+def open_idx(path: Path, split: str, spools: Path) -> Source | None:
     files = _images_and_labels(path, split)
     if "images" not in files:
         return None

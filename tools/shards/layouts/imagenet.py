@@ -32,7 +32,7 @@ def label_order(wnids: list[str]) -> list[str]:
     return usual if set(wnids) <= set(usual) else sorted(wnids)
 
 
-def open_imagenet_val(path: Path, split: str, spools: Path | None) -> Source | None:
+def open_imagenet_val(path: Path, split: str, spools: Path) -> Source | None:
     archive = path if path.name == ARCHIVES["val"] else path / ARCHIVES["val"]
     if split != "val" or not archive.is_file():
         return None

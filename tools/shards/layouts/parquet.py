@@ -92,8 +92,8 @@ def delete_spool(folder: Path) -> None:
         spool.unlink()
 
 
-def open_parquet(path: Path, split: str, spools: Path | None) -> Source | None:
-    """Open one file, or those of a folder at any depth. Without `spools`, for a dry run, no image is copied."""
+def open_parquet(path: Path, split: str, spools: Path) -> Source | None:
+    """Open one file, or those of a folder at any depth, and copy their images to `spools`."""
     if path.is_file():
         files = [path] if path.suffix == ".parquet" else []
     else:
@@ -117,9 +117,9 @@ def open_parquet(path: Path, split: str, spools: Path | None) -> Source | None:
     if len(tops) > 1:
         raise ValueError(f"{path}: parquet files of several sets, {truncate_list(sorted(tops))}: convert one of them")
     labels, classes, note = read_labels(files, columns) if columns.label else ([], (), "")
-    images = SpooledImages(files, columns.image, spools) if spools else None
-    catalogue, offset = Catalogue([images] if images else []), 0
-    for file, sizes in zip(files, images.sizes() if images else map(_estimated_sizes, files), strict=True):
+    images = SpooledImages(files, columns.image, spools)
+    catalogue, offset = Catalogue([images]), 0
+    for file, sizes in zip(files, images.sizes(), strict=True):
         name = file.name if file == path else str(file.relative_to(path))  # two folders can have files of one name
         for row, size in enumerate(sizes):
             label = labels[len(catalogue)] if labels else UNLABELLED
@@ -131,12 +131,6 @@ def open_parquet(path: Path, split: str, spools: Path | None) -> Source | None:
     if num_others:
         notes.append(f"{num_others} without images are left out")
     return Source("parquet", plain_name(path), catalogue, classes, notes=tuple(notes))
-
-
-def _estimated_sizes(path: Path) -> list[int]:
-    """Return the mean size of a row, once per row."""
-    num_rows = open_file(path).metadata.num_rows
-    return [path.stat().st_size // max(num_rows, 1)] * num_rows
 
 
 def open_file(path: Path) -> Any:

@@ -25,8 +25,8 @@ from tools.shards.layouts.tars import open_tars
 from tools.shards.skipped_files import describe_file, describe_no_images
 
 # In the order in which they are tried. Each lists the images of one split of a path, and returns None when the path has
-# another layout. The third argument is the folder in which `parquet` spools images, None for a dry run.
-LAYOUTS: dict[str, Callable[[Path, str, Path | None], Source | None]] = {
+# another layout. The third argument is the folder in which `parquet` spools images.
+LAYOUTS: dict[str, Callable[[Path, str, Path], Source | None]] = {
     "imagenet-val": open_imagenet_val,
     "cifar": open_cifar,
     "idx": open_idx,
@@ -38,7 +38,7 @@ LAYOUTS: dict[str, Callable[[Path, str, Path | None], Source | None]] = {
 FILES_OF = {"parquet": "parquet files", "tars": "tars"}  # layouts whose files can lie next to folders of images
 
 
-def open_source(path: Path, split: str, layout: str = "auto", spools: Path | None = None) -> Source:
+def open_source(path: Path, split: str, spools: Path, layout: str = "auto") -> Source:
     """List every image of one split; where there is none for validation, those of the test split.
 
     Raises FileNotFoundError when nothing is there, ValueError when the path has no known layout, or not the requested one.
@@ -64,7 +64,7 @@ def open_source(path: Path, split: str, layout: str = "auto", spools: Path | Non
         return replace(source, notes=(*source.notes, "no val images: those of the test split are taken"))
 
 
-def _open_split(path: Path, split: str, layout: str, spools: Path | None) -> Source:
+def _open_split(path: Path, split: str, layout: str, spools: Path) -> Source:
     tried = {"auto": LAYOUTS | {"folders": open_files}}.get(layout) or {layout: LAYOUTS[layout]}
     for name, open_layout in tried.items():
         if source := open_layout(path, split, spools):

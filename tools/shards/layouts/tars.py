@@ -48,7 +48,7 @@ class Listing:
     left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
-def open_tars(path: Path, split: str, spools: Path | None) -> Source | None:
+def open_tars(path: Path, split: str, spools: Path) -> Source | None:
     tars, num_others = _tars_of_split(path, split)
     if not tars:
         return None
