@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from tests.train.test_run import QUICKSTART as CONFIG
 from tests.train.test_run import ROOT, command
+from tools.studies.ranks import SETTINGS, compare
 from train.distributed import CHECKPOINT_WRITER, LOST, Ranks, Watchdog, process_group
 from train.run import main
 
@@ -87,6 +88,19 @@ def test_two_ranks_stopped_by_sigterm_and_resumed_on_one_rank_that_accumulates_e
     logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "parts")]
     losses = [[(line["step"], line["epoch"], line["loss"]) for line in map(json.loads, log) if "loss" in line] for log in logs]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_one_run_has_the_same_curve_on_one_two_and_four_ranks_and_after_a_change_in_the_middle(
+    data_path: Path, tmp_path: Path
+) -> None:
+    _, *settings = command(CONFIG, data_path, tmp_path)
+    taken = {setting.partition("=")[0] for setting in (*SETTINGS, "data.batch_size=", "logging.run_dir=")}
+    differences = compare([each for each in settings if each.partition("=")[0] not in taken], 6, tmp_path / "out")
+    assert set(differences) == {"2 ranks", "4 ranks", "4, then 2 ranks"}
+    assert max(differences.values()) < 1e-5
+    assert (tmp_path / "out" / "ranks.csv").read_text().count("\n") == 7
+    assert (tmp_path / "out" / "ranks.png").stat().st_size > 5_000
 
 
 @pytest.mark.slow
