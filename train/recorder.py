@@ -210,7 +210,7 @@ class Recorder:
         """Save the last step, unless the run is complete and has done so. Returns True if it is on disk."""
         try:
             if not self._trainer.complete:
-                self._trainer.read_counts()
+                self._trainer.monitor.read_counts()
                 self.save()
             return self._writer.wait()
         except RuntimeError:

@@ -90,9 +90,8 @@ class Trainer:
         self.steps_per_epoch = len(self.loader) // training.accumulation_steps
         if training.compile:
             self.model.compile(dynamic=False)  # in place: the parameters keep their names
-        self.optimizer = build_optimizer(
-            self.model, training.weight_decay, training.betas, training.optimizer, training.layer_decay
-        )
+        settings = (training.weight_decay, training.betas, training.optimizer, training.layer_decay)
+        self.optimizer = build_optimizer(self.model, *settings)
         self._loss_fn, self._replica = loss_fn or hjepa_losses, replicated(self.model, ranks)
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._generator = torch.Generator(self.device)
@@ -104,7 +103,7 @@ class Trainer:
 
     def _start_from(self, state: RunState) -> None:
         """Take the next step from `state`, with the next batch of the loader."""
-        self.state, self._monitor = state, StepMonitor(self.device, state)
+        self.state, self.monitor = state, StepMonitor(self.device, state)
         self.loader.batches_left = (self.schedule.total_steps - state.step) * self.config.training.accumulation_steps
         self._batches = batches(self.loader, self.config.training.accumulation_steps)
 
@@ -114,16 +113,12 @@ class Trainer:
 
     @property
     def diverged(self) -> bool:
-        """True after too many steps in a row without a finite loss and gradient, as of the last `read_counts`."""
+        """True after too many steps in a row without a finite loss and gradient, as of the monitor's last `read_counts`."""
         return self.state.skipped_in_a_row >= self.config.training.max_skipped_steps
 
     def is_due(self, frequency: int) -> bool:
         """Return True at every `frequency`-th step; never, if it is 0."""
         return frequency > 0 and self.state.step % frequency == 0
-
-    def read_counts(self) -> None:
-        """Read the counts of skipped steps into `state`. Waits for the device."""
-        self._monitor.read_counts()
 
     def snapshot(self, score: float | None) -> Snapshot:
         """Copy what a checkpoint of this step holds. `score` ranks it among the others; higher is better."""
@@ -210,7 +205,7 @@ class Trainer:
         grad_norm = nn.utils.clip_grad_norm_(self._parameters, config.training.grad_clip or math.inf)
 
         # Guard. `skip` is 1 on all ranks if a number is not finite on any. It stays on the device, so that nothing waits.
-        skip = self._monitor.check([part["loss"] for part in losses], grad_norm)
+        skip = self.monitor.check([part["loss"] for part in losses], grad_norm)
 
         # Optimiser. Where `found_inf` is 1, its kernels change nothing.
         for group in self.optimizer.param_groups:
@@ -225,15 +220,15 @@ class Trainer:
 
         # Log. Only here does the host wait for the device; at step 1 too, for the first loss of the summary.
         state.step, self._loader_state = state.step + 1, None
-        self._monitor.add(losses, grad_norm, skip)
+        self.monitor.add(losses, grad_norm, skip)
         is_logged = self.is_due(config.logging.log_frequency) or self.complete
-        means = self._monitor.read_means(self.ranks) if is_logged or state.step == 1 else {}
+        means = self.monitor.read_means(self.ranks) if is_logged or state.step == 1 else {}
         state.bad_samples = len(self.loader.quarantine)
         state.train_s += time.perf_counter() - started
         if not is_logged:
             return {}
         epoch = self.loader.state_dict()["epoch"]
-        return {**means, "lr": lr, "ema_momentum": momentum, **self._monitor.end_interval(), "epoch": epoch}
+        return {**means, "lr": lr, "ema_momentum": momentum, **self.monitor.end_interval(), "epoch": epoch}
 
 
 def train(trainer: Trainer, recorder: "Recorder | None", stop: StopSignal) -> int:
@@ -258,7 +253,7 @@ def train(trainer: Trainer, recorder: "Recorder | None", stop: StopSignal) -> in
             # Save. Every rank reads the counts, so that all agree on `diverged`.
             has_score = is_evaluated and config.checkpoint.keep_best_n > 0
             if trainer.is_due(config.checkpoint.save_frequency) or has_score or trainer.complete:
-                trainer.read_counts()
+                trainer.monitor.read_counts()
                 if recorder:
                     recorder.save()
 

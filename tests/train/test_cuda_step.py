@@ -136,11 +136,11 @@ def take_steps(strategy: str, device: torch.device, data_path: Path) -> tuple[Wa
         with Waits() as waits:
             for _ in range(2):
                 assert trainer.train_step() == {}
-        left = {**dict(trainer.model.named_parameters()), **trainer._monitor._sums, "skipped": trainer._monitor._skipped}
+        left = {**dict(trainer.model.named_parameters()), **trainer.monitor._sums, "skipped": trainer.monitor._skipped}
         for name, parameter in trainer.model.named_parameters():
             left |= {f"{name}/{key}": value for key, value in trainer.optimizer.state[parameter].items()}
         with Waits() as reading, pytest.raises(DataDependentOutputException):
-            trainer.read_counts()
+            trainer.monitor.read_counts()
         assert reading.seen == ["_local_scalar_dense"]  # only a logging step waits
     return waits, left
 

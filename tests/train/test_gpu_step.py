@@ -103,7 +103,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     after = left_by(trainer)
     assert len(changed(sound, after)) > 0.5 * len(sound)
     assert all(bool(tensor.isfinite().all()) for tensor in after.values())
-    trainer.read_counts()
+    trainer.monitor.read_counts()
     assert (trainer.state.skipped_steps, trainer.state.skipped_in_a_row) == (2, 0)
 
 

@@ -62,7 +62,7 @@ class TimedTraining:
         """Take one step and return its CPU seconds."""
         started = time.process_time()
         self.trainer.train_step()
-        self.trainer.read_counts()
+        self.trainer.monitor.read_counts()
         taken = time.process_time() - started
         self.cpu_s += taken
         return taken
