@@ -45,7 +45,7 @@ REFERENCE := reference_fashion_mnist
 reference: fashion
 	$(RUN) -m train.run configs/$(REFERENCE).yaml
 	$(RUN) -m train.evaluate runs/$(REFERENCE) --probe knn linear --max-samples 60000 --json runs/$(REFERENCE)/evaluation.json
-	$(RUN) tools/export.py runs/$(REFERENCE) --out runs/$(REFERENCE)/exported --figures runs/$(REFERENCE)/evaluation.json
+	$(RUN) tools/export.py runs/$(REFERENCE) --out runs/$(REFERENCE)/exported --license apache-2.0 --figures runs/$(REFERENCE)/evaluation.json
 	cp runs/$(REFERENCE)/exported/README.md results/$(REFERENCE)/
 
 fashion: $(INSTALLED)

@@ -1,11 +1,12 @@
-"""A trained encoder as a folder that timm loads: `python tools/export.py RUN --out DIR [--onnx]`.
+"""A trained encoder as a folder that timm loads: `python tools/export.py RUN --out DIR --license NAME`.
 
 DIR gets model.safetensors, config.json and README.md, the model card. It loads with
-`timm.create_model("local-dir:DIR", pretrained=True)` and no code of this project.
+`timm.create_model("local-dir:DIR", pretrained=True)` and no code of this project. docs/use.md shows the other formats.
 """
 
 import argparse
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -24,6 +25,8 @@ from train.output.report import read_summary, summary_rows
 if TYPE_CHECKING:
     from model.encoder import MultiCropEncoder
 
+# The hub's names, first the one that is suggested; any other is a name of its `other`.
+LICENCES = ("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "openrail", "other")
 REMEDY = "Run the command that wrote it again"
 WEIGHTS, SETTINGS, README = "model.safetensors", "config.json", "README.md"
 FILES = {WEIGHTS, SETTINGS, README, "model.onnx", "model.onnx.data", "transformers"}  # .data: of weights above 1.5 GB
@@ -32,28 +35,21 @@ CARD = Path(__file__).parent / "exporting" / "card"
 
 def timm_settings(encoder: "MultiCropEncoder", config: Config) -> dict[str, Any]:
     """Return what timm needs to build the encoder and to prepare an image as the evaluation does."""
-    size = config.data.multicrop.global_crop_size
+    size, augmentation = config.data.multicrop.global_crop_size, config.data.augmentation
+    image = {"input_size": [3, size, size], "interpolation": "bilinear", "crop_pct": config.evaluation.crop_ratio}
+    image |= {"mean": list(augmentation.mean), "std": list(augmentation.std)}
+    layers = {"num_classes": 0, "first_conv": "patch_embed.proj", "classifier": "head"}
     return {
         "architecture": config.model.encoder.partition(".")[0],
         "num_classes": 0,
         "num_features": encoder.width,
         "global_pool": "avg",  # as in every evaluation
         "model_args": {**config.model.encoder_kwargs, "global_pool": "avg"},
-        "pretrained_cfg": {
-            "tag": config.logging.run_name,
-            "num_classes": 0,
-            "input_size": [3, size, size],
-            "interpolation": "bilinear",
-            "crop_pct": config.evaluation.crop_ratio,
-            "mean": list(config.data.augmentation.mean),
-            "std": list(config.data.augmentation.std),
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        },
+        "pretrained_cfg": {"tag": config.logging.run_name, **image, **layers},
     }
 
 
-def model_card(config: Config, checkpoint: Path, licence: str, summary: Path, args: argparse.Namespace) -> str:
+def model_card(config: Config, checkpoint: Path, licence: str, args: argparse.Namespace) -> str:
     """Return README.md: how to load the encoder, its data, training, scores, settings and licence."""
     from train.checkpoint import checkpoint_step
     from train.evaluation.offline import report_table
@@ -63,13 +59,14 @@ def model_card(config: Config, checkpoint: Path, licence: str, summary: Path, ar
     if num_local:
         crops += f" and {num_local} local crops of {data.multicrop.local_crop_size} px"
     card = (CARD / "timm.md").read_text().format(
-        name=config.logging.run_name, licence=licence, encoder=config.model.encoder, strategy=config.masking.strategy,
-        crops=crops, steps=f"{checkpoint_step(checkpoint):,}", dataset=data.dataset,
+        place=f"hf-hub:{args.hub}" if args.hub else "local-dir:PATH_OF_THIS_FOLDER", name=config.logging.run_name,
+        licence=licence if licence in LICENCES else f"other\nlicense_name: {licence}", encoder=config.model.encoder,
+        strategy=config.masking.strategy, crops=crops, steps=f"{checkpoint_step(checkpoint):,}", dataset=data.dataset,
         mean=list(data.augmentation.mean), std=list(data.augmentation.std),
     )  # fmt: skip
-    if summary.exists():
-        card += f"\n## Training\n\n{markdown_table(('', ''), summary_rows(read_summary(summary)))}\n"
     card += "".join((CARD / f"{name}.md").read_text() for name in ("onnx", "transformers") if getattr(args, name))
+    if (summary := checkpoint.resolve().parent.parent / "summary.json").exists():
+        card += f"\n## Training\n\n{markdown_table(('', ''), summary_rows(read_summary(summary)))}\n"
     if args.figures is not None:
         content = read_object(args.figures, REMEDY)
         with read_as_expected(args.figures, REMEDY):
@@ -80,9 +77,24 @@ def model_card(config: Config, checkpoint: Path, licence: str, summary: Path, ar
     return f"{card}\n## Settings\n\n```yaml\n{config.to_yaml().rstrip()}\n```\n\n## Licence\n\n{licence}\n"
 
 
+def chosen_licence(theirs: str | None, weights: str | None) -> str:
+    """Return the licence of the starting weights, or what a person answers. Raises ValueError where nobody can be asked."""
+    if theirs is not None:
+        print(f"licence: {theirs}, that of {weights}; --license names another")
+        return theirs
+    suggested = "" if weights else LICENCES[0]
+    if sys.stdin.isatty():
+        print(f"licence of the exported weights{suggested and f' [{suggested}]'}: ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()  # empty at the end of the input, as with Ctrl-D
+        if answer := line and (line.strip() or suggested):
+            return answer
+    reason = f"that of {weights} is not known" if weights else "nobody else can choose it"
+    raise ValueError(f"the exported weights need a licence, and {reason}: add --license {LICENCES[0]}, or another")
+
+
 def export(args: argparse.Namespace) -> None:
     """Raises FileNotFoundError for missing files and ValueError for wrong ones."""
-    run, out = args.run, args.out.absolute()
+    out = args.out.absolute()
     if out.exists() and {path.name for path in out.iterdir()} - FILES:
         raise ValueError(f"{args.out}: holds other files; name a new folder with --out")
     print(LOADING, file=sys.stderr)
@@ -91,17 +103,16 @@ def export(args: argparse.Namespace) -> None:
     from safetensors.torch import save
 
     from tools.exporting.formats import write_onnx, write_transformers
+    from tools.exporting.hub import upload
     from train.adapt.weights import run_licence
     from train.build import build_model
     from train.evaluation.offline import find_checkpoint, load_trained
 
-    checkpoint, config = find_checkpoint(run, args.config)
-    if (licence := args.license or run_licence(checkpoint.resolve().parent.parent, config)) is None:
-        raise ValueError(f"{run}: started from {config.model.weights}, whose licence is not known; name it with --license")
+    checkpoint, config = find_checkpoint(args.run, args.config)
+    licence = args.license or chosen_licence(run_licence(checkpoint.resolve().parent.parent, config), config.model.weights)
+    card = model_card(config, checkpoint, licence, args)
     model = build_model(config, torch.device("cpu"))
     load_trained(checkpoint, model)
-    summary = checkpoint.resolve().parent.parent / "summary.json"
-    card = model_card(config, checkpoint, licence, summary, args)
     settings = timm_settings(model.target, config)
     state = {name: value.contiguous() for name, value in model.target.vit.state_dict().items()}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -120,6 +131,8 @@ def export(args: argparse.Namespace) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         for path in folder.iterdir():
             path.rename(out / path.name)
+    if args.hub:
+        upload(out, args.hub, licence, args.public, args.yes)
     print(f'exported; load it with timm.create_model("local-dir:{args.out}", pretrained=True)')
 
 
@@ -131,10 +144,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="The folder to create. An earlier export there is replaced; one with other files is refused.")  # fmt: skip
     add("--config", type=path_argument, help="The settings of the checkpoint. The default is config.yaml of its run.")
     add("--figures", type=path_argument, metavar="JSON", help="The output of train.evaluate --json, for the model card.")
-    add("--license", help="The licence of the weights. The default is that of model.weights, or else apache-2.0.")
+    add("--license", help="The licence of the weights. The default is that of model.weights; a terminal is asked.")
     add("--onnx", action="store_true", help="Write model.onnx too, for any number of images, and compare it with torch.")
     add("--transformers", action="store_true", help="Write a folder `transformers`, which transformers' AutoModel loads.")
+    add("--hub", metavar="OWNER/NAME", help="Show what would be uploaded to this repository of the Hugging Face hub.")
+    add("--yes", action="store_true", help="Upload it. A new repository is private.")
+    add("--public", action="store_true", help="Make a new repository public.")
     args = parser.parse_args(arguments)
+    if args.hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.hub):
+        parser.error(f"--hub {args.hub}: write OWNER/NAME")
     return run_command("export", lambda: export(args))
 
 

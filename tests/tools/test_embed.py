@@ -46,7 +46,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_and_its_export_give_the_features_of_the_evaluation(run: Path, data_path: Path, tmp_path: Path) -> None:
-    assert export([str(run), "--out", str(tmp_path / "exported")]) == 0
+    assert export([str(run), "--out", str(tmp_path / "exported"), "--license", "mit"]) == 0
     vectors = {}
     for name, model in (("run", run), ("exported", tmp_path / "exported")):
         out = tmp_path / f"{name}.npz"

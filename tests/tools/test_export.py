@@ -3,8 +3,11 @@
 import json
 import os
 import sys
+from base64 import b64decode
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -28,9 +31,13 @@ def run(data_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "short"
 
 
+def base(run: Path) -> list[str]:
+    return [str(run), "--license", "mit"]
+
+
 def test_timm_loads_an_encoder_with_the_same_features_bit_for_bit(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "encoder"
-    assert export([str(run), "--out", str(out)]) == 0
+    assert export([*base(run), "--out", str(out)]) == 0
     loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     trained, initial = load_models(*find_checkpoint(run), torch.device("cpu"))
     crops = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -72,7 +79,7 @@ def test_onnxruntime_gives_the_features_of_torch_for_any_number_of_images(
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     out = tmp_path / "encoder"
-    assert export([str(run), "--out", str(out), "--onnx"]) == 0
+    assert export([*base(run), "--out", str(out), "--onnx"]) == 0
     assert "model.onnx: features differ from torch's by " in capsys.readouterr().out
     session = runtime.InferenceSession(out / "model.onnx")
     loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
@@ -86,7 +93,7 @@ def test_onnxruntime_gives_the_features_of_torch_for_any_number_of_images(
     given = {"images": images}
     exec(code.replace("PATH_OF_THIS_FOLDER", str(out)), given)
     np.testing.assert_array_equal(given["features"], features)
-    assert export([str(run), "--out", str(out)]) == 0
+    assert export([*base(run), "--out", str(out)]) == 0
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
@@ -121,7 +128,7 @@ def test_transformers_gives_the_tokens_of_timm(
 def test_the_card_computes_our_features_with_transformers(run: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     out = tmp_path / "encoder"
-    assert export([str(run), "--out", str(out), "--transformers"]) == 0
+    assert export([*base(run), "--out", str(out), "--transformers"]) == 0
     assert {path.stat().st_mode & 0o777 for path in (out / "transformers").iterdir()} == {0o644}
     (picture,) = photographs(1)
     code = (out / "README.md").read_text().split("## transformers")[1].split("```python")[1].split("```")[0]
@@ -159,24 +166,114 @@ def test_files_have_the_modes_of_the_umask_and_a_missing_package_is_named(
 ) -> None:
     previous = os.umask(0o027)
     try:
-        assert export([str(run), "--out", str(tmp_path / "encoder")]) == 0
+        assert export([*base(run), "--out", str(tmp_path / "encoder")]) == 0
     finally:
         os.umask(previous)
     assert (tmp_path / "encoder").stat().st_mode & 0o777 == 0o750
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "encoder").iterdir()} == {0o640}
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert export([str(run), "--out", str(tmp_path / "other"), "--onnx"]) == 2
+    assert export([*base(run), "--out", str(tmp_path / "other"), "--onnx"]) == 2
     assert "pip install -e '.[onnx]'" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "licence"), [("\n", "apache-2.0"), ("cc-by-4.0\n", "cc-by-4.0"), ("own\n", "other"), ("\x04", None)]
+)
+def test_a_terminal_is_asked_for_the_licence(
+    answer: str,
+    licence: str | None,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, (ours, theirs) = tmp_path / "encoder", os.openpty()
+    os.write(ours, answer.encode())
+    with os.fdopen(theirs) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        assert export([str(run), "--out", str(out)]) == (0 if licence else 2)
+    os.close(ours)
+    assert "licence of the exported weights [apache-2.0]: " in capsys.readouterr().err
+    assert licence is None or f"license: {licence}\n" in (out / "README.md").read_text()
+    assert licence != "other" or "license_name: own\n" in (out / "README.md").read_text()
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The answers of a hub on which one repository is public; `asked` are the requests."""
+
+    asked: ClassVar[list[tuple[str, str, bytes]]] = []
+
+    def do_GET(self) -> None:
+        self.do_POST()
+
+    def do_POST(self) -> None:
+        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path = self.path.partition("?")[0]
+        self.asked.append((self.command, path, content))
+        answer: Any = {}
+        if path == "/api/repos/create":
+            asked = json.loads(content)
+            answer = {"url": f"http://{self.headers['Host']}/{asked['organization']}/{asked['name']}"}
+        elif path.endswith("/preupload/main"):
+            files = json.loads(content)["files"]
+            answer = {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]}
+        elif path.endswith("/commit/main"):
+            answer = {"commitUrl": f"http://{self.headers['Host']}/someone/mine/commit/1", "commitOid": "1"}
+        elif path.endswith("/tree/main"):
+            answer = [{"type": "file", "path": "model.onnx", "size": 1, "oid": "1"}]
+        elif path.startswith("/api/models/"):
+            answer = {"id": "someone/mine", "private": "public" not in path, "sha": "1", "siblings": []}
+        body = json.dumps(answer).encode()
+        self.send_response(401 if "stranger" in str(content) else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_an_export_is_uploaded_only_with_yes_and_into_a_private_repository(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    arguments = [*base(run), "--out", str(tmp_path / "encoder"), "--hub"]
+    assert export([*arguments, "someone/mine"]) == 0
+    said = capsys.readouterr().out
+    assert "would upload to someone/mine, private, licence mit:" in said
+    assert "model.safetensors" in said
+    assert "nothing was uploaded; add --yes" in said
+    assert Hub.asked == []
+    assert export([*arguments, "someone/mine", "--yes"]) == 0
+    assert "uploaded: " in capsys.readouterr().out
+    made, *_, committed = [content for _, path, content in Hub.asked if path.endswith(("/create", "/commit/main"))]
+    assert json.loads(made) == {"name": "mine", "organization": "someone", "visibility": "private"}
+    lines = [json.loads(line) for line in committed.splitlines()]
+    sent = {line["value"]["path"]: line["value"].get("content") for line in lines if line["key"] == "file"}
+    assert {name: b64decode(content) for name, content in sent.items()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "encoder").iterdir()
+    }
+    assert [line["value"]["path"] for line in lines if line["key"] == "deletedFile"] == ["model.onnx"]
+    assert 'timm.create_model("hf-hub:someone/mine"' in (tmp_path / "encoder" / "README.md").read_text()
+    for name, message in (("someone/public", "is there already, and public"), ("stranger/mine", "401")):
+        assert export([*arguments, name, "--yes"]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    server.shutdown()
+    server.server_close()
+    assert export([*arguments, "someone/mine", "--yes"]) == 2
+    assert "someone/mine: " in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_what_cannot_be_exported_is_one_clean_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
     for arguments, message in (
-        ([str(run), "--out", str(tmp_path / "full")], "holds other files"),
+        ([*base(run), "--out", str(tmp_path / "full")], "holds other files"),
+        ([str(run), "--out", str(tmp_path / "new")], "add --license apache-2.0"),
         ([str(tmp_path), "--out", str(tmp_path / "new")], "neither a run's folder nor a checkpoint"),
-        ([str(run), "--out", str(tmp_path / "new"), "--figures", str(tmp_path / "none.json")], "none.json"),
+        ([*base(run), "--out", str(tmp_path / "new"), "--figures", str(tmp_path / "none.json")], "none.json"),
     ):
         capsys.readouterr()
         assert export(arguments) == 2

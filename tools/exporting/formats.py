@@ -13,6 +13,7 @@ from pipeline.files import write_atomic
 
 BATCHES = (1, 3)
 TOLERANCE = 1e-4  # of features that a layer norm has brought to about 1
+Encoder = Callable[[Tensor], Iterable[Tensor]]
 CONSTANTS = ("lambda1", "mask_token", "register_tokens")  # kept as they begin where timm's model has no LayerScale or registers
 NAMES = {
     "cls_token": "embeddings.cls_token", "reg_token": "embeddings.register_tokens",
@@ -21,10 +22,6 @@ NAMES = {
     ".gamma_1": ".layer_scale1.lambda1", ".gamma_2": ".layer_scale2.lambda1",
     ".fc1_g.": ".gate_proj.", ".fc1_x.": ".up_proj.", ".fc1.": ".up_proj.", ".fc2.": ".down_proj.",
 }  # fmt: skip
-EXPRESSED = (
-    "possible are the vit_*_dinov3 encoders with model.encoder_kwargs.class_token: true, and of the other arguments img_size, "
-    "patch_size, embed_dim, depth, num_heads, mlp_ratio, qkv_bias, num_reg_tokens, init_values and rope_temperature"
-)
 
 
 class FeaturesAndTokens(nn.Module):
@@ -53,14 +50,11 @@ def write_onnx(vit: Eva, size: int, folder: Path) -> None:
     assert program is not None
     program.save(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    compare(path.name, encoder, size, lambda images: map(torch.from_numpy, session.run(None, {"images": images.numpy()})))
+    compare(path.name, size, encoder, lambda images: map(torch.from_numpy, session.run(None, {"images": images.numpy()})))
 
 
 def write_transformers(vit: Eva, settings: dict[str, Any], folder: Path) -> None:
-    """Write a folder for transformers' AutoModel and AutoImageProcessor; `settings` are timm's `pretrained_cfg`.
-
-    Raises ValueError for an encoder that DINOv3ViTModel cannot express.
-    """
+    """Write a folder for AutoModel and AutoImageProcessor; `settings` are timm's. Raises ValueError for other architectures."""
     import transformers
     from transformers.utils.logging import disable_progress_bar
 
@@ -89,10 +83,13 @@ def write_transformers(vit: Eva, settings: dict[str, Any], folder: Path) -> None
             image_mean=settings["mean"], image_std=settings["std"],
         ).save_pretrained(out)  # fmt: skip
         loaded = transformers.AutoModel.from_pretrained(out).eval()
-        compare(out.name, lambda images: [vit.forward_features(images)], size, lambda images: [loaded(images).last_hidden_state])
+        compare(out.name, size, lambda images: [vit.forward_features(images)], lambda images: [loaded(images).last_hidden_state])
     except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise ValueError(f"--transformers: DINOv3ViTModel cannot express this encoder ({reason}); {EXPRESSED}") from None
+        raise ValueError(
+            f"--transformers: DINOv3ViTModel cannot express this encoder ({str(error).splitlines()[-1].strip()}); possible are "
+            "the vit_*_dinov3 encoders with model.encoder_kwargs.class_token: true and any img_size, patch_size, embed_dim, "
+            "depth, num_heads, mlp_ratio, qkv_bias, num_reg_tokens, init_values and rope_temperature"
+        ) from None
 
 
 def renamed(vit: Eva) -> dict[str, Tensor]:
@@ -107,16 +104,14 @@ def renamed(vit: Eva) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def compare(
-    name: str, ours: Callable[[Tensor], Iterable[Tensor]], size: int, theirs: Callable[[Tensor], Iterable[Tensor]]
-) -> None:
-    """Print the largest difference between two ways to compute features. Raises ValueError for one above the tolerance."""
+def compare(name: str, size: int, ours: Encoder, theirs: Encoder) -> None:
+    """Print the largest difference between the two on random images. Raises ValueError if it is above the tolerance."""
     generator, largest = torch.Generator().manual_seed(0), 0.0
     for count in BATCHES:
         images = torch.randn(count, 3, size, size, generator=generator)
-        for expected, given in zip(ours(images), theirs(images), strict=True):
-            largest = max(largest, float((expected - given).abs().max()))
-    told = f"{name}: features differ from torch's by {largest:.1e} at most ({' and '.join(map(str, BATCHES))} random images)"
+        pairs = zip(ours(images), theirs(images), strict=True)
+        largest = max(largest, *(float((expected - given).abs().max()) for expected, given in pairs))
+    told = f"{name}: features differ from torch's by {largest:.1e} at most (batches of {' and '.join(map(str, BATCHES))})"
     if not largest <= TOLERANCE:
         raise ValueError(f"{told}; {TOLERANCE:g} is allowed, so nothing was exported")
     print(told)

@@ -39,7 +39,6 @@ PATCHES = "patch_embed.proj.weight"
 # Arguments of timm.create_model that may differ between the weights and a run: the others change what the weights mean.
 FREE_ARGUMENTS = {"img_size", "patch_size", "global_pool", "num_classes", "init_values", "in_chans", "dynamic_img_size"}
 FREE_ARGUMENTS |= {"drop_path_rate", "proj_drop_rate", "attn_drop_rate", "pos_drop_rate", "drop_rate"}
-OWN_LICENCE = "apache-2.0"  # of what this program trains from nothing
 
 log = logging.getLogger(__name__)
 
@@ -125,10 +124,9 @@ def _from_run(path: Path) -> Start:
 
 
 def run_licence(run: Path, config: Config) -> str | None:
-    """Return the licence of a run's weights: that of the weights that it started from, None if it is unknown."""
-    if config.model.weights is None:
-        return OWN_LICENCE
-    noted = read_object(run / "environment.json", "Give --license").get("weights") if run.is_dir() else None
+    """Return the licence of the weights that a run started from, None if there are none or it is not known."""
+    path = run / "environment.json"
+    noted = read_object(path, "Give --license").get("weights") if config.model.weights and path.exists() else None
     return noted.get("licence") if isinstance(noted, dict) else None
 
 

@@ -104,7 +104,7 @@ def test_a_continued_run_exports_the_best_mixture_with_its_start(
     within = {int(share) / 100: float(knn) for share, knn in found}
     assert within.keys() == set(SHARES)
     assert best == max(SHARES, key=lambda share: (within[share], -share))
-    assert export([str(run), "--out", str(tmp_path / "out")]) == 0
+    assert export([str(run), "--out", str(tmp_path / "out"), "--license", "mit"]) == 0
     trained = {key.removeprefix("target.vit."): value
                for key, value in load_file(run / "checkpoints" / "step_00000003" / "model.safetensors").items()}  # fmt: skip
     start = starting_encoder(settings(QUICKSTART, data_path, tmp_path, f"model.weights={first}"), CPU).vit.state_dict()

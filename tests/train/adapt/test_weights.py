@@ -37,7 +37,7 @@ def sources(data_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     folder = tmp_path_factory.mktemp("sources")
     changes = ["training.max_steps=3", "logging.run_name=first", "evaluation.linear_epochs=0"]
     assert train(command(QUICKSTART, data_path, folder, *changes)) == 0
-    assert export([str(folder / "first"), "--out", str(folder / "exported")]) == 0
+    assert export([str(folder / "first"), "--out", str(folder / "exported"), "--license", "mit"]) == 0
     return folder / "first", folder / "exported"
 
 
