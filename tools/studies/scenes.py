@@ -96,10 +96,14 @@ def write_scenes(packages: Sequence[Path], photographs: Path, out: Path, counts:
             Image.fromarray(mask).save(folder / f"{number:05d}.seg.png")
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cutouts", type=path_argument, nargs="+", help="Unpacked packages of emoji.")
     parser.add_argument("photographs", type=path_argument, help="A folder of photographs, at any depth.")
     parser.add_argument("--out", type=path_argument, default=Path("scenes"), help="Write here. The default is %(default)s.")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     write_scenes(options.cutouts, options.photographs, options.out, COUNTS)
+
+
+if __name__ == "__main__":
+    main()
