@@ -11,7 +11,7 @@ from tests.train.evaluation.test_dense import coloured_scenes
 from tests.train.test_run import ROOT
 from tools import study
 from tools.studies.grid import BASE, EXPERIMENTS, PEERS, VARIANTS, Base, plan_sections, plan_trials
-from tools.studies.tables import claim_lines, mean_and_interval, write_study
+from tools.studies.tables import mean_and_interval, write_study
 from tools.studies.training import calibrate, run_baselines, run_trial, trial_config
 from train.config.load import load_config
 
@@ -86,7 +86,7 @@ def made_up_rows() -> list[dict[str, str]]:
     return rows
 
 
-def test_the_tables_hold_means_intervals_and_the_claims(tmp_path: Path) -> None:
+def test_the_tables_hold_means_and_intervals(tmp_path: Path) -> None:
     rows = made_up_rows()
     write_study(tmp_path / "made_up", rows, {"2+6": 10}, 10.0)
     text = (tmp_path / "made_up.md").read_text()
@@ -94,10 +94,6 @@ def test_the_tables_hold_means_intervals_and_the_claims(tmp_path: Path) -> None:
     assert "| 2+6 | 3 | 64.0 ± 2.5 | 74.0 ± 0.0 | 320 | 10.0 | 1,000 | 16.0 | 100 |" in text
     assert "| raw pixels | 1 | 50.0 | 50.0 |" in text
     assert (tmp_path / "made_up.png").stat().st_size > 5_000
-    claims = "\n".join(claim_lines(rows))
-    assert "| k-NN, points at equal time | +2 to +5 % | +4.0 | +2.0 |" in claims
-    assert "| memory of a step | 1.6x | 1.60x | 1.07x |" in claims
-    assert "| time of an image | 1.4x | 1.40x | 1.20x |" in claims
 
 
 def test_a_study_of_another_budget_is_not_continued(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

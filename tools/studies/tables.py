@@ -20,16 +20,10 @@ BASELINES = ("raw pixels", "colour histogram", "random initialisation")
 # `step_mib`, the predicted memory of a step, is in older CSV files only.
 COLUMN_FIELDS = {
     "k-NN %": "knn", "linear %": "linear", "dense k-NN %": "dense_knn", "dense linear %": "dense_linear",
-    "images": "images", "CPU s": "cpu_s", "images/CPU s": "images_per_cpu_s",
+    "placement %": "placement", "images": "images", "CPU s": "cpu_s", "images/CPU s": "images_per_cpu_s",
     "step memory, MiB": "step_mib", "peak above start, MiB": "peak_mib",
 }  # fmt: skip
-CLAIMS = (
-    ("k-NN, points at equal time", "knn", "+2 to +5 %"),
-    ("linear probe, points at equal time", "linear", "+2 to +5 %"),
-    ("memory of a step", "step_mib", "1.6x"),
-    ("time of an image", "images_per_cpu_s", "1.4x"),
-)
-DENSE = ("dense_knn", "dense_linear")
+SPATIAL = ("dense_knn", "dense_linear", "placement")  # shown where they were measured
 SCORES = {"knn": "k-NN", "linear": "linear probe"}
 
 
@@ -64,7 +58,7 @@ def markdown(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 def section_lines(rows: Sequence[Row], title: str, runs: Sequence[Run]) -> list[str]:
     """Return a table of those runs that have rows."""
     table = []
-    columns = {head: field for head, field in COLUMN_FIELDS.items() if field not in DENSE or numbers(rows, field)}
+    columns = {head: field for head, field in COLUMN_FIELDS.items() if field not in SPATIAL or numbers(rows, field)}
     for run in runs:
         if group := rows_of(rows, run):
             cells = [run[0], str(len(group))]
@@ -72,26 +66,9 @@ def section_lines(rows: Sequence[Row], title: str, runs: Sequence[Run]) -> list[
                 values = numbers(group, field)
                 mean = statistics.mean(values) if values else 0.0
                 short = f"{mean:,.0f}" if mean >= 100 else f"{mean:.1f}"
-                cells.append(format_cell(values, ".1f") if field in (*SCORES, *DENSE) else short if values else "")
+                cells.append(format_cell(values, ".1f") if field in (*SCORES, *SPATIAL) else short if values else "")
             table.append(cells)
     return markdown(title, ["variant", "seeds", *columns], table)
-
-
-def claim_lines(rows: Sequence[Row]) -> list[str]:
-    """Return the claims of the user's guide, measured against the single-crop baseline and against two globals."""
-    table, ours = [], rows_of(rows, (BASE, TIME))
-    for title, field, said in CLAIMS:
-        cells = [title, said]
-        for other in ("1+0", "2+0"):
-            pair = [numbers(part, field) for part in (ours, rows_of(rows, (other, TIME)))]
-            if not all(pair):
-                cells.append("")
-                continue
-            more, less = (statistics.mean(values) for values in pair)
-            ratio = less / more if field == "images_per_cpu_s" else more / less
-            cells.append(f"{more - less:+.1f}" if field in SCORES else f"{ratio:.2f}x")
-        table.append(cells)
-    return markdown("The guide's claims for 2+6 crops", ["claim", "said", "over 1+0", "over 2+0"], table)
 
 
 def lead_lines(rows: Sequence[Row], variants: Sequence[str], equals: Sequence[str]) -> list[str]:
@@ -119,7 +96,7 @@ def write_study(path: Path, rows: Sequence[Row], steps: dict[str, int], budget: 
         "as 2+6 saw. Mean over seeds ± half of the 95% interval (Student's t). Step memory: weights, gradients, moments and what "
         "the forward pass keeps; peak: of the whole process while it trains, over what it had before."
     )
-    write_tables(path, rows, intro, plan_sections(), claim_lines(rows))
+    write_tables(path, rows, intro, plan_sections())
 
 
 def write_arena(
@@ -137,12 +114,12 @@ def write_arena(
     write_tables(path, rows, intro, plan_sections(variants, equals), lead_lines(rows, variants, equals))
 
 
-def write_tables(path: Path, rows: Sequence[Row], intro: str, sections: dict[str, list[Run]], last: list[str]) -> None:
+def write_tables(path: Path, rows: Sequence[Row], intro: str, sections: dict[str, list[Run]], last: Sequence[str] = ()) -> None:
     """Write PATH.md, a table for each section, and PATH.png, the k-NN of every training as a point; baselines are lines."""
     text = [f"## {path.name}", "", intro, ""]
     for title, runs in {"Without training": [(name, "") for name in BASELINES], **sections}.items():
         text += section_lines(rows, title, runs)
-    path.with_name(f"{path.name}.md").write_text("\n".join(text + last))
+    path.with_name(f"{path.name}.md").write_text("\n".join([*text, *last]))
     points = []
     for variant, equal in dict.fromkeys(run for runs in sections.values() for run in runs):
         if values := numbers(rows_of(rows, (variant, equal)), "knn"):
