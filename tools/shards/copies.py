@@ -32,7 +32,7 @@ def fingerprint(content: bytes) -> Fingerprint:
         with Image.open(io.BytesIO(content), formats=tuple(FORMATS)) as image:
             if image.width * image.height <= ImagePolicy().max_pixels:
                 image.draft("L", (4 * SIDE, 4 * SIDE))  # decodes a large JPEG at an eighth of its size
-                pixels, _ = to_8_bit(image, content)
+                pixels, _ = to_8_bit(image)
                 reduced = np.asarray(pixels.convert("F").resize((SIDE, SIDE), Image.Resampling.BILINEAR), float).ravel()
     except PILLOW_FAULTS:
         pass  # the conversion names it

@@ -137,7 +137,7 @@ def _as_stored(content: bytes, name: str, policy: ImagePolicy, jpeg: JpegHeader)
         changes, frames = _needed_changes(image, content, name, policy, jpeg), other_frames(image)
         if set(changes) <= {"misnamed"}:
             return CheckedImage(content, "png" if image.format == "PNG" else "jpg", height, width, tuple(changes), frames)
-        return replace(_rewrite(image, content, changes, policy), other_frames=frames)
+        return replace(_rewrite(image, changes, policy), other_frames=frames)
 
 
 def _needed_changes(image: ImageFile.ImageFile, content: bytes, name: str, policy: ImagePolicy, jpeg: JpegHeader) -> list[str]:
@@ -169,12 +169,12 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _rewrite(image: ImageFile.ImageFile, content: bytes, changes: list[str], policy: ImagePolicy) -> CheckedImage:
+def _rewrite(image: ImageFile.ImageFile, changes: list[str], policy: ImagePolicy) -> CheckedImage:
     is_jpeg, resized = image.format in ("JPEG", "MPO"), "resized" in changes
     orientation = _orientation(image) if "orientation" in changes else 1
     if resized and is_jpeg:
         image.draft("RGB", (policy.resize, policy.resize))  # decodes at 1/2, 1/4 or 1/8, never below the target size
-    pixels, depth = to_8_bit(image, content)
+    pixels, depth = to_8_bit(image)
     changes = [f"{depth} bits in 16" if change == "16-bit" and depth < 16 else change for change in changes]
     if orientation in TRANSPOSE:
         pixels = pixels.transpose(TRANSPOSE[orientation])

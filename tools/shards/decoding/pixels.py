@@ -1,9 +1,10 @@
 """From any file's pixels to the 8-bit gray or RGB that is stored. This is the one rule; docs/pipeline.md tells users.
 
 - Pages: the first page or frame. `convert` counts the others.
-- Depth: integers of more than 8 bits have the smallest depth of 8, 10, 12, 14 and 16 bits that holds the image's largest value,
-  so that 12-bit values in a 16-bit file do not become black; a PPM declares its maximum. They are scaled to 0..255. Floats of
-  0..1 are multiplied by 255, floats of 0..255 are rounded. Other ranges reject the image.
+- Depth: gray integers of more than 8 bits have the smallest depth of 8, 10, 12, 14 and 16 bits that holds the image's largest
+  value, so that 12-bit values in a 16-bit file do not become black; a PPM declares its maximum. They are scaled to 0..255. Floats
+  of 0..1 are multiplied by 255, floats of 0..255 are rounded. Colours of 16 bits keep their upper bytes. Other ranges reject the
+  image.
 - Colour: an ICC profile other than sRGB is converted to sRGB. CMYK and palettes become RGB, bilevel images become gray.
 - Alpha: the picture is laid over white, or over black where all that is visible of it is nearly white.
 """
@@ -20,7 +21,7 @@ DEPTHS = (8, 10, 12, 14, 16)
 NEARLY_WHITE = 224  # the mean of each channel
 SRGB_TOLERANCE = 3  # gray levels by which a profile that is meant to be sRGB may differ
 MODE_CHANGES = {"F": "float", "I": "32-bit", "P": "palette", "1": "1-bit"} | dict.fromkeys(("RGBA", "LA", "PA"), "alpha")
-OTHER_ORDER = {"B": "L", "L": "B", "N": "B"}  # Pillow's names; N, native, is little-endian wherever DALI runs
+MIN_UPPER_BYTE = 65  # of the largest of 16-bit colours: with less, they have 14 bits, and their upper bytes are no picture
 MAX_PAGES = 1_000  # of a TIFF that are counted
 TIFF_BITS, TIFF_PLANES = 0x0102, 0x011C
 
@@ -56,13 +57,13 @@ def other_frames(image: ImageFile.ImageFile) -> int:
     return count
 
 
-def to_8_bit(image: ImageFile.ImageFile, content: bytes) -> tuple[Image.Image, int]:
+def to_8_bit(image: ImageFile.ImageFile) -> tuple[Image.Image, int]:
     """Decode the first frame of a file to 8-bit RGB or gray; also return the depth that its values were taken to have.
 
     Raises RejectedImageError for values that would lose the picture.
     """
     profile, mode = image.info.get("icc_profile") or b"", _colour_mode(image)
-    pixels, depth = _narrowed(image, content) if _is_wide(image) else (image, 8)
+    pixels, depth = _narrowed(image) if _is_wide(image) else (image, 8)
     alpha = None
     if pixels.mode in ("RGBA", "LA", "PA") or "transparency" in pixels.info:
         pixels = pixels.convert("LA" if mode == "L" else "RGBA")
@@ -92,55 +93,28 @@ def _is_wide(image: ImageFile.ImageFile) -> bool:
     return image.mode[0] in "IF" or is_wide_tiff or is_wide_tile
 
 
-def _narrowed(image: ImageFile.ImageFile, content: bytes) -> tuple[Image.Image, int]:
+def _narrowed(image: ImageFile.ImageFile) -> tuple[Image.Image, int]:
     """Return an image of wide values as one of 8 bits, with its alpha, and the depth of the values."""
+    if image.mode[0] not in "IF":  # of several channels, whose upper bytes Pillow keeps
+        if getattr(image, "tag_v2", {}).get(TIFF_PLANES) == 2:
+            raise RejectedImageError("a TIFF of 16 bits with separate channels: store it with interleaved channels")
+        colours = [high for _, high in image.getextrema()]
+        alpha = colours.pop() if image.mode.endswith("A") else 255
+        if max(colours) < MIN_UPPER_BYTE or alpha < MIN_UPPER_BYTE:
+            raise RejectedImageError("colours or alpha of 14 bits or less in 16: scale them to 16 bits, or to 8")
+        if isinstance(transparent := image.info.get("transparency"), tuple):
+            image.info["transparency"] = tuple(value >> 8 for value in transparent)
+        return image, 16
     is_scaled = image.mode == "I" and image.tile[0].codec_name.startswith("ppm")  # to 16 bits, from the declared maximum
-    values, transparent = _wide_values(image, content), image.info.get("transparency")
-    colours = 4 if image.mode == "CMYK" else 3 if values.shape[2] > 2 else 1
-    narrow, depth = _scaled(values[..., :colours], 16 if is_scaled else 8)
+    values, transparent = np.asarray(image), image.info.get("transparency")
+    narrow, depth = _scaled(values, 16 if is_scaled else 8)
+    pixels = Image.fromarray(narrow)
     if transparent is not None:
-        narrow = np.dstack([narrow, np.where((values == transparent).all(-1), np.uint8(0), np.uint8(255))])
-    elif values.shape[2] > colours:
-        narrow = np.dstack([narrow, _scaled(values[..., colours:])[0]])
-    mode = image.mode if image.mode == "CMYK" else ("L", "LA", "RGB", "RGBA")[narrow.shape[2] - 1]
-    return Image.frombytes(mode, image.size, narrow.tobytes()), depth
+        pixels.putalpha(Image.fromarray(np.where(values == transparent, np.uint8(0), np.uint8(255))))
+    return pixels, depth
 
 
-def _wide_values(image: ImageFile.ImageFile, content: bytes) -> np.ndarray:
-    """Decode to `[H, W, C]` integers or floats.
-
-    Pillow keeps the upper byte of each value in pixels of several channels, so those are decoded twice, in both byte orders.
-    """
-    if image.mode[0] in "IF":
-        return np.asarray(image)[..., None]
-    kind = str(image.tile[0].args)
-    if kind == "LA;16B":  # two values of two bytes, decoded as four of one
-        image.tile = [tile._replace(args="RGBA") for tile in image.tile]
-        return np.asarray(image).view(">u2")
-    if getattr(image, "tag_v2", {}).get(TIFF_PLANES) == 2:
-        raise RejectedImageError("a TIFF of 16 bits with separate channels: store it with interleaved channels")
-    halves = []
-    for swapped in (False, True):
-        with Image.open(io.BytesIO(content), formats=[str(image.format)]) as half:
-            half.tile = [_in_order(tile, swapped) for tile in half.tile]
-            halves.append(np.asarray(half, np.uint16))
-    values = halves[0] << 8 | halves[1]
-    if "RGBa" in kind:  # multiplied by alpha
-        values[..., :3] = np.minimum(values[..., :3] * 65535.0 / np.maximum(values[..., 3:], 1), 65535)
-    return values
-
-
-def _in_order(tile: ImageFile._Tile, swapped: bool) -> ImageFile._Tile:
-    """Return a tile of 16-bit values in their own byte order or in the other one."""
-    kind, *rest = tile.args if isinstance(tile.args, tuple) else (tile.args,)
-    if tile.codec_name == "ppm":
-        kind, rest = "RGB;16B", []
-    kind = kind.replace("a;", "A;")
-    kind = kind[:-1] + OTHER_ORDER[kind[-1]] if swapped else kind
-    return tile._replace(codec_name=tile.codec_name.replace("ppm", "raw"), args=(kind, *rest))
-
-
-def _scaled(values: np.ndarray, min_depth: int = 8) -> tuple[np.ndarray, int]:
+def _scaled(values: np.ndarray, min_depth: int) -> tuple[np.ndarray, int]:
     """Convert integers or floats to uint8; also return their depth."""
     low, high = values.min(), values.max()
     if values.dtype.kind == "f":

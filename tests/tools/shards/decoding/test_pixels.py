@@ -93,8 +93,8 @@ def reference(values: np.ndarray, top: int, alpha_top: int) -> np.ndarray:
     return colours * alpha + (0 if len(visible) and (visible.mean(0) >= 224).all() else 255) * (1 - alpha)
 
 
-def random_file(rng: np.random.Generator) -> tuple[str, bytes, np.ndarray]:
-    """Return the kind of a file with any number of channels and bits, its bytes, and its pixels by the rule."""
+def random_file(rng: np.random.Generator) -> tuple[str, bytes, np.ndarray | None]:
+    """Return the kind of a file of any channels and bits, its bytes, and its pixels by the rule, None if it is refused."""
     height, width, channels = int(rng.integers(1, 40)), int(rng.integers(1, 40)), int(rng.integers(1, 5))
     held = int(rng.choice([1, 3, 8, 9, 10, 11, 12, 13, 14, 16]))  # bits that the values need
     values = rng.integers(0, 1 << held, (height, width, channels))
@@ -102,6 +102,7 @@ def random_file(rng: np.random.Generator) -> tuple[str, bytes, np.ndarray]:
     kind = str(rng.choice(["png", "png", "tiff"] + ["ppm"] * (channels in (1, 3))))
     if kind == "ppm" and held <= 12 and rng.random() < 0.5:
         return kind, ppm(values, 4095), reference(values, 4095, 4095)
+    file_depth = 16
     if kind == "ppm":
         content = ppm(values, 65535)
     elif kind == "tiff" and channels != 2:
@@ -110,6 +111,9 @@ def random_file(rng: np.random.Generator) -> tuple[str, bytes, np.ndarray]:
         file_depth = int(rng.choice([depth for depth in ((1, 2, 4, 8, 16) if channels == 1 else (8, 16)) if depth >= held]))
         content = png(values, file_depth)
         depths = depths if file_depth == 16 else (file_depth, file_depth)
+    if channels > 1 and file_depth == 16:  # upper bytes, where they hold the picture
+        is_refused = min(depths[: 1 if channels == 3 else 2]) < 16
+        return kind, content, None if is_refused else reference(values >> 8, 255, 255)
     return kind, content, reference(values, *((1 << depth) - 1 for depth in depths))
 
 
@@ -117,17 +121,25 @@ def test_random_depths_modes_and_formats_decode_to_within_one_gray_level_of_the_
     rng = np.random.default_rng(0)
     for trial in range(300):
         kind, content, expected = random_file(rng)
-        assert np.abs(stored(content, f"x.{kind}")[1] - expected).max() < 1.001, (trial, kind)
+        if expected is None:
+            with pytest.raises(ValueError, match="14 bits or less in 16"):
+                stored(content, f"x.{kind}")
+        else:
+            assert np.abs(stored(content, f"x.{kind}")[1] - expected).max() < 1.001, (trial, kind)
 
 
 def test_files_of_16_bits_that_hold_less_keep_their_picture() -> None:
-    """12-bit values, and 8-bit values, in gray and RGB: none becomes black, and the depth is said."""
+    """12-bit values, and 8-bit values, in gray: none becomes black, and the depth is said. In colour they are refused."""
     for bits, said in ((8, "8 bits in 16"), (12, "12 bits in 16"), (16, "16-bit")):
         wide = (RGB.astype(int) * ((1 << bits) - 1) + 127) // 255
-        for values in (wide, wide[..., :1]):
-            checked, pixels = stored(png(values, 16))
-            assert checked.changes == (said,)
-            assert np.abs(pixels - RGB[..., : values.shape[2]]).max() <= 1
+        checked, pixels = stored(png(wide[..., :1], 16))
+        assert checked.changes == (said,)
+        assert np.abs(pixels - RGB[..., :1]).max() <= 1
+        if bits == 16:
+            assert np.abs(stored(png(wide, 16))[1] - RGB).max() <= 1
+        else:
+            with pytest.raises(ValueError, match="14 bits or less in 16"):
+                stored(png(wide, 16))
     out = io.BytesIO()
     tifffile.imwrite(out, RGB.transpose(2, 0, 1).astype(np.uint16), photometric="rgb", planarconfig="separate")
     with pytest.raises(ValueError, match="separate channels"):
@@ -169,7 +181,7 @@ def test_a_transparent_colour_of_a_png_is_transparent_at_every_depth() -> None:
     for depth, channels in ((2, 1), (8, 1), (16, 1), (8, 3), (16, 3)):
         values = np.zeros((4, 4, channels), int)
         values[0] = (1 << depth) - 1
-        values[1] = 1
+        values[1] = 256 if depth == 16 else 1
         content = png(values, depth, (b"tRNS", struct.pack(">H", 0) * channels))
         checked, pixels = stored(content)
         assert "alpha" in checked.changes
