@@ -24,7 +24,7 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("gpu pipeline", "threads", CORES, "DALI threads, or worker processes of a DataLoader."),
     ("gpu", "minutes", float, "Time limit with the start. The default is 8, and 3 with --parts."),
     ("gpu", "parts", str, "Run only these: parity, images/s, training, step, memory, masks, compile."),
-    ("pipeline", "rows", str, "Run only these: ours, torchvision, dali-operators, decode-only, gpu-host."),
+    ("pipeline", "rows", str, "Run only these: ours, torchvision, dali-operators, decode-only."),
     ("pipeline", "images", 256, "Images per row and round."),
     ("pipeline", "batch", 32, "Images per batch."),
     ("step", "batch", 4, "Images per batch, each with 2 + 6 crops."),

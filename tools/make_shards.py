@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from tools.shards.convert import ConvertOptions, convert
 from tools.shards.copies import group_copies
 from tools.shards.images import VERIFY_LEVELS, ImagePolicy
 from tools.shards.layouts.labels import label_by_file, without_labels
-from tools.shards.layouts.parquet import delete_spool
 from tools.shards.layouts.source import LAYOUTS, open_source
 from tools.shards.photographs import NUM_SHARDS, photograph_source
 from tools.shards.report import COPIES_NAME, remarks
@@ -113,7 +113,7 @@ def run_convert(parsed: argparse.Namespace) -> None:
         say(f"copies   {sum(groups):,} images are equal or nearly so, in {sizes}; no group is in both splits ({COPIES_NAME})")
     for split, part in parts.items():
         say(convert(part, parsed.out / split, split, options))
-    delete_spool(spools)
+    shutil.rmtree(spools, ignore_errors=True)
     for line in remarks(parsed.out):
         say(f"note     {line}")
 

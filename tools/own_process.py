@@ -5,8 +5,10 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -38,26 +40,32 @@ def run_in_subprocess(function: Callable[..., T], *arguments: object) -> T:
 _WORK: list[Callable[..., Any]] = []  # set once in each forked worker
 
 
-def in_parallel(workers: int, work: Callable[..., T], *items: Iterable[Any]) -> Iterator[T]:
-    """Yield `work(*item)` of all items, in their order, from forked processes: `work` may hold what cannot be pickled.
+@contextmanager
+def forked_workers(count: int, work: Callable[..., T]) -> Iterator[Callable[..., Future[T]]]:
+    """Yield a function that has `work(*arguments)` done in one of `count` forked processes: `work` need not be picklable.
 
-    Raises ValueError when a process was killed.
+    Raises ValueError when a process was killed. At the end, what has not begun is given up.
     """
-    context = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(workers, context, start_worker, (os.getpid(), _WORK.append, work))
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), _start_worker, (os.getpid(), work))
     try:
-        yield from pool.map(_do_work, *items)
+        yield partial(pool.submit, _do_work)
     except BrokenProcessPool:
         raise ValueError("a worker was killed (out of memory?): run the same command with fewer --workers") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def start_worker(parent: int, keep: Callable[[Any], None], work: Any) -> None:
-    """Prepare a forked worker: it keeps `work`, leaves Ctrl-C to its parent and dies with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def in_parallel(workers: int, work: Callable[..., T], *items: Iterable[Any]) -> Iterator[T]:
+    """Yield `work(*item)` of all items, in their order, from forked processes."""
+    with forked_workers(workers, work) as submit:
+        for future in [submit(*item) for item in zip(*items, strict=True)]:
+            yield future.result()
+
+
+def _start_worker(parent: int, work: Callable[..., Any]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     die_with_parent(parent)
-    keep(work)
+    _WORK.append(work)
 
 
 def _do_work(*item: Any) -> Any:

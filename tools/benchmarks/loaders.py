@@ -1,9 +1,7 @@
 """The loaders that `bench.py pipeline` compares: ours, parts of it, and torchvision."""
 
 import itertools
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,8 +15,6 @@ from pipeline import build_multicrop_dataloader, build_multicrop_dataset
 from pipeline.crops.augment import ViewRecipe
 from pipeline.crops.graph import parsed
 from pipeline.dataset import MultiCropDataset
-from pipeline.order import BatchStart
-from pipeline.window import Fed, feed, make_batch, plan_window
 from tools.benchmarks.measure import LoaderSetup
 
 EXTENSIONS = "jpg;jpeg;png;JPEG;JPG;PNG"
@@ -75,24 +71,6 @@ def _dali_crop(image: "types.DataNode", recipe: ViewRecipe, dataset: MultiCropDa
     mean, std = ([255 * value for value in values] for values in (dataset.mean, dataset.std))
     mirror = fn.random.coin_flip(probability=recipe.flip_prob)
     return fn.crop_mirror_normalize(crop, output_layout="CHW", mirror=mirror, mean=mean, std=std)
-
-
-# In place of the GPU's kernel: it makes nothing, on a device that has done everything.
-DONE = SimpleNamespace(query=lambda: True, synchronize=lambda: None)
-NO_KERNEL: Any = SimpleNamespace(device=torch.device("cpu"), shared_limit=1 << 30, launch=lambda *_: None, mark=lambda: DONE)
-
-
-def gpu_host(setup: LoaderSetup) -> Iterator[Sequence[Any]]:
-    """Yield batches of the GPU's kernel, for which the host does all but decode and launch; their crops are never made."""
-    from pipeline.crops.fused import FusedCrops
-
-    dataset, images = build_multicrop_dataset("custom", setup.folder), next(decode_only(setup))
-    loader = build_multicrop_dataloader(dataset, setup.batch_size, device="cpu", num_workers=setup.threads)
-    crops, fed = FusedCrops([recipe.size for recipe in dataset.recipes], NO_KERNEL), deque[Fed]()
-    starts, rows = plan_window(loader.sequence, BatchStart(0, 0), None)
-    while True:
-        for _ in feed(loader.sequence, dataset.recipes, starts, rows, fed):
-            yield make_batch(dataset.index, fed.popleft(), images, crops, NO_KERNEL.device).crops
 
 
 def torchvision(setup: LoaderSetup) -> Iterator[Sequence[torch.Tensor]]:

@@ -65,13 +65,13 @@ class ImageArray:
 
 
 class Catalogue:
-    """All images of one split, in the fixed order of the source. Takes about 40 bytes per image."""
+    """All images of one split, in the fixed order of the source."""
 
     def __init__(self, containers: Sequence[Container]) -> None:
         self.containers = containers
         self.container, self.label = array("i"), array("i")
         self.offset, self.size = array("q"), array("q")
-        self._names, self._name_ends = bytearray(), array("q")
+        self.names: list[str] = []
 
     @staticmethod
     def of_pixels(pixels: np.ndarray, labels: Sequence[int], names: Iterable[str] = ()) -> "Catalogue":
@@ -92,32 +92,23 @@ class Catalogue:
         self.offset.append(offset)
         self.size.append(size)
         self.label.append(label)
-        self._names += name.encode("utf-8", "surrogateescape")
-        self._name_ends.append(len(self._names))
+        self.names.append(name)
 
     def subset(self, rows: Iterable[int]) -> "Catalogue":
         """Return some of the images, in the order of `rows`; the containers are shared."""
         part = Catalogue(self.containers)
         for row in rows:
-            part.add(self.container[row], self.offset[row], self.size[row], self.label[row], self.name(row))
+            part.add(self.container[row], self.offset[row], self.size[row], self.label[row], self.names[row])
         return part
 
-    def name(self, row: int) -> str:
-        start = self._name_ends[row - 1] if row else 0
-        return self._names[start : self._name_ends[row]].decode("utf-8", "surrogateescape")
-
-    def names(self) -> list[str]:
-        return [self.name(row) for row in range(len(self))]
-
-    def read(self, row: int, max_bytes: int = 1 << 62) -> bytes:
-        size = min(self.size[row], max_bytes)
-        return self.containers[self.container[row]].read(self.offset[row], size, self.name(row))
+    def read(self, row: int) -> bytes:
+        return self.containers[self.container[row]].read(self.offset[row], self.size[row], self.names[row])
 
     def digest(self) -> str:
         """Return what the shards depend on: order, sizes, labels and names, but not where the source is stored."""
         digest = hashlib.sha256(self.size.tobytes())
         digest.update(self.label.tobytes())
-        digest.update(self._names)
+        digest.update("".join(self.names).encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
 
@@ -151,7 +142,7 @@ def hold_out(source: Source, first: np.ndarray, ratio: float, seed: int) -> tupl
 
     `first`: of each image, the first one of its group. Raises ValueError when one of the splits would be empty.
     """
-    total, names = len(source.catalogue), source.catalogue.names()
+    total, names = len(source.catalogue), source.catalogue.names
     # Sort by class, then at random, and take the images at which the running share of R passes a whole number.
     rows, draws = np.unique(first), np.random.Philox(key=[seed, 1]).random_raw(total)
     by_class = rows[np.lexsort((draws[rows], np.asarray(source.catalogue.label)[rows]))]

@@ -4,12 +4,11 @@ import errno
 import json
 import math
 import multiprocessing
-import os
 import shutil
 import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from pipeline.lock import exclusive
 from pipeline.quarantine import allowed_bad
 from pipeline.shards.manifest import read_object
 from pipeline.text import plural
-from tools.own_process import start_worker
+from tools.own_process import forked_workers
 from tools.shards.catalogue import Source
 from tools.shards.images import ImagePolicy
 from tools.shards.report import REJECTED_NAME, finish_split
@@ -110,46 +109,38 @@ def _claim_folder(conversion: Conversion, options: ConvertOptions) -> None:
 
 def _run_workers(conversion: Conversion, options: ConvertOptions) -> int:
     """Complete each shard; returns how many had to be written."""
-    context = multiprocessing.get_context("fork")  # the workers inherit the catalogue instead of reading it again
-    counts, workers = SharedCounts(context), min(options.workers, conversion.num_shards)
-    pool = ProcessPoolExecutor(workers, context, start_worker, (os.getpid(), _WORK.append, (conversion, counts)))
-    total, start, written = len(conversion.source.catalogue), time.monotonic(), 0
+    counts, start, written = SharedCounts(multiprocessing.get_context("fork")), time.monotonic(), 0
+    total, display = len(conversion.source.catalogue), Console(stderr=True)
+    workers = forked_workers(min(options.workers, conversion.num_shards), partial(_complete_shard, conversion, counts))
     try:
-        pending = {pool.submit(_complete_shard, shard) for shard in range(conversion.num_shards)}
-        display = ProgressDisplay(Console(stderr=True), conversion.prefix, "image", total, transient=True)
-        with display as progress:
-            while pending:
-                finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                written += sum(future.result() for future in finished)
-                images, num_bytes, rejects = counts.totals[:]
-                passed = max(time.monotonic() - start, 1e-6)
-                speed = f"{images / passed:,.0f} images/s · {num_bytes / MB / passed:,.0f} MB/s"
-                progress.show(images, f"{speed} · {rejects} rejected")
-                if rejects > allowed_bad(total, options.max_bad_fraction):
-                    raise ValueError(
-                        f"{conversion.folder}: {rejects} of {total} images are bad, allowed {options.max_bad_fraction:.2%} "
-                        f"(--max-bad-fraction); the first: {counts.first.value.decode(errors='replace')}. Check the source, or "
-                        "allow more and run again: finished shards are kept"
-                    )
+        with workers as submit, ProgressDisplay(display, conversion.prefix, "image", total, transient=True) as progress:
+            pending = {submit(shard) for shard in range(conversion.num_shards)}
+            try:
+                while pending:
+                    finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                    written += sum(future.result() for future in finished)
+                    images, num_bytes, rejects = counts.totals[:]
+                    passed = max(time.monotonic() - start, 1e-6)
+                    speed = f"{images / passed:,.0f} images/s · {num_bytes / MB / passed:,.0f} MB/s"
+                    progress.show(images, f"{speed} · {rejects} rejected")
+                    if rejects > allowed_bad(total, options.max_bad_fraction):
+                        raise ValueError(
+                            f"{conversion.folder}: {rejects} of {total} images are bad, allowed {options.max_bad_fraction:.2%} "
+                            f"(--max-bad-fraction); the first: {counts.first.value.decode(errors='replace')}. Check the source, "
+                            "or allow more and run again: finished shards are kept"
+                        )
+            finally:
+                counts.stop.set()
         return written
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         free = f"{shutil.disk_usage(conversion.folder).free / MB:,.0f} MB free"
         raise OSError(f"{conversion.folder}: disk full ({free}): make room and run the same command again") from None
-    except BrokenProcessPool:
-        raise ValueError("a worker was killed (out of memory?): run the same command with fewer --workers") from None
-    finally:
-        counts.stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
-_WORK: list[tuple[Conversion, SharedCounts]] = []  # set once in each worker process
-
-
-def _complete_shard(shard: int) -> bool:
+def _complete_shard(conversion: Conversion, counts: SharedCounts, shard: int) -> bool:
     """Write the shard unless it is complete; returns True if it had to be written."""
-    conversion, counts = _WORK[0]
     if record := intact_record(conversion, shard):
         counts.add(conversion.shard_size(shard), 0, record.rejected)
         return False

@@ -130,7 +130,7 @@ def write_shard(conversion: Conversion, shard: int, counts: SharedCounts) -> Non
     with partial_file(path) as file:
         for position in range(int(conversion.starts[shard]), int(conversion.starts[shard + 1])):
             row, start = int(conversion.order[position]), file.tell()
-            name, label, image = catalogue.name(row), catalogue.label[row], check_row(conversion, row)
+            name, label, image = catalogue.names[row], catalogue.label[row], check_row(conversion, row)
             if isinstance(image, str):
                 rejected.append({"name": name, "label": label, "reason": image})
                 counts.add(1, 0, rejected[-1:])
@@ -158,7 +158,7 @@ def check_row(conversion: Conversion, row: int) -> CheckedImage | str:
         return f"{catalogue.size[row]:,} bytes, allowed {policy.max_bytes:,} "
     content = catalogue.read(row)
     try:
-        return check_image(content, catalogue.name(row), policy)
+        return check_image(content, catalogue.names[row], policy)
     except ValueError as error:
         return str(error)
 

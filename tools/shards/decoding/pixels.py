@@ -98,7 +98,7 @@ def _narrowed(image: ImageFile.ImageFile) -> tuple[Image.Image, int]:
     if image.mode[0] not in "IF":  # of several channels, whose upper bytes Pillow keeps
         if getattr(image, "tag_v2", {}).get(TIFF_PLANES) == 2:
             raise RejectedImageError("a TIFF of 16 bits with separate channels: store it with interleaved channels")
-        colours = [high for _, high in image.getextrema()]
+        colours = np.reshape(image.getextrema(), (-1, 2))[:, 1].tolist()
         alpha = colours.pop() if image.mode.endswith("A") else 255
         if max(colours) < MIN_UPPER_BYTE or alpha < MIN_UPPER_BYTE:
             raise RejectedImageError("colours or alpha of 14 bits or less in 16: scale them to 16 bits, or to 8")

@@ -22,7 +22,7 @@ def without_labels(source: Source) -> Source:
 
 def label_by_file(source: Source, path: Path) -> Source:
     """Replace the labels of a source by those that `read_labels` finds in a file."""
-    labels, note = read_labels(path, source.catalogue.names())
+    labels, note = read_labels(path, source.catalogue.names)
     return source.relabelled(*number_labels(labels), note)
 
 

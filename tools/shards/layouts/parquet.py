@@ -43,53 +43,32 @@ class Columns(NamedTuple):
     names: tuple[str, ...]
 
 
-class SpooledImages(FileRanges):
-    """The images of all files, copied to one spool file in `folder` on first use."""
-
-    def __init__(self, files: list[Path], column: str, folder: Path) -> None:
-        key = hashlib.sha256(str([(path.name, path.stat().st_size) for path in files]).encode()).hexdigest()[:16]
-        super().__init__(folder / f"{key}.spool")
-        self.files, self.column = files, column
-
-    def read(self, offset: int, size: int, name: str) -> bytes:
-        if self._descriptor < 0:
-            self._fill()
-        return super().read(offset, size, name)
-
-    def sizes(self) -> list[list[int]]:
-        """Return the size of each image, one list per file; copies the images unless that was done before."""
-        path = self.path.with_suffix(".npz")
-        if not path.exists():
-            self._fill()
-        with np.load(path, allow_pickle=False) as arrays:
-            return [arrays[name].tolist() for name in arrays.files]
-
-    def _fill(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(self.path.parent / "lock"):  # one process copies, the others wait for it
-            if not self.path.exists():
-                with partial_file(self.path) as file:
-                    sizes = [np.array(list(map(file.write, self._contents(path))), np.int64) for path in self.files]
-                    with partial_file(self.path.with_suffix(".npz")) as sizes_file:
-                        np.savez(sizes_file, *sizes)
-
-    def _contents(self, path: Path) -> Iterator[bytes]:
-        """Yield the image of each row, b"" for a row without one. Raises ValueError for a file without any image."""
-        rows = num_bytes = 0
-        for value in read_column(path, self.column, IMAGE_ROWS):
-            content = (value.get("bytes") if isinstance(value, dict) else value) or b""
-            rows, num_bytes = rows + 1, num_bytes + len(content)
-            yield content
-        if rows and not num_bytes:
-            raise ValueError(
-                f"{path}: column {self.column} holds no image at all, perhaps paths: embed the images, or convert their files"
-            )
+def spool(files: list[Path], column: str, folder: Path) -> tuple[Path, list[list[int]]]:
+    """Copy the images of all files to one in `folder`, unless that was done before; return it, and the sizes by file."""
+    key = hashlib.sha256(str([(path.name, path.stat().st_size) for path in files]).encode()).hexdigest()[:16]
+    target, sizes_file = folder / f"{key}.spool", folder / f"{key}.npz"
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / "lock"):  # one process copies, the others wait for it
+        if not target.exists():
+            with partial_file(target) as file:
+                sizes = [np.array(list(map(file.write, _contents(path, column))), np.int64) for path in files]
+                with partial_file(sizes_file) as other:
+                    np.savez(other, *sizes)
+    with np.load(sizes_file, allow_pickle=False) as arrays:
+        return target, [arrays[name].tolist() for name in arrays.files]
 
 
-def delete_spool(folder: Path) -> None:
-    """Free the disk space. The small file of sizes stays, so that a later run does not copy the images to learn them."""
-    for spool in folder.glob("*.spool"):
-        spool.unlink()
+def _contents(path: Path, column: str) -> Iterator[bytes]:
+    """Yield the image of each row, b"" for a row without one. Raises ValueError for a file without any image."""
+    rows = num_bytes = 0
+    for value in read_column(path, column, IMAGE_ROWS):
+        content = (value.get("bytes") if isinstance(value, dict) else value) or b""
+        rows, num_bytes = rows + 1, num_bytes + len(content)
+        yield content
+    if rows and not num_bytes:
+        raise ValueError(
+            f"{path}: column {column} holds no image at all, perhaps paths: embed the images, or convert their files"
+        )
 
 
 def open_parquet(path: Path, split: str, spools: Path) -> Source | None:
@@ -117,9 +96,9 @@ def open_parquet(path: Path, split: str, spools: Path) -> Source | None:
     if len(tops) > 1:
         raise ValueError(f"{path}: parquet files of several sets, {truncate_list(sorted(tops))}: convert one of them")
     labels, classes, note = read_labels(files, columns) if columns.label else ([], (), "")
-    images = SpooledImages(files, columns.image, spools)
-    catalogue, offset = Catalogue([images]), 0
-    for file, sizes in zip(files, images.sizes(), strict=True):
+    target, all_sizes = spool(files, columns.image, spools)
+    catalogue, offset = Catalogue([FileRanges(target)]), 0
+    for file, sizes in zip(files, all_sizes, strict=True):
         name = file.name if file == path else str(file.relative_to(path))  # two folders can have files of one name
         for row, size in enumerate(sizes):
             label = labels[len(catalogue)] if labels else UNLABELLED

@@ -56,7 +56,7 @@ def open_tars(path: Path, split: str, spools: Path) -> Source | None:
     if path.is_dir() and not len(listing.catalogue) and has_images(path):
         return None  # the tar holds something else and lies next to images
     # The names of all images tell whether they lie in folders of splits, or next to masks; if so, only ours stay.
-    names = listing.catalogue.names()
+    names = listing.catalogue.names
     if below := folder_of_split(names, split, str(path)):
         rows = [row for row, name in enumerate(names) if name.startswith(below)]
         listing.catalogue = listing.catalogue.subset(rows)
@@ -147,7 +147,7 @@ def _label_images(listing: Listing, tars: list[Path], name: str) -> tuple[str, t
     stems = [stem.rpartition("/")[2] for stem in dict.fromkeys(filter(None, listing.inner))]
     if len(stems) > 1 or are_wnids(stems):
         return "imagenet" if are_wnids(stems) else name, *_label_by_inner_tar(listing, stems, where)
-    names = listing.catalogue.names()
+    names = listing.catalogue.names
     folders, why = class_folders(names, common_folder(names), where)
     if folders:
         labels, classes = number_labels(folders)
