@@ -133,7 +133,7 @@ class BatchSequence:
         bad samples were known when: every run over the same shards sees the same samples.
         """
         rows, bad = self.plan.rows(epoch, start, stop), self.quarantine.reasons
-        for i in np.flatnonzero(np.isin(rows, self.quarantine.rows)).tolist() if bad else ():
+        for i in np.flatnonzero(np.isin(rows, list(bad))).tolist() if bad else ():
             block = 0
             while int(rows[i]) in bad:
                 words = random_words(self.plan.seed, epoch, (block, start + i), REPLACEMENT_STREAM, 4)

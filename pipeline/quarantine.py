@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
-
 from pipeline.defaults import MAX_BAD_SHARE
 from pipeline.files import open_append
 from pipeline.shards.index import ShardIndex
@@ -25,15 +23,13 @@ def allowed_bad(total: int, share: float) -> int:
 class Quarantine:
     """The bad rows of one index, with the reason for each.
 
-    `path`: a file of JSON lines `{shard, key, offset, reason, data}`, with the index's digest as `data`. It is read at the start
-    and appended to; the first line makes it, in a folder that must exist by then. None keeps the rows in memory only. `rows`: the
-    bad rows, sorted.
+    `path`: a file of JSON lines `{row, shard, key, offset, reason, data}`, with the index's digest as `data`. It is read at the
+    start and appended to; the first line makes it, in a folder that must exist by then. None keeps the rows in memory only.
     """
 
     def __init__(self, index: ShardIndex, path: Path | None = None, max_share: float = MAX_BAD_SHARE) -> None:
         self.index, self.path, self.max_share = index, path, max_share
         self.reasons: dict[int, str] = {}
-        self.rows = np.empty(0, np.int64)
         self.reload()
 
     def __len__(self) -> int:
@@ -43,28 +39,16 @@ class Quarantine:
         """Read what this run, or another rank of it, has found so far. Lines about other data are ignored."""
         if self.path is None or not self.path.exists():
             return
-        numbers = {name: i for i, name in enumerate(self.index.shards)}
-        reasons: dict[tuple[int, int], str] = {}  # by shard and offset
         for entry in read_json_lines(self.path):
-            try:
-                # Another data set's tars can have the same names.
-                if entry.get("data", self.index.digest) == self.index.digest:
-                    reasons[numbers[entry["shard"]], int(entry["offset"])] = str(entry["reason"])
-            except (ValueError, KeyError, TypeError, OverflowError):
-                continue  # cut off by a crash, or about other data
-        samples = self.index.samples
-        for row in np.flatnonzero(np.isin(samples["offset"], [offset for _, offset in reasons])).tolist():
-            key = int(samples["shard"][row]), int(samples["offset"][row])
-            if row not in self.reasons and key in reasons:
-                self.reasons[row] = reasons[key]
-        self.rows = np.array(sorted(self.reasons), np.int64)
+            row, is_ours = entry.get("row"), entry.get("data") == self.index.digest
+            if is_ours and isinstance(row, int) and 0 <= row < len(self.index):  # else cut off by a crash, for example
+                self.reasons.setdefault(row, str(entry.get("reason")))
 
     def add(self, faults: dict[int, str]) -> None:
         """Remember these rows with their reasons. Raises ValueError when there are more than `allowed_bad`."""
         self.reload()  # another rank may have found them already
         new = {row: reason for row, reason in faults.items() if row not in self.reasons}
         self.reasons |= new
-        self.rows = np.array(sorted(self.reasons), np.int64)
         if self.path is not None and new:
             with open_append(self.path) as file:
                 file.writelines(json.dumps(self._entry(row)) + "\n" for row in new)
@@ -82,6 +66,7 @@ class Quarantine:
     def _entry(self, row: int) -> dict[str, str | int]:
         sample = self.index.samples[row]
         return {
+            "row": row,
             "shard": self.index.shards[sample["shard"]],
             "key": self.index.key(row),
             "offset": int(sample["offset"]),

@@ -292,9 +292,8 @@ def test_lines_about_a_data_set_whose_tars_have_the_same_names_are_passed_over(i
 
 def test_lines_about_other_data_and_half_a_line_are_passed_over(index: ShardIndex, tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
-    offset = int(index.samples["offset"][5])
-    entry = {"shard": index.shards[0], "key": "x", "offset": offset, "reason": "empty file"}
-    other = {**entry, "shard": "of-another-set.tar"}
+    entry = {"row": 5, "shard": index.shards[0], "key": "x", "reason": "empty file", "data": index.digest}
+    other = {**entry, "row": 6, "data": "of another set"}
     path.write_text(json.dumps(other) + "\n" + json.dumps(entry) + "\n" + '{"shard": "pho')
     assert Quarantine(index, path).reasons == {5: "empty file"}
 

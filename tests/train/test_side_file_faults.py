@@ -130,7 +130,7 @@ def try_all(file: str, trials: int, shards: Path, run: Path, tmp_path: Path, cap
     copy = Path(shutil.copytree(shards if place == "shards" else run, tmp_path / "copy"))
     path = copy / name
     if place == "shards":
-        entry = {"shard": "photos-000001.tar", "key": "x", "offset": 512, "reason": "r", "data": open_index(copy).digest}
+        entry = {"row": 41, "shard": "photos-000001.tar", "key": "x", "reason": "r", "data": open_index(copy).digest}
         (copy / "quarantine.jsonl").write_text(f"{json.dumps(entry)}\n" * 3)
     for step in (copy / "checkpoints").glob("step_*"):
         save_file({"weight": torch.zeros(0, 0)}, step / "model.safetensors")

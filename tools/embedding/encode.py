@@ -135,7 +135,7 @@ def _encode_split(
                 write_atomic(state, json.dumps({**identity, "done": done}), durable=False)
     loader.close()
     is_sound = np.ones(len(index), bool)
-    is_sound[loader.quarantine.rows] = False
+    is_sound[list(loader.quarantine.reasons)] = False
     if not is_sound.all():
         log.warning(f"{index.folder}: {plural(int((~is_sound).sum()), 'image')} cannot be decoded and got no vector")
     rows = np.flatnonzero(is_sound)
