@@ -17,7 +17,7 @@ from train.run import main as train
 
 @pytest.mark.parametrize("variant", [BASE, *VARIANTS])
 def test_a_variant_has_the_studys_data_and_encoder_and_the_shipped_recipe(variant: str) -> None:
-    pair = Pair(str(CONFIGS / "study_emoji.yaml"), SMALL, "runs/first", "shards/second")
+    pair = Pair(str(CONFIGS / "study_emoji.yaml"), SMALL, weights="runs/first", data="shards/second")
     config = load_config(Path(pair.config), pair.settings(variant))
     base, shipped = (load_config(ROOT / "configs" / f"{name}.yaml") for name in ("study_emoji", "continue"))
     assert (config.data.data_path, config.data.augmentation) == ("shards/second", base.data.augmentation)
@@ -36,7 +36,8 @@ def rows(weights: str, variant: str, seed: int, *knn: float) -> list[dict[str, o
     shares = [number / max(len(knn) - 1, 1) for number in range(len(knn))]
     figures = {"linear": 50, "rankme": 9, "uniformity": -2, "cosine": 1, "steps": 3, "cpu_s": 1}
     trial = Trial(weights, "shards/second", variant, seed)
-    return [{**trial._asdict(), **figures, "share": share, "knn": value, "knn_train": -abs(share - 0.5), "knn_first": 40}
+    figures |= trial._asdict() | {"knn_first": 40}
+    return [{**figures, "share": share, "chosen": int(share == 0.5), "knn": value, "knn_train": -abs(share - 0.5)}
             for share, value in zip(shares, knn, strict=True)]  # fmt: skip
 
 
@@ -46,8 +47,7 @@ def test_the_tables_show_leads_at_the_same_seed_of_the_mixture_that_the_training
         append_rows(table, FIELDS, rows("", "raw pixels", seed, 30))
         append_rows(table, FIELDS, rows("", SCRATCH, seed, 40 + shift))
         append_rows(table, FIELDS, rows("runs/first", RECIPE, seed, 50, 51 + shift, 52 + shift, 49, 45))
-    options = argparse.Namespace(pairs=["runs/first:shards/second"], budget=1.0, compare="", set=[])
-    continuing.write_study(options, tmp_path / "continuing", [Pair("", (), "runs/first", "shards/second")], {BASE: 7, RECIPE: 8})
+    continuing.write_study(argparse.Namespace(budget=1.0, set=[]), tmp_path / "continuing", {BASE: 7, RECIPE: 8})
     lines = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
              for line in (tmp_path / "continuing.md").read_text().splitlines() if line.startswith("|")}  # fmt: skip
     assert lines[RECIPE][:2] == ["3", "54.00 ± 5.0"]
@@ -84,3 +84,5 @@ def test_a_study_of_continuing_is_resumed_and_its_share_0_is_the_untouched_encod
 def test_a_pair_without_folders_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert continuing.main(["nowhere", "--out", str(tmp_path)]) == 2
     assert "write RUN:SHARDS" in capsys.readouterr().err
+    assert continuing.main(["nowhere", "--variants", "recipes"]) == 2
+    assert "recipes: unknown" in capsys.readouterr().err

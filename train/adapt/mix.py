@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Mapping
 
 import torch
 from torch.nn import functional as F
@@ -20,6 +21,16 @@ def mixed(start: MultiCropEncoder, trained: MultiCropEncoder, share: float) -> M
     for weight, before in zip(encoder.parameters(), start.parameters(), strict=True):
         weight.copy_(torch.lerp(before, weight, share))
     return encoder
+
+
+def best_share(hits: Mapping[float, torch.Tensor]) -> float:
+    """Return the share of the most hits, 0 if they are not more than those of the start by two standard errors.
+
+    `hits`: `[n] bool` by share, whether a mixture classifies an image: the same images for all, so their differences count.
+    """
+    gains = {share: hit.double() - hits[0.0].double() for share, hit in hits.items()}
+    best = max(gains, key=lambda share: float(gains[share].mean()))
+    return best if gains[best].mean() > 2 * gains[best].std() / len(gains[best]) ** 0.5 else 0.0
 
 
 def uniformity(features: torch.Tensor) -> float:

@@ -121,18 +121,13 @@ def nearest_neighbours(
 
 def knn_accuracies(
     train: torch.Tensor, train_labels: torch.Tensor, test: torch.Tensor, test_labels: torch.Tensor, ks: Sequence[int],
-    device: torch.device, *, leave_one_out: bool = False,
+    device: torch.device,
 ) -> dict[int, float]:  # fmt: skip
     """Return by k the percentage of `test` (`[m, D]`) whose label wins the vote of its k nearest in `train` (`[n, D]`).
 
-    Votes are weighted by exp(cosine similarity / 0.07). Where n is smaller than k, all n vote. With `leave_one_out`, `test` is
-    `train`, and no image votes for itself.
+    Votes are weighted by exp(cosine similarity / 0.07). Where n is smaller than k, all n vote.
     """
-    similarity, rows = nearest_neighbours(train, test, max(ks) + leave_one_out, device)
-    if leave_one_out:  # each image is among its own nearest, or behind k copies of itself, which are then the voters
-        itself = rows == torch.arange(len(test), device=device)[:, None]
-        similarity, order = similarity.masked_fill(itself, -torch.inf).sort(dim=1, descending=True)
-        rows = rows.gather(1, order)
+    similarity, rows = nearest_neighbours(train, test, max(ks), device)
     classes = num_classes(train_labels, test_labels)
     labels, correct = train_labels.to(device)[rows], dict.fromkeys(ks, 0)
     chunks = (part.split(TEST_CHUNK) for part in (labels, similarity, test_labels.to(device)))
@@ -142,10 +137,15 @@ def knn_accuracies(
     return {k: 100.0 * count / len(test) for k, count in correct.items()}
 
 
-def leave_one_out_knn(features: Features, k: int, device: torch.device) -> float:
-    """Return the percentage of images whose label wins the vote of their k nearest others, by the feature `last`."""
-    values, labels = features.values["last"], features.labels
-    return knn_accuracies(values, labels, values, labels, [k], device, leave_one_out=True)[k]
+def leave_one_out_hits(features: Features, k: int, device: torch.device) -> torch.Tensor:
+    """Return `[n] bool`: True for images whose label wins the vote of their k nearest others, by the feature `last`."""
+    values, labels = features.values["last"], features.labels.to(device)
+    similarity, rows = nearest_neighbours(values, values, k + 1, device)
+    itself = rows == torch.arange(len(rows), device=device)[:, None]
+    # An image that is not among its own nearest is behind copies of itself: they vote, all but the last.
+    similarity, order = similarity.masked_fill(itself, -torch.inf).sort(dim=1, descending=True)
+    chunks = (part[:, :k].split(TEST_CHUNK) for part in (labels[rows.gather(1, order)], similarity))
+    return torch.cat([vote(label, near, num_classes(labels)) for label, near in zip(*chunks, strict=True)]) == labels
 
 
 def vote(labels: torch.Tensor, similarity: torch.Tensor, classes: int) -> torch.Tensor:

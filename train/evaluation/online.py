@@ -18,7 +18,7 @@ from pipeline.text import printable
 from train.build import build_encoder, build_evaluation_loaders
 from train.config.schema import Config, Evaluation
 from train.evaluation.features import Extractor, check_labels, colour_histogram, pixels, pooled_features
-from train.evaluation.measure import Scores, leave_one_out_knn, measure, nearest_neighbours
+from train.evaluation.measure import Scores, leave_one_out_hits, measure, nearest_neighbours
 from train.evaluation.placement import Placement, affordable_images, dense_features
 
 if TYPE_CHECKING:
@@ -132,11 +132,11 @@ class OnlineEvaluation:
         """Write the best mixture of target and starting weights to `path`, and note its `share` and the k-NN of all `mixtures`.
 
         The training images choose it, by k-NN without the image itself, so that the validation images measure what they have
-        not chosen. Among equal mixtures it is the one nearest to the start. Nothing is done without labels or starting weights.
+        not chosen; see `best_share`. Nothing is done without labels or starting weights.
         """
         if self._start is None or not self._labelled:
             return
-        from train.adapt.mix import SHARES, mixed
+        from train.adapt.mix import SHARES, best_share, mixed
         from train.adapt.weights import starting_encoder
 
         start = starting_encoder(self._config, self._device, self._start)
@@ -146,11 +146,12 @@ class OnlineEvaluation:
             return
         k = self._settings.knn_k
         self.mixtures = {share: scores[str(share)].knn["last"][k] for share in SHARES}
-        within = {share: leave_one_out_knn(scores[str(share)].train, k, self._device) for share in SHARES}
-        self.share = best = max(SHARES, key=lambda share: within[share])
+        hits = {share: leave_one_out_hits(scores[str(share)].train, k, self._device) for share in SHARES}
+        self.share = best = best_share(hits)
         state = {name: value.cpu().contiguous() for name, value in encoders[best].vit.state_dict().items()}
         write_atomic(path, save(state, {"step": str(step)}))  # one key: safetensors writes several in a random order
-        shown = ", ".join(f"{share:.0%}: {within[share]:.1f} % ({self.mixtures[share]:.1f} %)" for share in SHARES)
+        knn = {share: (100 * float(hits[share].double().mean()), self.mixtures[share]) for share in SHARES}
+        shown = ", ".join(f"{share:.0%}: {within:.1f} % ({outside:.1f} %)" for share, (within, outside) in knn.items())
         text = "mixed back with the starting weights, k-NN among the training images (of the validation images) by share of the "
         log.info(f"{text}trained encoder: {shown}; {best:.0%} is exported")
 
