@@ -14,7 +14,7 @@ COMMANDS = {
     "runs": ("tools.runs", [], "List the runs in a folder."),
     "evaluate": ("train.evaluate", [], "Measure a trained encoder."),
     "embed": ("tools.embed", [], "Write a vector for each image; find near-duplicates, neighbours and labels."),
-    "export": ("tools.export", [], "Write the encoder as a folder that timm loads."),
+    "export": ("tools.export", [], "Write the encoder for timm, ONNX, transformers or the hub."),
     "compare": ("tools.compare_runs", [], "Compare runs: curves, results, settings that differ."),
     "preview": ("tools.preview", [], "Draw the crops and masks that training sees."),
     "replay": ("tools.preview", [], "Take a step of a run again; find the images with the largest losses."),
