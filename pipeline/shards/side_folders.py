@@ -1,7 +1,7 @@
 """Which folder of a data set holds its images, judged by the names of the folders next to it, such as those of masks."""
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 # Folders of images and of what belongs to them, as in detection and segmentation data; they are no classes.
 IMAGE_FOLDERS = frozenset({"images", "image", "imgs", "img", "jpegimages", "jpegs", "photos", "pictures", "rgb"})
@@ -21,12 +21,12 @@ def main_folder(folders: Collection[str]) -> str:
     return images[0] if len(images) == 1 and are_no_classes(folders) else ""
 
 
-def folder_of_images(names: Sequence[str], choose: Callable[[Collection[str]], str] = main_folder) -> str:
-    """Return `a/images/` where `choose` picks a folder among those below the deepest common one, as often as it does; else ""."""
+def folder_of_images(names: Sequence[str]) -> str:
+    """Return `a/images/` where that lies among masks and the like in the deepest folder that holds all of `names`, else ""."""
     below = ""
     while True:
         common = common_folder(names)
-        if not (inner := choose({first_folder(name[common:]) for name in names})):
+        if not (inner := main_folder({first_folder(name[common:]) for name in names})):
             return below
         below = f"{names[0][:common]}{inner}/"
         names = [name for name in names if name.startswith(below)]

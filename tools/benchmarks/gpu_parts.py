@@ -12,7 +12,7 @@ import torch
 
 from tools.benchmarks.loaders import decode_only, ours
 from tools.benchmarks.measure import Loader, LoaderSetup, cpu_seconds, median_times, peak_bytes, seconds_per_image, synchronize
-from tools.benchmarks.step import CONFIG, ENCODERS, MASKED_IMAGES, make_steps
+from tools.benchmarks.step import CONFIG, ENCODERS, make_steps
 from train.config.load import load_config
 from train.trainer import Trainer
 
@@ -107,19 +107,14 @@ def training_rate(name: str, encoder: str, crop_device: str, compiled: str, case
 
 
 def step_rows(name: str, encoder: str, part: str, case: GpuCase) -> dict[str, Figures]:
-    """Measure forward, backward and target update without data (step, memory), or masks of a batch; `naive` loops over crops."""
+    """Measure the time or the memory of forward, backward and target update without data; `naive` loops over crops."""
     device, (batch, rounds) = torch.device("cpu" if case.rehearsal else "cuda"), (1, 1) if case.rehearsal else (64, 5)
-    steps = {
-        key: step for key, step in make_steps(encoder, batch, device).items() if key.startswith("masks/") == (part == "masks")
-    }
-    values, unit = {key: 1e3 * value for key, value in median_times(steps, rounds, device).items()}, "ms"
+    steps = make_steps(encoder, batch, device)
     if part == "memory":
         values, unit = {key: 1e-6 * peak_bytes(step, device) for key, step in steps.items()}, "MB"
-    images, naive = MASKED_IMAGES if part == "masks" else batch, values.get("naive")
-    return {
-        f"{name}, {key}, {images} images": {unit: value, **({"of naive": value / naive} if naive else {})}
-        for key, value in values.items()
-    }
+    else:
+        values, unit = {key: 1e3 * value for key, value in median_times(steps, rounds, device).items()}, "ms"
+    return {f"{name}, {key}, {batch} images": {unit: value, "of naive": value / values["naive"]} for key, value in values.items()}
 
 
 def plan(device: str) -> list[Planned]:
@@ -139,8 +134,8 @@ def plan(device: str) -> list[Planned]:
         *(Planned("training", name, 20, partial(training_rate, name, model, where, "false")) for name, model, where in trained),
         *(
             Planned(part, name, needs_s, partial(step_rows, name, other, part))
-            for part, needs_s in (("step", 25), ("memory", 15), ("masks", 12))
-            for name, other in ((small, encoder), *(others if part != "masks" else ()))
+            for part, needs_s in (("step", 25), ("memory", 15))
+            for name, other in ((small, encoder), *others)
         ),
         Planned("compile", "true", 65, partial(training_rate, f"{small}, training.compile=true", encoder, "gpu", "true")),
     ]

@@ -1,8 +1,7 @@
-"""Time, memory and FLOPs of one training step, against a loop over crops and unmasked crops; and the time of drawing masks."""
+"""Time, memory and FLOPs of one training step, against a loop over crops and unmasked crops."""
 
 import argparse
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from train.config.load import load_config
 ENCODERS = {"small": "vit_small_patch16_dinov3", "tiny": "vit_tiny_patch16_dinov3_qkvb"}
 CONFIG = Path(__file__).parents[2] / "configs" / "multicrop_training.yaml"
 GLOBAL, LOCAL = 224, 96
-MASKED_IMAGES = 256
 
 
 def run_benchmark(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -33,13 +31,13 @@ def run_benchmark(options: argparse.Namespace) -> list[dict[str, Any]]:
     encoder = ENCODERS[options.model]
     rows = measure_rows(encoder, options.batch, options.rounds, device)
     where = "GPU, bfloat16" if device.type == "cuda" else "CPU, float32, one thread"
-    print(f"{encoder}, {options.batch} images, {where}; masks of {MASKED_IMAGES} images")
+    print(f"{encoder}, {options.batch} images, {where}")
     print_rows({row["name"]: row for row in rows})
     return rows
 
 
 def measure_rows(encoder: str, batch: int, rounds: int, device: torch.device) -> list[dict[str, Any]]:
-    """Return `name`, `time_s`, `peak_bytes` and `flops` of one step of each kind, and of one draw of masks by strategy."""
+    """Return `name`, `time_s`, `peak_bytes` and `flops` of one step of each kind."""
     steps = make_steps(encoder, batch, device)
     times = median_times(steps, rounds, device)
     return [
@@ -65,7 +63,7 @@ def print_rows(rows: dict[str, dict[str, Any]]) -> None:
 
 
 def make_steps(encoder: str, batch: int, device: torch.device) -> dict[str, Step]:
-    """Return what each row runs: a draw of masks, or forward, backward and target update on the same images and weights."""
+    """Return what each row runs: forward, backward and target update on the same images and weights."""
     configs = {name: load_config(CONFIG, [f"model.encoder={encoder}", f"masking.strategy={name}"]) for name in STRATEGIES}
     model = build_model(configs["global_only"], device)
     masks = {name: build_masks(config, model, device) for name, config in configs.items()}
@@ -73,7 +71,7 @@ def make_steps(encoder: str, batch: int, device: torch.device) -> dict[str, Step
     steps = {f"ours/{name}": make_step(model, all_crops, generator(batch)) for name, generator in masks.items()}
     steps["naive"] = make_step(model, all_crops, plan, naive_losses)
     steps["unmasked-2"] = make_step(model, draw_batch(batch, 0, device), unmasked(plan))
-    return steps | {f"masks/{name}": partial(generator, MASKED_IMAGES) for name, generator in masks.items()}
+    return steps
 
 
 def draw_batch(batch: int, num_local: int, device: torch.device) -> dict[str, Any]:
