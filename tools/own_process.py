@@ -56,9 +56,13 @@ def forked_workers(count: int, work: Callable[..., T]) -> Iterator[Callable[...,
 
 
 def in_parallel(workers: int, work: Callable[..., T], *items: Iterable[Any]) -> Iterator[T]:
-    """Yield `work(*item)` of all items, in their order, from forked processes."""
+    """Yield `work(*item)` of all items, in their order: from forked processes, or here for one worker or one item."""
+    each = list(zip(*items, strict=True))
+    if workers == 1 or len(each) == 1:
+        yield from (work(*item) for item in each)
+        return
     with forked_workers(workers, work) as submit:
-        for future in [submit(*item) for item in zip(*items, strict=True)]:
+        for future in [submit(*item) for item in each]:
             yield future.result()
 
 
