@@ -14,6 +14,7 @@ from tools.studies.peers import Supervised
 from tools.studies.tables import lead_lines, write_arena
 from tools.studies.training import TimedTraining, measure_rows, run_trial, trial_config
 from train.evaluation.features import pooled_features
+from train.evaluation.placement import dense_features
 
 LIGHTLY = pytest.mark.skipif(find_spec("lightly") is None, reason="needs lightly: pip install -e '.[arena]'")
 METHODS = [pytest.param(name, marks=LIGHTLY if name == "dino" else ()) for name in PEERS]
@@ -71,7 +72,8 @@ def test_evaluations_neither_count_nor_change_the_training(base: Path) -> None:
     training = TimedTraining(config, BASE)
     training.run_to(2)
     before = training.cpu_s
-    measure_rows(config, {"trained": pooled_features(training.trainer.model.target)})
+    target = training.trainer.model.target
+    measure_rows(config, {"trained": pooled_features(target)}, {"trained": dense_features(target)})
     assert training.cpu_s == before > 0
     taken = training.step()
     assert training.cpu_s == pytest.approx(before + taken)
