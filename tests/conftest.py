@@ -1,6 +1,7 @@
 """Real shards of small photographs, shared by all tests."""
 
 import io
+import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.shards.index import ShardIndex, open_index
+from pipeline.shards.index import UNLABELLED, ShardIndex, open_index, save_index
 
 # The files that take longest, first: a worker that starts one of them last would keep all others waiting.
 LONGEST_FILES = (
@@ -58,6 +59,17 @@ def write_shards(folder: Path, counts: list[int], extension: str = "jpg") -> Pat
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
     return folder
+
+
+def without_labels(data_path: Path, out: Path) -> Path:
+    """Copy train and val to `out`, without labels. Returns `out`."""
+    for split in ("train", "val"):
+        index = open_index(data_path / split)
+        samples = index.samples.copy()
+        samples["label"] = UNLABELLED
+        shutil.copytree(data_path / split, out / split)
+        save_index(out / split, list(index.shards), samples)
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What is not in shards on a local disk yet, brought there once: pictures are converted, shards in a store are copied."""
+"""Data sets brought to a local disk once: pictures are converted, and shards in a store are copied."""
 
 import hashlib
 import logging

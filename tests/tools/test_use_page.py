@@ -18,7 +18,7 @@ from tests.test_readme import ROOT, blocks, commands, reduced, run_here
 
 PAGE = "docs/use.md"
 WALLPAPERS = Path("/usr/share/wallpapers")
-# What the page needs beyond the locks, and the words of its commands and blocks that go without it.
+# Packages that the locks leave out, by the word that marks the commands and blocks of the page that need them.
 EXTRAS = {"onnx": ("onnxruntime", "onnxscript"), "transformers": ("transformers",), "parquet": ("pyarrow",)}
 pytestmark = pytest.mark.slow
 MISSING = [name for name, packages in EXTRAS.items() if not all(map(find_spec, packages))]

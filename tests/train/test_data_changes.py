@@ -164,7 +164,8 @@ def test_one_label_for_all_images_gives_no_accuracies_and_train_and_evaluate_say
     printed = capsys.readouterr()
     assert printed.err.count(why) == 1
     assert "| placement |" in printed.out
-    assert "k-NN" not in printed.out and "| knn |" not in printed.out
+    assert "k-NN" not in printed.out
+    assert "| knn |" not in printed.out
 
 
 def test_baselines_of_an_old_val_are_measured_again_at_the_initialisation(

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.lock import exclusive
-from pipeline.shards.index import UNLABELLED, open_index, save_index
+from tests.conftest import without_labels
 from train.checkpoint import verify_checkpoint
 from train.config.load import load_config
 from train.output.log import MetricsLog
@@ -163,14 +163,9 @@ def test_the_branch_that_was_resumed_continues_and_nothing_starts_over_unasked(
 def test_images_without_labels_get_neighbours_and_rankme_and_no_accuracies(
     data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for split in ("train", "val"):
-        index = open_index(data_path / split)
-        samples = index.samples.copy()
-        samples["label"] = UNLABELLED
-        shutil.copytree(data_path / split, tmp_path / "bare" / split)
-        save_index(tmp_path / "bare" / split, list(index.shards), samples)
+    bare = without_labels(data_path, tmp_path / "bare")
     changes = ["training.max_steps=2", "logging.pictures=true"]
-    assert main(command(QUICKSTART, tmp_path / "bare", tmp_path, *changes)) == 0
+    assert main(command(QUICKSTART, bare, tmp_path, *changes)) == 0
     summary = json.loads((tmp_path / "quickstart" / "summary.json").read_text())
     assert (summary["knn"], summary["linear"], summary["validation_images"]) == (None, None, 24)
     assert summary["rankme"] > 1

@@ -52,7 +52,7 @@ COLUMNS = {
     "cosine to the start": "cosine", "CPU s": "cpu_s", "share": "share",
 }  # fmt: skip
 Row = dict[str, str]
-# What could choose one of a training's mixtures, which are in the order of their shares.
+# Rules that choose one mixture of a training; its mixtures are sorted by share.
 CHOSEN = "k-NN among the training images, two standard errors above the start, as shipped"
 CHOICES: dict[str, Callable[[Sequence[Row]], Row]] = {
     CHOSEN: lambda rows: next((row for row in rows if float(row["chosen"] or 0)), rows[-1]),

@@ -17,7 +17,7 @@ REFUSED_ARGUMENTS = {
 def broken_rules(config: Config) -> Iterator[Problem]:
     """Yield what is wrong between the keys of a config whose values are valid one by one.
 
-    What one object of the run refuses by itself, such as a crop size that its patches do not divide, is not repeated here.
+    Objects of the run refuse some values by themselves, such as a crop size that its patches do not divide: not repeated here.
     """
     model, loss, strategy = config.model, config.loss, config.masking.strategy
     for name in sorted(REFUSED_ARGUMENTS.keys() & model.encoder_kwargs.keys()):

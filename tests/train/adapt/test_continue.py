@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from model.losses import anchor_loss
-from pipeline.shards.index import UNLABELLED, open_index, save_index
+from tests.conftest import without_labels
 from tests.train.test_run import QUICKSTART, ROOT, command
 from tools.export import main as export
 from train.adapt.mix import SHARES, best_share, described, mixed, uniformity
@@ -192,12 +192,7 @@ def test_prove_is_refused_where_nothing_can_be_compared(
 ) -> None:
     assert train([*command(QUICKSTART, data_path, tmp_path), "--prove"]) == 2
     assert "model.weights is not set" in capsys.readouterr().err
-    for split in ("train", "val"):
-        index = open_index(data_path / split)
-        samples = index.samples.copy()
-        samples["label"] = UNLABELLED
-        shutil.copytree(data_path / split, tmp_path / "bare" / split)
-        save_index(tmp_path / "bare" / split, list(index.shards), samples)
-    assert train([*command(CONTINUE, tmp_path / "bare", tmp_path, f"model.weights={first}"), "--prove"]) == 2
+    bare = without_labels(data_path, tmp_path / "bare")
+    assert train([*command(CONTINUE, bare, tmp_path, f"model.weights={first}"), "--prove"]) == 2
     assert "samples without labels" in capsys.readouterr().err
     assert not (tmp_path / "continued-seed0").exists()
