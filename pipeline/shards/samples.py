@@ -7,10 +7,10 @@ import struct
 import warnings
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -36,31 +36,27 @@ ORPHANS, STRAYS = "cls members without an image", "json members without an image
 IMAGE_PARTS = ("image", "img", "jpg", "rgb", "input", "photo")
 
 
-class LabelMembers:
-    """The `cls` and `json` members of one tar, of which only those with an image's name are read.
+class _Labels:
+    """The labels in the `cls` and `json` members of one tar, of which only those with an image's key are read.
 
     `refused`: what is no label in others, and where.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, members: Iterable[TarMember]) -> None:
+        self._path, self._labels, self.refused = path, dict[str, list[Label]](), list[str]()
         self._members: dict[str, dict[str, list[TarMember]]] = {"cls": {}, "json": {}}
-        self._labels: dict[str, list[Label]] = {}
-        self.refused: list[str] = []
-
-    def add(self, member: TarMember) -> None:
-        """Keep a `cls` or `json` member; others are passed over."""
-        key, extension = sample_key(member.name)
-        if extension in self._members:
-            self._members[extension].setdefault(key, []).append(member)
+        for member in members:
+            key, extension = sample_key(member.name)
+            if extension in self._members:
+                self._members[extension].setdefault(key, []).append(member)
 
     def of(self, key: str) -> list[Label]:
         """Return the labels with a key, those in `cls` before those in `json`; joined tars can have several of one name."""
-        kinds = [kind[key] for kind in self._members.values() if key in kind]
-        if kinds and key not in self._labels:
+        if key not in self._labels:
+            kinds = (kind.get(key, ()) for kind in self._members.values())
             found = ([label for member in kind if (label := self._read(member)) is not None] for kind in kinds)
             self._labels[key] = next(filter(None, found), [])
-        return self._labels.get(key, [])
+        return self._labels[key]
 
     def unused(self, extension: str) -> list[str]:
         """Return the names of the `cls` or `json` members that were never asked for: they belong to no image."""
@@ -101,61 +97,47 @@ def label_of(value: Any) -> Label:
     return int(number)
 
 
-class Matches(NamedTuple):
-    """`labels`: of each image, None where it has none. `parts`: the images that are a further part of another one's sample.
-
-    `left_out`: the names of what was left out, by kind.
-    """
-
-    labels: list[Label | None]
-    parts: set[int]
-    left_out: dict[str, list[str]]
-
-
 def describe_left_out(names: dict[str, list[str]]) -> str:
     """Return one line on what `match_labels` left out, "" for nothing."""
     kinds = [f"{kind} ({len(some):,}, such as {some[0]})" for kind, some in names.items() if some]
     return f"left out: {', '.join(kinds)}" if kinds else ""
 
 
-def match_labels(images: Sequence[str], members: LabelMembers, path: Path) -> Matches:
-    """Find each image's label by its name: `k.cls` belongs to `k.jpg`, else to `k.image.jpg` or any other `k.*.jpg`.
+def match_labels(
+    path: Path, images: Sequence[TarMember], members: Iterable[TarMember]
+) -> tuple[list[tuple[TarMember, Label]], dict[str, list[str]]]:
+    """Return the image and the label, UNLABELLED for none, of each sample; and the names of what is left out, by kind.
 
-    Where `k.jpg` and `k.seg.png` share a label, the second is a part of the first one's sample. Raises ValueError where it
-    is not clear which image is meant, and where one name has several labels.
+    A label is found by its image's name: `k.cls` belongs to `k.jpg`, else to `k.image.jpg` or any other `k.*.jpg`. Where `k.jpg`
+    and `k.seg.png` share a label, the second is a part of the first one's sample. Raises ValueError where it is not clear which
+    image is meant, and where one name has several labels.
     """
-    assigned: list[Label | None] = [None] * len(images)
+    labels, assigned, parts = _Labels(path, members), dict[int, Label](), set[int]()
     groups: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))  # the images of a key, by name
-    for number, name in enumerate(images):
-        if owner := _owner(sample_key(name)[0], members):
-            groups[owner][name].append(number)
-    parts = set[int]()
+    for number, image in enumerate(images):
+        key = sample_key(image.name)[0]
+        while key and not labels.of(key):  # the longest of `a/b.c.d`, `a/b.c`, `a/b` that is the key of a label
+            shorter = sample_key(key)[0]
+            key = "" if shorter == key or shorter.endswith("/") else shorter
+        if key:
+            groups[key][image.name].append(number)
     for key, names in groups.items():
         chosen = _image_of(key, list(names), path)
         parts |= {number for name, numbers in names.items() if name != chosen for number in numbers}
-        numbers, values = names[chosen], members.of(key)
+        numbers, values = names[chosen], labels.of(key)
         if len(values) != len(numbers):
             if len(set(values)) > 1:
                 many = f"{len(values)} labels for {len(numbers)} images"
                 raise ValueError(f"{path}: {many} with the key {key!r}: remove some")
             values = values[:1] * len(numbers)
-        for number, value in zip(numbers, values, strict=True):
-            assigned[number] = value
+        assigned |= zip(numbers, values, strict=True)
     left_out = {
-        "further images of samples": [images[number] for number in sorted(parts)],
-        ORPHANS: members.unused("cls"),
-        STRAYS: members.unused("json"),
-        "what is not one number or one name": members.refused,
+        "further images of samples": [images[number].name for number in sorted(parts)],
+        ORPHANS: labels.unused("cls"),
+        STRAYS: labels.unused("json"),
+        "what is not one number or one name": labels.refused,
     }
-    return Matches(assigned, parts, left_out)
-
-
-def _owner(key: str, members: LabelMembers) -> str:
-    """Return the longest of `a/b.c.d`, `a/b.c`, `a/b` that is the key of a label, or ""."""
-    while key and not members.of(key):
-        shorter = sample_key(key)[0]
-        key = "" if shorter == key or shorter.endswith("/") else shorter
-    return key
+    return [(image, assigned.get(n, UNLABELLED)) for n, image in enumerate(images) if n not in parts], left_out
 
 
 def _image_of(key: str, names: list[str], path: Path) -> str:
@@ -175,18 +157,10 @@ def scan_shard(path: Path, shard: int) -> np.ndarray:
     The images are the members whose extension is jpg, jpeg or png in any case, hidden ones left out; their labels are those of
     `match_labels`, or UNLABELLED. Members of one sample need not be adjacent. Raises ValueError for a tar without images.
     """
-    images: list[TarMember] = []
-    members, others = LabelMembers(path), Counter[str]()
-    for member in tar_members(path):
-        extension = sample_key(member.name)[1]
-        if is_hidden(member.name):
-            continue
-        if extension in IMAGE_EXTENSIONS:
-            images.append(member)
-        else:
-            members.add(member)
-            others[f".{extension}"] += extension in CONVERTIBLE
-    left = ", ".join(f"{count:,} {extension}" for extension, count in others.most_common() if count)
+    members = [member for member in tar_members(path) if not is_hidden(member.name)]
+    images = [member for member in members if sample_key(member.name)[1] in IMAGE_EXTENSIONS]
+    others = Counter(extension for member in members if (extension := sample_key(member.name)[1]) in CONVERTIBLE)
+    left = ", ".join(f"{count:,} .{extension}" for extension, count in others.most_common())
     advice = f"`python tools/make_shards.py convert {path.parent} --out SHARDS` reads them too"
     if not images:
         what = f"{left} images and no jpg, jpeg or png: {advice}" if left else "no jpg, jpeg or png: not a WebDataset of images"
@@ -196,28 +170,26 @@ def scan_shard(path: Path, shard: int) -> np.ndarray:
     if below := folder_of_images([member.name for member in images]):
         num_all, images = len(images), [member for member in images if member.name.startswith(below)]
         warn_once(f"{path}: {num_all - len(images):,} images next to {below}, such as masks, are left out")
-    names = [member.name for member in images]
-    labels, parts, left_out = match_labels(names, members, path)
+    samples, left_out = match_labels(path, images, members)
     if note := describe_left_out(left_out):
         warn_once(f"{path}: {note}")
-    if name := next((label for label in labels if isinstance(label, str)), ""):
+    if name := next((label for _, label in samples if isinstance(label, str)), ""):
         warn_once(f"{path}: labels that are names ({name!r}, ...) are left out: `make_shards.py convert` numbers them")
-    rows = []
-    for number, (member, label) in enumerate(zip(images, labels, strict=True)):
-        if number not in parts:
-            width, height = _image_size(path, member)
-            stored = label if isinstance(label, int) else UNLABELLED
-            rows.append((shard, member.offset, member.size, stored, height, width))
+    rows = [
+        (shard, image.offset, image.size, label if isinstance(label, int) else UNLABELLED, *_image_size(path, image))
+        for image, label in samples
+    ]
     return np.array(sorted(rows, key=itemgetter(1)), SAMPLE_DTYPE)  # hard links name earlier bytes
 
 
 def _image_size(path: Path, member: TarMember) -> tuple[int, int]:
-    """Return width and height. Reads the complete image only where its head does not tell."""
+    """Return height and width. Reads the complete image only where its head does not tell."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for num_bytes in (HEAD_BYTES, member.size):
             try:
-                return Image.open(io.BytesIO(read_bytes(path, member.offset, min(num_bytes, member.size)))).size
+                size = Image.open(io.BytesIO(read_bytes(path, member.offset, min(num_bytes, member.size)))).size
+                return size[1], size[0]
             except PILLOW_FAULTS as error:
                 reason = str(error)
     raise ValueError(f"{path}: {member.name} at byte {member.offset} is not an image ({reason})")

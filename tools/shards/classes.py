@@ -1,7 +1,7 @@
 """One class order for all splits of a data set: a split that is converted after another adopts the labels of the first."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,14 +28,16 @@ def class_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (int(name), name)) if are_integers(names) else sorted(names)
 
 
-def number_labels(labels: Sequence[Label]) -> tuple[list[int], tuple[str, ...]]:
+def number_labels(
+    labels: Sequence[Label], order: Callable[[Iterable[str]], list[str]] = class_order
+) -> tuple[list[int], tuple[str, ...]]:
     """Replace labels that are names by numbers in the order of the names; returns the names too, () where there are none.
 
     Where some labels are names, numbers are names too.
     """
     if not any(isinstance(label, str) for label in labels):
         return [int(label) for label in labels], ()
-    names = class_order({str(label) for label in labels if label != UNLABELLED})
+    names = order({str(label) for label in labels if label != UNLABELLED})
     number_of = {name: number for number, name in enumerate(names)}
     return [UNLABELLED if label == UNLABELLED else number_of[str(label)] for label in labels], tuple(names)
 

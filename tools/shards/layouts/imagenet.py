@@ -4,6 +4,7 @@ The original train archive is a tar of class tars, which `tars` reads.
 """
 
 import re
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +21,7 @@ def are_wnids(names: list[str]) -> bool:
     return bool(names) and all(map(WNID.fullmatch, names))
 
 
-def label_order(wnids: list[str]) -> list[str]:
+def label_order(wnids: Iterable[str]) -> list[str]:
     """Return the 1000 wnids in the order of Caffe and timm if they include all of `wnids`, else `wnids` sorted.
 
     A subset of ImageNet thus keeps the usual labels.

@@ -7,12 +7,13 @@ images; else there are none.
 
 from array import array
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.shards.index import UNLABELLED
-from pipeline.shards.manifest import read_manifest
-from pipeline.shards.samples import ORPHANS, Label, LabelMembers, describe_left_out, match_labels
+from pipeline.shards.manifest import Manifest, read_manifest
+from pipeline.shards.samples import ORPHANS, Label, describe_left_out, match_labels
 from pipeline.shards.side_folders import common_folder
 from pipeline.shards.tar import TarMember, is_hidden, sample_key, tar_kind, tar_members
 from pipeline.text import plural, truncate_list
@@ -104,67 +105,60 @@ def _list_tars(tars: list[Path]) -> Listing:
 
 def _list_members(listing: Listing, container: int, tar: Path, inner: TarMember | None = None) -> list[TarMember]:
     """Add the images and labels of a tar, or of the tar `inner` inside it; returns the tars in it."""
-    stem = sample_key(inner.name)[0] if inner else ""
-    start, stop = (inner.offset, inner.offset + inner.size) if inner else (0, None)
-    images: list[TarMember] = []
-    labels, tars = LabelMembers(tar), []
-    for member in tar_members(tar, start, stop):
-        if is_hidden(member.name):
-            listing.skipped[QUIET] += 1
-        elif sample_key(member.name)[1] == "tar":
+    stem, span = (sample_key(inner.name)[0], (inner.offset, inner.offset + inner.size)) if inner else ("", ())
+    members, images, tars = tar_members(tar, *span), list[TarMember](), list[TarMember]()
+    visible = [member for member in members if not is_hidden(member.name)]
+    listing.skipped[QUIET] += len(members) - len(visible)
+    for member in visible:
+        if sample_key(member.name)[1] == "tar":
             tars.append(member)
-        elif not is_image(member.name):
-            labels.add(member)
-            listing.skipped[file_kind(member.name)] += 1
-        else:
+        elif is_image(member.name):
             images.append(member)
-    matches = match_labels([member.name for member in images], labels, tar)
-    for kind, left_out in matches.left_out.items():
-        listing.left_out[kind] += left_out
-    for number, (member, label) in enumerate(zip(images, matches.labels, strict=True)):
-        if number not in matches.parts:
-            name = f"{stem}/{member.name}" if inner else member.name
-            listing.catalogue.add(container, member.offset, member.size, UNLABELLED, name)
-            listing.inner.append(stem)
-            listing.labels.append(UNLABELLED if label is None else label)
+        else:
+            listing.skipped[file_kind(member.name)] += 1
+    samples, left_out = match_labels(tar, images, visible)
+    for kind, names in left_out.items():
+        listing.left_out[kind] += names
+    for image, label in samples:
+        listing.catalogue.add(container, image.offset, image.size, UNLABELLED, f"{stem}/{image.name}" if inner else image.name)
+        listing.inner.append(stem)
+        listing.labels.append(label)
     return tars
 
 
 def _label_images(listing: Listing, tars: list[Path], name: str) -> tuple[str, tuple[str, ...], str]:
     """Label the images by the rule above; returns the name of the set, its classes, and a note on how that was done."""
-    where, total, num_unlabelled = str(tars[0]), len(listing.labels), listing.labels.count(UNLABELLED)
-    unlabelled = f"{plural(total, 'image')} without labels"
-    manifest = read_manifest(tars[0].parent)  # one of our own
-    own_name = manifest.name if manifest and manifest.name else name
+    where, names, known = str(tars[0]), listing.catalogue.names, tuple[str, ...]()
+    labels: Sequence[Label] = listing.labels
+    order: Callable[[Iterable[str]], list[str]] = class_order
+    total, num_unlabelled = len(labels), labels.count(UNLABELLED)
+    manifest = read_manifest(tars[0].parent) or Manifest()  # of shards of our own
+    stems = [stem.rpartition("/")[2] for stem in dict.fromkeys(filter(None, listing.inner))]
+    note = f"{plural(total, 'image')} without labels"
     if num_unlabelled < total:
-        labels, classes = number_labels(listing.labels)
-        listing.catalogue.label = array("i", labels)
         missing = f"; {num_unlabelled:,} of {total:,} images have none" if num_unlabelled else ""
         note = f"labels from cls or json members{missing}"
-        return (name, classes, note) if classes else (own_name, tuple(manifest.classes) if manifest else (), note)
-    if listing.left_out[ORPHANS]:
-        return name, (), unlabelled
-    stems = [stem.rpartition("/")[2] for stem in dict.fromkeys(filter(None, listing.inner))]
-    if len(stems) > 1 or are_wnids(stems):
-        return "imagenet" if are_wnids(stems) else name, *_label_by_inner_tar(listing, stems, where)
-    names = listing.catalogue.names
-    folders, why = class_folders(names, common_folder(names), where)
-    if folders:
-        labels, classes = number_labels(folders)
-        listing.catalogue.label = array("i", labels)
-        return name, classes, f"{len(classes):,} classes named by the folders in it: {truncate_list(classes)}"
-    note = unlabelled + why
-    if len(tars) > 1 and not all(tar.stem[-1:].isdigit() for tar in tars):
-        note += "; if each tar is a class, run `tar -cf all.tar *.tar` and convert all.tar"
-    return own_name, (), note
-
-
-def _label_by_inner_tar(listing: Listing, stems: list[str], where: str) -> tuple[tuple[str, ...], str]:
-    """Label the images by the tar that they lie in; returns the classes and a note."""
-    check_class_names(stems, where)
-    classes = label_order(stems) if are_wnids(stems) else class_order(stems)
-    labels = {stem: label for label, stem in enumerate(classes)}
-    listing.catalogue.label = array("i", (labels.get(stem.rpartition("/")[2], UNLABELLED) for stem in listing.inner))
-    num_loose = listing.catalogue.label.count(UNLABELLED)
-    note = f"{len(stems):,} classes named by the tars in it: {truncate_list(sorted(stems))}"
-    return tuple(classes), note + (f"; {num_loose:,} images next to those have no label" if num_loose else "")
+        if not any(isinstance(label, str) for label in labels):
+            name, known = manifest.name or name, manifest.classes
+    elif listing.left_out[ORPHANS]:
+        pass  # labels are meant, and not the names of tars or folders
+    elif len(stems) > 1 or are_wnids(stems):
+        check_class_names(stems, where)
+        if are_wnids(stems):
+            name, order = "imagenet", label_order
+        labels = [stem.rpartition("/")[2] or UNLABELLED for stem in listing.inner]
+        note = f"{len(stems):,} classes named by the tars in it: {truncate_list(sorted(stems))}"
+        if num_loose := labels.count(UNLABELLED):
+            note += f"; {num_loose:,} images next to those have no label"
+    else:
+        folders, why = class_folders(names, common_folder(names), where)
+        if folders:
+            labels, classes = folders, class_order(set(folders))
+            note = f"{len(classes):,} classes named by the folders in it: {truncate_list(classes)}"
+        else:
+            name, note = manifest.name or name, note + why
+            if len(tars) > 1 and not all(tar.stem[-1:].isdigit() for tar in tars):
+                note += "; if each tar is a class, run `tar -cf all.tar *.tar` and convert all.tar"
+    numbers, found = number_labels(labels, order)
+    listing.catalogue.label = array("i", numbers)
+    return name, found or known, note
