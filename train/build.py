@@ -13,6 +13,7 @@ from model.predictor import Predictor
 from model.teacher import StudentTeacher
 from pipeline.crops.augment import Augmentation, ViewRecipe
 from pipeline.crops.device import DeviceError, choose_crop_device
+from pipeline.crops.graph import CROP_DEVICES
 from pipeline.dataset import (
     MultiCropDataset,
     build_multicrop_dataset,
@@ -86,20 +87,24 @@ def build_training_loader(
     return loader
 
 
-def with_crop_device(config: Config, ranks: Ranks = SINGLE_PROCESS) -> Config:
-    """Return `config` with data.crop_device decided for a GPU run: if it is auto, gpu where that works on every rank.
+def with_crop_device(config: Config, ranks: Ranks = SINGLE_PROCESS, kept: str | None = None) -> Config:
+    """Return `config` with data.crop_device decided for a GPU run: if it is auto, `kept`, or the best that works on every rank.
 
-    Raises DeviceError if gpu is asked for and does not work on this rank.
+    `kept`: where the run that continues has made its crops; any other way makes other pixels. Raises DeviceError if that, or
+    what is asked for, is the kernel, and it does not work on this rank.
     """
-    asked = config.data.crop_device
-    if resolve_device(config.device) != "gpu" or asked == "cpu":
+    if resolve_device(config.device) != "gpu":
         return config
-    mine, reason = choose_crop_device(tuple(crop_sizes(config)), ranks.local_rank)
-    if asked == "gpu" and reason:
-        raise DeviceError(f"data.crop_device: gpu: {reason}. data.crop_device=cpu works, with slightly other pixels")
-    if reason:
-        log.warning(reason)
-    chosen = "gpu" if ranks.all(mine == "gpu") else "cpu"
+    chosen = kept if config.data.crop_device == "auto" else config.data.crop_device
+    if chosen not in ("dali", "cpu"):
+        mine, reason = choose_crop_device(tuple(crop_sizes(config)), ranks.local_rank)
+        if chosen == "gpu" and reason:
+            raise DeviceError(f"data.crop_device: gpu: {reason}. data.crop_device={mine} works, with slightly other pixels")
+        if reason:
+            log.warning(reason)
+        # The list begins with the best, so the first entry that no rank falls behind is the best for all.
+        rungs = range(len(CROP_DEVICES))
+        chosen = CROP_DEVICES[next(rung for rung in rungs if ranks.all(CROP_DEVICES.index(mine) <= rung))]
     return config.model_copy(update={"data": config.data.model_copy(update={"crop_device": chosen})})
 
 

@@ -4,14 +4,14 @@ import logging
 import math
 from dataclasses import dataclass
 from itertools import islice
-from typing import cast
+from typing import Any, cast
 
 import torch
 
 from model.hjepa import HJEPA
 from model.losses import BatchStandardize
 from model.masks import MaskPlan
-from pipeline.dataset import CropBatch, MultiCropDataset, Normalization
+from pipeline.dataset import CropBatch, MultiCropDataset, Normalization, resolve_device
 from pipeline.text import Every, printable
 from train.build import amp_enabled
 from train.checkpoint import checkpoint_step, is_sound, list_checkpoints, read_state
@@ -68,7 +68,10 @@ def replay_step(config: Config, step: int, *, with_losses: bool, exact: bool = F
     if world_size is None:
         run = read_state(checkpoints[-1]).get("run", {}) if checkpoints else {}
         world_size = max(1, round(run.get("images", 0) / max(run.get("step", 1), 1) / (batch_size * parts)))
-    data = config.data.model_copy(update={"batch_size": batch_size * world_size})
+    changes: dict[str, Any] = {"batch_size": batch_size * world_size}
+    if resolve_device(config.device) == "cpu":
+        changes["crop_device"] = "auto"  # the run may have made its crops on a GPU
+    data = config.data.model_copy(update=changes)
     training = config.training.model_copy(update={"compile": False})
     model = config.model if with_losses else config.model.model_copy(update={"weights": None})
     trainer = Trainer(config.model_copy(update={"data": data, "training": training, "model": model}))

@@ -32,7 +32,7 @@ from train.config.schema import Config
 from train.distributed import SINGLE_PROCESS, Ranks, Watchdog, no_sync_if, replicated
 from train.monitor import StepMonitor
 from train.optim import build_optimizer
-from train.output.folder import run_folder
+from train.output.folder import kept_crop_device, run_folder
 from train.state import RunState
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Trainer:
         self, config: Config, ranks: Ranks = SINGLE_PROCESS, *, model: StudentTeacher | None = None,
         loss_fn: LossFunction | None = None, quarantine: Path | None = None,
     ) -> None:  # fmt: skip
-        config = with_crop_device(config, ranks)
+        config = with_crop_device(config, ranks, kept_crop_device(config))
         self.config, self.ranks, self.device = config, ranks, ranks.device(resolve_device(config.device))
         training, self.folder = config.training, run_folder(config)
         self.dataset = build_dataset(config)

@@ -4,7 +4,7 @@ Parameters are drawn by position in the epoch, so they never depend on the batch
 
 To add an operation: its settings in `Augmentation` (with their keys in `train/config/schema.py`) and in `ViewRecipe`, its
 parameters in PARAMETERS and `_draw_views`, and one step each in `cpu_operator.make_crop` and in `fused.fill_rows` with
-`kernel.cu`, whose bytes must be the same.
+`kernel.cu`, whose bytes must be the same, and in `graph._dali_crop`, which must agree to within rounding.
 """
 
 import math

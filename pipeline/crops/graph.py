@@ -2,7 +2,8 @@
 
 On the CPU one compiled operator makes all crops of the decoded image (`pipeline/crops/cpu_operator.py`), and DALI uploads them if
 the model trains on a GPU. On the GPU the graph only decodes, and a kernel with the operator's arithmetic makes the crops
-(`pipeline/crops/fused.py`).
+(`pipeline/crops/fused.py`). Where that kernel does not work, each crop is a chain of DALI's own operators, which agrees to within
+rounding; the chain also runs on the CPU, so that a test compares them.
 """
 
 import gc
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 
+from pipeline.crops import augment
 from pipeline.crops.augment import ViewRecipe
 from pipeline.crops.device import as_device_error
 from pipeline.defaults import PREFETCH
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from nvidia.dali.types import DataNode
 
 DEVICES: tuple[Literal["gpu", "cpu"], ...] = ("gpu", "cpu")
+CROP_DEVICES: tuple[Literal["gpu", "dali", "cpu"], ...] = ("gpu", "dali", "cpu")  # the best first
+SOLARIZE_TABLE = [value if value < augment.SOLARIZE_THRESHOLD else 255 - value for value in range(256)]
 
 # A pipeline shuts down by joining its threads, and a fork copies none: a child that collects an inherited one would wait forever.
 os.register_at_fork(after_in_child=gc.freeze)
@@ -36,8 +40,8 @@ class ReaderOptions:
     """How a graph reads and where it runs. None of this changes a crop by more than rounding.
 
     `device`: where the crops end up, `cpu`, or `gpu` number `device_id`. `crop_device`: where images are decoded and crops made:
-    on the `gpu` by our kernel, or on the `cpu` by the compiled operator, from where device gpu uploads them. `num_threads`: CPU
-    threads of DALI. `prefetch`: batches prefetched.
+    on the `gpu` by our kernel, on the device by `dali`'s operators, or on the `cpu` by the compiled operator, from where device
+    gpu uploads them. `num_threads`: CPU threads of DALI. `prefetch`: batches prefetched.
 
     Raises ValueError for crops made on the GPU and used on the CPU.
     """
@@ -55,7 +59,7 @@ class ReaderOptions:
     @property
     def decoder(self) -> str:
         """Where images are decoded, as DALI names it."""
-        return self.numbered(self.crop_device)
+        return "cpu" if self.crop_device == "cpu" else self.numbered(self.device)
 
     @property
     def torch_device(self) -> torch.device:
@@ -63,10 +67,10 @@ class ReaderOptions:
 
     def __post_init__(self) -> None:
         asked = (self.device, self.crop_device)
-        if not set(asked) <= set(DEVICES) or asked == ("cpu", "gpu"):
+        if self.device not in DEVICES or self.crop_device not in CROP_DEVICES or asked == ("cpu", "gpu"):
             raise ValueError(
-                f"device {self.device}, crop_device {self.crop_device}: allowed are {' and '.join(DEVICES)}; "
-                "crop_device gpu needs device gpu"
+                f"device {self.device}, crop_device {self.crop_device}: allowed are device {' and '.join(DEVICES)}, crop_device "
+                f"{', '.join(CROP_DEVICES)}; crop_device gpu needs device gpu"
             )
 
 
@@ -87,21 +91,28 @@ def define_graph(
     spread of each channel.
     """
 
-    @pipeline_def
+    on_gpu = reader.decoder != "cpu"
+
+    @pipeline_def(enable_conditionals=True)
     def graph() -> tuple:
         # A file that is truncated while it is mapped kills the process.
         reading: dict[str, Any] = {"ext": [IMAGE], "missing_component_behavior": "error", "dont_use_mmap": True}
         encoded = fn.readers.webdataset(paths=tars, index_paths=dali_indices, **reading)
         # make_shards applies the EXIF orientation; boxes are drawn for the stored height and width.
         # A CPU upsamples chroma smoothly by default, and a GPU does not.
-        device = "mixed" if reader.crop_device == "gpu" else "cpu"
         decoding: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False, "jpeg_fancy_upsampling": True}
-        image = fn.decoders.image(parsed(encoded), device=device, **decoding)
+        image = fn.decoders.image(parsed(encoded), device="mixed" if on_gpu else "cpu", **decoding)
         values = fn.external_source(source=source, dtype=types.FLOAT, ndim=2)
         if reader.crop_device == "gpu":
             return image, values
-        crops = _compiled_crops(image, values, recipes, scaling)
-        return tuple(crop.gpu() for crop in crops) if reader.device == "gpu" else tuple(crops)
+        if reader.crop_device == "cpu":
+            crops = _compiled_crops(image, values, recipes, scaling)
+            return tuple(crop.gpu() for crop in crops) if reader.device == "gpu" else tuple(crops)
+        # Contrast adds this for each unit of a channel's mean. Uploaded here, once: DALI waits for every upload.
+        weights = types.Constant(np.array(augment.GRAY_WEIGHTS, np.float32))
+        shares = weights * (1 - values[:, augment.CONTRAST : augment.SATURATION])
+        shares = shares.gpu() if on_gpu else shares
+        return tuple(_dali_crop(image, values[v], shares[v], recipe) for v, recipe in enumerate(recipes))
 
     return graph(
         batch_size=batch_size,
@@ -140,3 +151,35 @@ def _compiled_crops(
     if not is_loaded:
         gc.collect()  # the compiler leaves cycles that refer to this call's frames, and would keep the graph alive
     return make_crops(image, values, [recipe.size for recipe in recipes], scaling)
+
+
+def _dali_crop(image: "DataNode", drawn: "DataNode", shares: "DataNode", recipe: ViewRecipe) -> "DataNode":
+    """Make one crop of the decoded image with DALI's operators, by its parameters `[P]` and `shares` `[3]` of `_dali_twist`.
+
+    A conditional costs less than an identity pass over the pixels, and the graph holds none for what a recipe never does.
+    """
+    box = {"roi_start": drawn[augment.Y0 : augment.Y1], "roi_end": drawn[augment.Y1 : augment.FLIP]}
+    crop = fn.resize(image, size=(recipe.size, recipe.size), interp_type=types.INTERP_LINEAR, antialias=True, **box)
+    if recipe.jitter_prob > 0 or recipe.gray_prob > 0:
+        if drawn[augment.TWIST] > 0:
+            crop = _dali_twist(crop, drawn, shares)
+    if recipe.blur_prob > 0:
+        if drawn[augment.SIGMA] > 0:
+            crop = fn.gaussian_blur(crop, sigma=drawn[augment.SIGMA])
+    if recipe.solarize_prob > 0:
+        if drawn[augment.SOLARIZE] > 0:
+            crop = fn.lookup_table(crop, keys=list(range(256)), values=SOLARIZE_TABLE, dtype=types.UINT8)
+    flip = fn.cast(drawn[augment.FLIP], dtype=types.INT32)
+    return fn.crop_mirror_normalize(crop, dtype=types.UINT8, output_layout="CHW", mirror=flip)
+
+
+def _dali_twist(crop: "DataNode", drawn: "DataNode", shares: "DataNode") -> "DataNode":
+    """Change brightness, contrast around the mean gray of the (clipped) result, saturation and hue, as torchvision does."""
+    crop = fn.brightness_contrast(crop, brightness=drawn[augment.BRIGHTNESS])
+    # Named arguments must be on the CPU, so the pivot, which is computed on the device, is added: the channels' means times
+    # `shares`. GPU color_space_conversion would launch one kernel for each sample.
+    pivot = fn.reductions.sum(fn.reductions.mean(crop, axes=(0, 1)) * shares)
+    contrast = drawn[augment.CONTRAST]
+    crop = fn.brightness_contrast(crop, contrast=contrast, contrast_center=0.0, dtype=types.FLOAT) + pivot
+    crop = fn.cast(crop, dtype=types.UINT8)  # saturates
+    return fn.color_twist(crop, saturation=drawn[augment.SATURATION], hue=drawn[augment.HUE])

@@ -14,7 +14,7 @@ from pipeline.loader import MultiCropLoader
 
 DEVICES = [pytest.param("gpu", marks=pytest.mark.gpu), pytest.param("cpu", marks=pytest.mark.slow)]
 on_each_device = pytest.mark.parametrize("device", DEVICES)
-on_each_crop_device = pytest.mark.parametrize("crop_device", ["gpu", "cpu"])
+on_each_crop_device = pytest.mark.parametrize("crop_device", ["gpu", "dali", "cpu"])
 BATCH, WINDOW_BATCHES = 8, 3
 
 

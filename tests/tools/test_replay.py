@@ -43,7 +43,9 @@ def test_a_step_taken_again_has_the_logged_losses_and_those_of_its_images_add_up
 
 
 def test_with_older_weights_and_as_if_on_other_ranks_a_step_has_the_same_images_and_masks(run: Path) -> None:
-    config, halves = (load_config(run / "config.yaml", changes) for changes in ([], ["data.batch_size=2"]))
+    config, halves = (
+        load_config(run / "config.yaml", changes) for changes in ([], ["data.batch_size=2", "data.crop_device=gpu"])
+    )
     exact, near = (replay_step(config, 14, with_losses=True, exact=exact) for exact in (True, False))
     shared, drawn = replay_step(halves, 14, with_losses=True), replay_step(config, 14, with_losses=False)
     assert near.weights_step == 12

@@ -1,4 +1,5 @@
 import os
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ from pipeline.crops.device import DeviceError
 from tests.train.test_run import QUICKSTART, command
 from train import build
 from train.config.load import load_config
+from train.distributed import Ranks
 from train.optim import Schedule
+from train.output.folder import kept_crop_device
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,11 +35,49 @@ def test_evaluation_decodes_on_the_cpu_where_the_gpu_cannot(data_path: Path, cap
     )
     assert build.with_crop_device(config).data.crop_device == "cpu"
     assert "crops are made on the cpu, not on the gpu" in caplog.text
-    wanted = config.model_copy(update={"data": config.data.model_copy(update={"crop_device": "cpu"})})
-    assert build.with_crop_device(wanted) == wanted
+    for crop_device in ("dali", "cpu"):
+        wanted = config.model_copy(update={"data": config.data.model_copy(update={"crop_device": crop_device})})
+        assert build.with_crop_device(wanted) == wanted
+        assert build.with_crop_device(config, kept=crop_device) == wanted
     wanted = config.model_copy(update={"data": config.data.model_copy(update={"crop_device": "gpu"})})
-    with pytest.raises(DeviceError, match=r"^data.crop_device: gpu: crops are made on the cpu.*data.crop_device=cpu works"):
-        build.with_crop_device(wanted)
+    for asked, kept in ((wanted, None), (wanted, "cpu"), (config, "gpu")):
+        with pytest.raises(DeviceError, match=r"^data.crop_device: gpu: crops are made on the cpu.*data.crop_device=cpu works"):
+            build.with_crop_device(asked, kept=kept)
+
+
+def test_all_ranks_make_crops_where_each_of_them_can(data_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = [f"data.data_path={data_path}", "data.dataset=custom", "device=gpu"]
+    config, order = load_config(QUICKSTART, settings), ("gpu", "dali", "cpu")
+
+    class TwoRanks(Ranks):
+        """This rank, and another one that can do `other`."""
+
+        def all(self, flag: bool) -> bool:
+            asked.append(flag)
+            return flag and order.index(other) < len(asked)
+
+    for mine, other in product(order, order):
+        asked: list[bool] = []
+        monkeypatch.setattr(build, "choose_crop_device", lambda *_, mine=mine: (mine, ""))
+        assert build.with_crop_device(config, TwoRanks()).data.crop_device == max(mine, other, key=order.index)
+
+
+def test_a_run_that_goes_on_keeps_its_way_to_make_crops(data_path: Path, tmp_path: Path) -> None:
+    path, *settings = command(QUICKSTART, data_path, tmp_path)
+
+    def kept(*changes: str) -> str | None:
+        return kept_crop_device(load_config(Path(path), [*settings, *changes]))
+
+    assert kept() is None
+    run = tmp_path / "quickstart"
+    (run / "checkpoints").mkdir(parents=True)
+    assert kept() is None
+    for written, expected in (("dali", "dali"), ("gpu", "gpu"), ("auto", "cpu")):
+        (run / "config.yaml").write_text(f"data: {{crop_device: {written}}}\n")
+        assert kept() == kept("data.crop_device=auto") == expected
+        assert kept("checkpoint.resume=none") is None
+        assert kept("logging.run_name=other") is None
+        assert kept("logging.run_name=other", f"checkpoint.resume={run}/checkpoints/step_00000001") == expected
 
 
 def test_without_prediction_there_is_no_predictor_and_every_trained_weight_has_a_gradient(data_path: Path) -> None:

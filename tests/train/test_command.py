@@ -60,7 +60,7 @@ def test_a_dry_run_under_torchrun_uses_the_gpu_of_its_rank(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("crop_device", ["auto", "gpu", "cpu"])
+@pytest.mark.parametrize("crop_device", ["auto", "gpu", "dali", "cpu"])
 def test_a_dry_run_on_a_gpu_that_is_not_there_is_one_line(
     crop_device: str, data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,7 @@ from train.run import main
 
 DEVICES = [pytest.param("gpu", marks=pytest.mark.gpu), pytest.param("cpu", marks=pytest.mark.slow)]
 on_each_device = pytest.mark.parametrize("device", DEVICES)
-on_each_crop_device = pytest.mark.parametrize("crop_device", ["gpu", "cpu"])
+on_each_crop_device = pytest.mark.parametrize("crop_device", ["gpu", "dali", "cpu"])
 STEPS = 20
 READER = ("data.num_workers=2",)
 
@@ -37,7 +37,7 @@ def lines_of(run: Path) -> list[dict[str, float]]:
 
 
 @on_each_device
-@pytest.mark.parametrize("crop_device", ["auto", "cpu"])
+@pytest.mark.parametrize("crop_device", ["auto", "dali", "cpu"])
 def test_twenty_steps_train_evaluate_and_report(device: str, crop_device: str, data_path: Path, tmp_path: Path) -> None:
     changes = ("evaluation.eval_frequency=1", "logging.pictures=true")
     assert main(arguments(device, crop_device, data_path, tmp_path, *changes)) == 0

@@ -123,7 +123,7 @@ def plan(device: str) -> list[Planned]:
     (small, encoder), *others = ("ViT-S", ENCODERS["small"]), ("ViT-B", "vit_base_patch16_dinov3")
     if is_cpu:
         small, encoder, others = "ViT-T", ENCODERS["tiny"], []
-    ways = {"the kernel": "gpu", "CPU crops, uploaded": "cpu"}
+    ways = {"the kernel": "gpu", "DALI's graph": "dali", "CPU crops, uploaded": "cpu"}
     loaders: dict[str, Loader] = {"decode only": decode_only}
     loaders |= {name: partial(ours, normalized=False, crop_device="auto" if is_cpu else where) for name, where in ways.items()}
     trained = [(f"{small}, {way}", encoder, where) for way, where in ways.items()]

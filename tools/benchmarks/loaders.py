@@ -1,7 +1,7 @@
 """The loaders that `bench.py pipeline` compares: ours, parts of it, and torchvision."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,45 +32,19 @@ def ours(setup: LoaderSetup, **options: Any) -> Iterator[Sequence[torch.Tensor]]
             yield batch.crops
 
 
-def decode_only(setup: LoaderSetup, finish: Callable[["types.DataNode"], Any] = lambda image: image) -> Iterator[Sequence[Any]]:
-    """Yield the output of DALI's reader and decoder, with the options of our graph, and `finish` applied to each image."""
+def decode_only(setup: LoaderSetup) -> Iterator[Sequence[Any]]:
+    """Yield the output of DALI's reader and decoder, with the options of our graph and nothing after them."""
 
-    @pipeline_def(enable_conditionals=True)
-    def graph() -> Any:
+    @pipeline_def
+    def graph() -> "types.DataNode":
         encoded = fn.readers.webdataset(paths=sorted(map(str, setup.folder.glob("*.tar"))), ext=[EXTENSIONS], dont_use_mmap=True)
         options = {"output_type": types.RGB, "adjust_orientation": False, "jpeg_fancy_upsampling": True}
-        return finish(fn.decoders.image(parsed(encoded), device="mixed" if setup.device == "gpu" else "cpu", **options))
+        return fn.decoders.image(parsed(encoded), device="mixed" if setup.device == "gpu" else "cpu", **options)
 
     device_id = 0 if setup.device == "gpu" else None
     pipe = graph(batch_size=setup.batch_size, num_threads=setup.threads, device_id=device_id, prefetch_queue_depth=2, seed=1)
     while True:
         yield pipe.run()
-
-
-def dali_operators(setup: LoaderSetup) -> Iterator[Sequence[Any]]:
-    """Yield the default recipe's crops as one writes them in DALI: each by a chain of its operators and random numbers."""
-    dataset = build_multicrop_dataset("custom", setup.folder)
-    yield from decode_only(setup, lambda image: tuple(_dali_crop(image, recipe, dataset) for recipe in dataset.recipes))
-
-
-def _dali_crop(image: "types.DataNode", recipe: ViewRecipe, dataset: MultiCropDataset) -> "types.DataNode":
-    def around_one(strength: float) -> "types.DataNode":
-        return fn.random.uniform(range=(1 - strength, 1 + strength))
-
-    crop = fn.random_resized_crop(image, size=recipe.size, random_area=recipe.scale, random_aspect_ratio=recipe.ratio)
-    if fn.random.coin_flip(probability=recipe.jitter_prob, dtype=types.BOOL):
-        crop = fn.brightness_contrast(crop, brightness=around_one(recipe.brightness), contrast=around_one(recipe.contrast))
-        hue = fn.random.uniform(range=(-360 * recipe.hue, 360 * recipe.hue))
-        crop = fn.color_twist(crop, saturation=around_one(recipe.saturation), hue=hue)
-    if fn.random.coin_flip(probability=recipe.gray_prob, dtype=types.BOOL):
-        crop = fn.color_twist(crop, saturation=0.0)
-    if fn.random.coin_flip(probability=recipe.blur_prob, dtype=types.BOOL):
-        crop = fn.gaussian_blur(crop, sigma=fn.random.uniform(range=recipe.blur_sigma))
-    if fn.random.coin_flip(probability=recipe.solarize_prob, dtype=types.BOOL):
-        crop = fn.lookup_table(crop, keys=list(range(128, 256)), values=list(range(127, -1, -1)), dtype=types.UINT8)
-    mean, std = ([255 * value for value in values] for values in (dataset.mean, dataset.std))
-    mirror = fn.random.coin_flip(probability=recipe.flip_prob)
-    return fn.crop_mirror_normalize(crop, output_layout="CHW", mirror=mirror, mean=mean, std=std)
 
 
 def torchvision(setup: LoaderSetup) -> Iterator[Sequence[torch.Tensor]]:

@@ -82,7 +82,7 @@ class Data(Section):
     batch_size: PositiveInt = defaults.BATCH_SIZE
     num_workers: PositiveInt | Literal["auto"] = "auto"
     prefetch: PositiveInt = defaults.PREFETCH
-    crop_device: Literal["auto", "gpu", "cpu"] = "auto"
+    crop_device: Literal["auto", "gpu", "dali", "cpu"] = "auto"
     pin_memory: StrictBool = True
     max_bad_share: FractionBelowOne = defaults.MAX_BAD_SHARE
     use_multicrop: StrictBool = True

@@ -92,6 +92,16 @@ def check_run_folder(config: Config, data: str) -> None:
         log.info(f"{folder}: continues with other settings ({'; '.join(changes)})")
 
 
+def kept_crop_device(config: Config) -> str | None:
+    """Return where the run that this one continues has made its crops, by its settings; None for a new run."""
+    resume = config.checkpoint.resume
+    folder = run_folder(config) if resume in ("auto", "none") else Path(resume).resolve().parent.parent
+    if resume == "none" or not (folder / "checkpoints").exists() or not (folder / "config.yaml").exists():
+        return None
+    kept = flatten(read_settings(folder / "config.yaml")).get("data.crop_device")
+    return "cpu" if kept == "auto" else kept  # a run on the CPU keeps auto
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """Return the settings in `path`. Raises ValueError if it holds none."""
     try:

@@ -14,7 +14,7 @@ from train.config.load import load_config
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 OPERATIONS = ("jitter_prob", "gray_prob", "blur_prob", "solarize_prob")
-CROPPED_ON = {"gpu": {"mixed"}, "cpu": {"cpu"}}  # DALI's name for the decoder
+CROPPED_ON = {"gpu": {"mixed"}, "dali": {"mixed"}, "cpu": {"cpu"}}  # DALI's name for the decoder
 
 
 def nothing() -> np.ndarray:
@@ -56,10 +56,19 @@ def test_each_shipped_config_makes_a_legal_graph(config: Path, crop_device: str,
 ALL = ViewRecipe(32, (0.1, 1.0), jitter_prob=0.8, gray_prob=0.2, blur_prob=0.5, solarize_prob=0.5)
 
 
-def test_dali_uploads_no_small_arrays_for_the_kernel() -> None:
-    """It waits for its stream at every upload."""
-    inputs = [node for op in defined((ALL,) * 8, "gpu")._ops for node in op._inputs]
-    assert not any((node.device, node.source._op.device) == ("gpu", "cpu") for node in inputs)
+def test_no_operator_launches_a_kernel_for_each_sample() -> None:
+    """On a GPU color_space_conversion does."""
+    graph = defined((ALL,), "dali")
+    assert operators(graph, "BrightnessContrast") == ["gpu", "gpu"]
+    assert operators(graph, "ColorSpaceConversion") == []
+
+
+@pytest.mark.parametrize(("crop_device", "count"), [("gpu", 0), ("dali", 1)])
+def test_all_small_arrays_of_a_batch_are_uploaded_at_once(crop_device: str, count: int) -> None:
+    """DALI waits for its stream at every upload."""
+    graph = defined((ALL,) * 8, crop_device)
+    inputs = [node for op in graph._ops for node in op._inputs if (node.device, node.source._op.device) == ("gpu", "cpu")]
+    assert len({node.name for node in inputs}) == count
 
 
 @pytest.mark.parametrize("reader", [("cpu", "gpu"), ("gpu", "tpu"), ("cuda", "cpu")])

@@ -142,3 +142,24 @@ def test_normalised_crops_are_the_crops_normalised(index: ShardIndex) -> None:
     assert [crop.shape for crop in plain.crops] == [(16, 3, 33, 33)] + [(16, 3, 17, 17)] * 8
     for ours, crop in zip(scaled.crops, plain.crops, strict=True):
         assert torch.equal(ours, Normalization(IMAGENET_MEAN, IMAGENET_STD)(crop))
+
+
+FULL = ViewRecipe(
+    64, (0.1, 1.0), flip_prob=0.5, jitter_prob=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1,
+    gray_prob=0.2, blur_prob=0.5, solarize_prob=0.2,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_dalis_operators_make_the_same_crops(index: ShardIndex, device: str) -> None:
+    """The graph of the GPU, also run on the CPU: at most two grey levels apart on average, for every crop."""
+
+    def crops(device: str, crop_device: str) -> torch.Tensor:
+        dataset = MultiCropDataset(index, (FULL, FULL), IMAGENET_MEAN, IMAGENET_STD)
+        loader = build_multicrop_dataloader(dataset, 16, device=device, crop_device=crop_device, normalized=False)
+        return torch.cat([torch.stack(batch.crops, 1).cpu().float() for batch in loader])
+
+    difference = (crops(device, "dali") - crops("cpu", "cpu")).abs().mean(dim=(2, 3, 4))
+    assert len(difference) == 96
+    assert float(difference.max()) <= 2
+    assert float(difference.mean()) <= 0.7
