@@ -23,7 +23,7 @@ OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("gpu step", "device", "auto", "auto, cpu or gpu; `gpu --device cpu` is a rehearsal with small sizes."),
     ("gpu pipeline", "threads", CORES, "DALI threads, or worker processes of a DataLoader."),
     ("gpu", "minutes", float, "Time limit with the start. The default is 8, and 3 with --parts."),
-    ("gpu", "parts", str, "Run only these: parity, images/s, training, step, memory, compile."),
+    ("gpu", "parts", str, "Run only these: parity, images/s, training, step, memory, save, compile."),
     ("pipeline", "rows", str, "Run only these: ours, torchvision, dali-operators, decode-only."),
     ("pipeline", "images", 256, "Images per row and round."),
     ("pipeline", "batch", 32, "Images per batch."),

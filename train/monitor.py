@@ -49,7 +49,7 @@ class StepMonitor:
         for losses in parts:
             features = losses.pop("features", None)
             if features is not None and sum(map(len, self._features)) < MAX_FEATURES:
-                self._features.append(features)
+                self._features.append(features.clone())  # CUDA graphs write the next step's over it
         means = {name: sum(losses[name].detach() for losses in parts) / len(parts) for name in parts[0]}
         for name, value in {**means, "grad_norm": grad_norm}.items():
             kept = torch.where(skip > 0, 0.0, value)

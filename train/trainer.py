@@ -26,7 +26,7 @@ from train.build import (
     build_training_loader,
     with_crop_device,
 )
-from train.checkpoint import Snapshot, load_checkpoint, take_snapshot
+from train.checkpoint import Snapshot, Snapshots, load_checkpoint
 from train.command import StopSignal
 from train.config.schema import Config
 from train.distributed import SINGLE_PROCESS, Ranks, Watchdog, no_sync_if, replicated
@@ -89,9 +89,11 @@ class Trainer:
         self.schedule = build_schedule(config, len(self.loader))
         self.steps_per_epoch = len(self.loader) // training.accumulation_steps
         if training.compile:
-            self.model.compile(dynamic=False)  # in place: the parameters keep their names
+            mode = "reduce-overhead" if training.compile == "cudagraphs" else None
+            self.model.compile(dynamic=False, mode=mode)  # in place: the parameters keep their names
         settings = (training.weight_decay, training.betas, training.optimizer, training.layer_decay)
         self.optimizer = build_optimizer(self.model, *settings)
+        self._snapshots = Snapshots(self.model, self.optimizer)
         self._loss_fn, self._replica = loss_fn or hjepa_losses, replicated(self.model, ranks)
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._generator = torch.Generator(self.device)
@@ -121,9 +123,9 @@ class Trainer:
         return frequency > 0 and self.state.step % frequency == 0
 
     def snapshot(self, score: float | None) -> Snapshot:
-        """Copy what a checkpoint of this step holds. `score` ranks it among the others; higher is better."""
+        """Copy what a checkpoint of this step holds, over the last copy. `score` ranks it; higher is better."""
         step, run, loader = self.state.step, self.state.as_dict(), self._loader_state or self.loader.state_dict()
-        return take_snapshot(self.model, self.optimizer, {"step": step, "run": run, "loader": loader, "score": score})
+        return self._snapshots.take({"step": step, "run": run, "loader": loader, "score": score})
 
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint. Raises ValueError when it is damaged or of another architecture."""

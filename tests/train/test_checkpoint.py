@@ -19,6 +19,7 @@ from train.checkpoint import (
     CheckpointWriter,
     DamagedCheckpointError,
     Snapshot,
+    Snapshots,
     abandon_others,
     checkpoint_step,
     is_sound,
@@ -27,7 +28,6 @@ from train.checkpoint import (
     move_aside,
     newest_checkpoint,
     prune_checkpoints,
-    take_snapshot,
     verify_checkpoint,
     write_checkpoint,
 )
@@ -65,7 +65,7 @@ SOUND = {"run": RunState().as_dict(), "loader": {"epoch": 0, "position": 0, "dat
 
 
 def snapshot_of(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Snapshot:
-    return take_snapshot(model, optimizer, {**SOUND, **state})
+    return Snapshots(model, optimizer).take({**SOUND, **state})
 
 
 @pytest.fixture
@@ -216,21 +216,24 @@ def test_a_snapshot_is_of_its_moment_whatever_training_does_while_it_is_written(
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_each_snapshot_is_on_disk_before_the_next_is_taken(device: str, tmp_path: Path) -> None:
+def test_snapshots_share_memory_of_the_host_and_each_is_on_disk_before_the_next(device: str, tmp_path: Path) -> None:
     model, optimizer = trained(width=4096, device=device)
-    writer, before = CheckpointWriter(tmp_path, 9, 0), []
+    snapshots, writer, places, before = Snapshots(model, optimizer), CheckpointWriter(tmp_path, 9, 0), set(), []
 
     def take() -> Snapshot:
         assert len(list_checkpoints(tmp_path)) == len(before) - 1
-        snapshot = snapshot_of(model, optimizer, {"step": len(before), "score": None})
-        assert {tensor.device.type for tensor in (*snapshot.model.values(), *snapshot.optimizer.values())} == {"cpu"}
+        snapshot = snapshots.take({**SOUND, "step": len(before), "score": None})
+        tensors = [*snapshot.model.values(), *snapshot.optimizer.values()]
+        places.add(tuple(tensor.data_ptr() for tensor in tensors))
+        assert {(tensor.device.type, tensor.is_pinned()) for tensor in tensors} == {("cpu", device == "cuda")}
         return snapshot
 
     for _ in range(3):
         before.append({name: value.clone() for name, value in model.state_dict().items()})
         writer.write(take)
-        take_step(model, optimizer)  # while the snapshot is written
+        take_step(model, optimizer)  # while the snapshot is copied
     writer.wait()
+    assert len(places) == 1
     for path, weights in zip(list_checkpoints(tmp_path), before, strict=True):
         load_checkpoint(path, model)
         assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())

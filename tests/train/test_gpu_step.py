@@ -107,8 +107,14 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     assert (trainer.state.skipped_steps, trainer.state.skipped_in_a_row) == (2, 0)
 
 
-@on_each_device
-def test_compiled_steps_have_the_losses_of_eager_ones(device: str, data_path: Path, tmp_path: Path) -> None:
+WAYS = [
+    pytest.param("gpu", "true", marks=pytest.mark.gpu), pytest.param("gpu", "cudagraphs", marks=pytest.mark.gpu),
+    pytest.param("cpu", "true", marks=pytest.mark.slow),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("device", "way"), WAYS)
+def test_compiled_steps_have_the_losses_of_eager_ones(device: str, way: str, data_path: Path, tmp_path: Path) -> None:
     try:
         find_compiler()
     except ValueError as error:
@@ -117,7 +123,7 @@ def test_compiled_steps_have_the_losses_of_eager_ones(device: str, data_path: Pa
     eager, compiled = (
         [trainer.train_step() for _ in range(6)]
         for trainer in (
-            Trainer(config_of(device, data_path, tmp_path, f"training.compile={c}", *changes)) for c in ("false", "true")
+            Trainer(config_of(device, data_path, tmp_path, f"training.compile={c}", *changes)) for c in ("false", way)
         )
     )
     for one, other in zip(eager, compiled, strict=True):

@@ -1,5 +1,6 @@
 """The measurements of `bench.py gpu`; each runs in a process of its own, in a rehearsal on the CPU with small sizes."""
 
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from tools.benchmarks.loaders import decode_only, ours
 from tools.benchmarks.measure import Loader, LoaderSetup, cpu_seconds, median_times, peak_bytes, seconds_per_image, synchronize
 from tools.benchmarks.step import CONFIG, ENCODERS, make_steps
+from train.checkpoint import write_checkpoint
 from train.config.load import load_config
 from train.trainer import Trainer
 
@@ -117,6 +119,26 @@ def step_rows(name: str, encoder: str, part: str, case: GpuCase) -> dict[str, Fi
     return {f"{name}, {key}, {batch} images": {unit: value, "of naive": value / values["naive"]} for key, value in values.items()}
 
 
+def save(name: str, encoder: str, case: GpuCase) -> dict[str, Figures]:
+    """Save a checkpoint: how long training stands still for it, and how long the disk then takes beside it."""
+    trainer = case.trainer(encoder, "cpu")
+    trainer.snapshot(None)  # the first one allocates
+    step_s = median_times({"step": trainer.train_step}, 3, trainer.device)["step"]
+    started = time.perf_counter()
+    snapshot = trainer.snapshot(None)
+    trainer.train_step()
+    synchronize(case.device)
+    stepped = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        num_bytes = sum(file.stat().st_size for file in write_checkpoint(Path(folder), snapshot).iterdir())
+    figures = {
+        "MB": num_bytes / 1e6,
+        "ms of training": 1e3 * (stepped - started - step_s),
+        "s to disk": time.perf_counter() - stepped,
+    }
+    return {name: figures}
+
+
 def plan(device: str) -> list[Planned]:
     """Return all measurements, in the order of the table."""
     is_cpu = device == "cpu"
@@ -128,6 +150,7 @@ def plan(device: str) -> list[Planned]:
     loaders |= {name: partial(ours, normalized=False, crop_device="auto" if is_cpu else where) for name, where in ways.items()}
     trained = [(f"{small}, {way}", encoder, where) for way, where in ways.items()]
     trained += [(f"{name}, the kernel", other, "gpu") for name, other in others]
+    name, largest = others[-1] if others else (small, encoder)
     return [
         Planned("parity", "the kernel", 15, parity),
         *(Planned("images/s", name, 14, partial(loader_rate, name, loader)) for name, loader in loaders.items()),
@@ -137,7 +160,11 @@ def plan(device: str) -> list[Planned]:
             for part, needs_s in (("step", 25), ("memory", 15))
             for name, other in ((small, encoder), *others)
         ),
-        Planned("compile", "true", 65, partial(training_rate, f"{small}, training.compile=true", encoder, "gpu", "true")),
+        Planned("save", name, 25, partial(save, name, largest)),
+        *(
+            Planned("compile", how, 65, partial(training_rate, f"{small}, training.compile={how}", encoder, "gpu", how))
+            for how in (("true",) if is_cpu else ("true", "cudagraphs"))
+        ),
     ]
 
 

@@ -19,7 +19,7 @@ def broken_rules(config: Config) -> Iterator[Problem]:
 
     Objects of the run refuse some values by themselves, such as a crop size that its patches do not divide: not repeated here.
     """
-    model, loss, strategy = config.model, config.loss, config.masking.strategy
+    model, loss, strategy, training = config.model, config.loss, config.masking.strategy, config.training
     for name in sorted(REFUSED_ARGUMENTS.keys() & model.encoder_kwargs.keys()):
         yield "model.encoder_kwargs", f"{name}: {REFUSED_ARGUMENTS[name]}"
     if loss.anchor_weight > 0 and model.weights is None:
@@ -28,6 +28,11 @@ def broken_rules(config: Config) -> Iterator[Problem]:
         yield "model.levels", "the list is empty; list some levels, or write null for the three default ones"
     if not any((loss.prediction_weight, loss.summary_weight, loss.view_weight, loss.sigreg_weight)):
         yield "loss.prediction_weight", "all four weights are 0, so nothing would be learned; raise one"
+    if training.compile == "cudagraphs" and config.device == "cpu":
+        yield "training.compile", "cudagraphs needs a GPU, and device is cpu; write true or false"
+    if training.compile == "cudagraphs" and training.accumulation_steps > 1:
+        problem = "cudagraphs needs accumulation_steps: 1, because each batch overwrites the last one; or write true"
+        yield "training.compile", problem
     if strategy == "none" and loss.prediction_weight > 0:
         yield "masking.strategy", "none leaves nothing to predict; write loss.prediction_weight: 0, or choose global_only"
     if strategy not in ("none", "global_only") and loss.prediction_weight == 0:

@@ -150,7 +150,7 @@ class Training(Section):
     grad_clip: PositiveFloat | None = 1.0
     betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.95)
     use_amp: StrictBool = True
-    compile: StrictBool = False
+    compile: StrictBool | Literal["cudagraphs"] = False
     ema_momentum: Fraction = 0.996
     ema_final_momentum: Fraction = 1.0
     max_steps: PositiveInt | None = None
