@@ -141,7 +141,7 @@ def embed_file(encoder: "ImageEncoder", path: Path, folder: Path) -> "Embeddings
 def show_predictions(args: argparse.Namespace, encoder: "ImageEncoder", features: "Embeddings") -> None:
     from pipeline.shards.index import UNLABELLED
     from tools.embedding.search import predict
-    from tools.shards.layouts.labels import read_labels
+    from tools.shards.labels import read_labels
 
     given, note = read_labels(args.few_labels, features.names.tolist())
     labels = {row: str(label) for row, label in enumerate(given) if label != UNLABELLED}

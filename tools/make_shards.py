@@ -5,21 +5,21 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from pipeline.memory import memory_limit
 from pipeline.text import notify_after, plural, printable, say
 from tools.shards.catalogue import LooseFiles, Source, hold_out
-from tools.shards.classes import adopt_classes
-from tools.shards.convert import ConvertOptions, convert
+from tools.shards.convert import convert
 from tools.shards.copies import group_copies
 from tools.shards.images import VERIFY_LEVELS, ImagePolicy
-from tools.shards.layouts.labels import label_by_file, without_labels
+from tools.shards.labels import adopt_classes, label_by_file, without_labels
 from tools.shards.layouts.source import LAYOUTS, open_source
 from tools.shards.photographs import NUM_SHARDS, photograph_source
 from tools.shards.report import COPIES_NAME, remarks
 from tools.shards.skipped_files import describe_skipped
 from tools.shards.verify import index_split, split_folders, verify_split
-from tools.shards.writer import RECORD_FOLDER
+from tools.shards.writer import RECORD_FOLDER, Conversion
 from train.command import BAD_INPUT, CommandParser, path_argument, run_command, show_messages
 
 WORKER_BYTES = 1 << 29  # of memory, for each process that decodes images
@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_convert(command: argparse.ArgumentParser) -> None:
-    policy, options, default = ImagePolicy(), ConvertOptions(), "(default: %(default)s)"
+    default = "(default: %(default)s)"
     command.set_defaults(run=run_convert)
     command.add_argument(
         "source", type=path_argument,
@@ -60,7 +60,7 @@ def add_convert(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("output").add_argument
     add("--out", type=path_argument, required=True, help="Output folder; shards go to OUT/SPLIT.")
     add("--num-shards", type=positive, default=0, help="Number of shards (default: of 256 MiB or 10,000 images each).")
-    add("--seed", type=int, default=options.seed, help=f"Seed of the shuffle {default}.")
+    add("--seed", type=int, default=Conversion.seed, help=f"Seed of the shuffle {default}.")
     add = command.add_argument_group("input").add_argument
     add("--split", choices=("train", "val"), default="train", help=f"The split to convert {default}.")
     add("--val-ratio", type=float, default=0.0, metavar="R", help="Hold out this share of every class as OUT/val.")
@@ -71,10 +71,10 @@ def add_convert(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("images").add_argument
     add("--resize", type=positive, default=0, metavar="PIXELS", help="Reduce the shorter side to this; never enlarge.")
     add("--quality", type=int, choices=range(1, 101), metavar="1..100",
-        help=f"Quality of resized JPEGs (default: {policy.quality}).")  # fmt: skip
-    add("--verify", choices=VERIFY_LEVELS, default=policy.verify, help=f"How far each image is decoded {default}.")
-    add("--max-pixels", type=positive, default=policy.max_pixels, help=f"Reject larger images {default}.")
-    add("--max-bad-fraction", type=float, default=options.max_bad_fraction,
+        help=f"Quality of resized JPEGs (default: {ImagePolicy.quality}).")  # fmt: skip
+    add("--verify", choices=VERIFY_LEVELS, default=ImagePolicy.verify, help=f"How far each image is decoded {default}.")
+    add("--max-pixels", type=positive, default=ImagePolicy.max_pixels, help=f"Reject larger images {default}.")
+    add("--max-bad-fraction", type=float, default=Conversion.max_bad_fraction,
         help=f"Stop when a larger share of the images is rejected {default}.")  # fmt: skip
     add_workers(command)
 
@@ -112,7 +112,7 @@ def run_convert(parsed: argparse.Namespace) -> None:
         sizes = f"{plural(len(groups), 'group')}, {max(groups):,} in the largest"
         say(f"copies   {sum(groups):,} images are equal or nearly so, in {sizes}; no group is in both splits ({COPIES_NAME})")
     for split, part in parts.items():
-        say(convert(part, parsed.out / split, split, options))
+        say(convert(Conversion(part, parsed.out / split, split, **options)))
     shutil.rmtree(spools, ignore_errors=True)
     for line in remarks(parsed.out):
         say(f"note     {line}")
@@ -125,7 +125,7 @@ def check_out_is_outside(source: Source, out: Path) -> None:
             raise ValueError(f"--out {out} is inside the source {container.root}: choose a folder outside it")
 
 
-def convert_options(parsed: argparse.Namespace) -> ConvertOptions:
+def convert_options(parsed: argparse.Namespace) -> dict[str, Any]:
     """Build the options. Raises ValueError for values out of range and for an option without an effect."""
     if parsed.quality and not parsed.resize:
         raise ValueError("--quality has no effect without --resize: images keep their bytes")
@@ -134,9 +134,9 @@ def convert_options(parsed: argparse.Namespace) -> ConvertOptions:
         raise ValueError(f"--val-ratio {ratio} --split {parsed.split}: needs a share below 1 and the train split")
     if not 0 <= fraction <= 1:
         raise ValueError(f"--max-bad-fraction {fraction} is outside 0..1")
-    quality = parsed.quality or ImagePolicy().quality
-    policy = ImagePolicy(parsed.verify, parsed.resize, quality, parsed.max_pixels)
-    return ConvertOptions(parsed.seed, parsed.num_shards, policy, fraction, parsed.workers)
+    policy = ImagePolicy(parsed.verify, parsed.resize, parsed.quality or ImagePolicy.quality, parsed.max_pixels)
+    same = {name: getattr(parsed, name) for name in ("seed", "num_shards", "max_bad_fraction", "workers")}
+    return {"policy": policy, **same}
 
 
 def run_verify(parsed: argparse.Namespace) -> int:
@@ -157,8 +157,8 @@ def run_index(parsed: argparse.Namespace) -> None:
 
 def run_sample(parsed: argparse.Namespace) -> None:
     for split, num_shards in NUM_SHARDS.items():
-        options = ConvertOptions(num_shards=num_shards, max_bad_fraction=0)
-        say(convert(photograph_source(split), parsed.out / split, split, options))
+        source, folder = photograph_source(split), parsed.out / split
+        say(convert(Conversion(source, folder, split, num_shards=num_shards, max_bad_fraction=0)))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ import numpy as np
 from PIL import Image
 
 from pipeline.shards.index import split_folder
-from tools.shards.convert import ConvertOptions, convert
+from tools.shards.convert import convert
 from tools.shards.layouts.source import open_source
 from tools.shards.photographs import PHOTOGRAPHS, photograph_path
+from tools.shards.writer import Conversion
 
 WIDTH, HEIGHT = 500, 375  # the usual ImageNet photograph
 QUALITY = 97  # makes the median file about 100 KB, the weight of ImageNet's
@@ -30,7 +31,7 @@ def benchmark_shards(folder: Path | None, num_images: int, workers: int) -> Iter
     with tempfile.TemporaryDirectory(dir=MEMORY_DISK if os.access(MEMORY_DISK, os.W_OK) else None) as temporary:
         source, shards = Path(temporary, "source"), Path(temporary, "shards")
         write_photographs(source, num_images)
-        convert(open_source(source, "train", shards), shards, "train", ConvertOptions(workers=workers, num_shards=NUM_SHARDS))
+        convert(Conversion(open_source(source, "train", shards), shards, "train", workers=workers, num_shards=NUM_SHARDS))
         yield shards
 
 

@@ -10,7 +10,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -18,12 +17,6 @@ from PIL import Image
 from tools.shards.decoding.pixels import encode_png
 
 MAX_SAMPLES = 1 << 31  # labels, shards and rows are int32 in the index
-
-
-class Container(Protocol):
-    """Something that images are read from."""
-
-    def read(self, offset: int, size: int, name: str) -> bytes: ...
 
 
 @dataclass
@@ -62,6 +55,9 @@ class ImageArray:
 
     def read(self, offset: int, size: int, name: str) -> bytes:
         return encode_png(Image.fromarray(self.pixels[offset]))
+
+
+Container = LooseFiles | FileRanges | ImageArray
 
 
 class Catalogue:
@@ -172,8 +168,6 @@ def check_class_names(names: Iterable[str], where: str) -> None:
     """Raise ValueError when two classes have the same normalized name."""
     seen: dict[str, str] = {}
     for name in names:
-        key = normalized_name(name)
-        if key in seen:
-            both = f"{seen[key]!r} and {name!r}"
-            raise ValueError(f"{where}: two classes with one name, {both}: rename or merge one of them")
+        if (key := normalized_name(name)) in seen:
+            raise ValueError(f"{where}: two classes with one name, {seen[key]!r} and {name!r}: rename or merge one of them")
         seen[key] = name

@@ -1,13 +1,7 @@
 """The image policy: which files are read as images, which images are accepted, and how each one is stored.
 
-There is one rule, and it makes DALI and Pillow decode the same pixels from every stored image:
-
-- Formats: JPEG, PNG, GIF, WebP, BMP, TIFF and PPM; AVIF and HEIC where Pillow supports them.
-- A sound gray or RGB JPEG or PNG of 8 bits keeps its bytes, unless its ICC profile is not sRGB or it is a lossless or arithmetic
-  JPEG. Any other JPEG is encoded again as JPEG, any other format and a lossless JPEG as PNG.
-- Pages, depth, colour and alpha: see `decoding/pixels.py`.
-- EXIF: the orientation is applied. Damaged metadata is removed, because the pixels are sound without it.
-- Size: `max_bytes` and `max_pixels` are checked before anything is decoded. `resize` reduces the shorter side and stores JPEG.
+One rule, in docs/pipeline.md, makes DALI and Pillow decode the same pixels from every stored image. Damaged metadata is removed
+where the pixels are sound without it. `max_bytes` and `max_pixels` are checked before anything is decoded.
 """
 
 import io

@@ -17,13 +17,13 @@ from tools.shards.writer import IDENTITY_NAME, RECORD_FOLDER, Conversion, ShardR
 REJECTED_NAME, COPIES_NAME = "rejected.jsonl", "copies.jsonl"
 
 
-def finish_split(conversion: Conversion, split: str, seed: int) -> tuple[bool, int]:
+def finish_split(conversion: Conversion) -> tuple[bool, int]:
     """Write the files next to the tars from the shards' records.
 
     Returns True if one of them had to be written, and the number of rejected images.
     """
     folder = conversion.folder
-    records = [ShardRecord.load(conversion.record_path(shard)) for shard in range(conversion.num_shards)]
+    records = [ShardRecord.load(conversion.record_path(shard)) for shard in conversion.shards]
     rows = np.concatenate([record.rows for record in records])
     if len(rows) == 0:
         raise ValueError(f"{folder}: every image was rejected, see {RECORD_FOLDER}")
@@ -31,8 +31,8 @@ def finish_split(conversion: Conversion, split: str, seed: int) -> tuple[bool, i
     for partial in (*folder.glob(".*.partial"), *(folder / RECORD_FOLDER).glob(".*.partial")):
         partial.unlink(missing_ok=True)
     rejected = [bad for record in records for bad in record.rejected]
-    files = index_files({conversion.shard_name(shard): len(record.rows) for shard, record in enumerate(records)}, rows)
-    manifest = json.dumps(_manifest(conversion, split, seed, records), indent=1, ensure_ascii=False) + "\n"
+    files = index_files({conversion.shard_path(shard).name: len(record.rows) for shard, record in enumerate(records)}, rows)
+    manifest = json.dumps(_manifest(conversion, records), indent=1, ensure_ascii=False) + "\n"
     files[MANIFEST_NAME] = manifest.encode("utf-8", "backslashreplace")
     for name, lines in ((REJECTED_NAME, rejected), (COPIES_NAME, conversion.source.copies)):
         if lines:
@@ -49,15 +49,15 @@ def finish_split(conversion: Conversion, split: str, seed: int) -> tuple[bool, i
     return changed, len(rejected)
 
 
-def _manifest(conversion: Conversion, split: str, seed: int, records: list[ShardRecord]) -> dict[str, Any]:
+def _manifest(conversion: Conversion, records: list[ShardRecord]) -> dict[str, Any]:
     source, policy = conversion.source, conversion.policy
     return {
         "format_version": 1,
         "tool": f"multicrop-hjepa {version('multicrop-hjepa')}",
         "name": source.name,
-        "split": split,
+        "split": conversion.split,
         "layout": source.layout,
-        "seed": seed,
+        "seed": conversion.seed,
         "verify": policy.verify,
         "resize": policy.resize,
         "quality": policy.quality if policy.resize else None,
@@ -67,7 +67,7 @@ def _manifest(conversion: Conversion, split: str, seed: int, records: list[Shard
         "classes": list(source.classes),
         "attributions": list(source.attributions),
         "shards": [
-            {"name": conversion.shard_name(shard), "sha256": r.sha256, "bytes": r.num_bytes, "samples": len(r.rows)}
+            {"name": conversion.shard_path(shard).name, "sha256": r.sha256, "bytes": r.num_bytes, "samples": len(r.rows)}
             for shard, r in enumerate(records)
         ],
     }

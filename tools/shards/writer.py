@@ -3,9 +3,11 @@
 import hashlib
 import io
 import json
+import math
 from collections import Counter
 from ctypes import c_char
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from tarfile import BLOCKSIZE
@@ -19,31 +21,52 @@ from tools.shards.catalogue import Source
 from tools.shards.images import CheckedImage, ImagePolicy, check_image
 
 RECORD_FOLDER, IDENTITY_NAME = ".records", "plan.json"
+# A shard is large enough for sequential reads from a store, and small enough to be cached and written again.
+SHARD_BYTES, SHARD_SAMPLES = 256 << 20, 10_000
 MAX_REASON_BYTES = 500
 Reject = dict[str, str | int]  # name, label and reason
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """Which image goes to which shard: shard k holds the catalogue rows `order[starts[k]:starts[k + 1]]`."""
+    """A split to convert, how, and which image goes to which shard.
+
+    `num_shards` 0: of about 256 MiB or 10,000 images each. Shard k holds the catalogue rows `order[starts[k]:starts[k + 1]]`: all
+    images are shuffled and cut into shards whose sizes differ by at most one.
+    """
 
     source: Source
     folder: Path
-    prefix: str
-    order: np.ndarray
-    starts: np.ndarray
-    policy: ImagePolicy
+    split: str
+    policy: ImagePolicy = field(default_factory=ImagePolicy)
+    seed: int = 0
+    num_shards: int = 0
+    max_bad_fraction: float = 0.01
+    workers: int = 1
+
+    @cached_property
+    def order(self) -> np.ndarray:
+        # Raw Philox output, unlike `permutation`, is guaranteed to stay the same in every numpy release.
+        return np.argsort(np.random.Philox(key=self.seed).random_raw(len(self.source.catalogue)), kind="stable")
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        total, sizes = len(self.source.catalogue), self.source.catalogue.size
+        num_bytes = sum(size for size in sizes if size <= self.policy.max_bytes)
+        usual = max(math.ceil(num_bytes / SHARD_BYTES), math.ceil(total / SHARD_SAMPLES))
+        count = min(self.num_shards or usual, total)
+        return np.arange(count + 1) * total // count
 
     @property
-    def num_shards(self) -> int:
-        return len(self.starts) - 1
+    def prefix(self) -> str:
+        return f"{self.source.name}-{self.split}"
 
-    def shard_name(self, shard: int) -> str:
-        return f"{self.prefix}-{shard:06d}.tar"
+    @property
+    def shards(self) -> range:
+        return range(len(self.starts) - 1)
 
-    def shard_size(self, shard: int) -> int:
-        """Return the number of images that are assigned to the shard."""
-        return int(self.starts[shard + 1] - self.starts[shard])
+    def shard_path(self, shard: int) -> Path:
+        return self.folder / f"{self.prefix}-{shard:06d}.tar"
 
     def record_path(self, shard: int) -> Path:
         return self.folder / RECORD_FOLDER / f"{shard:06d}.npz"
@@ -83,12 +106,10 @@ def tar_header(name: str, size: int) -> bytes:
 
     Not TarInfo.tobuf: it takes five times as long, and its device numbers depend on the Python version.
     """
-    fields = b"%-100b0000644\x000000000\x000000000\x00%011o\x0000000000000\x00        0" % (b"", size)
-    fields = name.encode("ascii").ljust(100, b"\0") + fields[100:]
-    block = fields.ljust(257, b"\0") + b"ustar\x0000"
-    block = block.ljust(329, b"\0") + b"0000000\x000000000\x00"
-    checksum = b"%06o\0 " % sum(block)
-    return (block[:148] + checksum + block[156:]).ljust(BLOCKSIZE, b"\0")
+    head = name.encode("ascii").ljust(100, b"\0") + b"0000644\0" + 2 * b"0000000\0" + b"%011o\0%011o\0" % (size, 0)
+    tail = b"0".ljust(101, b"\0") + b"ustar\x0000".ljust(72, b"\0") + 2 * b"0000000\0"
+    checksum = sum(head) + sum(tail) + sum(b" " * 8)  # as if its own field were blank
+    return (head + b"%06o\0 " % checksum + tail).ljust(BLOCKSIZE, b"\0")
 
 
 def tar_sample(key: str, name: str, label: int, image: CheckedImage) -> bytes:
@@ -124,7 +145,7 @@ def write_shard(conversion: Conversion, shard: int, counts: SharedCounts) -> Non
     """Write one shard and its record, replacing existing ones."""
     catalogue, digest, changes = conversion.source.catalogue, hashlib.sha256(), Counter[str]()
     rows, digests, one_colour, rejected = [], [], [], list[Reject]()
-    path = conversion.folder / conversion.shard_name(shard)
+    path = conversion.shard_path(shard)
     for partial in path.parent.glob(f".{path.name}.*.partial"):
         partial.unlink(missing_ok=True)  # left by a killed run; a file for each kill could fill the disk
     with partial_file(path) as file:
@@ -163,10 +184,15 @@ def check_row(conversion: Conversion, row: int) -> CheckedImage | str:
         return str(error)
 
 
-def intact_record(conversion: Conversion, shard: int) -> ShardRecord | None:
-    """Return the record of a shard if both are on disk with the bytes that were written."""
+def complete_shard(conversion: Conversion, counts: SharedCounts, shard: int) -> bool:
+    """Write a shard unless it and its record are on disk as they were written; returns True if it had to be written."""
     try:
         record = ShardRecord.load(conversion.record_path(shard))
-        return record if file_checksum(conversion.folder / conversion.shard_name(shard)) == record.sha256 else None
+        is_intact = file_checksum(conversion.shard_path(shard)) == record.sha256
     except (OSError, ValueError):
-        return None
+        is_intact = False
+    if is_intact:
+        counts.add(len(record.rows) + len(record.rejected), 0, record.rejected)
+    else:
+        write_shard(conversion, shard, counts)
+    return not is_intact

@@ -11,7 +11,7 @@ import sources
 from reading import assert_colours_tell_labels, run_convert, stored_samples
 
 from tools.make_shards import main
-from tools.shards.classes import class_order
+from tools.shards.labels import class_order
 
 NUMBERS = [str(number) for number in range(12)]
 

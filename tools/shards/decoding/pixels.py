@@ -1,13 +1,4 @@
-"""From any file's pixels to the 8-bit gray or RGB that is stored. This is the one rule; docs/pipeline.md tells users.
-
-- Pages: the first page or frame. `convert` counts the others.
-- Depth: gray integers of more than 8 bits have the smallest depth of 8, 10, 12, 14 and 16 bits that holds the image's largest
-  value, so that 12-bit values in a 16-bit file do not become black; a PPM declares its maximum. They are scaled to 0..255. Floats
-  of 0..1 are multiplied by 255, floats of 0..255 are rounded. Colours of 16 bits keep their upper bytes. Other ranges reject the
-  image.
-- Colour: an ICC profile other than sRGB is converted to sRGB. CMYK and palettes become RGB, bilevel images become gray.
-- Alpha: the picture is laid over white, or over black where all that is visible of it is nearly white.
-"""
+"""From any file's pixels to the 8-bit gray or RGB that is stored, by the rule in docs/pipeline.md."""
 
 import io
 from functools import lru_cache

@@ -11,8 +11,8 @@ from pipeline.shards.index import UNLABELLED
 from pipeline.shards.tar import is_hidden
 from pipeline.text import plural
 from tools.shards.catalogue import Catalogue, LooseFiles, Source
-from tools.shards.classes import number_labels
 from tools.shards.images import is_image
+from tools.shards.labels import number_labels
 from tools.shards.layouts.splits import class_folders, folder_of_split, note_elsewhere, plain_name
 from tools.shards.skipped_files import file_kind
 

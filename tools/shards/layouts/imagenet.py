@@ -11,10 +11,11 @@ from tempfile import TemporaryDirectory
 
 from pipeline.shards.tar import tar_members
 from tools.shards.catalogue import Catalogue, FileRanges, Source
+from tools.shards.labels import WNID
 
 ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
-WNID, VAL_IMAGE = re.compile(r"n\d{8}"), re.compile(r"ILSVRC2012_val_(\d{8})\.")
+VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.")
 
 
 def are_wnids(names: list[str]) -> bool:

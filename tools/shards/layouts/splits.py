@@ -47,15 +47,20 @@ def folder_of_split(names: list[str], split: str, where: str) -> str:
     """
     below, chosen = "", False
     while True:
-        folders = sorted({first_folder(name[len(below) :]) for name in names})
-        inner = "" if chosen else _choose_split(folders, names, below, split, where)
-        chosen = chosen or bool(inner)
-        inner = inner or main_folder(folders)
-        if len(folders) == 1 and ((chosen and split_of(folders[0]) == split) or _leads_on(names, below, chosen)):
-            inner = folders[0]  # the same split again, or a parent of splits or of images and masks, as many archives unpack
-        if not inner:
+        common = common_folder(names)
+        first = min(names, default="")
+        on_the_way = first[len(below) : common].split("/")[:-1]
+        inside = sorted({first_folder(name[common:]) for name in names})
+        for depth, folders in enumerate([*([part] for part in on_the_way), inside]):
+            above = first[: len(below) + sum(len(part) + 1 for part in on_the_way[:depth])]
+            ours = "" if chosen else _choose_split(folders, names, above, split, where)
+            if chosen and depth == 0 and len(folders) == 1 and split_of(folders[0]) == split:
+                ours = folders[0]  # the same split again, as some archives unpack
+            if inner := ours or main_folder(folders):
+                break
+        else:
             return below
-        below += f"{inner}/"
+        below, chosen = f"{above}{inner}/", chosen or bool(ours)
         names = [name for name in names if name.startswith(below)]
 
 
@@ -76,14 +81,6 @@ def _choose_split(folders: list[str], names: list[str], below: str, split: str, 
             "of one split, or rename it if it is a class"
         )
     return ours
-
-
-def _leads_on(names: list[str], below: str, chosen: bool) -> bool:
-    """Return True where the way to the deepest common folder, or the folders in that, are splits or images and masks."""
-    common = common_folder(names)
-    inside = {first_folder(name[common:]) for name in names}
-    levels = [{part} for part in names[0][len(below) : common].split("/")[1:-1]] + [inside]
-    return any(main_folder(level) or (not chosen and any(map(split_of, level))) for level in levels)
 
 
 def note_elsewhere(below: str, number: int) -> list[str]:

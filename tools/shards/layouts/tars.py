@@ -18,8 +18,8 @@ from pipeline.shards.side_folders import common_folder
 from pipeline.shards.tar import TarMember, is_hidden, sample_key, tar_kind, tar_members
 from pipeline.text import plural, truncate_list
 from tools.shards.catalogue import Catalogue, FileRanges, Source, check_class_names
-from tools.shards.classes import class_order, number_labels
 from tools.shards.images import is_image
+from tools.shards.labels import class_order, number_labels
 from tools.shards.layouts.folders import has_images, walk_images
 from tools.shards.layouts.imagenet import ARCHIVES, are_wnids, label_order
 from tools.shards.layouts.splits import (
