@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.memory import memory_limit
+from pipeline.shards.index import UNLABELLED
 from pipeline.text import notify_after, plural, printable, say
 from tools.shards.catalogue import LooseFiles, Source, hold_out
 from tools.shards.convert import convert
 from tools.shards.copies import group_copies
 from tools.shards.images import VERIFY_LEVELS, ImagePolicy
-from tools.shards.labels import adopt_classes, label_by_file, without_labels
+from tools.shards.labels import adopt_classes, number_labels, read_labels
 from tools.shards.layouts.source import LAYOUTS, open_source
 from tools.shards.photographs import NUM_SHARDS, photograph_source
 from tools.shards.report import COPIES_NAME, remarks
@@ -98,8 +99,11 @@ def run_convert(parsed: argparse.Namespace) -> None:
     with notify_after(2, f"listing the images of {parsed.source} ..."):
         source = open_source(parsed.source, parsed.split, spools, parsed.layout)
         check_out_is_outside(source, parsed.out)
-        if parsed.labels or parsed.no_labels:
-            source = label_by_file(source, parsed.labels) if parsed.labels else without_labels(source)
+        if parsed.labels:
+            labels, note = read_labels(parsed.labels, source.catalogue.names)
+            source = source.relabelled(*number_labels(labels), note)
+        elif parsed.no_labels:
+            source = source.relabelled([UNLABELLED] * len(source.catalogue), (), "labels are left out, as --no-labels says")
         parts = {parsed.split: source}
         if parsed.val_ratio:
             first = group_copies(source.catalogue, parsed.workers)

@@ -7,10 +7,7 @@ from train.config.schema import Config
 
 
 def with_shards(config: Config) -> Config:
-    """Return `config` with a folder of shards in data.data_path; pictures are converted and stores are copied first.
-
-    Raises FileNotFoundError and ValueError as `as_shards` does.
-    """
+    """Return `config` with a folder of shards in data.data_path, as `as_shards` makes or copies it, whose errors are raised."""
     data, cache = config.data, config.data.cache_dir
     folder = Path(cache) if cache else None
     shards = as_shards(data.dataset, data.data_path, folder, data.val_ratio, data.resize, data.store_retry_s)

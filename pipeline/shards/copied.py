@@ -28,15 +28,14 @@ from pipeline.text import Every, notify_after, plural
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-# The scheme, the extra that installs its client, and what the client needs to know.
+# What the client of each scheme needs to know.
 STORES = {
-    "s3": ("s3", "AWS_ENDPOINT_URL (of another store than Amazon's), AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE"),
-    "gs": ("gs", "GOOGLE_APPLICATION_CREDENTIALS, or `gcloud auth application-default login`"),
-    "az": ("az", "AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY, or AZURE_STORAGE_CONNECTION_STRING"),
-    "hf": ("hf", "HF_TOKEN, for a data set that is not public"),
-    "https": ("https", "the proxy and the server's permissions"),
-    "http": ("https", "the proxy and the server's permissions"),
-}  # fmt: skip
+    "s3": "AWS_ENDPOINT_URL (of another store than Amazon's), AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS, or `gcloud auth application-default login`",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY, or AZURE_STORAGE_CONNECTION_STRING",
+    "hf": "HF_TOKEN, for a data set that is not public",
+    **dict.fromkeys(("https", "http"), "the proxy and the server's permissions"),
+}
 SPLITS = ("train", "val")
 STREAMS = 8  # parallel downloads
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.25, 30.0
@@ -120,17 +119,24 @@ class _Store:
 
     def __init__(self, url: str, retry_s: float) -> None:
         self.url, self._retry_s, (kind, _, path) = url.rstrip("/"), retry_s, url.partition("://")
-        extra, settings = STORES[kind]
-        self.what_to_check = f"check the name, the network and {settings}"
+        self.what_to_check = f"check the name, the network and {STORES[kind]}"
         if not path.strip("/").partition("/")[0]:
             raise ValueError(f"{url}: not a place in a store; write {kind}://BUCKET/PREFIX")
-        import fsspec  # here, so that shards on a local disk need no client
-
+        options: dict[str, Any] = {}
         try:
-            client = fsspec.get_filesystem_class(kind)
-            self._system = client(**_options(kind), use_listings_cache=False, skip_instance_cache=True)
+            if kind == "s3":
+                once = {"retries": {"total_max_attempts": 1}, "connect_timeout": STALLED_S, "read_timeout": STALLED_S}
+                options = {"config_kwargs": once, "max_concurrency": 1}
+            elif kind in ("http", "https"):
+                import aiohttp
+
+                timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALLED_S, sock_read=STALLED_S)
+                options = {"client_kwargs": {"timeout": timeout}}
+            import fsspec  # here, so that shards on a local disk need no client
+
+            self._system = fsspec.filesystem(kind, **options, use_listings_cache=False, skip_instance_cache=True)
         except ImportError as error:
-            missing = str(error).rstrip(".")
+            missing, extra = str(error).rstrip("."), "https" if kind == "http" else kind
             raise ValueError(f"{missing}. For {kind}:// run `pip install -e '.[{extra}]'`") from None
         if kind == "s3":
             self._system.retries = 1
@@ -174,15 +180,3 @@ class _Store:
                     log.warning(f"{url}: {problem}; trying again in {pause_s:.0f} s")
                 time.sleep(min(pause_s * random.uniform(0.75, 1.25), left_s))  # so that many machines do not come back at once
                 pause_s = min(2 * pause_s, MAX_PAUSE_S)
-
-
-def _options(kind: str) -> dict[str, Any]:
-    if kind == "s3":
-        once = {"retries": {"total_max_attempts": 1}, "connect_timeout": STALLED_S, "read_timeout": STALLED_S}
-        return {"config_kwargs": once, "max_concurrency": 1}
-    if kind in ("http", "https"):
-        import aiohttp
-
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALLED_S, sock_read=STALLED_S)
-        return {"client_kwargs": {"timeout": timeout}}
-    return {}

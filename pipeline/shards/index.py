@@ -46,10 +46,7 @@ class ShardIndex:
 
     @cached_property
     def digest(self) -> str:
-        """16 hex digits that tell this data set from others, wherever its folder lies.
-
-        It covers the names and sample counts of the tars, and offset, sizes and label of every sample.
-        """
+        """16 hex digits of the names and sample counts of the tars and of all samples, wherever the folder lies."""
         digest = hashlib.sha256("\0".join(self.shards).encode("utf-8", "surrogatepass"))
         digest.update(self.counts.astype("<i8").tobytes())
         digest.update(self.samples.tobytes())
@@ -107,10 +104,7 @@ class ShardIndex:
 
 
 def split_folder(dataset_name: str, data_path: Path | str, split: str) -> Path:
-    """The folder with the shards of `split`: `data_path/split`, or `data_path` itself if it holds tars.
-
-    Raises FileNotFoundError that says how to get shards.
-    """
+    """The folder of a split's shards: `data_path/split` or `data_path`. Raises FileNotFoundError that says how to get shards."""
     path, convert = Path(data_path), "python tools/make_shards.py convert"
     for folder in (path / split, path):
         if tar_names(folder):

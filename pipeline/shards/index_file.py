@@ -1,7 +1,4 @@
-"""The files of an index, and its comparison with the tars.
-
-`index.npy` holds one row per sample and `index.json` the shards with their numbers of samples.
-"""
+"""The files of an index: `index.npy`, a row per sample, and `index.json`, the shards; and their comparison with the tars."""
 
 import hashlib
 import io
@@ -52,10 +49,7 @@ class IndexContent(BaseModel):
 
 
 def save_index(folder: Path, shards: list[str], samples: np.ndarray) -> None:
-    """Write the index of a folder. The same input gives the same bytes.
-
-    `samples`: `[N]` of SAMPLE_DTYPE, ordered by shard and, inside a shard, by offset.
-    """
+    """Write the index of a folder. `samples`: `[N]` of SAMPLE_DTYPE, ordered by shard and, inside it, by offset."""
     counts = np.bincount(samples["shard"], minlength=len(shards)).tolist()
     files = index_files(dict(zip(shards, counts, strict=True)), samples.astype(SAMPLE_DTYPE, copy=False))
     for name, content in files.items():
@@ -125,10 +119,7 @@ def _load_samples(path: Path, content: IndexContent, remedy: str) -> np.ndarray:
 
 
 def check_shards(paths: Sequence[Path], ends: dict[int, np.ndarray]) -> None:
-    """Raise ValueError for the first tar that differs from the index, with the number of others.
-
-    Reads at most the length and three blocks of each tar. `ends`: as from `load_index`.
-    """
+    """Raise ValueError for the first tar that differs from the index, with the number of others. `ends`: as from `load_index`."""
 
     def check(shard: int) -> str | None:
         try:

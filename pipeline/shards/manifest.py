@@ -27,10 +27,7 @@ class ManifestShard(BaseModel):
 
 
 class Manifest(BaseModel):
-    """`classes[label]` names a class; empty without names.
-
-    `num_samples`: None where the file does not say.
-    """
+    """`classes[label]` names a class; empty without names. `num_samples`: None where the file does not say."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -78,10 +75,7 @@ def as_model(model: type[Model], content: dict[str, Any], place: Path, remedy: s
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """Return the manifest of a folder, None if there is none or another program wrote a file of that name.
-
-    Raises ValueError for a damaged one.
-    """
+    """Return a folder's manifest, None without one or for another program's file. Raises ValueError for a damaged one."""
     place = folder / MANIFEST_NAME
     remedy = f"Convert {folder} again, or remove the file to use the shards without class names and checksums"
     try:
@@ -104,10 +98,7 @@ def read_as_expected(place: Path, remedy: str) -> Iterator[None]:
 
 
 def check_fits(folder: Path, manifest: Manifest | None, sizes: dict[str, int], num_samples: int) -> None:
-    """Raise ValueError if a manifest is not of these tars, so that its classes and sums would mean others.
-
-    `sizes`: bytes by name. `num_samples`: of all tars.
-    """
+    """Raise ValueError if a manifest is not of these tars. `sizes`: bytes by name; `num_samples`: of all tars."""
     if manifest is None or not manifest.shards:
         return
     listed = {shard.name: shard.bytes for shard in manifest.shards}

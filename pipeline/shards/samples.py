@@ -37,10 +37,7 @@ IMAGE_PARTS = ("image", "img", "jpg", "rgb", "input", "photo")
 
 
 class _Labels:
-    """The labels in the `cls` and `json` members of one tar, of which only those with an image's key are read.
-
-    `refused`: what is no label in others, and where.
-    """
+    """The `cls` and `json` members of a tar, read only for the keys of images. `refused`: what is no label in them, and where."""
 
     def __init__(self, path: Path, members: Iterable[TarMember]) -> None:
         self._path, self._labels, self.refused = path, dict[str, list[Label]](), list[str]()
@@ -75,10 +72,7 @@ class _Labels:
 
 
 def label_of(value: Any) -> Label:
-    """Return 2 for `2`, `2.0`, `"2"`, `[2]` and `"[2]"`, and other text, the name of a class, without blanks.
-
-    Raises ValueError for several numbers, objects, fractions and numbers out of range.
-    """
+    """Return 2 for `2`, `2.0`, `"2"`, `[2]` and `"[2]"`, and other text, the name of a class. Raises ValueError for all else."""
     if isinstance(value, str) and NUMBERS.fullmatch(value):
         value = re.findall(r"-?\d+", value)
     if isinstance(value, list) and len(value) == 1:

@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import math
-import os
 import unicodedata
 from array import array
 from collections import Counter, defaultdict
@@ -14,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tools.shards.decoding.pixels import encode_png
+from pipeline.files import read_bytes
+from tools.shards.decoding.pixels import encode
 
 MAX_SAMPLES = 1 << 31  # labels, shards and rows are int32 in the index
 
@@ -26,8 +26,7 @@ class LooseFiles:
     root: Path
 
     def read(self, offset: int, size: int, name: str) -> bytes:
-        with open(f"{self.root}/{name}", "rb", buffering=0) as file:
-            return file.read(size)
+        return read_bytes(self.root / name, 0, size)
 
 
 @dataclass
@@ -35,12 +34,9 @@ class FileRanges:
     """Images that are byte ranges of one file, such as a tar or a tar inside it; read in place, never extracted."""
 
     path: Path
-    _descriptor: int = field(default=-1, repr=False)
 
     def read(self, offset: int, size: int, name: str) -> bytes:
-        if self._descriptor < 0:
-            self._descriptor = os.open(self.path, os.O_RDONLY)
-        content = os.pread(self._descriptor, size, offset)
+        content = read_bytes(self.path, offset, size)
         if len(content) != size:
             end = offset + len(content)
             raise ValueError(f"{self.path}: ends at byte {end}, inside {name}: truncated. Copy it again")
@@ -54,7 +50,7 @@ class ImageArray:
     pixels: np.ndarray
 
     def read(self, offset: int, size: int, name: str) -> bytes:
-        return encode_png(Image.fromarray(self.pixels[offset]))
+        return encode(Image.fromarray(self.pixels[offset]))
 
 
 Container = LooseFiles | FileRanges | ImageArray

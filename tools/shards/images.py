@@ -17,7 +17,7 @@ from PIL import Image, ImageFile, features
 from pipeline.shards.samples import PILLOW_FAULTS
 from tools.shards.decoding.foreign import describe_foreign
 from tools.shards.decoding.markers import END_OF_IMAGE, LOSSLESS_FRAME, USUAL_FRAMES, JpegHeader, read_jpeg, without_metadata
-from tools.shards.decoding.pixels import RejectedImageError, encode_png, other_frames, pixel_changes, to_8_bit
+from tools.shards.decoding.pixels import RejectedImageError, encode, other_frames, pixel_changes, to_8_bit
 
 Image.MAX_IMAGE_PIXELS = None  # ImagePolicy.max_pixels is checked in the header instead
 warnings.filterwarnings("ignore", module=r"PIL\.")  # mostly about metadata; real damage becomes a reason to reject
@@ -54,10 +54,7 @@ TRANSPOSE = {orientation: Image.Transpose[name] for orientation, name in enumera
 
 @dataclass(frozen=True)
 class ImagePolicy:
-    """The options of the policy. `resize`: the shorter side in pixels; 0 keeps every size. `quality`: of resized JPEGs.
-
-    `verify`: "header" trusts a header and an end marker, "full" decodes every image.
-    """
+    """`verify`: "full" decodes every image. `resize`: the shorter side, 0 keeps every size; `quality`: of resized JPEGs."""
 
     verify: str = "header"
     resize: int = 0
@@ -177,8 +174,5 @@ def _rewrite(image: ImageFile.ImageFile, changes: list[str], policy: ImagePolicy
         size = (max(1, round(pixels.width * scale)), max(1, round(pixels.height * scale)))
         pixels = pixels.resize(size, Image.Resampling.BICUBIC)
     pixels.info.clear()  # a profile or an orientation that was applied must not be applied again
-    if resized or (is_jpeg and "lossless" not in changes):
-        out = io.BytesIO()
-        pixels.save(out, "JPEG", quality=policy.quality if resized else JPEG_QUALITY)
-        return CheckedImage(out.getvalue(), "jpg", pixels.height, pixels.width, tuple(changes))
-    return CheckedImage(encode_png(pixels), "png", pixels.height, pixels.width, tuple(changes))
+    quality = policy.quality if resized else JPEG_QUALITY if is_jpeg and "lossless" not in changes else 0
+    return CheckedImage(encode(pixels, quality), "jpg" if quality else "png", pixels.height, pixels.width, tuple(changes))

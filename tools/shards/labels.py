@@ -40,10 +40,7 @@ def class_order(names: Iterable[str]) -> list[str]:
 def number_labels(
     labels: Sequence[Label], order: Callable[[Iterable[str]], list[str]] = class_order
 ) -> tuple[list[int], tuple[str, ...]]:
-    """Replace labels that are names by numbers in the order of the names; returns the names too, () where there are none.
-
-    Where some labels are names, numbers are names too.
-    """
+    """Number labels that are names, and any beside names, in the order of the names; returns those too, () for none."""
     if not any(isinstance(label, str) for label in labels):
         return [int(label) for label in labels], ()
     names = order({str(label) for label in labels if label != UNLABELLED})
@@ -52,10 +49,7 @@ def number_labels(
 
 
 def adopt_classes(source: Source, out: Path, split: str) -> Source:
-    """Return the source with the labels and classes of the other split in `out`, if that one has labels.
-
-    Raises ValueError for a class or label that the other split lacks.
-    """
+    """Return the source with the labels of the other split in `out`, if there are some. Raises ValueError for others."""
     other = out / OTHER_SPLIT[split]
     known, labels = _classes_of(other), np.asarray(source.catalogue.label)
     used = np.unique(labels[labels != UNLABELLED]).tolist()
@@ -107,16 +101,6 @@ def _labels_of(names: Sequence[str], known: Sequence[str]) -> list[int]:
 
     places = {key(name): place for place, name in reversed(list(enumerate(known)))}
     return [places.get(key(name), -1) for name in names]
-
-
-def without_labels(source: Source) -> Source:
-    return source.relabelled([UNLABELLED] * len(source.catalogue), (), "labels are left out, as --no-labels says")
-
-
-def label_by_file(source: Source, path: Path) -> Source:
-    """Replace the labels of a source by those that `read_labels` finds in a file."""
-    labels, note = read_labels(path, source.catalogue.names)
-    return source.relabelled(*number_labels(labels), note)
 
 
 def read_labels(path: Path, names: Sequence[str]) -> tuple[list[Label], str]:

@@ -42,10 +42,7 @@ PHOTOGRAPHS = (
 
 
 def photograph_source(split: str) -> Source:
-    """Build the tiles of one split: train from the left part of each photograph, val from the right part.
-
-    Reads installed files and downloads nothing. Raises ValueError when a package is not installed.
-    """
+    """Build the tiles of a split: train from the left part of each photograph, val from the right. Raises ValueError."""
     tiles, labels = [], []
     for label, (folder, file, _, _) in enumerate(PHOTOGRAPHS):
         pixels = np.asarray(Image.open(photograph_path(folder, file)).convert("RGB"))
@@ -77,9 +74,7 @@ def photograph_path(folder: str, file: str) -> Path:
     """Return an installed photograph. Raises ValueError when its package is not installed."""
     package, _, below = folder.partition("/")
     spec = find_spec(package)  # finds the package without importing it
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"the sample needs photographs of {package}, which is not installed: pip install -e .[sample]")
-    path = Path(spec.submodule_search_locations[0]) / below / file
+    path = Path(((spec and spec.submodule_search_locations) or [""])[0]) / below / file
     if not path.is_file():
-        raise ValueError(f"{package} has no {below}/{file}: install the supported release, pip install -e .[sample]")
+        raise ValueError(f"the sample needs {below}/{file} of {package}, which is not installed: pip install -e .[sample]")
     return path

@@ -18,10 +18,7 @@ REJECTED_NAME, COPIES_NAME = "rejected.jsonl", "copies.jsonl"
 
 
 def finish_split(conversion: Conversion) -> tuple[bool, int]:
-    """Write the files next to the tars from the shards' records.
-
-    Returns True if one of them had to be written, and the number of rejected images.
-    """
+    """Write the files next to the tars; returns True if one had to be written, and the number of rejected images."""
     folder = conversion.folder
     records = [ShardRecord.load(conversion.record_path(shard)) for shard in conversion.shards]
     rows = np.concatenate([record.rows for record in records])

@@ -49,10 +49,7 @@ def other_frames(image: ImageFile.ImageFile) -> int:
 
 
 def to_8_bit(image: ImageFile.ImageFile) -> tuple[Image.Image, int]:
-    """Decode the first frame of a file to 8-bit RGB or gray; also return the depth that its values were taken to have.
-
-    Raises RejectedImageError for values that would lose the picture.
-    """
+    """Decode the first frame to 8-bit RGB or gray; also return the depth of its values. Raises RejectedImageError."""
     profile, mode = image.info.get("icc_profile") or b"", _colour_mode(image)
     pixels, depth = _narrowed(image) if _is_wide(image) else (image, 8)
     alpha = None
@@ -135,8 +132,9 @@ def to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     return transform if np.max(errors) > SRGB_TOLERANCE else None
 
 
-def encode_png(pixels: Image.Image) -> bytes:
-    """Encode losslessly; the same pixels always give the same bytes."""
+def encode(pixels: Image.Image, quality: int = 0) -> bytes:
+    """Encode as JPEG of a quality, or losslessly as PNG; the same pixels always give the same bytes."""
     out = io.BytesIO()
-    pixels.save(out, "PNG", compress_level=6)
+    options = {"quality": quality} if quality else {"compress_level": 6}
+    pixels.save(out, "JPEG" if quality else "PNG", **options)
     return out.getvalue()

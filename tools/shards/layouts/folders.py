@@ -46,10 +46,7 @@ def has_images(folder: Path) -> bool:
 
 
 def open_files(path: Path, split: str, spools: Path, labelled: bool | None = None) -> Source | None:
-    """List the images of a split, whose classes are the folders in its folder; images lie at any depth in those.
-
-    There are no classes where images lie next to the folders, unless `labelled` asks for them; False leaves out all labels.
-    """
+    """List a split's images by class folder. `labelled`: True leaves out images next to the folders, False all labels."""
     if not path.is_dir():
         return None
     skipped = Counter[str]()

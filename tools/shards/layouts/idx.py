@@ -44,10 +44,7 @@ def _images_and_labels(path: Path, split: str) -> dict[str, Path]:
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """Read a file of uint8, which is unpacked if its name ends in `.gz`. Raises ValueError for any other content.
-
-    It is the bytes 0, 0, 8, dimensions; big-endian sizes; values. Source: yann.lecun.com/exdb/mnist.
-    """
+    """Read a file of uint8: 0, 0, 8, dimensions; big-endian sizes; values (yann.lecun.com/exdb/mnist). Raises ValueError."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content, start = file.read(MAX_UNPACKED), 4 + 4 * dimensions

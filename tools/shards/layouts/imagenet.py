@@ -1,7 +1,4 @@
-"""ImageNet-1k: the original validation archive with its devkit, and the label order.
-
-The original train archive is a tar of class tars, which `tars` reads.
-"""
+"""ImageNet-1k: the original validation archive with its devkit, and the label order. `tars` reads the train archive."""
 
 import re
 from collections.abc import Iterable
@@ -23,10 +20,7 @@ def are_wnids(names: list[str]) -> bool:
 
 
 def label_order(wnids: Iterable[str]) -> list[str]:
-    """Return the 1000 wnids in the order of Caffe and timm if they include all of `wnids`, else `wnids` sorted.
-
-    A subset of ImageNet thus keeps the usual labels.
-    """
+    """Return the 1000 wnids in the order of Caffe and timm, if `wnids` are a subset of them, else `wnids` sorted."""
     spec = find_spec("timm")  # importing it would load torch, which takes seconds
     assert spec is not None
     assert spec.origin is not None

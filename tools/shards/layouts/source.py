@@ -7,8 +7,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from pipeline.shards.index import UNLABELLED
 from pipeline.shards.side_folders import first_folder
 from pipeline.shards.tar import tar_kind
@@ -39,10 +37,7 @@ FILES_OF = {"parquet": "parquet files", "tars": "tars"}  # layouts whose files c
 
 
 def open_source(path: Path, split: str, spools: Path, layout: str = "auto") -> Source:
-    """List every image of one split; where there is none for validation, those of the test split.
-
-    Raises FileNotFoundError when nothing is there, ValueError when the path has no known layout, or not the requested one.
-    """
+    """List every image of a split, of test where there is no val. Raises FileNotFoundError, ValueError for another layout."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     for snapshots in (path / "snapshots", path):
@@ -77,22 +72,17 @@ def _open_split(path: Path, split: str, layout: str, spools: Path) -> Source:
                     f"choose --layout {name}, folders or flat"
                 )
             check_class_names(source.classes, str(path))
-            _check_labels(source, path)
+            labels, num_classes = source.catalogue.label, len(source.classes)
+            wrong = [label for label in (min(labels), max(labels)) if label < UNLABELLED or label >= num_classes > 0]
+            if wrong:
+                also = "damaged, or the class list is of another data set"
+                raise ValueError(f"{path}: label {wrong[0]} for {num_classes} classes: {also}")
             return source
     if path.is_file() and (what := describe_file(path)):
         raise ValueError(f"{path}: {what}")
     requested = "" if layout == "auto" else f" with --layout {layout}"
     content = _describe_content(path, split)
     raise NoSplitError(f"{path}: no {split} images found{requested}: {content}. Check the path, --split and --layout")
-
-
-def _check_labels(source: Source, path: Path) -> None:
-    """Raise ValueError for a label without a class."""
-    labels = np.asarray(source.catalogue.label)
-    lowest, highest = int(labels.min()), int(labels.max())
-    if lowest < UNLABELLED or (source.classes and highest >= len(source.classes)):
-        wrong, classes = lowest if lowest < UNLABELLED else highest, f"{len(source.classes)} classes"
-        raise ValueError(f"{path}: label {wrong} for {classes}: damaged, or the class list is of another data set")
 
 
 def _describe_content(path: Path, split: str) -> str:

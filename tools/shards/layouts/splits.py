@@ -1,12 +1,10 @@
 """Which split an image belongs to, and which class, judged by the names of its folders and files."""
 
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.shards.side_folders import are_no_classes, common_folder, first_folder, main_folder
-from pipeline.shards.tar import is_hidden
 from pipeline.text import truncate_list
 
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev", "eval"), "test": ("test", "testing")}
@@ -27,11 +25,6 @@ def split_of(folder: str) -> str:
     return next((split for split in SPLIT_NAMES if match[split]), "") if match else ""
 
 
-def visible_folders(root: Path) -> list[str]:
-    with os.scandir(root) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name))
-
-
 def only_of_split(folders: Iterable[str], split: str, where: str) -> str:
     """Return the folder of the split, "" when there is none. Raises ValueError when there are two."""
     ours = [name for name in folders if split_of(name) == split]
@@ -41,10 +34,7 @@ def only_of_split(folders: Iterable[str], split: str, where: str) -> str:
 
 
 def folder_of_split(names: list[str], split: str, where: str) -> str:
-    """Return `a/images/train/`, which holds the images of the split or those beside masks; "" where all images count.
-
-    Raises NoSplitError where only other splits have a folder, ValueError where a folder can be a class as well as a split.
-    """
+    """Return `a/images/train/`, of the split or beside masks, "" for all images. Raises ValueError where that is not clear."""
     below, chosen = "", False
     while True:
         common = common_folder(names)
@@ -73,8 +63,9 @@ def _choose_split(folders: list[str], names: list[str], below: str, split: str, 
             f"{where}: no {split} images: the folders in it are {truncate_list(splits)}. Choose another --split, or convert "
             f"the folder that is to be the {split} split, such as {splits[0]}"
         )
-    inside = [name.removeprefix(f"{below}{ours}/") for name in names if name.startswith(f"{below}{ours}/")] if ours else []
-    if splits and others and not any("/" in name for name in inside):  # a split with folders in it is no class
+    prefix = f"{below}{ours}/"
+    has_folders = ours and any("/" in name[len(prefix) :] for name in names if name.startswith(prefix))
+    if splits and others and not has_folders:  # a split with folders in it is no class
         neighbours = truncate_list([other or "images" for other in others])
         raise ValueError(
             f"{where}: the folder {ours or splits[0]} is named after a split and lies next to {neighbours}: convert the folder "
@@ -88,7 +79,7 @@ def note_elsewhere(below: str, number: int) -> list[str]:
 
 
 def class_folders(names: list[str], start: int, where: str) -> tuple[list[str], str]:
-    """Return the folder that is the class of each image, the first behind `name[:start]`; [] and a reason where it is none."""
+    """Return each image's class, the folder behind `name[:start]`, or [] and the reason. Raises ValueError for splits inside."""
     folders = [first_folder(name[start:]) for name in names]
     if num_loose := folders.count(""):
         why = f": {num_loose:,} lie next to the folders, so the folders are not classes"
@@ -98,29 +89,21 @@ def class_folders(names: list[str], start: int, where: str) -> tuple[list[str], 
     inner = [first_folder(name[start:].partition("/")[2]) for name in names]
     if all(len(outer) == 1 and name[:1].lower() == outer.lower() for outer, name in zip(folders, inner, strict=True)):
         return inner, ""  # folders below their initials, like `a/abbey` in Places and SUN
-    check_no_splits(names, start, where)
+    for folder in sorted({name[start:].rpartition("/")[0] for name in names}):
+        label, *parts = folder.split("/")
+        if split := next(filter(split_of, parts), ""):
+            raise ValueError(
+                f"{where}: the class {label} holds a folder {split}, named after a split: splits are not mixed. Arrange the "
+                "images as SPLIT/CLASS/IMAGE, or rename the folder if it is none"
+            )
     return folders, ""
 
 
 def files_of_split(files: list[Path], split: str, root: Path) -> list[Path]:
-    """Return the files that are named after the split, where there are some, else those named after no split.
-
-    The names of the folders between `root` and a file count too.
-    """
+    """Return the files named, by themselves or folders below `root`, after the split; where none is, those of no split."""
     named = {file: {word.lastgroup for word in SPLIT_WORD.finditer(str(file.relative_to(root)))} for file in files}
     ours = [file for file in files if split in named[file]]
     return ours or [file for file in files if not named[file]]
-
-
-def check_no_splits(names: Iterable[str], start: int, where: str) -> None:
-    """Raise ValueError for folders of splits inside a class. `names[start:]` is `class/.../image`."""
-    for folder in sorted({name[start:].rpartition("/")[0] for name in names}):
-        label, *parts = folder.split("/")
-        if inner := next(filter(split_of, parts), ""):
-            raise ValueError(
-                f"{where}: the class {label} holds a folder {inner}, named after a split: splits are not mixed. Arrange the "
-                "images as SPLIT/CLASS/IMAGE, or rename the folder if it is none"
-            )
 
 
 def plain_name(path: Path) -> str:

@@ -22,15 +22,7 @@ from tools.shards.images import is_image
 from tools.shards.labels import class_order, number_labels
 from tools.shards.layouts.folders import has_images, walk_images
 from tools.shards.layouts.imagenet import ARCHIVES, are_wnids, label_order
-from tools.shards.layouts.splits import (
-    class_folders,
-    files_of_split,
-    folder_of_split,
-    note_elsewhere,
-    only_of_split,
-    plain_name,
-    visible_folders,
-)
+from tools.shards.layouts.splits import class_folders, files_of_split, folder_of_split, note_elsewhere, only_of_split, plain_name
 from tools.shards.skipped_files import QUIET, describe_file, file_kind
 
 
@@ -83,7 +75,8 @@ def _tars_of_split(path: Path, split: str) -> tuple[list[Path], int]:
     """Return one tar, or the tars of a split in a folder; and the number of other tars."""
     if path.is_file():
         return ([path] if tar_kind(path) == "a tar" else []), 0
-    root = path / only_of_split(visible_folders(path), split, str(path))
+    folders = sorted(item.name for item in path.iterdir() if item.is_dir() and not is_hidden(item.name))
+    root = path / only_of_split(folders, split, str(path))
     tars = sorted(tar for tar in root.glob("*.tar") if not tar.name.startswith("."))
     chosen = [tar for tar in tars if tar.name == ARCHIVES.get(split)] or files_of_split(tars, split, root)
     return chosen, len(tars) - len(chosen)
