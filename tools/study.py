@@ -6,7 +6,7 @@ where the time does) or on as many images as the base variant; then its frozen e
 
 With --variants it is an arena instead: ours against other methods (lejepa, ijepa, dino, supervised) or variants of ours, at
 equal CPU time and at equal images, measured along the way. It writes NAME_arena.csv, .md and .png, and NAME_arena_curve.csv, a
-line for each measurement.
+line for each measurement. With --weights RUN, variants such as `continued` start from there: does continuing pay?
 """
 
 import argparse
@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from tools.own_process import run_in_subprocess
-from tools.studies.grid import BASE, IMAGES, PEERS, TIME, VARIANTS, Base, Trial, plan_sections, plan_trials
+from tools.studies.grid import BASE, CONTINUING, IMAGES, PEERS, TIME, VARIANTS, Base, Trial, plan_sections, plan_trials
 from train.command import CommandParser, path_argument, run_command
 from train.config.load import load_config
 
-SCORES = ("knn", "linear", "rankme", "placement", "dense_knn", "dense_linear")
+SCORES = ("knn", "linear", "rankme", "placement", "dense_knn", "dense_linear", "share", "unmixed")
 CURVE_FIELDS = ("variant", "equal", "seed", *SCORES, "steps", "images", "cpu_s")
 FIELDS = (*CURVE_FIELDS, "images_per_cpu_s", "peak_mib")
-LATER = {"placement", "dense_knn", "dense_linear"}  # columns that older tables lack
+LATER = {"placement", "dense_knn", "dense_linear", "share", "unmixed"}  # columns that older tables lack
 ARENA_POINTS = 5
 
 
@@ -43,6 +43,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     text = f"How often the arena measures a training, evenly spaced. The default is {ARENA_POINTS}."
     add("--points", type=int, metavar="N", help=text)
     add("--masks", type=path_argument, metavar="FOLDER", help="Measure the dense probe too, on these images with masks.")
+    add("--weights", default="", metavar="W", help="What the variants that continue start from, as model.weights names it.")
     return parser.parse_args(arguments)
 
 
@@ -57,8 +58,10 @@ def parse_seeds(text: str) -> list[int]:
 def arena_variants(options: argparse.Namespace) -> list[str]:
     """Return what the arena compares, the base first; nothing for the study. Raises ValueError."""
     named = [name.strip() for name in options.variants.split(",")] if options.variants else []
-    if unknown := [name for name in named if name not in VARIANTS | PEERS]:
-        raise ValueError(f"--variants {', '.join(unknown)}: unknown; known are {', '.join(VARIANTS | PEERS)}")
+    known = VARIANTS | PEERS | (CONTINUING if options.weights else {})
+    if unknown := [name for name in named if name not in known]:
+        more = "" if options.weights else f"; with --weights {', '.join(CONTINUING)}"
+        raise ValueError(f"--variants {', '.join(unknown)}: unknown; known are {', '.join(known)}{more}")
     return list(dict.fromkeys([BASE, *named])) if named else []
 
 
@@ -107,13 +110,14 @@ def write_results(options: argparse.Namespace, path: Path, variants: Sequence[st
     words += ["--budget", f"{options.budget:g}", "--points", str(options.points or ARENA_POINTS)]
     words += ["--equal", options.equal] if options.equal else []
     words += ["--masks", str(options.masks)] if options.masks else []
+    words += ["--weights", options.weights] if options.weights else []
     write_arena(path, shlex.join(words), variants, rows, steps, options.budget)
 
 
 def run_study(options: argparse.Namespace) -> None:
     check_options(options)
     masks = str(options.masks) if options.masks else ""
-    base, variants = Base(str(options.config), tuple(options.overrides), masks), arena_variants(options)
+    base, variants = Base(str(options.config), tuple(options.overrides), masks, options.weights), arena_variants(options)
     equals, seeds = (options.equal,) if options.equal else (TIME, IMAGES), parse_seeds(options.seeds)
     planned = plan_trials(plan_sections(variants, equals), seeds)
     run_name = load_config(options.config, options.overrides).logging.run_name

@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.train.test_run import ROOT
 from tools import study
-from tools.studies.grid import BASE, IMAGES, PEERS, TIME, Base, plan_sections, plan_trials
+from tools.studies.grid import BASE, CONTINUED, CONTINUING, IMAGES, PEERS, TIME, UNTOUCHED, Base, plan_sections, plan_trials
 from tools.studies.peers import Supervised
 from tools.studies.tables import lead_lines, write_arena
 from tools.studies.training import TimedTraining, measure_rows, run_trial, trial_config
+from train.adapt.mix import SHARES
+from train.config.load import load_config
 from train.evaluation.features import pooled_features
 from train.evaluation.placement import dense_features
+from train.run import main as train
 
 LIGHTLY = pytest.mark.skipif(find_spec("lightly") is None, reason="needs lightly: pip install -e '.[arena]'")
 METHODS = [pytest.param(name, marks=LIGHTLY if name == "dino" else ()) for name in PEERS]
@@ -100,6 +104,7 @@ def test_every_variant_is_compared_at_equal_time_and_at_equal_images_seed_by_see
         (["--variants", "lejepa", "--seeds", "1,1"], "--seeds 1,1: write different integers"),
         (["--variants", "lejepa", "--budget", "0"], "--budget 0: must be more than 0"),
         (["--variants", "lejepa", "--points", "0"], "--points 0: must be at least 1"),
+        (["--variants", "continued"], "unknown; known are 2+6"),
         (["--points", "3"], "add --variants"),
         (["data.batch_szie=3", "--variants", "lejepa"], "did you mean data.batch_size?"),
     ],
@@ -142,7 +147,7 @@ def made_up(variant: str, equal: str, seed: int, knn: float, steps: int = 10) ->
 def test_leads_are_differences_of_the_same_seed(tmp_path: Path) -> None:
     scores = {(BASE, "time"): (64, 70, 76), ("lejepa", "time"): (62, 67, 74), ("lejepa", "images"): (60, 69)}
     rows = [made_up(*key, seed, knn) for key, values in scores.items() for seed, knn in enumerate(values)]
-    text = "\n".join(lead_lines(rows, [BASE, "lejepa"], [TIME, IMAGES]))
+    text = "\n".join(lead_lines(rows, BASE, ["lejepa"], [TIME, IMAGES]))
     # 2, 3, 2: a standard deviation of 0.577, times 4.303 / sqrt(3).
     assert "| lejepa | +2.3 ± 1.4 | +2.3 ± 1.4 | +2.5 ± 19.1 | +2.5 ± 19.1 |" in text
     baseline = {**made_up("raw pixels", "", 0, 61), "images": "", "cpu_s": ""}
@@ -152,6 +157,47 @@ def test_leads_are_differences_of_the_same_seed(tmp_path: Path) -> None:
     assert text.count("| lejepa | ") == 3
     assert "| raw pixels | 1 | 61.0 | 62.0 |" in text
     assert (tmp_path / "made_up.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("variant", CONTINUING)
+def test_a_variant_that_continues_has_the_bases_data_and_encoder_and_the_shipped_recipe(variant: str) -> None:
+    base = Base(str(ROOT / "configs" / "study_emoji.yaml"), ("data.data_path=shards/second",), weights="runs/first")
+    config, wanted = trial_config(base, variant, 0, 3), load_config(ROOT / "configs" / "continue.yaml")
+    first = load_config(ROOT / "configs" / "study_emoji.yaml")
+    assert (config.data.data_path, config.data.multicrop) == ("shards/second", first.data.multicrop)
+    assert (config.model.weights, config.model.encoder_kwargs) == ("runs/first", first.model.encoder_kwargs)
+    if variant == CONTINUED:
+        kept = {"epochs": config.training.epochs, "max_steps": 3, "use_amp": False}
+        assert config.masking == wanted.masking
+        assert config.training == wanted.training.model_copy(update=kept)
+        assert config.loss.anchor_weight == wanted.loss.anchor_weight > 0
+
+
+def test_leads_of_what_continues_are_over_the_untouched_weights_too(tmp_path: Path) -> None:
+    knn = {(BASE, TIME): 40, (CONTINUED, TIME): 52, (UNTOUCHED, ""): 51}
+    rows = [made_up(*key, seed, value + seed) for key, value in knn.items() for seed in range(3)]
+    write_arena(tmp_path / "made_up", "a command", [BASE, CONTINUED], rows, {BASE: 9, CONTINUED: 10}, 1.0)
+    text = (tmp_path / "made_up.md").read_text()
+    assert f"### Lead of {CONTINUED}, points" in text
+    assert f"| {UNTOUCHED} | +1.0 ± 0.0 | +1.0 ± 0.0 |" in text
+    assert f"| {BASE} | +12.0 ± 0.0 |" in text
+
+
+@pytest.mark.slow
+def test_an_arena_from_a_runs_weights_measures_them_untouched_and_mixed_back(base: Path, tmp_path: Path) -> None:
+    run = ["training.max_steps=2", f"logging.run_dir={tmp_path}", "logging.run_name=first", "logging.pictures=false"]
+    assert train([str(base), *run]) == 0
+    start = ["--weights", str(tmp_path / "first"), "--variants", CONTINUED, "--points", "1", "--equal", TIME]
+    assert (
+        study.main([str(base), "training.warmup_epochs=0", *start, "--out", str(tmp_path), "--budget", "0.1", "--seeds", "0"])
+        == 0
+    )
+    with (tmp_path / "tiny_arena.csv").open(newline="") as file:
+        rows = {row["variant"]: row for row in csv.DictReader(file)}
+    assert float(rows[CONTINUED]["share"]) in SHARES
+    assert rows[CONTINUED]["unmixed"]
+    assert not rows[BASE]["share"]
+    assert rows[UNTOUCHED]["knn"]
 
 
 @pytest.mark.slow

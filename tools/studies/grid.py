@@ -1,9 +1,15 @@
 """The variants of study and arena with their settings, and the trainings that compare them."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
+from train.config.load import read_values
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 TIME, IMAGES = "time", "images"
 TITLES = {TIME: "equal CPU time", IMAGES: "equal images"}
 BASE = "2+6"
@@ -50,6 +56,23 @@ PEERS: dict[str, tuple[str, ...]] = {
     "dino": (NO_SUMMARY, *UNMASKED),
     "supervised": (NO_SUMMARY, *UNMASKED),
 }
+# Variants that continue from `Base.weights`: what they change in configs/continue.yaml.
+CONTINUED, UNTOUCHED = "continued", "untouched weights"
+ALL_BLOCKS, NO_ANCHOR = "training.train_blocks=all", "loss.anchor_weight=0.0"
+CONTINUING: dict[str, tuple[str, ...]] = {
+    CONTINUED: (),
+    "no anchor": (NO_ANCHOR,),
+    "last block": ("training.train_blocks=last_1",),
+    "EMA 0.999": ("training.ema_momentum=0.999", "training.ema_final_momentum=0.999"),
+    "lr 1e-3": ("training.lr=1e-3",),
+    "all blocks, lr 2e-5": (ALL_BLOCKS, "training.lr=2e-5", NO_ANCHOR),
+    "all blocks, lr 2e-5, anchor": (ALL_BLOCKS, "training.lr=2e-5"),
+    "all blocks, lr 1e-3": (ALL_BLOCKS, "training.lr=1e-3", NO_ANCHOR),
+    "all blocks, lr 1e-3, anchor": (ALL_BLOCKS, "training.lr=1e-3"),
+    "views": (NO_SUMMARY,),
+    "masked prediction": (GLOBAL_ONLY, *MASKED, NO_SUMMARY, NO_VIEW, NO_SIGREG),
+    "views + masked prediction": (GLOBAL_ONLY, *MASKED, NO_SUMMARY),
+}
 STRATEGIES = ("global_only", "global_with_local_context", "cross_crop_prediction")
 # (title, variants, what is equal), most important first
 EXPERIMENTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
@@ -63,14 +86,30 @@ EXPERIMENTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
 
 @dataclass(frozen=True)
 class Base:
-    """The YAML file that all variants start from, and overrides for all of them. `masks`: of the dense probe, if not empty."""
+    """The YAML file that all variants start from, and overrides for all of them.
+
+    `masks`: of the dense probe; `weights`: what the variants of CONTINUING start from; none, if empty.
+    """
 
     config: str
     overrides: tuple[str, ...] = ()
     masks: str = ""
+    weights: str = ""
 
     def settings(self, variant: str) -> tuple[str, ...]:
-        return (*self.overrides, *(VARIANTS | PEERS)[variant])
+        if variant not in CONTINUING:
+            return (*self.overrides, *(VARIANTS | PEERS)[variant])
+        given = (*recipe(), f"model.weights={self.weights}", *CONTINUING[variant], *self.overrides)
+        return tuple({setting.partition("=")[0]: setting for setting in given}.values())
+
+
+@cache
+def recipe() -> tuple[str, ...]:
+    """Return the settings of configs/continue.yaml for masks, losses and training."""
+    values = read_values(CONFIGS / "continue.yaml", {})
+    found = {f"{part}.{key}": value for part in ("masking", "loss", "training") for key, value in values[part].items()}
+    steps = ("training.epochs", "training.max_steps")  # each trial sets them itself
+    return tuple(f"{key}={json.dumps(value)}" for key, value in found.items() if key not in steps)
 
 
 Run = tuple[str, str]

@@ -8,7 +8,7 @@ import matplotlib as mpl
 from scipy import stats
 
 from pipeline.text import markdown_table
-from tools.studies.grid import BASE, TIME, TITLES, Run, plan_sections
+from tools.studies.grid import BASE, CONTINUED, TIME, TITLES, UNTOUCHED, Run, plan_sections
 
 mpl.use("agg")
 
@@ -16,14 +16,14 @@ from matplotlib import pyplot as plt
 
 Row = dict[str, str]
 
-BASELINES = ("raw pixels", "colour histogram", "random initialisation")
+BASELINES = ("raw pixels", "colour histogram", "random initialisation", UNTOUCHED)
 # `step_mib`, the predicted memory of a step, is in older CSV files only.
 COLUMN_FIELDS = {
     "k-NN %": "knn", "linear %": "linear", "dense k-NN %": "dense_knn", "dense linear %": "dense_linear",
-    "placement %": "placement", "images": "images", "CPU s": "cpu_s", "images/CPU s": "images_per_cpu_s",
-    "step memory, MiB": "step_mib", "peak above start, MiB": "peak_mib",
+    "placement %": "placement", "not mixed, k-NN %": "unmixed", "share in the mixture": "share", "images": "images",
+    "CPU s": "cpu_s", "images/CPU s": "images_per_cpu_s", "step memory, MiB": "step_mib", "peak above start, MiB": "peak_mib",
 }  # fmt: skip
-SPATIAL = ("dense_knn", "dense_linear", "placement")  # shown where they were measured
+OPTIONAL = ("dense_knn", "dense_linear", "placement", "unmixed", "share")  # shown where they were measured
 SCORES = {"knn": "k-NN", "linear": "linear probe"}
 
 
@@ -58,7 +58,7 @@ def markdown(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 def section_lines(rows: Sequence[Row], title: str, runs: Sequence[Run]) -> list[str]:
     """Return a table of those runs that have rows."""
     table = []
-    columns = {head: field for head, field in COLUMN_FIELDS.items() if field not in SPATIAL or numbers(rows, field)}
+    columns = {head: field for head, field in COLUMN_FIELDS.items() if field not in OPTIONAL or numbers(rows, field)}
     for run in runs:
         if group := rows_of(rows, run):
             cells = [run[0], str(len(group))]
@@ -66,25 +66,25 @@ def section_lines(rows: Sequence[Row], title: str, runs: Sequence[Run]) -> list[
                 values = numbers(group, field)
                 mean = statistics.mean(values) if values else 0.0
                 short = f"{mean:,.0f}" if mean >= 100 else f"{mean:.1f}"
-                cells.append(format_cell(values, ".1f") if field in (*SCORES, *SPATIAL) else short if values else "")
+                cells.append(format_cell(values, ".1f") if field in (*SCORES, *OPTIONAL) else short if values else "")
             table.append(cells)
     return markdown(title, ["variant", "seeds", *columns], table)
 
 
-def lead_lines(rows: Sequence[Row], variants: Sequence[str], equals: Sequence[str]) -> list[str]:
-    """Return the base's lead over each variant, in points: the difference at the same seed, over the seeds both have."""
+def lead_lines(rows: Sequence[Row], leader: str, others: Sequence[str], equals: Sequence[str]) -> list[str]:
+    """Return the leader's lead over each other variant, in points: the difference at the same seed, over the seeds both have."""
     columns = [(equal, score) for equal in equals for score in SCORES]
     table = []
-    for variant in variants[1:]:
+    for variant in others:
         cells = []
         for equal, score in columns:
-            runs = ((BASE, TIME), (variant, equal))
+            runs = ((leader, TIME), (variant, "" if variant in BASELINES else TIME if variant == BASE else equal))
             ours, theirs = ({row["seed"]: float(row[score]) for row in rows_of(rows, run)} for run in runs)
             cells.append(format_cell([ours[seed] - theirs[seed] for seed in ours if seed in theirs], "+.1f"))
         if any(cells):
             table.append([variant, *cells])
     heads = [f"{SCORES[score]}, {TITLES[equal]}" for equal, score in columns]
-    return markdown(f"Lead of {BASE}, points", ["over", *heads], table)
+    return markdown(f"Lead of {leader}, points", ["over", *heads], table)
 
 
 def write_study(path: Path, rows: Sequence[Row], steps: dict[str, int], budget: float) -> None:
@@ -104,14 +104,21 @@ def write_arena(
 ) -> None:
     """Write the arena's PATH.md and PATH.png. `variants` begin with the base."""
     counts = ", ".join(f"{variant}: {steps[variant]:,}" for variant in variants)
+    leader = CONTINUED if CONTINUED in variants else BASE
+    words = (
+        f"{BASE} is trained from nothing; the others continue from the weights, with configs/continue.yaml. The share of the "
+        "trained encoder in the mixture with them is chosen by k-NN among the training images, each left out. "
+        if leader == CONTINUED
+        else "All variants have the base's loader, encoder, optimiser, schedule and moving average, which is what is measured. "
+    )
     intro = (
         f"`{command}`; on a CPU, one thread for torch. {BASE} is ours. Equal CPU time: {budget:g} CPU seconds of training, all "
         f"threads of the process, calibrated in steps ({counts}); evaluations do not count. Equal images: as many as {BASE} saw. "
-        "All variants have the base's loader, encoder, optimiser, schedule and moving average, which is what is measured. "
-        "Mean over seeds ± half of the 95% interval (Student's t)."
+        f"{words}Mean over seeds ± half of the 95% interval (Student's t)."
     )
     equals = [equal for equal in TITLES if any(row["equal"] == equal for row in rows)]
-    write_tables(path, rows, intro, plan_sections(variants, equals), lead_lines(rows, variants, equals))
+    others = [name for name in (UNTOUCHED, *variants) if name != leader]
+    write_tables(path, rows, intro, plan_sections(variants, equals), lead_lines(rows, leader, others, equals))
 
 
 def write_tables(path: Path, rows: Sequence[Row], intro: str, sections: dict[str, list[Run]], last: Sequence[str] = ()) -> None:

@@ -9,17 +9,20 @@ from typing import Any
 
 import torch
 
+from model.encoder import MultiCropEncoder
 from pipeline.memory import peak_memory
 from tools.own_process import run_in_subprocess
-from tools.studies.grid import BASE, Base
+from tools.studies.grid import BASE, CONTINUED, UNTOUCHED, Base
 from tools.studies.peers import build_peer, peer_losses
+from train.adapt.mix import SHARES, best_share, mixed
+from train.adapt.weights import starting_encoder
 from train.build import build_dataset, build_encoder, build_evaluation_loaders, build_model, build_training_loader
 from train.config.load import load_config
 from train.config.schema import Config
 from train.config.yaml12 import changed_settings, flatten
 from train.evaluation.dense import dense_figures, raw_patches
-from train.evaluation.features import Extractor, colour_histogram, pixels, pooled_features
-from train.evaluation.measure import measure
+from train.evaluation.features import Extractor, colour_histogram, extract, pixels, pooled_features
+from train.evaluation.measure import leave_one_out_hits, measure
 from train.evaluation.placement import DenseExtractor, Placement, dense_features, patch_pixels
 from train.trainer import Trainer
 
@@ -86,23 +89,37 @@ def run_trial(base: Base, variant: str, seed: int, steps: int, points: int = 1) 
         training.run_to(max(1, trainer.schedule.total_steps * point // points))
         peak = peak or peak_memory()  # later peaks can be those of an evaluation
         trainer.model.eval()
-        target = trainer.model.target
-        rows_of = ({"trained": pooled_features(target)}, {"trained": dense_features(target)})
-        scores = measure_rows(config, *rows_of, base.masks)["trained"]
+        encoder, target = trainer.model.target, trainer.model.target
         counts = {"steps": trainer.state.step, "images": trainer.state.images, "cpu_s": round(training.cpu_s, 2)}
-        rows.append({**counts, **scores})
+        if trainer.start is not None:
+            encoder, counts["share"] = mixed_back(config, target, starting_encoder(config, CPU, trainer.start))
+        pooled = {"trained": pooled_features(encoder), "unmixed": pooled_features(target)}
+        scores = measure_rows(config, pooled, {"trained": dense_features(encoder)}, base.masks)
+        unmixed = {"unmixed": scores["unmixed"]["knn"]} if "share" in counts else {}
+        rows.append({**counts, **scores["trained"], **unmixed})
     rate = round(trainer.state.images / training.cpu_s, 1)
     rows[-1] |= {"images_per_cpu_s": rate, "peak_mib": round((peak - before) / 2**20, 1)}
     return rows
 
 
+def mixed_back(config: Config, target: MultiCropEncoder, start: MultiCropEncoder) -> tuple[MultiCropEncoder, float]:
+    """Return the mixture with the starting weights that a run would export, and the share of `target` in it."""
+    encoders = {share: mixed(start, target, share).eval() for share in SHARES}
+    features = extract(build_evaluation_loaders(config)[0], {str(share): pooled_features(e) for share, e in encoders.items()})
+    share = best_share({share: leave_one_out_hits(features[str(share)], config.evaluation.knn_k, CPU) for share in SHARES})
+    return encoders[share], share
+
+
 def run_baselines(base: Base, seed: int) -> dict[str, dict[str, Any]]:
-    """Return the scores of raw pixels, of the colour histogram and of the seed's random initialisation."""
+    """Return the scores of raw pixels, of the colour histogram, of the seed's random initialisation, and of untouched weights."""
     torch.set_num_threads(1)
     config = trial_config(base, BASE, seed, 1)
     untrained, name = build_model(config, CPU).eval().target, "random initialisation"
     rows = {"raw pixels": pixels, "colour histogram": colour_histogram, name: pooled_features(untrained)}
     patches = {"raw pixels": patch_pixels(untrained.patch_size), name: dense_features(untrained)}
+    if base.weights:
+        start = starting_encoder(trial_config(base, CONTINUED, seed, 1), CPU)
+        rows[UNTOUCHED], patches[UNTOUCHED] = pooled_features(start), dense_features(start)
     return measure_rows(config, rows, patches, base.masks)
 
 
