@@ -54,7 +54,7 @@ def test_one_training_measures_time_memory_and_accuracy_of_its_variant(base: Pat
     masks = str(coloured_scenes(base.parent / "masks"))
     rows = {name: run_trial(Base(str(base), masks=masks), name, 0, 2)[-1] for name in ("1+0", "2+6")}
     for row in rows.values():
-        assert set(row) | {"variant", "equal", "seed"} == set(study.FIELDS)
+        assert set(row) | {"variant", "equal", "seed", "share", "unmixed"} == set(study.FIELDS)
         assert 0 < row["dense_knn"] <= 100
         assert (row["steps"], row["images"]) == (2, 16)
         assert row["cpu_s"] >= 0
