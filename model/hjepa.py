@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from model import defaults
 from model.encoder import MultiCropEncoder
 from model.geometry import Cells, crop_cells
-from model.losses import BatchStandardize, LossWeights, SIGReg, anchor_loss, view_loss, weighted_sum
+from model.losses import COLOURS, BatchStandardize, LossWeights, SIGReg, anchor_loss, colour_shares, view_loss, weighted_sum
 from model.masks import MaskPlan, level_grid, pool_cells
 from model.predictor import Predictor, SummaryPredictor, summary_loss
 from model.teacher import StudentTeacher
@@ -35,8 +35,8 @@ def default_levels(depth: int) -> tuple[Level, ...]:
 class HJEPA(StudentTeacher):
     """Student encoder, EMA target encoder, predictors and projector; `forward` returns the loss.
 
-    loss = weights.prediction * sum_l w_l level_l + weights.summary * summary + weights.view * view + weights.sigreg * sigreg,
-    with the equations of docs/method.md. `predictor` has one head per level; None trains without it.
+    loss = weights.prediction * sum_l w_l level_l + weights.summary * summary + weights.view * view + weights.sigreg * sigreg +
+    weights.colour * colour, with the equations of docs/method.md. `predictor` has one head per level; None trains without it.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class HJEPA(StudentTeacher):
         # The encoder at its starting weights, for the anchor; in a tuple, which keeps it out of the state dict.
         self.start: tuple[MultiCropEncoder, ...] = ()
         self.sigreg = SIGReg()
+        self.colour = nn.Linear(encoder.width, COLOURS) if weights.colour > 0 else None
         self.summary: SummaryPredictor | None = None
         if weights.summary > 0:
             cells = [level_grid(self.grid, level.stride) ** 2 for level in levels]
@@ -86,7 +87,7 @@ class HJEPA(StudentTeacher):
         `flips`: `[B, V]`, as in `CropBatch`. `directions`: `[P, S]`, from `random_directions`.
 
         `features`: `[B, D]`, the target's mean token of the first global; without predictions, the student's. The terms
-        `level_0` .., `summary`, `view` and `sigreg` are absent if their weight is 0.
+        `level_0` .., `summary`, `view`, `sigreg` and `colour`, which needs uint8 crops, are absent if their weight is 0.
         """
         losses: dict[str, Tensor] = {}
         # 1. Student: one packed pass over the context of the globals and, if a term below uses them, all tokens of the locals.
@@ -112,12 +113,16 @@ class HJEPA(StudentTeacher):
             losses["view"] = view_loss(projections, self.num_global)
             losses["sigreg"] = self.sigreg(projections, directions)
             losses.setdefault("features", views[:, 0].detach())
-        # 6. Anchor: the student's tokens stay close to those of the starting weights for the same input.
+        # 6. Prediction of the colours of every crop from its mean token, which would otherwise lose them.
+        if self.colour is not None:
+            shares = torch.cat([colour_shares(group[0]).unflatten(0, (len(boxes), -1)) for group in groups], dim=1)
+            losses["colour"] = F.cross_entropy(self.colour(views).flatten(0, 1), shares.flatten(0, 1))
+        # 7. Anchor: the student's tokens stay close to those of the starting weights for the same input.
         for start in self.start:
             with torch.no_grad():
                 (before,) = start(groups[:1])
             losses["anchor"] = anchor_loss(student[0], before.tokens)
-        for name in ("summary", "view", "sigreg", "anchor"):
+        for name in ("summary", "view", "sigreg", "anchor", "colour"):
             if name in losses:
                 losses["loss"] = getattr(self.weights, name) * losses[name] + losses.get("loss", 0)
         return losses

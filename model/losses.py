@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from model import defaults
 
+COLOURS = 64  # of the colour term: 4 levels per channel
 KNOTS = 17  # of SIGReg's integral, as in LeJEPA
 
 
@@ -23,6 +24,7 @@ class LossWeights:
     view: float = defaults.VIEW_WEIGHT
     sigreg: float = defaults.SIGREG_WEIGHT
     anchor: float = defaults.ANCHOR_WEIGHT
+    colour: float = defaults.COLOUR_WEIGHT
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -77,6 +79,14 @@ def anchor_loss(tokens: Tensor, start: Tensor) -> Tensor:
     tokens, start = tokens.float(), start.float()
     pooled = F.cosine_similarity(tokens.mean(dim=1), start.mean(dim=1), dim=-1)
     return 2 - F.cosine_similarity(tokens, start, dim=-1).mean() - pooled.mean()
+
+
+def colour_shares(crops: Tensor) -> Tensor:
+    """Return the share of each of 64 colours, 4 levels per channel, among a crop's pixels: `[n, 3, S, S] uint8 -> [n, 64]`."""
+    levels = (crops >> 6).long()
+    codes = (16 * levels[:, 0] + 4 * levels[:, 1] + levels[:, 2]).flatten(1)
+    counts = torch.zeros(len(crops), COLOURS, device=crops.device)
+    return counts.scatter_add_(1, codes, torch.ones_like(codes, dtype=counts.dtype)) / codes.shape[1]
 
 
 def view_loss(projections: Tensor, num_global: int) -> Tensor:

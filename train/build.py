@@ -163,7 +163,12 @@ def build_model(config: Config, device: torch.device) -> HJEPA:
         projector_hidden=settings.projector_hidden,
         projector_dim=settings.projector_dim,
         weights=LossWeights(
-            loss.prediction_weight, loss.summary_weight, loss.view_weight, loss.sigreg_weight, loss.anchor_weight
+            loss.prediction_weight,
+            loss.summary_weight,
+            loss.view_weight,
+            loss.sigreg_weight,
+            loss.anchor_weight,
+            loss.colour_weight,
         ),
         grad_checkpointing=settings.grad_checkpointing,
     )

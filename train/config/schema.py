@@ -136,6 +136,7 @@ class Loss(Section):
     view_weight: NonNegativeFloat = model_defaults.VIEW_WEIGHT
     sigreg_weight: NonNegativeFloat = model_defaults.SIGREG_WEIGHT
     anchor_weight: NonNegativeFloat = model_defaults.ANCHOR_WEIGHT
+    colour_weight: NonNegativeFloat = model_defaults.COLOUR_WEIGHT
     sigreg_slices: PositiveInt = 256
 
 

@@ -24,6 +24,7 @@ PANELS = {
     "Prediction loss by level": ("level_0", "level_1", "level_2", "level_3", "summary"),
     "View term": ("view",),
     "SIGReg": ("sigreg",),
+    "Colour term": ("colour",),
     "k-NN and linear probe during the run, %": ("knn", "linear"),
     "Placement accuracy during the run, %": ("placement", "placement_level_0", "placement_level_1", "placement_level_2"),
     "RankMe of pooled features": ("rankme",),
