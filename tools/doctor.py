@@ -13,29 +13,31 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipeline.text import printable, say
-from tools.checks.check import Case, examine
-from tools.checks.data import DATA_CHECKS
-from tools.checks.machine import MACHINE_CHECKS
-from tools.checks.packages import PACKAGE_CHECKS
+from tools.checks import machine, packages
+from tools.checks.check import Case, Check, examine
+from tools.checks.data import check_shards
 from train.command import SETTING, CommandParser, path_argument, place_argument, run_command, write_json
 from train.config.load import load_config
 
 FAILED = 1
 # In the order of the report: later checks rely on earlier ones.
-CHECKS = {**PACKAGE_CHECKS, **MACHINE_CHECKS, **DATA_CHECKS}
+CHECKS: dict[str, Check] = {
+    "packages": packages.check_packages,
+    "DALI and nvImageCodec": packages.check_dali,
+    "shared memory": machine.check_shared_memory,
+    "run folder": machine.check_run_folder,
+    "cores and threads": machine.check_cores,
+    "GPUs": machine.check_gpus,
+    "decoder": machine.check_decoder,
+    "shards": check_shards,
+}
 STATUSES = {"ok": "ok", "warn": "with a warning", "fail": "failed", "skip": "skipped, for the reasons above"}
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = CommandParser(prog="doctor.py", description=__doc__, formatter_class=formatter)
+    parser = CommandParser(prog="doctor.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add(
-        "config",
-        nargs="?",
-        type=path_argument,
-        help="The YAML file of a run, whose data, threads, device and rate are then checked too.",
-    )
+    add("config", nargs="?", type=path_argument, help="The YAML file of a run, whose data, threads and device are checked too.")
     add("overrides", nargs="*", metavar=SETTING, help="Settings that replace those of the file.")
     add("--data", type=place_argument, metavar="FOLDER", help="Check these shards. The default is data.data_path of the config.")
     add("--out", type=path_argument, metavar="FOLDER", help="Check this folder for runs. The default is the config's, or runs.")
@@ -64,9 +66,8 @@ def diagnose(options: argparse.Namespace) -> int:
             fix = f"\n      -> {finding.fix}" if finding.fix else ""
             say(f"{finding.status:4}  {name}: {printable(finding.text)}{fix}")
     counts = Counter(row["status"] for row in rows)
-    summary = ", ".join(f"{counts[status]} {name}" for status, name in STATUSES.items())
     if options.json != "-":
-        print(summary)
+        print(", ".join(f"{counts[status]} {name}" for status, name in STATUSES.items()))
     if options.json:
         write_json(options.json, rows)
     return FAILED if counts["fail"] else 0

@@ -15,9 +15,8 @@ from typing import Any
 import nvidia.dali
 import torch
 
-from pipeline.dataset import resolve_device
 from tools.benchmarks.gpu_parts import PARTS, Figures, GpuCase, Measurement, plan
-from tools.benchmarks.measure import choose, error_line, table
+from tools.benchmarks.measure import choose, error_line, table, torch_device
 from tools.benchmarks.photographs import benchmark_shards
 from tools.checks.machine import driver_version
 from tools.own_process import isolated_executor
@@ -44,9 +43,8 @@ class Result:
 
 
 def run_benchmark(options: argparse.Namespace) -> dict[str, Any]:
-    device, parts, started = resolve_device(options.device), choose("--parts", options.parts, PARTS), options.started
-    if device == "gpu" and not torch.cuda.is_available():
-        raise ValueError("--device gpu: torch sees no CUDA GPU; --device cpu rehearses without one")
+    device = "gpu" if torch_device(options.device).type == "cuda" else "cpu"
+    parts, started = choose("--parts", options.parts, PARTS), options.started
     limit_s = 60 * (options.minutes or (MINUTES_OF_PARTS if options.parts else MINUTES))
     where, results = describe_machine(device), list[Result]()
     planned = [measurement for measurement in plan(device) if measurement.part in parts]
@@ -82,8 +80,7 @@ def run_limited(name: str, measure: Measurement, case: GpuCase, limit_s: float) 
     # A process rather than a thread: a measurement can hang or crash in CUDA, and only the kernel can end it then.
     with isolated_executor(__name__, "pipeline.crops.cpu_operator") as worker:
         try:
-            rows = worker.submit(measured, measure, case).result(limit_s)
-            return [Result(*row) for row in rows.items()]
+            return [Result(*row) for row in worker.submit(measured, measure, case).result(limit_s).items()]
         except TimeoutError:
             return [Result(name, error=f"stopped after {limit_s:.0f} s")]
         except BrokenProcessPool:

@@ -141,31 +141,25 @@ def save(name: str, encoder: str, case: GpuCase) -> dict[str, Figures]:
 
 def plan(device: str) -> list[Planned]:
     """Return all measurements, in the order of the table."""
-    is_cpu = device == "cpu"
-    (small, encoder), *others = ("ViT-S", ENCODERS["small"]), ("ViT-B", "vit_base_patch16_dinov3")
-    if is_cpu:
-        small, encoder, others = "ViT-T", ENCODERS["tiny"], []
+    models = {"ViT-S": ENCODERS["small"], "ViT-B": "vit_base_patch16_dinov3"} if device == "gpu" else {"ViT-T": ENCODERS["tiny"]}
+    small, largest = next(iter(models)), list(models)[-1]
     ways = {"the kernel": "gpu", "DALI's graph": "dali", "CPU crops, uploaded": "cpu"}
+    planned = [Planned("parity", "the kernel", 15, parity)]
     loaders: dict[str, Loader] = {"decode only": decode_only}
-    loaders |= {name: partial(ours, normalized=False, crop_device="auto" if is_cpu else where) for name, where in ways.items()}
-    trained = [(f"{small}, {way}", encoder, where) for way, where in ways.items()]
-    trained += [(f"{name}, the kernel", other, "gpu") for name, other in others]
-    name, largest = others[-1] if others else (small, encoder)
-    return [
-        Planned("parity", "the kernel", 15, parity),
-        *(Planned("images/s", name, 14, partial(loader_rate, name, loader)) for name, loader in loaders.items()),
-        *(Planned("training", name, 20, partial(training_rate, name, model, where, "false")) for name, model, where in trained),
-        *(
-            Planned(part, name, needs_s, partial(step_rows, name, other, part))
-            for part, needs_s in (("step", 25), ("memory", 15))
-            for name, other in ((small, encoder), *others)
-        ),
-        Planned("save", name, 25, partial(save, name, largest)),
-        *(
-            Planned("compile", how, 65, partial(training_rate, f"{small}, training.compile={how}", encoder, "gpu", how))
-            for how in (("true",) if is_cpu else ("true", "cudagraphs"))
-        ),
-    ]
+    for name, where in ways.items():
+        loaders[name] = partial(ours, normalized=False, crop_device=where if device == "gpu" else "auto")
+    planned += [Planned("images/s", name, 14, partial(loader_rate, name, loader)) for name, loader in loaders.items()]
+    for model, encoder in models.items():
+        for way in ways if model == small else ("the kernel",):
+            measure = partial(training_rate, f"{model}, {way}", encoder, ways[way], "false")
+            planned.append(Planned("training", f"{model}, {way}", 20, measure))
+    for part, needs_s in (("step", 25), ("memory", 15)):
+        planned += [Planned(part, name, needs_s, partial(step_rows, name, encoder, part)) for name, encoder in models.items()]
+    planned.append(Planned("save", largest, 25, partial(save, largest, models[largest])))
+    for how in ("true", "cudagraphs") if device == "gpu" else ("true",):
+        measure = partial(training_rate, f"{small}, training.compile={how}", models[small], "gpu", how)
+        planned.append(Planned("compile", how, 65, measure))
+    return planned
 
 
 PARTS = tuple(dict.fromkeys(planned.part for planned in plan("gpu")))

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from pipeline.dataset import resolve_device
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "7")  # silences the profiler's own log lines
 T = TypeVar("T")
@@ -41,28 +44,33 @@ def interleave(measurements: Mapping[str, Callable[[], T]], rounds: int) -> dict
     Results of the same round can be compared: a slow spell of the machine hits all of them alike.
     """
     results: dict[str, list[T]] = {name: [] for name in measurements}
-    names = list(measurements)
-    for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+    names = deque(measurements)
+    for _ in range(rounds):
+        for name in names:
             results[name].append(measurements[name]())
+        names.rotate(-1)
     return results
 
 
 def median_times(steps: Mapping[str, Step], rounds: int, device: torch.device) -> dict[str, float]:
-    """Return the median seconds of each step, after one call that is not timed."""
-    for step in steps.values():
-        step()  # the first call allocates and compiles
-    times = interleave({name: partial(step_seconds, step, device) for name, step in steps.items()}, rounds)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+    """Return the median seconds of each step."""
+
+    def seconds(step: Step) -> float:
+        synchronize(device)
+        started = time.perf_counter()
+        step()
+        synchronize(device)
+        return time.perf_counter() - started
+
+    times = interleave({name: partial(seconds, step) for name, step in steps.items()}, rounds + 1)
+    return {name: statistics.median(each[1:]) for name, each in times.items()}  # a first call allocates and compiles
 
 
-def step_seconds(step: Step, device: torch.device) -> float:
-    synchronize(device)
-    started = time.perf_counter()
-    step()
-    synchronize(device)
-    return time.perf_counter() - started
+def torch_device(option: str) -> torch.device:
+    """Return the device of `--device`. Raises ValueError for a GPU that is not there."""
+    if option == "gpu" and not torch.cuda.is_available():
+        raise ValueError("--device gpu: torch sees no CUDA GPU; write cpu or auto")
+    return torch.device("cuda" if resolve_device(option) == "gpu" else "cpu")
 
 
 def synchronize(device: torch.device | str) -> None:
@@ -119,18 +127,15 @@ def seconds_per_image(loader: Loader, setup: LoaderSetup, images: int, limit_s: 
 
 def error_line(error: BaseException) -> str:
     """Return the first line that says what is wrong: DALI puts pages of trace before it."""
-    lines = str(error).split("encountered:")[-1].strip().splitlines()
-    return lines[0] if lines else repr(error)
+    return (str(error).split("encountered:")[-1].strip() or repr(error)).splitlines()[0]
 
 
 def peak_bytes(step: Step, device: torch.device) -> int:
     """Return the peak of the bytes that torch allocates during a step, above those allocated before."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
-        torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
@@ -141,10 +146,10 @@ def peak_bytes(step: Step, device: torch.device) -> int:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> str:
     """Return an aligned Markdown table: the first `left` columns flush left, the others flush right."""
-    cells = [[str(cell) for cell in row] for row in (head, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    rule = [("-" * width + "--") if i < left else ("-" * width + "-:") for i, width in enumerate(widths)]
-    lines = [
-        "| " + " | ".join(f"{cell:{'<' if i < left else '>'}{widths[i]}}" for i, cell in enumerate(row)) + " |" for row in cells
-    ]
-    return "\n".join([lines[0], "|" + "|".join(rule) + "|", *lines[1:]])
+    columns = []
+    for i, column in enumerate(zip(head, *rows, strict=True)):
+        cells, end = [str(cell) for cell in column], "-" if i < left else ":"
+        width = max(map(len, cells))
+        cells = [f" {cell:{'<' if i < left else '>'}{width}} " for cell in cells]
+        columns.append([cells[0], "-" * (width + 1) + end, *cells[1:]])
+    return "\n".join(f"|{'|'.join(line)}|" for line in zip(*columns, strict=True))

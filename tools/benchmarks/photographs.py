@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipeline.shards.index import split_folder
 from tools.shards.convert import convert
@@ -15,10 +15,9 @@ from tools.shards.layouts.source import open_source
 from tools.shards.photographs import PHOTOGRAPHS, photograph_path
 from tools.shards.writer import Conversion
 
-WIDTH, HEIGHT = 500, 375  # the usual ImageNet photograph
+SIZE = np.array([500, 375])  # width and height of the usual ImageNet photograph
 QUALITY = 97  # makes the median file about 100 KB, the weight of ImageNet's
-NUM_CLASSES = 16
-NUM_SHARDS = 4
+NUM_CLASSES, NUM_SHARDS = 16, 4
 MEMORY_DISK = Path("/dev/shm")  # if there is one: the speed of a shared disk varies from run to run
 
 
@@ -41,15 +40,11 @@ def write_photographs(folder: Path, count: int) -> None:
     images = [Image.open(photograph_path(package, file)) for package, file, _, _ in PHOTOGRAPHS]
     images = [image for image in images if image.mode == "RGB"]
     for number in range(count):
-        path = folder / f"class{number % NUM_CLASSES:02d}" / f"{number:06d}.jpg"
+        image, path = images[number % len(images)], folder / f"class{number % NUM_CLASSES:02d}" / f"{number:06d}.jpg"
+        largest = (image.size / SIZE).min()  # source pixels per pixel
+        window = rng.uniform(min(largest, 1.0), min(largest, 1.5)) * SIZE
+        corner = rng.uniform((0, 0), image.size - window)
+        picture = image.resize(tuple(SIZE.tolist()), Image.Resampling.BICUBIC, (*corner, *(corner + window)))
         path.parent.mkdir(parents=True, exist_ok=True)
-        random_window(images[number % len(images)], rng).save(path, "JPEG", quality=QUALITY, icc_profile=None)
-
-
-def random_window(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    largest = min(image.width / WIDTH, image.height / HEIGHT)  # source pixels per pixel
-    scale = rng.uniform(min(largest, 1.0), min(largest, 1.5))
-    width, height = scale * WIDTH, scale * HEIGHT
-    x, y = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)
-    window = image.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC, (x, y, x + width, y + height))
-    return window.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else window
+        picture = ImageOps.mirror(picture) if rng.random() < 0.5 else picture
+        picture.save(path, "JPEG", quality=QUALITY, icc_profile=None)

@@ -10,7 +10,7 @@ of a stream, without start-up and shutdown. Each loader has a process to itself,
 
 import argparse
 import statistics
-from collections.abc import Callable
+from concurrent.futures import Executor
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -36,42 +36,37 @@ def run_benchmark(options: argparse.Namespace) -> list[dict[str, Any]]:
     names = choose("--rows", options.rows, LOADERS)
     with benchmark_shards(options.shards, max(NUM_PHOTOGRAPHS, options.batch), options.threads) as folder:
         setup = LoaderSetup(folder, options.batch, options.threads)
-        work = {name: (LOADERS[name], setup, options.images) for name in names}
         samples, count = open_index(folder).samples, full_batches(options.images, setup) * setup.batch_size
         print(
             f"{len(samples):,} images, median {statistics.median(samples['size']) / 1e3:.0f} KB; {setup.threads} threads, "
             f"batches of {setup.batch_size}, {count} images per row in each of {options.rounds} rounds",
             flush=True,
         )
-        measured = measure_loaders(work, options.rounds)
+        with ExitStack() as stack:
+            workers = {name: stack.enter_context(isolated_executor(__name__)) for name in names}
+            measured = interleave(
+                {name: partial(measure, name, worker, setup, options.images) for name, worker in workers.items()}, options.rounds
+            )
     rows = [{"name": name, **summarize(rounds, measured.get("ours"))} for name, rounds in measured.items()]
-    cells = (
-        ["" if cell is None else f"{cell:,.2f}" if isinstance(cell, float) else cell for cell in row.values()] for row in rows
-    )
+    cells = ([row["name"], *("" if each is None else f"{each:,.2f}" for each in list(row.values())[1:])] for row in rows)
     print(table(["row", "images/s", "CPU ms/image", "cores busy", "CPU to ours"], cells))
     return rows
 
 
-def measure_loaders(work: dict[str, tuple[Loader, LoaderSetup, int]], rounds: int) -> dict[str, list[Seconds]]:
-    """Return `seconds_per_image` of each loader in every round. Raises ValueError with the name of a loader that fails."""
-
-    def measured(name: str, submit: Callable[..., Any]) -> Seconds:
-        try:
-            return submit(seconds_per_image, *work[name]).result()
-        except (ValueError, OSError, RuntimeError) as error:
-            raise ValueError(f"{name}: {error_line(error)}") from None
-
-    with ExitStack() as stack:
-        workers = {name: stack.enter_context(isolated_executor(__name__)) for name in work}
-        return interleave({name: partial(measured, name, worker.submit) for name, worker in workers.items()}, rounds)
+def measure(name: str, worker: Executor, setup: LoaderSetup, images: int) -> Seconds:
+    """Return `seconds_per_image` of a loader in a subprocess. Raises ValueError with the name of one that fails."""
+    try:
+        return worker.submit(seconds_per_image, LOADERS[name], setup, images).result()
+    except (ValueError, OSError, RuntimeError) as error:
+        raise ValueError(f"{name}: {error_line(error)}") from None
 
 
 def summarize(rounds: list[Seconds], ours: list[Seconds] | None) -> dict[str, float | None]:
     """Return medians over the rounds. The ratio to `ours` is the median of those within a round."""
-    ratios = [cpu / reference for (_, cpu), (_, reference) in zip(rounds, ours or (), strict=False)]
-    return {
-        "images_per_s": round(statistics.median(1 / wall for wall, _ in rounds), 3),
-        "cpu_ms_per_image": round(1e3 * statistics.median(cpu for _, cpu in rounds), 3),
-        "cores_busy": round(statistics.median(cpu / wall for wall, cpu in rounds), 3),
-        "cpu_to_ours": round(statistics.median(ratios), 3) if ratios else None,
+    figures = {
+        "images_per_s": [1 / wall for wall, _ in rounds],
+        "cpu_ms_per_image": [1e3 * cpu for _, cpu in rounds],
+        "cores_busy": [cpu / wall for wall, cpu in rounds],
+        "cpu_to_ours": [cpu / reference for (_, cpu), (_, reference) in zip(rounds, ours or (), strict=False)],
     }
+    return {name: round(statistics.median(values), 3) if values else None for name, values in figures.items()}

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from train.config.schema import Config
 
 INSTALL = "pip install --require-hashes -r requirements.lock"
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,7 @@ class Finding:
     fix: str = ""
 
 
-class Check(NamedTuple):
-    """`fix` is what a user should do when `find` raises an exception."""
-
-    find: Callable[[Case], Finding]
-    fix: str = f"fix the failures above first, then: {INSTALL}"
-
-
+Check = Callable[[Case], Finding]
 ok, warn, fail, skip = (partial(Finding, status) for status in ("ok", "warn", "fail", "skip"))
 
 
@@ -60,7 +55,10 @@ def sees_gpu() -> bool:
 def examine(check: Check, case: Case) -> Finding:
     """Return the finding of a check. An exception is a failure, so that one problem does not hide the others."""
     try:
-        return check.find(case)
+        return check(case)
     except (ImportError, OSError, RuntimeError, ValueError, AssertionError) as error:
-        text = str(error).strip() or type(error).__name__
-        return fail(text.splitlines()[0], check.fix.replace("FOLDER", case.data or "FOLDER"))
+        return failure(error, f"fix the failures above first, then: {INSTALL}")
+
+
+def failure(error: Exception, fix: str) -> Finding:
+    return fail((str(error).strip() or type(error).__name__).splitlines()[0], fix)

@@ -4,11 +4,9 @@ import random
 
 from pipeline.shards.copied import is_remote
 from pipeline.shards.index import open_index, split_folder
-from tools.checks.check import Case, Check, Finding, fail, ok, skip
+from tools.checks.check import Case, Finding, fail, failure, ok, skip
 
 SAMPLED_IMAGES = 32
-VERIFY = "python tools/make_shards.py verify FOLDER"
-COPY_AGAIN = f"copy the shard again, or convert again; all shards: {VERIFY}"
 
 
 def check_shards(case: Case) -> Finding:
@@ -19,12 +17,15 @@ def check_shards(case: Case) -> Finding:
         return skip("neither a CONFIG nor --data names shards")
     if is_remote(case.data):
         return skip(f"{case.data}: shards in a store are copied and checked when training starts")
-    index = open_index(split_folder(case.dataset, case.data, "train"))
-    rows = random.sample(range(len(index)), min(SAMPLED_IMAGES, len(index)))
-    if faults := find_faults(index, rows, "cpu"):
+    verify = f"python tools/make_shards.py verify {case.data}"
+    try:
+        index = open_index(split_folder(case.dataset, case.data, "train"))
+        rows = random.sample(range(len(index)), min(SAMPLED_IMAGES, len(index)))
+        faults = find_faults(index, rows, "cpu")
+    except (OSError, RuntimeError, ValueError) as error:
+        return failure(error, verify)
+    if faults:
         row, fault = next(iter(faults.items()))
-        return fail(f"{len(faults)} of {len(rows)}: {index.describe(row)}: {fault}", COPY_AGAIN)
+        text = f"{len(faults)} of {len(rows)}: {index.describe(row)}: {fault}"
+        return fail(text, f"copy the shard again, or convert again; all shards: {verify}")
     return ok(f"{index.folder}: {len(index):,} images in {len(index.shards)} shards; {len(rows)} of them decoded")
-
-
-DATA_CHECKS = {"shards": Check(check_shards, VERIFY)}

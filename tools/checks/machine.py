@@ -3,6 +3,8 @@
 import io
 import os
 import re
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +12,11 @@ from PIL import Image
 
 from pipeline.files import write_atomic
 from pipeline.memory import memory_limit
-from tools.checks.check import INSTALL, Case, Check, Finding, fail, ok, sees_gpu, skip, warn
-from tools.checks.packages import FLAVOURS, flavour, library_exists, packages_folder
-from train.config.schema import Config
+from tools.checks.check import GIB, INSTALL, Case, Finding, fail, ok, sees_gpu, skip, warn
+from tools.checks.packages import FLAVOURS, installed_dalis, library_exists
 
 SHARED_MEMORY = Path("/dev/shm")
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-GIB = 2**30
 MAX_CPU_PARAMETERS = 15e6  # of an encoder; a ViT-S has 22 M
 MIN_SHARED, MIN_DISK, AMPLE_DISK = 1 * GIB, 1 * GIB, 10 * GIB
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -27,8 +27,7 @@ VIDEO_FIX = "docker run --env NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"
 
 
 def check_shared_memory(_: Case) -> Finding:
-    stat = os.statvfs(SHARED_MEMORY)
-    size = stat.f_blocks * stat.f_frsize
+    size = shutil.disk_usage(SHARED_MEMORY).total
     text = f"{SHARED_MEMORY} holds {size / GIB:.2f} GiB"
     if size < MIN_SHARED:
         fix = "docker run --shm-size=8g (or --ipc=host); on Kubernetes an emptyDir of medium Memory at /dev/shm"
@@ -47,8 +46,7 @@ def check_run_folder(case: Case) -> Finding:
         user = 'chown, docker run --user "$(id -u)", -v without :ro'
         fix = f"mount it writable for user {os.geteuid()} ({user}), or --out"
         return fail(f"{case.out}: {error.strerror}: no checkpoint can be written", fix)
-    stat = os.statvfs(case.out)
-    free = stat.f_bavail * stat.f_frsize
+    free = shutil.disk_usage(case.out).free
     text = f"{case.out}: writable, {free / GIB:.1f} GiB free"
     if free < AMPLE_DISK:
         fix = "free some space, lower checkpoint.keep_last_n, or write elsewhere: logging.run_dir=FOLDER"
@@ -57,19 +55,13 @@ def check_run_folder(case: Case) -> Finding:
     return ok(text)
 
 
-def quota_cores() -> float:
-    """Return the container's limit in cores; infinity if there is none."""
-    try:
-        quota, period = CGROUP_QUOTA.read_text().split()
-        return int(quota) / int(period)
-    except (OSError, ValueError):  # no cgroup, or `max`
-        return float("inf")
-
-
 def check_cores(case: Case) -> Finding:
     from pipeline.dataset import default_threads, own_cores
 
-    usable = min(own_cores(), quota_cores())
+    usable: float = own_cores()
+    with suppress(OSError, ValueError):  # no cgroup, or `max`
+        quota, period = map(int, CGROUP_QUOTA.read_text().split())
+        usable = min(usable, quota / period)
     setting = case.config.data.num_workers if case.config is not None else "auto"
     threads = default_threads() if setting == "auto" else setting
     text = f"{usable:g} cores, {threads} DALI threads, {memory_limit() / GIB:.1f} GiB of memory"
@@ -81,19 +73,18 @@ def check_cores(case: Case) -> Finding:
 
 def driver_version() -> str | None:
     """Return the version of the kernel module, which containers share, such as 580.65.06; None without one."""
-    try:
-        match = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", DRIVER.read_text())
-    except OSError:
-        return None
-    return match.group() if match else None
+    match = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", DRIVER.read_text() if DRIVER.exists() else "")
+    return match and match[0]
 
 
 def check_gpus(case: Case) -> Finding:
     """Check that torch sees GPUs, and that the driver is new enough for the CUDA of torch and of DALI."""
     import torch
 
-    version, name = driver_version(), flavour()
-    cuda = max(int((torch.version.cuda or "0").split(".")[0]), FLAVOURS[name][1] if name else 0)
+    from train.build import build_encoder
+
+    version, config = driver_version(), case.config
+    cuda = max([int((torch.version.cuda or "0").split(".")[0]), *(FLAVOURS[name][1] for name in installed_dalis())])
     needed = MIN_DRIVER.get(cuda, (0, 0))
     if version is not None and tuple(map(int, version.split(".")[:2])) < needed:
         fix = f"install NVIDIA driver {needed[0]}.{needed[1]} or newer on the host"
@@ -105,54 +96,30 @@ def check_gpus(case: Case) -> Finding:
     if case.needs_gpu or version is not None:
         fix = "docker run --gpus all (NVIDIA Container Toolkit), Slurm --gpus-per-node, CUDA_VISIBLE_DEVICES; or device=cpu"
         return fail(f"torch sees no GPU; driver {version or 'not loaded'}", fix)
-    if (
-        case.config is not None
-        and case.config.device == "auto"
-        and (count := encoder_parameters(case.config)) > MAX_CPU_PARAMETERS
-    ):
-        fix = "a machine with a GPU; a smaller encoder, as in configs/laptop.yaml; or device=cpu, if it is meant"
-        return warn(f"no GPU, so that device: auto trains {count / 1e6:.0f} M parameters on the CPU", fix)
+    if config is not None and config.device == "auto":
+        with torch.device("meta"):  # allocates nothing
+            count = sum(parameter.numel() for parameter in build_encoder(config).parameters())
+        if count > MAX_CPU_PARAMETERS:
+            fix = "a machine with a GPU; a smaller encoder, as in configs/laptop.yaml; or device=cpu, if it is meant"
+            return warn(f"no GPU, so that device: auto trains {count / 1e6:.0f} M parameters on the CPU", fix)
     return skip("no GPU, and none is asked for")
-
-
-def encoder_parameters(config: Config) -> int:
-    """Return their number, without allocating any."""
-    import torch
-
-    from train.build import build_model
-
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in build_model(config, torch.device("meta")).encoder.parameters())
 
 
 def check_decoder(case: Case) -> Finding:
     """Compare one photograph, decoded where the run decodes, with Pillow's pixels."""
     from matplotlib import cbook
-    from nvidia.dali import Pipeline, fn, types
+    from nvidia.dali import types
+    from nvidia.dali.experimental.dynamic import decoders
 
-    device, place = ("mixed", "GPU") if case.uses_gpu else ("cpu", "CPU")
+    device = "gpu" if case.uses_gpu else "cpu"
     content = Path(str(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))).read_bytes()
-    graph = Pipeline(1, num_threads=1, device_id=0 if case.uses_gpu else None, prefetch_queue_depth=1)
-    with graph:
-        encoded = fn.external_source(lambda: [np.frombuffer(content, np.uint8)], dtype=types.UINT8, ndim=1)
-        graph.set_outputs(fn.decoders.image(encoded, device=device, output_type=types.RGB))
-    graph.build()
-    output = graph.run()[0]
-    pixels = np.asarray((output.as_cpu() if case.uses_gpu else output)[0])
+    decoded = decoders.image(np.frombuffer(content, np.uint8), device=device, output_type=types.RGB)
+    pixels = np.asarray(decoded.cpu())
     reference = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
     difference = float(np.abs(pixels.astype(int) - reference).mean()) if pixels.shape == reference.shape else 255.0
-    text = f"{difference:.2f} of 255 from Pillow on the {place}"
+    text = f"{difference:.2f} of 255 from Pillow on the {device.upper()}"
     if difference > MAX_DIFFERENCE:
         return fail(f"wrong pixels: {text}", INSTALL)
-    if case.uses_gpu and not library_exists(VIDEO_LIBRARY, packages_folder()):
+    if case.uses_gpu and not library_exists(VIDEO_LIBRARY):
         return warn(f"{text}; the driver's {VIDEO_LIBRARY} is missing, so no JPEG engine can be used", VIDEO_FIX)
     return ok(text)
-
-
-MACHINE_CHECKS = {
-    "shared memory": Check(check_shared_memory),
-    "run folder": Check(check_run_folder),
-    "cores and threads": Check(check_cores),
-    "GPUs": Check(check_gpus),
-    "decoder": Check(check_decoder),
-}
