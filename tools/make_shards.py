@@ -10,15 +10,15 @@ from typing import Any
 from pipeline.memory import memory_limit
 from pipeline.shards.index import UNLABELLED
 from pipeline.text import notify_after, plural, printable, say
-from tools.shards.catalogue import LooseFiles, Source, hold_out
+from tools.shards.catalogue import LooseFiles, hold_out
 from tools.shards.convert import convert
 from tools.shards.copies import group_copies
+from tools.shards.formats import describe_skipped
 from tools.shards.images import VERIFY_LEVELS, ImagePolicy
 from tools.shards.labels import adopt_classes, number_labels, read_labels
 from tools.shards.layouts.source import LAYOUTS, open_source
 from tools.shards.photographs import NUM_SHARDS, photograph_source
 from tools.shards.report import COPIES_NAME, remarks
-from tools.shards.skipped_files import describe_skipped
 from tools.shards.verify import index_split, split_folders, verify_split
 from tools.shards.writer import RECORD_FOLDER, Conversion
 from train.command import BAD_INPUT, CommandParser, path_argument, run_command, show_messages
@@ -98,7 +98,10 @@ def run_convert(parsed: argparse.Namespace) -> None:
     spools = parsed.out / parsed.split / RECORD_FOLDER / "spool"
     with notify_after(2, f"listing the images of {parsed.source} ..."):
         source = open_source(parsed.source, parsed.split, spools, parsed.layout)
-        check_out_is_outside(source, parsed.out)
+        roots = [container.root for container in source.catalogue.containers if isinstance(container, LooseFiles)]
+        if inside := [root for root in roots if parsed.out.resolve().is_relative_to(root.resolve())]:
+            # The next run would take the folder of the shards for a class.
+            raise ValueError(f"--out {parsed.out} is inside the source {inside[0]}: choose a folder outside it")
         if parsed.labels:
             labels, note = read_labels(parsed.labels, source.catalogue.names)
             source = source.relabelled(*number_labels(labels), note)
@@ -109,7 +112,7 @@ def run_convert(parsed: argparse.Namespace) -> None:
             first = group_copies(source.catalogue, parsed.workers)
             parts["train"], parts["val"] = hold_out(source, first, parsed.val_ratio, parsed.seed)
         parts = {split: adopt_classes(part, parsed.out, split) for split, part in parts.items()}
-    say(f"layout   {source.layout} ({printable('; '.join(parts[parsed.split].notes))})")
+    say(f"layout   {source.layout} ({printable('; '.join(filter(None, parts[parsed.split].notes)))})")
     if skipped := describe_skipped(source.skipped):
         say(skipped)
     if groups := [len(group) for part in parts.values() for group in part.copies]:
@@ -120,13 +123,6 @@ def run_convert(parsed: argparse.Namespace) -> None:
     shutil.rmtree(spools, ignore_errors=True)
     for line in remarks(parsed.out):
         say(f"note     {line}")
-
-
-def check_out_is_outside(source: Source, out: Path) -> None:
-    """Raise ValueError when the shards would lie among the images: the next run would take their folder for a class."""
-    for container in source.catalogue.containers:
-        if isinstance(container, LooseFiles) and out.resolve().is_relative_to(container.root.resolve()):
-            raise ValueError(f"--out {out} is inside the source {container.root}: choose a folder outside it")
 
 
 def convert_options(parsed: argparse.Namespace) -> dict[str, Any]:

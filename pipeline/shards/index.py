@@ -105,23 +105,22 @@ class ShardIndex:
 
 def split_folder(dataset_name: str, data_path: Path | str, split: str) -> Path:
     """The folder of a split's shards: `data_path/split` or `data_path`. Raises FileNotFoundError that says how to get shards."""
-    path, convert = Path(data_path), "python tools/make_shards.py convert"
+    path, convert = Path(data_path), f"`python tools/make_shards.py convert SOURCE --out {data_path}"
     for folder in (path / split, path):
         if tar_names(folder):
             return folder
-    missing = f"{path / split}: no shards (*.tar) here"
+    remedy = f"Set data_path to a folder of pictures, or run {convert} --val-ratio 0.1`"
     if dataset_name == "sample":
-        raise FileNotFoundError(f"{missing}. Make them with `python tools/make_shards.py sample --out {path}`")
-    if "://" in str(data_path) or str(data_path).startswith("pipe:") or (PATTERN.search(str(path)) and not path.exists()):
+        remedy = f"Make them with `python tools/make_shards.py sample --out {path}`"
+    elif "://" in str(data_path) or str(data_path).startswith("pipe:") or (PATTERN.search(str(path)) and not path.exists()):
         raise FileNotFoundError(
             f"{data_path}: patterns, commands and this kind of URL are not read. Name the folder of the shards, a folder of "
             "pictures or a prefix such as s3://BUCKET/PREFIX (gs, az, hf, https)"
         )
-    if split != "train" and (path / "train").exists():
+    elif split != "train" and (path / "train").exists():
         aside = "where the images have no such split, convert them into another folder with `--val-ratio 0.1`"
-        raise FileNotFoundError(f"{missing}. Make them with `{convert} SOURCE --out {path} --split {split}`; {aside}")
-    run = f"`{convert} SOURCE --out {path} --val-ratio 0.1`"
-    raise FileNotFoundError(f"{missing}. Set data_path to a folder of pictures, or run {run}")
+        remedy = f"Make them with {convert} --split {split}`; {aside}"
+    raise FileNotFoundError(f"{path / split}: no shards (*.tar) here. {remedy}")
 
 
 def tar_names(folder: Path) -> list[str]:
@@ -185,10 +184,9 @@ def write_dali_indices(index: ShardIndex, rows: np.ndarray, folder: Path) -> tup
     Returns the tars and their index files; a tar is listed once for each run of its rows, since an index file can drop, permute
     and repeat the members of a tar.
     """
-    samples = index.samples[rows]
-    breaks = np.flatnonzero(np.diff(samples["shard"])) + 1
     tars, paths = list[str](), list[str]()
-    for part, run in zip(np.split(rows, breaks), np.split(samples, breaks), strict=True):
+    for part in np.split(rows, np.flatnonzero(np.diff(index.samples["shard"][rows])) + 1):
+        run = index.samples[part]
         members = zip(part.tolist(), run["offset"].tolist(), run["size"].tolist(), strict=True)
         lines = [f"{IMAGE} {offset} {size} {row}.{IMAGE}\n" for row, offset, size in members]
         path = folder / f"{len(tars):06d}.idx"

@@ -146,20 +146,18 @@ def shard_problem(path: Path, ends: np.ndarray) -> str | None:
         if num_bytes < needed:
             return f"truncated: {num_bytes:,} bytes, and the index needs {needed:,}"
         for offset, size in zip(ends["offset"].tolist(), ends["size"].tolist(), strict=True):
-            header = os.pread(file.fileno(), BLOCK, offset - BLOCK)
-            if problem := _header_problem(header, size):
+            header, problem = os.pread(file.fileno(), BLOCK, offset - BLOCK), ""
+            try:
+                member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+                _, dot, extension = member.name.rpartition("/")[2].rpartition(".")
+                is_image = extension.lower() in IMAGE_EXTENSIONS or not dot or len(member.name) >= MAX_USTAR_NAME
+                if not member.isreg() or not is_image:
+                    problem = f"{member.name}, no image,"
+                elif member.size != size:
+                    problem = f"{member.name} of {member.size:,} bytes instead of {size:,}"
+            except tarfile.TarError:
+                problem = "no tar header"
+            if problem:
                 reason = "of another data set, or damaged" if any(header) else "zero-filled in part"
                 return f"{reason}: {problem} at byte {offset - BLOCK:,}, where the index has a sample"
     return None
-
-
-def _header_problem(header: bytes, size: int) -> str | None:
-    try:
-        member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-    except tarfile.TarError:
-        return "no tar header"
-    _, dot, extension = member.name.rpartition("/")[2].rpartition(".")
-    is_image = extension.lower() in IMAGE_EXTENSIONS or not dot or len(member.name) >= MAX_USTAR_NAME
-    if not member.isreg() or not is_image:
-        return f"{member.name}, no image,"
-    return f"{member.name} of {member.size:,} bytes instead of {size:,}" if member.size != size else None

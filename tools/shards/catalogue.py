@@ -108,9 +108,9 @@ class Catalogue:
 class Source:
     """One split of a data set as it is on disk.
 
-    `classes[label]` identifies a class (a wnid, a folder name); it is empty for unlabelled data. `attributions`: origin
-    and licence of the images, where known. `notes` say how the source is read; `skipped` counts the files that are not images,
-    by kind. `copies`: the names in each group of images that are equal or nearly so, where those were looked for.
+    `classes[label]` identifies a class (a wnid, a folder name); it is empty for unlabelled data. `attributions`: origin and
+    licence of the images, where known. `notes` say how the source is read, "" nothing; `skipped` counts the files that are not
+    images, by kind. `copies`: the names in each group of images that are equal or nearly so, where those were looked for.
     """
 
     layout: str

@@ -12,7 +12,8 @@ from pipeline.shards.samples import PILLOW_FAULTS
 from tools.own_process import in_parallel
 from tools.shards.catalogue import Catalogue
 from tools.shards.decoding.pixels import to_8_bit
-from tools.shards.images import FORMATS, ImagePolicy
+from tools.shards.formats import FORMATS
+from tools.shards.images import ImagePolicy
 from train.output.display import ProgressDisplay
 
 SIDE, LENGTH = 16, 4096  # an image is reduced to SIDE x SIDE gray values of mean 0, as integers of this length

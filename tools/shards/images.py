@@ -8,40 +8,19 @@ import io
 import logging
 import warnings
 from dataclasses import dataclass, replace
-from importlib import import_module
-from importlib.util import find_spec
 
 import numpy as np
-from PIL import Image, ImageFile, features
+from PIL import Image, ImageFile
 
 from pipeline.shards.samples import PILLOW_FAULTS
-from tools.shards.decoding.foreign import describe_foreign
 from tools.shards.decoding.markers import END_OF_IMAGE, LOSSLESS_FRAME, USUAL_FRAMES, JpegHeader, read_jpeg, without_metadata
 from tools.shards.decoding.pixels import RejectedImageError, encode, other_frames, pixel_changes, to_8_bit
+from tools.shards.formats import EXTENSIONS, FORMATS, describe_foreign
 
 Image.MAX_IMAGE_PIXELS = None  # ImagePolicy.max_pixels is checked in the header instead
 warnings.filterwarnings("ignore", module=r"PIL\.")  # mostly about metadata; real damage becomes a reason to reject
 logging.getLogger("PIL").propagate = False
 logging.getLogger("PIL").addHandler(logging.NullHandler())
-
-HEIC_IS_READ = find_spec("pillow_heif") is not None
-if HEIC_IS_READ:
-    import_module("pillow_heif").register_heif_opener()
-AVIF_IS_READ = "avif" in features.modules and bool(features.check("avif"))  # Pillow 11.3 and later, in most builds
-# Pillow's name of each format that is read, and its extensions. The first one stands for the format in messages.
-FORMATS = {
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
-    "PNG": (".png",),
-    "GIF": (".gif",),
-    "WEBP": (".webp",),
-    "BMP": (".bmp",),
-    "TIFF": (".tif", ".tiff"),
-    "PPM": (".ppm", ".pgm"),
-    **({"AVIF": (".avif",)} if AVIF_IS_READ else {}),
-    **({"HEIF": (".heic", ".heif")} if HEIC_IS_READ else {}),
-}
-EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in extensions)
-MASK_END = ".seg.png"  # of the mask beside an image: read by the dense probe, and no image itself
 
 VERIFY_LEVELS = ("header", "full")
 MAX_FLAT_BYTES = 2_000  # of the headers and tables of an image of one colour; its pixels take half a bit each or less
@@ -63,7 +42,7 @@ class ImagePolicy:
     max_bytes: int = 64 << 20
 
 
-@dataclass(frozen=True)
+@dataclass
 class CheckedImage:
     """An image as it is stored. `changes`: what was done to it, by kind. `other_frames`: pages or frames that were left out."""
 
@@ -71,13 +50,9 @@ class CheckedImage:
     extension: str
     height: int
     width: int
-    changes: tuple[str, ...] = ()
+    changes: tuple[str, ...]
     other_frames: int = 0
     has_one_colour: bool = False
-
-
-def is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS) and not name.lower().endswith(MASK_END)
 
 
 def check_image(content: bytes, name: str, policy: ImagePolicy) -> CheckedImage:
@@ -94,20 +69,30 @@ def check_image(content: bytes, name: str, policy: ImagePolicy) -> CheckedImage:
             checked = _check(plain, name, replace(policy, verify="full"))
         except RejectedImageError:
             raise rejection from None
-        return replace(checked, changes=(*checked.changes, "metadata"))
+        checked.changes += ("metadata",)
+        return checked
 
 
 def _check(content: bytes, name: str, policy: ImagePolicy) -> CheckedImage:
     """Apply the policy to one file. Every error that Pillow raises on damage becomes a RejectedImageError."""
     jpeg = read_jpeg(content)
     try:
-        image = _as_stored(content, name, policy, jpeg)
+        with Image.open(io.BytesIO(content), formats=tuple(FORMATS)) as image:
+            width, height = image.size
+            if width * height > policy.max_pixels:
+                raise RejectedImageError(f"{width}x{height} pixels, allowed {policy.max_pixels:,} (--max-pixels)")
+            changes, frames = _needed_changes(image, content, name, policy, jpeg), other_frames(image)
+            if set(changes) <= {"misnamed"}:
+                checked = CheckedImage(content, "png" if image.format == "PNG" else "jpg", height, width, tuple(changes))
+            else:
+                checked = _rewrite(image, changes, policy)
+        checked.other_frames = frames
         # An image of one colour takes few bytes, so that only small files need decoding for it.
-        if policy.verify != "full" and len(image.content) > MAX_FLAT_BYTES + image.height * image.width // 16:
-            return image
-        with Image.open(io.BytesIO(image.content)) as stored:
-            ranges = np.reshape(stored.getextrema(), (-1, 2))  # of each channel
-        return replace(image, has_one_colour=bool((ranges[:, 0] == ranges[:, 1]).all()))
+        if policy.verify == "full" or len(checked.content) <= MAX_FLAT_BYTES + checked.height * checked.width // 16:
+            with Image.open(io.BytesIO(checked.content)) as stored:
+                ranges = np.reshape(stored.getextrema(), (-1, 2))  # of each channel
+            checked.has_one_colour = bool((ranges[:, 0] == ranges[:, 1]).all())
+        return checked
     except RejectedImageError:
         raise
     except Image.UnidentifiedImageError:
@@ -118,17 +103,6 @@ def _check(content: bytes, name: str, policy: ImagePolicy) -> CheckedImage:
     except PILLOW_FAULTS as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RejectedImageError(f"does not decode: {reason}") from None
-
-
-def _as_stored(content: bytes, name: str, policy: ImagePolicy, jpeg: JpegHeader) -> CheckedImage:
-    with Image.open(io.BytesIO(content), formats=tuple(FORMATS)) as image:
-        width, height = image.size
-        if width * height > policy.max_pixels:
-            raise RejectedImageError(f"{width}x{height} pixels, allowed {policy.max_pixels:,} (--max-pixels)")
-        changes, frames = _needed_changes(image, content, name, policy, jpeg), other_frames(image)
-        if set(changes) <= {"misnamed"}:
-            return CheckedImage(content, "png" if image.format == "PNG" else "jpg", height, width, tuple(changes), frames)
-        return replace(_rewrite(image, changes, policy), other_frames=frames)
 
 
 def _needed_changes(image: ImageFile.ImageFile, content: bytes, name: str, policy: ImagePolicy, jpeg: JpegHeader) -> list[str]:

@@ -55,31 +55,29 @@ def adopt_classes(source: Source, out: Path, split: str) -> Source:
     used = np.unique(labels[labels != UNLABELLED]).tolist()
     if known is None or not used:
         return source
-    names, words = known.classes, [source.classes[label] if source.classes else str(label) for label in used]
+    names, words = known.classes, {label: source.classes[label] if source.classes else str(label) for label in used}
     if names and (source.classes or are_integers(names)):
-        targets = _labels_of(words, names)
+        targets = _places(words, names)
         note = f"class order of {other}" if source.classes else f"labels taken for the names of {other}"
     elif names:  # that cannot be compared with numbers
-        targets = [label if label < len(names) else -1 for label in used]
+        targets = {label: label if label < len(names) else -1 for label in used}
         note = f"labels taken for the places in the class list of {other}"
     elif not source.classes or (open_index(other).samples["label"] == UNLABELLED).all():
         return source
-    elif are_integers(words):
-        targets = [int(word) for word in words]
+    elif are_integers(words.values()):
+        targets = {label: int(word) for label, word in words.items()}
         note = f"labels are the numbers that name the classes, as in {other}"
     else:
         note = f"cannot be compared with the classes of {other}, which have numbers and no names"
         return replace(source, notes=(*source.notes, note))
-    if unknown := [word for word, target in zip(words, targets, strict=True) if target < 0]:
+    if unknown := [words[label] for label, target in targets.items() if target < 0]:
+        remedy = f"Rename those or leave them out; if {other} is of another data set, choose another --out"
+        if split == "train":
+            remedy = "Remove that folder, convert train first, and val after it; or choose another --out"
         lacks = f"{other}: lacks {len(unknown)} class{'es' if len(unknown) > 1 else ''} of the {split} images"
-        remedy = (
-            "Remove that folder, convert train first, and val after it; or choose another --out"
-            if split == "train"
-            else f"Rename those or leave them out; if {other} is of another data set, choose another --out"
-        )
         raise ValueError(f"{lacks}: {truncate_list(unknown)}. {remedy}")
-    target_of, notes = dict(zip(used, targets, strict=True)), () if source.classes == names else (note,)
-    return source.relabelled((target_of.get(label, label) for label in source.catalogue.label), names, *notes)
+    note = "" if source.classes == names else note
+    return source.relabelled((targets.get(label, label) for label in source.catalogue.label), names, note)
 
 
 def _classes_of(folder: Path) -> Manifest | None:
@@ -92,15 +90,12 @@ def _classes_of(folder: Path) -> Manifest | None:
     return unfinished if unfinished.classes else None
 
 
-def _labels_of(names: Sequence[str], known: Sequence[str]) -> list[int]:
-    """Return each name's place among the known ones, -1 for an unknown name; integers are compared as numbers."""
-    as_numbers = are_integers(names) and are_integers(known)
-
-    def key(name: str) -> str:
-        return str(int(name)) if as_numbers else normalized_name(name)
-
-    places = {key(name): place for place, name in reversed(list(enumerate(known)))}
-    return [places.get(key(name), -1) for name in names]
+def _places(words: dict[int, str], names: Sequence[str]) -> dict[int, int]:
+    """Return each word's place among the names, -1 for none; integers are compared as numbers."""
+    as_numbers = are_integers(words.values()) and are_integers(names)
+    key: Callable[[str], str | int] = int if as_numbers else normalized_name
+    places = {key(name): place for place, name in reversed(list(enumerate(names)))}
+    return {label: places.get(key(word), -1) for label, word in words.items()}
 
 
 def read_labels(path: Path, names: Sequence[str]) -> tuple[list[Label], str]:

@@ -37,13 +37,10 @@ def finish_split(conversion: Conversion) -> tuple[bool, int]:
         else:
             (folder / name).unlink(missing_ok=True)
     # A finished split keeps its files untouched, so that a second run can say that there was nothing to do.
-    changed = False
-    for name, content in files.items():
-        path = folder / name
-        if not path.exists() or path.read_bytes() != content:
-            write_atomic(path, content)
-            changed = True
-    return changed, len(rejected)
+    changed = [name for name, content in files.items() if not (path := folder / name).exists() or path.read_bytes() != content]
+    for name in changed:
+        write_atomic(folder / name, files[name])
+    return bool(changed), len(rejected)
 
 
 def _manifest(conversion: Conversion, records: list[ShardRecord]) -> dict[str, Any]:

@@ -21,8 +21,7 @@ def split_folders(folder: Path) -> list[Path]:
     """Return the folders with shards: the folder itself and its subfolders. Raises FileNotFoundError when there are none."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    candidates = [folder, *sorted(item for item in folder.iterdir() if item.is_dir())]
-    folders = [item for item in candidates if next(item.glob("*.tar"), None) or (item / MANIFEST_NAME).exists()]
+    folders = [item for item in (folder, *sorted(folder.iterdir())) if tar_names(item) or (item / MANIFEST_NAME).exists()]
     if not folders:
         raise FileNotFoundError(f"{folder}: no shards (*.tar) here or one folder below")
     return folders

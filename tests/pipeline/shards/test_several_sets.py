@@ -16,7 +16,7 @@ from pipeline.shards.tar import CONVERTIBLE, IMAGE_EXTENSIONS
 from tests.conftest import write_shards
 from tests.pipeline.shards.conftest import write_manifest
 from tools.make_shards import main
-from tools.shards.images import EXTENSIONS
+from tools.shards.formats import EXTENSIONS
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from reading import run_convert, stored_samples
 
 from pipeline.text import notify_after
 from tools.make_shards import main
-from tools.shards.images import AVIF_IS_READ, HEIC_IS_READ
+from tools.shards.formats import AVIF_IS_READ, HEIC_IS_READ
 
 
 @pytest.fixture

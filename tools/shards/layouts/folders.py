@@ -3,18 +3,16 @@
 import os
 from collections import Counter
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
-
-import numpy as np
 
 from pipeline.shards.index import UNLABELLED
 from pipeline.shards.tar import is_hidden
 from pipeline.text import plural
 from tools.shards.catalogue import Catalogue, LooseFiles, Source
-from tools.shards.images import is_image
+from tools.shards.formats import file_kind, is_image
 from tools.shards.labels import number_labels
 from tools.shards.layouts.splits import class_folders, folder_of_split, note_elsewhere, plain_name
-from tools.shards.skipped_files import file_kind
 
 
 def walk_images(root: Path, below: str, skipped: Counter[str], linked: bool = False) -> Iterator[tuple[str, int]]:
@@ -53,24 +51,27 @@ def open_files(path: Path, split: str, spools: Path, labelled: bool | None = Non
     listed = list(walk_images(path, "", skipped))
     below = folder_of_split([name for name, _ in listed], split, str(path))
     files = [(name.removeprefix(below), size) for name, size in listed if name.startswith(below)]
-    notes, root = note_elsewhere(below, len(listed) - len(files)), path / below
-    if labelled and (num_loose := sum("/" not in name for name, _ in files)):
+    num_elsewhere, root, hint = len(listed) - len(files), path / below, ""
+    num_loose = sum("/" not in name for name, _ in files)
+    if labelled and num_loose:
         files = [(name, size) for name, size in files if "/" in name]
-        notes.append(f"left out next to the folders: {plural(num_loose, 'image')}")
+        hint = f"left out next to the folders: {plural(num_loose, 'image')}"
+    elif 0 < num_loose < len(files):
+        hint = "--layout folders takes only the images in folders"
     if not files:
         return None
     folders, why = ([], "") if labelled is False else class_folders([name for name, _ in files], 0, str(root))
     labels, classes = number_labels(folders or [UNLABELLED] * len(files))
     catalogue = Catalogue([LooseFiles(root)])
-    for row in np.argsort(labels, kind="stable").tolist():
-        catalogue.add(0, 0, files[row][1], labels[row], files[row][0])
-    note = (
-        f"{plural(len(classes), 'class folder')} in {root}" if classes else f"{plural(len(files), 'image')} without labels{why}"
+    for label, (name, size) in sorted(zip(labels, files, strict=True), key=itemgetter(0)):
+        catalogue.add(0, 0, size, label, name)
+    found = f"{plural(len(classes), 'class folder')} in {root}"
+    notes = (
+        found if classes else f"{plural(len(files), 'image')} without labels{why}",
+        note_elsewhere(below, num_elsewhere),
+        hint,
+        f"all images have one label: if the folders in {root / classes[0]} are the classes, convert that folder"
+        if len(classes) == 1
+        else "",
     )
-    if len(classes) == 1:
-        inner = root / classes[0]
-        notes.append(f"all images have one label: if the folders in {inner} are the classes, convert that folder")
-    elif any("/" in name for name, _ in files) and not all("/" in name for name, _ in files):
-        notes.append("--layout folders takes only the images in folders")
-    layout = "folders" if classes else "flat"
-    return Source(layout, plain_name(path), catalogue, classes, notes=(note, *notes), skipped=skipped)
+    return Source("folders" if classes else "flat", plain_name(path), catalogue, classes, notes=notes, skipped=skipped)

@@ -104,10 +104,10 @@ def open_parquet(path: Path, split: str, spools: Path) -> Source | None:
             label = labels[len(catalogue)] if labels else UNLABELLED
             catalogue.add(0, offset, size, label, f"{name}/{row:06d}")
             offset += size
-    notes = [plural(len(columns_of), "parquet file"), f"images from the column {columns.image}, {note}"]
-    if num_others := len(files) - len(columns_of):
-        notes.append(f"{num_others} without images are left out")
-    return Source("parquet", plain_name(path), catalogue, classes, notes=tuple(notes))
+    num_others, images = len(files) - len(columns_of), f"images from the column {columns.image}, {note}"
+    others = f"{num_others} without images are left out" if num_others else ""
+    notes = (plural(len(columns_of), "parquet file"), images, others)
+    return Source("parquet", plain_name(path), catalogue, classes, notes=notes)
 
 
 def open_file(path: Path) -> Any:

@@ -12,7 +12,7 @@ from pipeline.shards.side_folders import first_folder
 from pipeline.shards.tar import tar_kind
 from pipeline.text import plural, truncate_list
 from tools.shards.catalogue import Source, check_class_names
-from tools.shards.images import is_image
+from tools.shards.formats import describe_file, describe_no_images, is_image
 from tools.shards.layouts.cifar import open_cifar
 from tools.shards.layouts.folders import open_files, walk_images
 from tools.shards.layouts.idx import open_idx
@@ -20,7 +20,6 @@ from tools.shards.layouts.imagenet import open_imagenet_val
 from tools.shards.layouts.parquet import open_parquet
 from tools.shards.layouts.splits import NoSplitError
 from tools.shards.layouts.tars import open_tars
-from tools.shards.skipped_files import describe_file, describe_no_images
 
 # In the order in which they are tried. Each lists the images of one split of a path, and returns None when the path has
 # another layout. The third argument is the folder in which `parquet` spools images.

@@ -74,8 +74,8 @@ def _choose_split(folders: list[str], names: list[str], below: str, split: str, 
     return ours
 
 
-def note_elsewhere(below: str, number: int) -> list[str]:
-    return [f"images below {below}; {number:,} elsewhere, of other splits or masks, are left out"] if number else []
+def note_elsewhere(below: str, number: int) -> str:
+    return f"images below {below}; {number:,} elsewhere, of other splits or masks, are left out" if number else ""
 
 
 def class_folders(names: list[str], start: int, where: str) -> tuple[list[str], str]:

@@ -18,12 +18,11 @@ from pipeline.shards.side_folders import common_folder
 from pipeline.shards.tar import TarMember, is_hidden, sample_key, tar_kind, tar_members
 from pipeline.text import plural, truncate_list
 from tools.shards.catalogue import Catalogue, FileRanges, Source, check_class_names
-from tools.shards.images import is_image
+from tools.shards.formats import QUIET, describe_file, file_kind, is_image
 from tools.shards.labels import class_order, number_labels
 from tools.shards.layouts.folders import has_images, walk_images
 from tools.shards.layouts.imagenet import ARCHIVES, are_wnids, label_order
 from tools.shards.layouts.splits import class_folders, files_of_split, folder_of_split, note_elsewhere, only_of_split, plain_name
-from tools.shards.skipped_files import QUIET, describe_file, file_kind
 
 
 @dataclass
@@ -55,20 +54,19 @@ def open_tars(path: Path, split: str, spools: Path) -> Source | None:
         listing.catalogue = listing.catalogue.subset(rows)
         listing.labels, listing.inner = [listing.labels[row] for row in rows], [listing.inner[row] for row in rows]
     name, classes, note = _label_images(listing, tars, plain_name(path.with_suffix("") if path.is_file() else path))
-    notes = [tars[0].name if len(tars) == 1 else f"{len(tars)} tars", note]
-    if left_out := describe_left_out(listing.left_out):
-        notes.append(left_out)
-    notes += note_elsewhere(below, len(names) - len(listing.catalogue))
-    if num_others:
-        notes.append(f"not of the {split} split and left out: {plural(num_others, 'tar')}")
+    beside, skipped = 0, listing.skipped
     if path.is_dir():
-        root, skipped = tars[0].parent, listing.skipped
-        num_images = sum(1 for _ in walk_images(root, "", skipped))
-        skipped[".tar"] -= sum(not is_hidden(tar.name) for tar in root.glob("*.tar"))
-        if num_images:
-            images = plural(num_images, "image")
-            notes.append(f"left out next to the tars: {images}; --layout folders or flat takes those")
-    return Source("tars", name, listing.catalogue, classes, notes=tuple(notes), skipped=listing.skipped)
+        beside = sum(1 for _ in walk_images(tars[0].parent, "", skipped))
+        skipped[".tar"] -= sum(not is_hidden(tar.name) for tar in tars[0].parent.glob("*.tar"))
+    notes = (
+        tars[0].name if len(tars) == 1 else f"{len(tars)} tars",
+        note,
+        describe_left_out(listing.left_out),
+        note_elsewhere(below, len(names) - len(listing.catalogue)),
+        f"not of the {split} split and left out: {plural(num_others, 'tar')}" if num_others else "",
+        f"left out next to the tars: {plural(beside, 'image')}; --layout folders or flat takes those" if beside else "",
+    )
+    return Source("tars", name, listing.catalogue, classes, notes=notes, skipped=skipped)
 
 
 def _tars_of_split(path: Path, split: str) -> tuple[list[Path], int]:
