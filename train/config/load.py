@@ -1,6 +1,7 @@
 """Reads a YAML file and `section.key=value` overrides into a Config, and reports all errors at once."""
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
@@ -25,6 +26,8 @@ SHORT_FLAGS = {
 MAX_SHOWN = 60  # characters of a wrong value in a message
 COMMAND_LINE = "command line"
 
+log = logging.getLogger(__name__)
+
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Return the Config of a YAML file. Raises ConfigError with all errors, one per line."""
@@ -42,12 +45,40 @@ def load_config_with_origins(path: Path, overrides: Sequence[str] = ()) -> tuple
 
 
 def read_values(path: Path, origins: dict[str, str]) -> dict[str, Any]:
-    """Return the settings in a YAML file as they are written, and put their origins into `origins`. Raises ConfigError."""
+    """Return the settings in a YAML file as they are written, and put their origins into `origins`. Raises ConfigError.
+
+    Those of a run's folder come without the keys that only an older version had.
+    """
     values = parse(_read(path), str(path), origins)
     if not isinstance(values, dict):
         problem = "not a mapping" if values else "the file is empty"
         raise ConfigError(f"{origins.get('', f'{path}:1')}: {problem}; expected sections such as data: and training:")
+    is_of_a_run = path.name == "config.yaml" and any(
+        (path.parent / name).exists() for name in ("checkpoints", "environment.json")
+    )
+    if is_of_a_run and (gone := _drop_old_keys(values)):
+        _warn_once(f"{path}: left out, as this version has no such settings: {', '.join(gone)}")
     return values
+
+
+def _drop_old_keys(values: dict[str, Any], prefix: str = "") -> list[str]:
+    """Leave out the keys that an older version wrote and this one does not have. Returns them."""
+    gone = []
+    for name, value in list(values.items()):
+        key = prefix + name
+        if key == "logging.wandb" and isinstance(value, dict):  # it was a section
+            values[name] = value.get("enabled", False)
+        elif key not in all_keys():
+            del values[name]
+            gone.append(key)
+        elif _is_section(all_keys()[key]) and isinstance(value, dict):
+            gone += _drop_old_keys(value, f"{key}.")
+    return gone
+
+
+@cache
+def _warn_once(text: str) -> None:
+    log.warning(text)
 
 
 def _read(path: Path) -> str:

@@ -32,9 +32,8 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "multicrop-hjepa")
 # Sections and keys that may differ between a run and its continuation: the rest decides what the weights mean.
 FREE_KEYS = (
     "device", "training.", "checkpoint.", "logging.", "evaluation.",
-    "data.data_path", "data.cache_dir", "data.cache_size_gb", "data.store_streams", "data.store_retry_s",
-    "data.batch_size", "data.num_workers", "data.prefetch", "data.crop_device", "data.pin_memory", "data.use_mmap",
-    "data.hw_decoder_load", "data.max_bad_share", "masking.exclude_covered", "loss.sigreg_knots",
+    "data.data_path", "data.cache_dir", "data.store_retry_s", "data.batch_size", "data.num_workers", "data.prefetch",
+    "data.crop_device", "data.pin_memory", "data.max_bad_share",
 )  # fmt: skip
 
 
