@@ -32,7 +32,7 @@ from train.evaluation.online import OnlineEvaluation
 from train.monitor import memory_metrics
 from train.output.display import Display
 from train.output.folder import check_run_folder, open_run_folder
-from train.output.log import MetricsLog
+from train.output.log import MetricsLog, open_wandb, wandb_may_fail
 from train.output.pictures import NEIGHBOURS, QUERIES, draw_run
 from train.output.report import advice, current_summary, forgetting, stop_setting, summary_table, write_page, write_summary
 from train.trainer import DIVERGED, NOT_WRITTEN, STOPPED, Trainer
@@ -149,7 +149,9 @@ class Recorder:
         steps = (trainer.state.step, trainer.schedule.total_steps, trainer.steps_per_epoch)
         self.display = Display(console, config.logging.run_name, *steps)
         self._was_complete, self._heartbeat_at = trainer.complete, 0.0
-        self._metrics = MetricsLog(self._folder, config.logging.tensorboard, trainer.state.step)
+        step, tensorboard = trainer.state.step, config.logging.tensorboard
+        self._wandb = open_wandb(self._folder, config.resolved, step) if config.logging.wandb else None
+        self._metrics = MetricsLog(self._folder, tensorboard, step)
 
     def log(self, line: dict[str, float]) -> None:
         """Record a step; `line` is empty except at logging steps."""
@@ -261,4 +263,7 @@ class Recorder:
     def close(self, code: int) -> None:
         """Note how the run ended, given its exit code."""
         self._metrics.close()
+        if self._wandb is not None:
+            with wandb_may_fail():
+                self._wandb.finish(exit_code=code)
         self._write_heartbeat(STATUSES.get(code, "failed"))

@@ -11,6 +11,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -70,6 +71,8 @@ def check_settings(config: Config) -> Config:
         raise FileNotFoundError(
             f"checkpoint.resume: {resume} is not a checkpoint; give a folder runs/NAME/checkpoints/step_*, auto or none"
         )
+    if config.logging.wandb and find_spec("wandb") is None:
+        raise ValueError("logging.wandb: the package wandb is not installed; `pip install wandb`, or set it to false")
     if config.training.compile:
         find_compiler()
     return with_shards(config)

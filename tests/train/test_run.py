@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from pipeline.lock import exclusive
@@ -328,6 +329,7 @@ def test_without_data_one_line_says_what_is_missing_and_which_command_makes_it(t
         ("training.warmup_epochs=300", "so lr would never reach its peak"),
         ("masking.context_ratio=0.01", "0 context and 8 query tokens of 16"),
         ("model.levels=[{layer: 5, stride: 1, weight: 1.0}]", "the encoder has 2 blocks"),
+        ("logging.wandb=true", "logging.wandb: it gets what TensorBoard does"),
         ("checkpoint.resume=runs/nowhere", "checkpoint.resume: runs/nowhere"),
         ("data.batch_size=200", "103 samples are fewer than one global batch of 200"),
     ],
@@ -339,3 +341,71 @@ def test_a_setting_that_cannot_work_is_one_line_and_exit_code_2(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+WANDB = """
+from types import SimpleNamespace
+
+calls = []
+
+def finish(exit_code):
+    calls.append(exit_code)
+    raise OSError("no network")
+
+def init(**options):
+    if len(calls) > 3:
+        raise RuntimeError("not logged in")
+    calls.append(options)
+    return SimpleNamespace(id="abc", finish=finish)
+"""
+
+
+def test_a_run_has_one_name_in_weights_and_biases_whose_errors_end_no_training(
+    data_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a stand-in for the package, which the lock does not have."""
+
+    def run(steps: int, *changes: str) -> int:
+        changes = (f"training.max_steps={steps}", "logging.tensorboard=true", "logging.wandb=true", *changes)
+        return main(command(QUICKSTART, data_path, tmp_path, *changes))
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert run(1) == 2
+    assert "logging.wandb: the package wandb is not installed" in capsys.readouterr().err
+    monkeypatch.delitem(sys.modules, "wandb")
+    (tmp_path / "wandb.py").write_text(WANDB)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert run(1) == run(2) == 0
+    assert "Weights & Biases failed (no network); training continues" in capsys.readouterr().out
+    first, code, again, _ = sys.modules["wandb"].calls
+    assert (first["id"], first["name"], first["config"]["seed"], code) == (None, "quickstart", 0, 0)
+    assert (again["id"], again["resume"], again["sync_tensorboard"]) == ("abc", "allow", True)
+    assert run(2, "checkpoint.resume=none") == 0
+    assert "Weights & Biases failed (not logged in); training continues" in capsys.readouterr().out
+    assert not (tmp_path / "quickstart" / "wandb_id").exists()
+
+
+def test_a_run_of_an_older_version_is_continued_and_read_without_the_settings_that_are_gone(
+    complete: Path, data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "quickstart"
+    shutil.copytree(complete, run)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["data"] |= {"cache_size_gb": None, "hw_decoder_load": "auto"}
+    settings["loss"]["sigreg_knots"] = 17
+    settings["logging"]["wandb"] = {"enabled": False, "project": "hjepa"}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    gone = "left out, as this version has no such settings: data.cache_size_gb, data.hw_decoder_load, loss.sigreg_knots"
+    capsys.readouterr()
+
+    assert load_config(run / "config.yaml") == load_config(complete / "config.yaml", [f"logging.run_dir={complete.parent}"])
+    assert main([str(run / "config.yaml"), f"logging.run_dir={tmp_path}", "training.max_steps=3"]) == 0
+    assert capsys.readouterr().out.count(gone) == 1
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert main(command(QUICKSTART, data_path, tmp_path, "training.max_steps=4")) == 0
+    assert "step_00000003 (step 3 of 4)" in capsys.readouterr().out
+
+    mine = tmp_path / "config.yaml"  # not in a run's folder
+    mine.write_text(yaml.safe_dump(settings))
+    assert main([str(mine), "logging.run_name=mine", "--print-config"]) == 2
+    assert capsys.readouterr().err.count("unknown key") == 3

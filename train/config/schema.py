@@ -175,6 +175,7 @@ class Logging(Section):
     run_dir: PathText = "runs"
     log_frequency: PositiveInt = 10
     tensorboard: StrictBool = True
+    wandb: StrictBool = False
     pictures: StrictBool = True
 
 

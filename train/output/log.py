@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -99,6 +100,31 @@ class MetricsLog:
                 if output is not None:
                     output.close()
         threading.excepthook = self._previous_hook
+
+
+@contextmanager
+def wandb_may_fail() -> Iterator[None]:
+    """Log what Weights & Biases raises."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  # whatever it is, the training goes on
+        log.warning(f"Weights & Biases failed ({error}); training continues without it")
+
+
+def open_wandb(folder: Path, settings: dict[str, Any], start_step: int) -> Any:
+    """Return a run of Weights & Biases, which gets what TensorBoard writes from now on; None if that fails.
+
+    It has the folder's name. Its id is new at step 0, and kept in `folder/wandb_id` from then on.
+    """
+    with wandb_may_fail():
+        import wandb  # train.run has checked that it is installed
+
+        path, project = folder / "wandb_id", os.environ.get("WANDB_PROJECT", "hjepa")
+        named = {"name": folder.name, "id": path.read_text().strip() if start_step and path.exists() else None}
+        run = wandb.init(project=project, **named, resume="allow", dir=folder, config=settings, sync_tensorboard=True)
+        write_atomic(path, f"{run.id}\n")
+        return run
+    return None
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
