@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.shards.index import open_index, split_folder
 from tools import doctor, make_shards
-from tools.checks import machine, packages
+from tools.checks import machine
 from tools.checks.check import Case, Finding, examine
 from train.config.load import load_config
 
@@ -28,11 +28,11 @@ def diagnosis(name: str, case: Case) -> Finding:
     return examine(doctor.CHECKS[name], case)
 
 
-def plant_package(folder: Path, name: str, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def plant_package(folder: Path, name: str, version: str, monkeypatch: pytest.MonkeyPatch, needs: str = "torch (==9.9)") -> None:
     """Write what a wrong `pip install` leaves behind: metadata of another version, which comes first on the path."""
     place = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     place.mkdir(parents=True)
-    (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Dist: torch (==9.9)\n")
+    (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Dist: {needs}\n")
     monkeypatch.syspath_prepend(str(folder))
 
 
@@ -130,12 +130,14 @@ def test_two_dalis_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "pip uninstall --yes nvidia-dali-cuda120 nvidia-dali-cuda130" in finding.fix
 
 
-def test_a_missing_library_is_noticed(tmp_path: Path) -> None:
-    place = tmp_path / "npp" / "lib"
-    place.mkdir(parents=True)
-    (place / "libnppc.so.99").write_bytes(b"")
-    assert packages.library_exists("libnppc.so.99", tmp_path)
-    assert not packages.library_exists("libnppig.so.99", tmp_path)
+def test_a_wrong_or_missing_library_of_dali_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some are required by DALI, others by the project alone, and some by an extra of a package that DALI requires."""
+    for name in ("nvidia-npp-cu12", "nvidia-nvtiff-cu12"):
+        with monkeypatch.context() as patch:
+            plant_package(tmp_path / name, name, "0.1.0", patch)
+            assert f"{name} is 0.1.0, " in diagnosis("packages", Case()).text
+    plant_package(tmp_path / "dali", "nvidia-dali-cuda120", "2.4.0", monkeypatch, "not-there (>=1)")
+    assert "not-there is missing, nvidia-dali-cuda120 needs >=1" in diagnosis("DALI and nvImageCodec", Case()).text
 
 
 @pytest.mark.parametrize(("version", "is_old"), [("470.57.02", True), ("595.71.05", False)])

@@ -1,5 +1,6 @@
 """Checks of the machine: shared memory, run folder, cores, GPUs and their driver, decoder and communication."""
 
+import ctypes
 import io
 import os
 import re
@@ -13,7 +14,7 @@ from PIL import Image
 from pipeline.files import write_atomic
 from pipeline.memory import memory_limit
 from tools.checks.check import GIB, INSTALL, Case, Finding, fail, ok, sees_gpu, skip, warn
-from tools.checks.packages import FLAVOURS, installed_dalis, library_exists
+from tools.checks.packages import FLAVOURS, installed_dalis
 
 SHARED_MEMORY = Path("/dev/shm")
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -84,7 +85,7 @@ def check_gpus(case: Case) -> Finding:
     from train.build import build_encoder
 
     version, config = driver_version(), case.config
-    cuda = max([int((torch.version.cuda or "0").split(".")[0]), *(FLAVOURS[name][1] for name in installed_dalis())])
+    cuda = max([int((torch.version.cuda or "0").split(".")[0]), *(FLAVOURS[name] for name in installed_dalis())])
     needed = MIN_DRIVER.get(cuda, (0, 0))
     if version is not None and tuple(map(int, version.split(".")[:2])) < needed:
         fix = f"install NVIDIA driver {needed[0]}.{needed[1]} or newer on the host"
@@ -120,6 +121,9 @@ def check_decoder(case: Case) -> Finding:
     text = f"{difference:.2f} of 255 from Pillow on the {device.upper()}"
     if difference > MAX_DIFFERENCE:
         return fail(f"wrong pixels: {text}", INSTALL)
-    if case.uses_gpu and not library_exists(VIDEO_LIBRARY):
+    try:
+        if case.uses_gpu:
+            ctypes.CDLL(VIDEO_LIBRARY)
+    except OSError:
         return warn(f"{text}; the driver's {VIDEO_LIBRARY} is missing, so no JPEG engine can be used", VIDEO_FIX)
     return ok(text)
