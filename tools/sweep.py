@@ -28,26 +28,26 @@ def plan(config: Path, settings: Sequence[str]) -> dict[str, list[str]]:
         raise ValueError("no setting has several values; for example training.lr=1e-3,2e-3")
     folder, runs = "", dict[str, list[str]]()
     for combination in itertools.product(*choices):
-        loaded = load_config(config, combination)
-        folder = folder or str(Path(loaded.logging.run_dir) / f"{loaded.logging.run_name}-sweep")
+        logging = load_config(config, combination).logging
+        folder = folder or f"{Path(logging.run_dir) / logging.run_name}-sweep"
         varied = [text for text, values in zip(combination, choices, strict=True) if len(values) > 1]
         words = (text.partition("=") for text in varied)
         name = "__".join(re.sub(r"[^\w.-]+", "_", f"{key.rpartition('.')[2]}_{value}") for key, _, value in words)
+        if name in runs:
+            raise ValueError("two combinations have one name: give each value once")
         kept = [text for text in combination if not text.startswith(("logging.run_dir=", "logging.run_name="))]
         runs[name] = [*kept, f"logging.run_dir={folder}", f"logging.run_name={name}"]
-    if len(runs) < len(list(itertools.product(*choices))):
-        raise ValueError("two combinations have one name: give each value once")
     return runs
 
 
 def sweep(args: argparse.Namespace) -> int:
     runs = plan(args.config, args.settings)
     say(f"{plural(len(runs), 'run')}, {args.parallel} at a time")
-    folders = {name: Path(settings[-2].partition("=")[2]) / name for name, settings in runs.items()}
+    folder = Path(next(iter(runs.values()))[-2].partition("=")[2])
+    folder.mkdir(parents=True, exist_ok=True)
 
     def train(name: str) -> int:
-        output = folders[name].with_name(f"{name}.log")
-        output.parent.mkdir(parents=True, exist_ok=True)
+        output = folder / f"{name}.log"
         with output.open("a") as log:
             command = [sys.executable, "-m", "train.run", str(args.config), *runs[name]]
             code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
@@ -56,11 +56,8 @@ def sweep(args: argparse.Namespace) -> int:
 
     with ThreadPoolExecutor(args.parallel) as pool:
         codes = list(pool.map(train, runs))
-    trained = {name: folders[name] for name, code in zip(runs, codes, strict=True) if code == 0}
-    if trained:
-        page = next(iter(folders.values())).parent / "comparison.html"
-        write_comparison(trained, page)
-        say(f"wrote {page}")
+    if trained := {name: folder / name for name, code in zip(runs, codes, strict=True) if code == 0}:
+        write_comparison(trained, folder / "comparison.html")
     return max(codes, key=abs)
 
 
