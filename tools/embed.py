@@ -65,11 +65,12 @@ def embed(args: argparse.Namespace) -> None:
     write_features(args.out, features)
     tokens = "" if features.tokens is None else f" and {features.tokens.shape[1]} patch tokens each"
     print(f"{args.out}: {plural(len(features.names), 'vector')} of {features.vectors.shape[1]} numbers{tokens}")
-    for question, page in (
-        (show_duplicates, args.duplicates), (show_neighbours, args.neighbours), (show_predictions, args.few_labels),
-    ):  # fmt: skip
-        if page is not None:
-            question(args, encoder, features)
+    if args.duplicates is not None:
+        show_duplicates(args, features)
+    if args.neighbours:
+        show_neighbours(args, encoder, features)
+    if args.few_labels:
+        show_predictions(args, features)
 
 
 def shard_folders(source: Path, cache: Path) -> list[Path]:
@@ -99,15 +100,13 @@ def write_features(out: Path, features: "Embeddings") -> None:
         parquet.write_table(pyarrow.table(lists), file)
 
 
-def show_duplicates(args: argparse.Namespace, encoder: "ImageEncoder", features: "Embeddings") -> None:
+def show_duplicates(args: argparse.Namespace, features: "Embeddings") -> None:
     from tools.embedding.search import duplicate_groups
 
     groups = duplicate_groups(features.vectors, args.duplicates)
-    extra = sum(len(rows) - 1 for rows, _ in groups)
-    rows = [(f"{weakest:.4f}", [(features, row, features.names[row]) for row in group]) for group, weakest in groups[:MAX_GROUPS]]
-    text = (
-        f"{plural(len(groups), 'group')} of similar images (cosine {args.duplicates} or more), {plural(extra, 'image')} to spare"
-    )
+    extra = plural(sum(len(rows) - 1 for rows, _ in groups), "image")
+    rows = [(f"{weakest:.4f}", [picture(features, row) for row in group]) for group, weakest in groups[:MAX_GROUPS]]
+    text = f"{plural(len(groups), 'group')} of similar images (cosine {args.duplicates} or more), {extra} to spare"
     write_page(args.out.with_suffix(".duplicates.html"), "Near-duplicates", text, rows)
 
 
@@ -124,9 +123,9 @@ def show_neighbours(args: argparse.Namespace, encoder: "ImageEncoder", features:
             nearest = nearest_rows(features.vectors, asked.vectors[place], NUM_NEAREST + 1)
             found = [(row, value) for row, value in nearest if asked is not features or row != place][:NUM_NEAREST]
             print(f"{query}: {', '.join(f'{features.names[row]} {value:.3f}' for row, value in found)}")
-            tiles = [(asked, place, query), *((features, row, f"{features.names[row]} {value:.3f}") for row, value in found)]
-            rows.append(("", tiles))
-        write_page(args.out.with_suffix(".neighbours.html"), "Nearest images", "The query is first.", rows)
+            near = [picture(features, row, f"{features.names[row]} {value:.3f}") for row, value in found]
+            rows.append(("", [picture(asked, place, query), *near]))
+    write_page(args.out.with_suffix(".neighbours.html"), "Nearest images", "The query is first.", rows)
 
 
 def embed_file(encoder: "ImageEncoder", path: Path, folder: Path) -> "Embeddings":
@@ -138,7 +137,7 @@ def embed_file(encoder: "ImageEncoder", path: Path, folder: Path) -> "Embeddings
     return encode(encoder, split_folders(converted(folder / "query", folder)), folder / "work", 1, False)
 
 
-def show_predictions(args: argparse.Namespace, encoder: "ImageEncoder", features: "Embeddings") -> None:
+def show_predictions(args: argparse.Namespace, features: "Embeddings") -> None:
     from pipeline.shards.index import UNLABELLED
     from tools.embedding.search import predict
     from tools.shards.labels import read_labels
@@ -150,31 +149,32 @@ def show_predictions(args: argparse.Namespace, encoder: "ImageEncoder", features
     classes, chances = predict(features.vectors, labels)
     out = args.out.with_suffix(".labels.csv")
     with out.open("w", newline="") as file:
-        rows = zip(features.names, classes, chances, strict=True)
-        csv.writer(file).writerows([("name", "label", "confidence"), *((name, label, f"{p:.4f}") for name, label, p in rows)])
+        csv.writer(file).writerow(("name", "label", "confidence"))
+        csv.writer(file).writerows(zip(features.names, classes, (f"{chance:.4f}" for chance in chances), strict=True))
     print(f"{out}: {plural(len(classes), 'label')}, learned from {len(labels)}")
     unsure = [row for row in chances.argsort().tolist() if row not in labels][:MAX_UNSURE]
-    tiles = [(features, row, f"{classes[row]} {chances[row]:.2f}, {features.names[row]}") for row in unsure]
+    pictures = [picture(features, row, f"{classes[row]} {chances[row]:.2f}, {features.names[row]}") for row in unsure]
     text = f"{plural(len(labels), 'label')} given; these are the least sure of the others: label some of them and run it again"
-    write_page(args.out.with_suffix(".labels.html"), "Least sure", text, [("", tiles)])
+    write_page(args.out.with_suffix(".labels.html"), "Least sure", text, [("", pictures)])
 
 
-def write_page(path: Path, title: str, text: str, rows: Iterable[tuple[str, list[tuple["Embeddings", int, str]]]]) -> None:
-    """Write a page with rows of pictures, each row under a caption and each picture over its own."""
+def picture(features: "Embeddings", row: int, caption: str = "") -> str:
+    """Return a small picture over its caption, by default its name, as HTML."""
     from train.output.pictures import open_picture
+
+    small, file = open_picture(features.encoded(row)), io.BytesIO()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.save(file, "JPEG", quality=85)
+    source, text = base64.b64encode(file.getvalue()).decode(), escape(caption or features.names[row])
+    return f'<figure><img alt="" src="data:image/jpeg;base64,{source}"><span>{text}</span></figure>'
+
+
+def write_page(path: Path, title: str, text: str, rows: Iterable[tuple[str, list[str]]]) -> None:
+    """Write a page with rows of pictures, each under a caption."""
     from train.output.report import write_html
 
-    parts = [f"<p>{escape(text)}</p>"]
-    for caption, tiles in rows:
-        figures = []
-        for features, number, name in tiles:
-            picture, file = open_picture(features.encoded(number)), io.BytesIO()
-            picture.thumbnail((THUMBNAIL, THUMBNAIL))
-            picture.save(file, "JPEG", quality=85)
-            source = base64.b64encode(file.getvalue()).decode()
-            figures.append(f'<figure><img alt="" src="data:image/jpeg;base64,{source}"><span>{escape(name)}</span></figure>')
-        parts.append(f'<h3>{escape(caption)}</h3><div class="thumbs">{"".join(figures)}</div>')
-    print(f"wrote {write_html(path, title, parts)}")
+    groups = (f'<h3>{escape(caption)}</h3><div class="thumbs">{"".join(pictures)}</div>' for caption, pictures in rows)
+    print(f"wrote {write_html(path, title, [f'<p>{escape(text)}</p>', *groups])}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -35,18 +35,17 @@ CARD = Path(__file__).parent / "exporting" / "card"
 
 def timm_settings(encoder: "MultiCropEncoder", config: Config) -> dict[str, Any]:
     """Return what timm needs to build the encoder and to prepare an image as the evaluation does."""
-    size, augmentation = config.data.multicrop.global_crop_size, config.data.augmentation
-    image = {"input_size": [3, size, size], "interpolation": "bilinear", "crop_pct": config.evaluation.crop_ratio}
-    image |= {"mean": list(augmentation.mean), "std": list(augmentation.std)}
-    layers = {"num_classes": 0, "first_conv": "patch_embed.proj", "classifier": "head"}
+    size, pixels = config.data.multicrop.global_crop_size, config.data.augmentation
     return {
-        "architecture": config.model.encoder.partition(".")[0],
-        "num_classes": 0,
-        "num_features": encoder.width,
+        "architecture": config.model.encoder.partition(".")[0], "num_classes": 0, "num_features": encoder.width,
         "global_pool": "avg",  # as in every evaluation
         "model_args": {**config.model.encoder_kwargs, "global_pool": "avg"},
-        "pretrained_cfg": {"tag": config.logging.run_name, **image, **layers},
-    }
+        "pretrained_cfg": {
+            "tag": config.logging.run_name, "input_size": [3, size, size], "interpolation": "bilinear",
+            "crop_pct": config.evaluation.crop_ratio, "mean": list(pixels.mean), "std": list(pixels.std),
+            "num_classes": 0, "first_conv": "patch_embed.proj", "classifier": "head",
+        },
+    }  # fmt: skip
 
 
 def model_card(config: Config, checkpoint: Path, licence: str, args: argparse.Namespace) -> str:
@@ -54,15 +53,12 @@ def model_card(config: Config, checkpoint: Path, licence: str, args: argparse.Na
     from train.checkpoint import checkpoint_step
     from train.evaluation.offline import report_table
 
-    data, (num_global, num_local) = config.data, config.data.crop_counts
-    crops = f"{num_global} global crops of {data.multicrop.global_crop_size} px"
-    if num_local:
-        crops += f" and {num_local} local crops of {data.multicrop.local_crop_size} px"
+    sizes, pixels, (num_global, num_local) = config.data.multicrop, config.data.augmentation, config.data.crop_counts
     card = (CARD / "timm.md").read_text().format(
-        place=f"hf-hub:{args.hub}" if args.hub else "local-dir:PATH_OF_THIS_FOLDER", name=config.logging.run_name,
-        licence=licence if licence in LICENCES else f"other\nlicense_name: {licence}", encoder=config.model.encoder,
-        strategy=config.masking.strategy, crops=crops, steps=f"{checkpoint_step(checkpoint):,}", dataset=data.dataset,
-        mean=list(data.augmentation.mean), std=list(data.augmentation.std),
+        place=f"hf-hub:{args.hub}" if args.hub else "local-dir:PATH_OF_THIS_FOLDER", config=config,
+        licence=licence if licence in LICENCES else f"other\nlicense_name: {licence}",
+        local_crops=f" and {num_local} local crops of {sizes.local_crop_size} px" if num_local else "", num_global=num_global,
+        steps=checkpoint_step(checkpoint), mean=list(pixels.mean), std=list(pixels.std),
     )  # fmt: skip
     card += "".join((CARD / f"{name}.md").read_text() for name in ("onnx", "transformers") if getattr(args, name))
     if (summary := checkpoint.resolve().parent.parent / "summary.json").exists():
@@ -103,7 +99,6 @@ def export(args: argparse.Namespace) -> None:
     from safetensors.torch import save
 
     from tools.exporting.formats import write_onnx, write_transformers
-    from tools.exporting.hub import upload
     from train.adapt.weights import run_licence
     from train.build import build_model
     from train.evaluation.offline import find_checkpoint, load_trained
@@ -132,8 +127,31 @@ def export(args: argparse.Namespace) -> None:
         for path in folder.iterdir():
             path.rename(out / path.name)
     if args.hub:
-        upload(out, args.hub, licence, args.public, args.yes)
+        upload(out, args, licence)
     print(f'exported; load it with timm.create_model("local-dir:{args.out}", pretrained=True)')
+
+
+def upload(folder: Path, args: argparse.Namespace, licence: str) -> None:
+    """Print what goes to the hub, and upload it if a person has confirmed it. Raises ValueError if the hub does not take it."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+
+    hub, kind = HfApi(), "public" if args.public else "private"
+    print(f"{'uploading' if args.yes else 'would upload'} to {args.hub}, {kind}, licence {licence}:")
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        print(f"  {path.relative_to(folder)}  {path.stat().st_size:,} bytes")
+    if not args.yes:
+        print("nothing was uploaded; add --yes to upload this")
+        return
+    try:
+        hub.create_repo(args.hub, private=not args.public, exist_ok=True)
+        if not args.public and not hub.model_info(args.hub).private:
+            raise ValueError(f"{args.hub}: is there already, and public; add --public, or name another")
+        earlier = ["model.onnx*", "transformers/*"]  # which this export need not have
+        print(f"uploaded: {hub.upload_folder(repo_id=args.hub, folder_path=folder, delete_patterns=earlier)}")
+    except HTTPError as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{args.hub}: {reason}; `hf auth login` or HF_TOKEN names you to the hub") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

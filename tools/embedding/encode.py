@@ -63,7 +63,8 @@ class ImageEncoder:
             model = build_model(config, torch.device("cpu"))
             load_trained(checkpoint, model)
             vit, settings = model.target.vit, timm_settings(model.target, config)["pretrained_cfg"]
-        self.model = FeaturesAndTokens(vit).eval().to("cuda" if self.kind == "gpu" else "cpu")
+        self.device = torch.device("cuda" if self.kind == "gpu" else "cpu")
+        self.model = FeaturesAndTokens(vit).eval().to(self.device)
         self.size, self.crop_ratio = int(settings["input_size"][-1]), float(settings["crop_pct"])
         self.mean, self.std = tuple(settings["mean"]), tuple(settings["std"])
         if settings["input_size"][0] != 3:
@@ -89,25 +90,20 @@ def encode(encoder: ImageEncoder, folders: list[Path], work: Path, batch_size: i
     """
     indices = [open_index(folder) for folder in folders]
     parts = [_encode_split(encoder, index, work / str(number), batch_size, with_tokens) for number, index in enumerate(indices)]
-    names, labels, places = [], [], []
-    for index, (_, _, rows) in zip(indices, parts, strict=True):
+    names, labels, places = list[str](), list[str](), list[tuple[ShardIndex, int]]()
+    for index, (rows, *_) in zip(indices, parts, strict=True):
         manifest = read_manifest(index.folder)
         classes = dict(enumerate(manifest.classes if manifest else ()))
         prefix = f"{Path(str(index.folder)).name}/" if len(indices) > 1 else ""
-        for row in rows.tolist():
-            label = int(index.samples["label"][row])
-            names.append(prefix + index.name(row))
-            labels.append("" if label < 0 else classes.get(label, str(label)))
-            places.append((index, row))
-    vectors, tokens = (np.concatenate([part[n] for part in parts]) if parts[0][n] is not None else None for n in (0, 1))
-    assert vectors is not None
-    return Embeddings(np.array(names), np.array(labels), vectors, tokens, places)
+        names += [prefix + index.name(row) for row in rows.tolist()]
+        labels += ["" if label < 0 else classes.get(label, str(label)) for label in index.samples["label"][rows].tolist()]
+        places += [(index, row) for row in rows.tolist()]
+    _, vectors, *tokens = map(np.concatenate, zip(*parts, strict=True))
+    return Embeddings(np.array(names), np.array(labels), vectors, tokens[0] if tokens else None, places)
 
 
-def _encode_split(
-    encoder: ImageEncoder, index: ShardIndex, work: Path, batch_size: int, with_tokens: bool
-) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-    """Return vectors, tokens and the rows of the index that they belong to."""
+def _encode_split(encoder: ImageEncoder, index: ShardIndex, work: Path, batch_size: int, with_tokens: bool) -> list[np.ndarray]:
+    """Return the rows of the index that can be decoded, their vectors and, if asked for, their tokens."""
     dataset = centre_crop_dataset(index, encoder.size, encoder.crop_ratio, encoder.mean, encoder.std)
     loader = build_multicrop_dataloader(dataset, min(batch_size, len(index)), shuffle=False, drop_last=False, device=encoder.kind,
                                         quarantine=work / "damaged.jsonl")  # fmt: skip
@@ -116,27 +112,25 @@ def _encode_split(
     identity = {"data": index.digest, "encoder": encoder.digest}
     saved = read_object(state, f"Remove {work}") if state.exists() and all(path.exists() for path in arrays) else {}
     done = int(saved["done"]) if {key: saved.get(key) for key in identity} == identity else 0
-    stores = [np.lib.format.open_memmap(path, "r+") for path in arrays] if done else []
+    examples = encoder(torch.zeros(1, 3, encoder.size, encoder.size, device=encoder.device))[: len(arrays)]
+    stores = [
+        np.lib.format.open_memmap(path, "r+" if done else "w+", example.dtype, (len(index), *example.shape[1:]))
+        for path, example in zip(arrays, examples, strict=True)
+    ]
     loader.load_state_dict({"epoch": 0, "position": done})
     due, start, began = Every(SAVE_EVERY_S), done, time.monotonic()
     with ProgressDisplay(Console(stderr=True), "embed", "image", len(index), done, transient=True) as display:
         for batch in loader if done < len(index) else ():
-            outputs = encoder(batch.crops[0])[: len(arrays)]
-            if not stores:
-                stores = [np.lib.format.open_memmap(path, "w+", output.dtype, (len(index), *output.shape[1:]))
-                          for path, output in zip(arrays, outputs, strict=True)]  # fmt: skip
-            for store, output in zip(stores, outputs, strict=True):
+            for store, output in zip(stores, encoder(batch.crops[0]), strict=False):
                 store[done : done + len(output)] = output
-            done += len(outputs[0])
+            done += len(batch.labels)
             display.show(done, f"{(done - start) / (time.monotonic() - began):,.0f} images/s")
             if due.due() or done == len(index):
                 for store in stores:
                     store.flush()
                 write_atomic(state, json.dumps({**identity, "done": done}), durable=False)
     loader.close()
-    is_sound = np.ones(len(index), bool)
-    is_sound[list(loader.quarantine.reasons)] = False
-    if not is_sound.all():
-        log.warning(f"{index.folder}: {plural(int((~is_sound).sum()), 'image')} cannot be decoded and got no vector")
-    rows = np.flatnonzero(is_sound)
-    return stores[0][rows], stores[1][rows] if with_tokens else None, rows
+    if damaged := list(loader.quarantine.reasons):
+        log.warning(f"{index.folder}: {plural(len(damaged), 'image')} cannot be decoded and got no vector")
+    rows = np.delete(np.arange(len(index)), damaged)
+    return [rows, *(store[rows] for store in stores)]
