@@ -62,8 +62,7 @@ def in_parallel(workers: int, work: Callable[..., T], *items: Iterable[Any]) -> 
         yield from (work(*item) for item in each)
         return
     with forked_workers(workers, work) as submit:
-        for future in [submit(*item) for item in each]:
-            yield future.result()
+        yield from (future.result() for future in [submit(*item) for item in each])
 
 
 def _start_worker(parent: int, work: Callable[..., Any]) -> None:

@@ -19,13 +19,7 @@ from train.config.load import load_config
 from train.trainer import Trainer
 
 CHECKED_SIZES = (224, 96, 32, 448)
-# The smallest model that has all parts of the real one.
-TINY_ENCODER = "{img_size: 32, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2, init_values: 0.1}"
-REHEARSAL = (
-    "device=cpu", "data.batch_size=8", "data.multicrop.global_crop_size=32", "data.multicrop.local_crop_size=16",
-    "model.encoder=vit_small_patch16_dinov3", f"model.encoder_kwargs={TINY_ENCODER}", "model.predictor_width=24",
-    "model.predictor_depth=1", "model.predictor_heads=2", "model.projector_hidden=16", "model.projector_dim=8",
-)  # fmt: skip
+REHEARSED = CONFIG.with_name("quickstart.yaml")  # a small model with all parts of the real one
 WARM_UP_STEPS = 3
 Figures = dict[str, float]
 """By unit."""
@@ -47,8 +41,8 @@ class GpuCase:
     def trainer(self, encoder: str, crop_device: str, *changes: str) -> Trainer:
         """Return a trainer after some steps, which allocate and compile."""
         settings = ["data.dataset=custom", f"data.data_path={self.folder}", f"data.num_workers={self.threads}", *changes]
-        settings += REHEARSAL if self.rehearsal else (f"model.encoder={encoder}", f"data.crop_device={crop_device}")
-        trainer = Trainer(load_config(CONFIG, settings))
+        chosen = [] if self.rehearsal else [f"model.encoder={encoder}", f"data.crop_device={crop_device}"]
+        trainer = Trainer(load_config(REHEARSED if self.rehearsal else CONFIG, settings + chosen))
         for _ in range(WARM_UP_STEPS):
             trainer.train_step()
         synchronize(self.device)
@@ -131,12 +125,8 @@ def save(name: str, encoder: str, case: GpuCase) -> dict[str, Figures]:
     stepped = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         num_bytes = sum(file.stat().st_size for file in write_checkpoint(Path(folder), snapshot).iterdir())
-    figures = {
-        "MB": num_bytes / 1e6,
-        "ms of training": 1e3 * (stepped - started - step_s),
-        "s to disk": time.perf_counter() - stepped,
-    }
-    return {name: figures}
+    stood_s, disk_s = stepped - started - step_s, time.perf_counter() - stepped
+    return {name: {"MB": num_bytes / 1e6, "ms of training": 1e3 * stood_s, "s to disk": disk_s}}
 
 
 def plan(device: str) -> list[Planned]:
