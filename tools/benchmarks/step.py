@@ -1,7 +1,8 @@
 """Time, memory and FLOPs of one training step, against a loop over crops and unmasked crops."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +30,19 @@ def run_benchmark(options: argparse.Namespace) -> list[dict[str, Any]]:
     device, encoder = torch_device(options.device), ENCODERS[options.model]
     torch.set_num_threads(1)
     steps = make_steps(encoder, options.batch, device)
-    times = median_times(steps, options.rounds, device)
-    rows: dict[str, dict[str, Any]] = {
-        name: {"name": name, "time_s": times[name], "flops": count_flops(step), "peak_bytes": peak_bytes(step, device)}
-        for name, step in steps.items()
+    figures: dict[str, Mapping[str, float]] = {
+        "time_s": median_times(steps, options.rounds, device),
+        "flops": {name: count_flops(step) for name, step in steps.items()},
+        "peak_bytes": {name: peak_bytes(step, device) for name, step in steps.items()},
     }
-    units = {"time_s": 1e3, "flops": 1e-9, "peak_bytes": 1e-6}
     cells = [
-        [name, *(f"{row[key] * units[key]:,.1f}" for key in units), *(f"{row[key] / rows['naive'][key]:.3f}" for key in units)]
-        for name, row in rows.items()
-    ]
+        [name, *(f"{each[name] * unit:,.1f}" for each, unit in zip(figures.values(), (1e3, 1e-9, 1e-6), strict=True)),
+         *(f"{each[name] / each['naive']:.3f}" for each in figures.values())] for name in steps
+    ]  # fmt: skip
     where = "GPU, bfloat16" if device.type == "cuda" else "CPU, float32, one thread"
     print(f"{encoder}, {options.batch} images, {where}")
     print(table(["row", "ms", "GFLOP", "peak MB", "time/naive", "FLOPs/naive", "peak/naive"], cells))
-    return list(rows.values())
+    return [{"name": name, **{key: each[name] for key, each in figures.items()}} for name in steps]
 
 
 def count_flops(step: Step) -> int:
@@ -58,9 +58,11 @@ def make_steps(encoder: str, batch: int, device: torch.device) -> dict[str, Step
     model = build_model(configs["global_only"], device)
     masks = {name: build_masks(config, model, device) for name, config in configs.items()}
     all_crops, plan = draw_batch(batch, 6, device), masks["global_only"](batch)
-    steps = {f"ours/{name}": make_step(model, all_crops, generator(batch)) for name, generator in masks.items()}
-    steps["naive"] = make_step(model, all_crops, plan, naive_losses)
-    steps["unmasked-2"] = make_step(model, draw_batch(batch, 0, device), unmasked(plan))
+    steps: dict[str, Step] = {
+        f"ours/{name}": partial(take_step, model, all_crops, generator(batch)) for name, generator in masks.items()
+    }
+    steps["naive"] = partial(take_step, model, all_crops, plan, naive_losses)
+    steps["unmasked-2"] = partial(take_step, model, draw_batch(batch, 0, device), unmasked(plan))
     return steps
 
 
@@ -69,12 +71,11 @@ def draw_batch(batch: int, num_local: int, device: torch.device) -> dict[str, An
     torch.manual_seed(1)
     sizes = [GLOBAL, GLOBAL] + [LOCAL] * num_local
     corners = torch.rand(batch, len(sizes), 2, 2).sort(dim=2).values
-    directions = random_directions(256, 256, torch.Generator().manual_seed(0), torch.device("cpu"))
     return {
         "crops": [torch.randn(batch, 3, size, size).to(device) for size in sizes],
         "boxes": torch.cat([corners[:, :, 0], corners[:, :, 1] + 0.05], dim=-1).to(device),
         "flips": (torch.rand(batch, len(sizes)) < 0.5).to(device),
-        "directions": directions.to(device),
+        "directions": random_directions(256, 256, torch.Generator().manual_seed(0), torch.device("cpu")).to(device),
     }
 
 
@@ -86,17 +87,14 @@ def unmasked(plan: MaskPlan) -> MaskPlan:
     return MaskPlan(context, plan.queries, sources.expand(images, -1, -1))
 
 
-def make_step(
+def take_step(
     model: HJEPA, batch: dict[str, Any], plan: MaskPlan, losses: Callable[..., dict[str, Tensor]] = HJEPA.__call__
-) -> Step:
-    def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16, enabled=plan.context.device.type == "cuda"):
-            total = losses(model, **batch, plan=plan)["loss"]
-        total.backward()
-        model.zero_grad(set_to_none=True)
-        model.update_target(0.99)
-
-    return step
+) -> None:
+    with torch.autocast("cuda", torch.bfloat16, enabled=plan.context.is_cuda):
+        total = losses(model, **batch, plan=plan)["loss"]
+    total.backward()
+    model.zero_grad(set_to_none=True)
+    model.update_target(0.99)
 
 
 def naive_losses(
