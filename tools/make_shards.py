@@ -11,15 +11,14 @@ from pipeline.memory import memory_limit
 from pipeline.shards.index import UNLABELLED
 from pipeline.text import notify_after, plural, printable, say
 from tools.shards.catalogue import LooseFiles, hold_out
-from tools.shards.convert import convert
+from tools.shards.convert import COPIES_NAME, convert
 from tools.shards.copies import group_copies
 from tools.shards.formats import describe_skipped
 from tools.shards.images import VERIFY_LEVELS, ImagePolicy
 from tools.shards.labels import adopt_classes, number_labels, read_labels
 from tools.shards.layouts.source import LAYOUTS, open_source
 from tools.shards.photographs import NUM_SHARDS, photograph_source
-from tools.shards.report import COPIES_NAME, remarks
-from tools.shards.verify import index_split, split_folders, verify_split
+from tools.shards.verify import index_split, remarks, split_folders, verify_split
 from tools.shards.writer import RECORD_FOLDER, Conversion
 from train.command import BAD_INPUT, CommandParser, path_argument, run_command, show_messages
 

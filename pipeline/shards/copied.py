@@ -1,8 +1,6 @@
 """Shards in an object store, copied once into a folder on a local disk, through fsspec.
 
-A store takes its settings from the environment as its own tools do (`AWS_ENDPOINT_URL` and `AWS_PROFILE`,
-`GOOGLE_APPLICATION_CREDENTIALS`, `AZURE_STORAGE_ACCOUNT_NAME`, `HF_TOKEN`). Failed requests are retried with exponential
-backoff, by this module only: the clients' own retries are switched off.
+Failed requests are retried with exponential backoff, by this module only: the clients' own retries are switched off.
 """
 
 import hashlib

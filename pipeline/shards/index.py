@@ -146,12 +146,7 @@ def tar_sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
 
 
 def open_index(folder: Path | str) -> ShardIndex:
-    """Read the index of a folder, and compare it with the tars.
-
-    A folder of tars without an index is scanned, header by header. Raises FileNotFoundError if there are no shards, ValueError
-    for an index that is damaged or does not fit its tars, and for a tar that is missing, unreadable, truncated, zero-filled or
-    foreign.
-    """
+    """Read the index of a folder, or scan its tars, and compare. Raises FileNotFoundError without tars, ValueError for damage."""
     folder = Path(folder)
     names, rebuild = tar_names(folder), f"Rebuild it: `python tools/make_shards.py index {folder}`"
     if not names:
@@ -179,11 +174,7 @@ def open_index(folder: Path | str) -> ShardIndex:
 
 
 def write_dali_indices(index: ShardIndex, rows: np.ndarray, folder: Path) -> tuple[list[str], list[str]]:
-    """Write rows of the index, in their order, as DALI index files in `folder`.
-
-    Returns the tars and their index files; a tar is listed once for each run of its rows, since an index file can drop, permute
-    and repeat the members of a tar.
-    """
+    """Write rows of the index as DALI index files, one for each run of rows in one tar; returns the tars and those files."""
     tars, paths = list[str](), list[str]()
     for part in np.split(rows, np.flatnonzero(np.diff(index.samples["shard"][rows])) + 1):
         run = index.samples[part]

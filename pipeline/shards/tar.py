@@ -98,11 +98,11 @@ def _read_part(file: BinaryIO, start: int, end: int, left_out: list[str], replac
         num_zeros = len(padding) - len(padding.lstrip(b"\0"))
         if num_zeros > MAX_PADDING:
             raise ValueError(f"zeros at byte {tar.offset:,} of {end:,}: damaged. Copy it again")
-        if num_zeros == len(padding):
-            return list(members.values()), end
-        if num_zeros < 2 * tarfile.BLOCKSIZE:
-            raise ValueError(f"no tar header at byte {tar.offset:,}: not a tar, or damaged. Copy it again")
-        return list(members.values()), tar.offset + num_zeros // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+        if num_zeros < len(padding):
+            if num_zeros < 2 * tarfile.BLOCKSIZE:
+                raise ValueError(f"no tar header at byte {tar.offset:,}: not a tar, or damaged. Copy it again")
+            end = tar.offset + num_zeros // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+    return list(members.values()), end
 
 
 def _plain_name(name: str) -> str:

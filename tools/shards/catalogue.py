@@ -130,10 +130,7 @@ class Source:
 
 
 def hold_out(source: Source, first: np.ndarray, ratio: float, seed: int) -> tuple[Source, Source]:
-    """Split a source into train and val: val gets `ratio` of each class, chosen by `seed`; groups of copies stay together.
-
-    `first`: of each image, the first one of its group. Raises ValueError when one of the splits would be empty.
-    """
+    """Split by `seed`: val gets `ratio` of each class. `first`: of each image, the first of its group, which stays together."""
     total, names = len(source.catalogue), source.catalogue.names
     # Sort by class, then at random, and take the images at which the running share of R passes a whole number.
     rows, draws = np.unique(first), np.random.Philox(key=[seed, 1]).random_raw(total)

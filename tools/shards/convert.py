@@ -1,36 +1,37 @@
-"""Turns a source into shards: assigns images to shards, writes them in parallel, continues after any interruption."""
+"""Turns a source into shards, in parallel, and after any interruption; with their index, manifest and lists next to them."""
 
 import errno
 import json
 import multiprocessing
 import shutil
 import time
+from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import asdict
 from functools import partial
+from importlib.metadata import version
+from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from pipeline.files import write_atomic
 from pipeline.lock import exclusive
 from pipeline.quarantine import allowed_bad
-from pipeline.shards.manifest import read_object
+from pipeline.shards.index_file import index_files
+from pipeline.shards.manifest import MANIFEST_NAME, read_object
 from pipeline.text import plural
 from tools.own_process import forked_workers
-from tools.shards.report import REJECTED_NAME, finish_split
-from tools.shards.writer import IDENTITY_NAME, RECORD_FOLDER, Conversion, SharedCounts, complete_shard
+from tools.shards.writer import IDENTITY_NAME, RECORD_FOLDER, Conversion, ShardRecord, SharedCounts, complete_shard
 from train.output.display import ProgressDisplay
 
+REJECTED_NAME, COPIES_NAME = "rejected.jsonl", "copies.jsonl"
 MB = 1e6
 IN_WORDS = {"source": "the images, or --val-ratio,", "prefix": "the name of the source"}
 
 
 def convert(conversion: Conversion) -> str:
-    """Write the missing shards of a split and, when all exist, the files next to them; returns a line on what was done.
-
-    Raises ValueError when the folder holds another conversion, another process converts into it or too many images are bad,
-    OSError when the disk is full.
-    """
+    """Write the missing shards of a split, then the files next to them; returns a line on that. Raises ValueError and OSError."""
     folder, start = conversion.folder, time.monotonic()
     (folder / RECORD_FOLDER).mkdir(parents=True, exist_ok=True)
     with exclusive(folder, "choose another --out", f"{RECORD_FOLDER}/.lock"):
@@ -109,3 +110,53 @@ def _run_workers(conversion: Conversion) -> int:
             raise
         free = f"{shutil.disk_usage(conversion.folder).free / MB:,.0f} MB free"
         raise OSError(f"{conversion.folder}: disk full ({free}): make room and run the same command again") from None
+
+
+def finish_split(conversion: Conversion) -> tuple[bool, int]:
+    """Write the files next to the tars; returns True if one had to be written, and the number of rejected images."""
+    folder = conversion.folder
+    records = [ShardRecord.load(conversion.record_path(shard)) for shard in conversion.shards]
+    rows = np.concatenate([record.rows for record in records])
+    if len(rows) == 0:
+        raise ValueError(f"{folder}: every image was rejected, see {RECORD_FOLDER}")
+    # All shards are complete, so no process is writing any more: these are left from killed runs.
+    for unfinished in (*folder.glob(".*.partial"), *(folder / RECORD_FOLDER).glob(".*.partial")):
+        unfinished.unlink(missing_ok=True)
+    rejected = [bad for record in records for bad in record.rejected]
+    files = index_files({conversion.shard_path(shard).name: len(record.rows) for shard, record in enumerate(records)}, rows)
+    manifest = json.dumps(_manifest(conversion, records), indent=1, ensure_ascii=False) + "\n"
+    files[MANIFEST_NAME] = manifest.encode("utf-8", "backslashreplace")
+    for name, lines in ((REJECTED_NAME, rejected), (COPIES_NAME, conversion.source.copies)):
+        if lines:
+            files[name] = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        else:
+            (folder / name).unlink(missing_ok=True)
+    # A finished split keeps its files untouched, so that a second run can say that there was nothing to do.
+    changed = [name for name, content in files.items() if not (path := folder / name).exists() or path.read_bytes() != content]
+    for name in changed:
+        write_atomic(folder / name, files[name])
+    return bool(changed), len(rejected)
+
+
+def _manifest(conversion: Conversion, records: list[ShardRecord]) -> dict[str, Any]:
+    source, policy = conversion.source, conversion.policy
+    return {
+        "format_version": 1,
+        "tool": f"multicrop-hjepa {version('multicrop-hjepa')}",
+        "name": source.name,
+        "split": conversion.split,
+        "layout": source.layout,
+        "seed": conversion.seed,
+        "verify": policy.verify,
+        "resize": policy.resize,
+        "quality": policy.quality if policy.resize else None,
+        "num_samples": sum(len(record.rows) for record in records),
+        "num_rejected": sum(len(record.rejected) for record in records),
+        "changes": dict(sorted(sum((Counter(record.changes) for record in records), Counter()).items())),
+        "classes": list(source.classes),
+        "attributions": list(source.attributions),
+        "shards": [
+            {"name": conversion.shard_path(shard).name, "sha256": r.sha256, "bytes": r.num_bytes, "samples": len(r.rows)}
+            for shard, r in enumerate(records)
+        ],
+    }

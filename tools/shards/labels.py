@@ -1,8 +1,4 @@
-"""The labels of a source: numbers for class names, one class order for all splits of a data set, and labels from a list.
-
-A split that is converted after another adopts the labels of the first. A list has a line for each image: `name,label` as CSV,
-with tabs, or with blanks as in the lists of Caffe.
-"""
+"""Labels: numbers for class names, one class order for all splits of a data set, and lists with a line for each image."""
 
 import csv
 import re
@@ -101,8 +97,9 @@ def _places(words: dict[int, str], names: Sequence[str]) -> dict[int, int]:
 def read_labels(path: Path, names: Sequence[str]) -> tuple[list[Label], str]:
     """Return the label of each image, UNLABELLED without a line in the file, and a note on how many there are.
 
-    A line names its image in full, without folders or without its extension; a header can name the columns. Raises ValueError
-    where no line names an image, one names several, or two give one image different labels.
+    A line is `name,label`, as CSV, with tabs, or with blanks as in lists of Caffe. It names its image in full, without folders
+    or without its extension; a header can name the columns. Raises ValueError where no line names an image, one names several, or
+    two give one image different labels.
     """
     lines = _read_lines(path)
     rows = defaultdict[str, set[int]](set)
@@ -116,7 +113,8 @@ def read_labels(path: Path, names: Sequence[str]) -> tuple[list[Label], str]:
         return rows.get(name) or rows.get(name.rpartition("/")[2], set())
 
     header = [cell.strip().lower() for cell in lines[0]] if lines and not find(lines[0][0]) else []
-    name_column, label_column = _column(header, NAME_COLUMNS, 0), _column(header, LABEL_NAMES, 1)
+    name_column = next((header.index(name) for name in NAME_COLUMNS if name in header), 0)
+    label_column = next((header.index(name) for name in LABEL_NAMES if name in header), 1)
     labels: list[Label] = [UNLABELLED] * len(names)
     num_unknown = 0
     for line in lines[bool(header) :]:
@@ -147,7 +145,3 @@ def _read_lines(path: Path) -> list[list[str]]:
         return [line for line in rows if line]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: no list of images and labels ({error})") from None
-
-
-def _column(header: Sequence[str], names: Sequence[str], usual: int) -> int:
-    return next((header.index(name) for name in names if name in header), usual)

@@ -1,7 +1,8 @@
-"""Checks and indexes existing shards, ours or from another writer."""
+"""Checks and indexes existing shards, ours or from another writer; and what a person should know of new ones."""
 
 import logging
 import re
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from pipeline.shards.manifest import MANIFEST_NAME, Manifest, check_class_count,
 from pipeline.shards.tar import tar_members
 from pipeline.text import truncate_list
 from tools.own_process import in_parallel
+from tools.shards.writer import IDENTITY_NAME, RECORD_FOLDER, ShardRecord
 
 log = logging.getLogger(__name__)
 
@@ -69,3 +71,32 @@ def index_split(folder: Path, workers: int) -> int:
         log.warning(f"{folder}: tars of {len(names)} sets ({listed}); if their labels mean different classes, keep them apart")
     save_index(folder, [tar.name for tar in tars], np.concatenate(scans))
     return sum(map(len, scans))
+
+
+def remarks(out: Path) -> list[str]:
+    """Return a line on each thing in the finished splits that a person should know: changes, degenerate images and labels."""
+    lines, in_train = list[str](), np.empty(0, "S16")
+    for split in ("train", "val"):
+        records_folder = out / split / RECORD_FOLDER
+        manifest = read_manifest(out / split) if (records_folder / IDENTITY_NAME).exists() else None
+        if manifest is None:
+            continue
+        records = [ShardRecord.load(records_folder / f"{shard:06d}.npz") for shard in range(len(manifest.shards))]
+        digests = np.concatenate([record.digests for record in records])
+        labels, counts = np.unique(np.concatenate([record.rows["label"] for record in records]), return_counts=True)
+        total, flat = f"{len(digests):,}", [name for record in records for name in record.one_colour]
+        all_changes = sum((Counter(record.changes) for record in records), Counter())
+        changes = ", ".join(f"{count:,} {kind}" for kind, count in all_changes.most_common())
+        copies, shared = len(digests) - len(np.unique(digests)), int(np.isin(digests, in_train).sum())
+        single = [manifest.classes[n] if manifest.classes else str(n) for n in labels[(counts == 1) & (labels >= 0)].tolist()]
+        texts = {
+            f"changed by the rules of docs/pipeline.md: {changes}": changes,
+            f"{len(flat):,} of {total} images have one colour: {truncate_list(flat)}": flat,
+            f"{copies:,} of {total} images are copies of others": copies,
+            f"{shared:,} of {total} images are also in train, which flatters accuracies": shared,
+            f"classes with a single image: {truncate_list(single)}": single and split == "train",
+            "all images have one label, so accuracies will mean nothing": len(labels) == 1 and labels[0] >= 0,
+        }
+        lines += [f"{split}: {text}" for text, applies in texts.items() if applies]
+        in_train = digests
+    return lines

@@ -102,10 +102,7 @@ class ShardRecord:
 
 
 def tar_header(name: str, size: int) -> bytes:
-    """Build the USTAR header (POSIX.1-1988) of a regular file, without owner or time.
-
-    Not TarInfo.tobuf: it takes five times as long, and its device numbers depend on the Python version.
-    """
+    """Build the USTAR header of a file without owner and time; TarInfo.tobuf takes five times as long and varies with Python."""
     head = name.encode("ascii").ljust(100, b"\0") + b"0000644\0" + 2 * b"0000000\0" + b"%011o\0%011o\0" % (size, 0)
     tail = b"0".ljust(101, b"\0") + b"ustar\x0000".ljust(72, b"\0") + 2 * b"0000000\0"
     checksum = sum(head) + sum(tail) + sum(b" " * 8)  # as if its own field were blank

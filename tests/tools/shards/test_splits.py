@@ -12,7 +12,7 @@ from reading import assert_colours_tell_labels, colour_of, run_convert, stored_s
 
 from pipeline.shards.index import open_index
 from tools.make_shards import main
-from tools.shards.layouts.splits import split_of
+from tools.shards.layouts.folders import split_of
 
 CLASSES = ("ant", "bee", "cat")
 

@@ -23,8 +23,7 @@ from tools.shards.catalogue import Catalogue, FileRanges, Source
 from tools.shards.decoding.pixels import RejectedImageError
 from tools.shards.images import ImagePolicy, check_image
 from tools.shards.labels import number_labels
-from tools.shards.layouts.folders import has_images
-from tools.shards.layouts.splits import files_of_split, plain_name
+from tools.shards.layouts.folders import files_of_split, has_images, plain_name
 
 IMAGE_ROWS, LABEL_ROWS = 64, 1 << 16  # rows that are decoded at once; bounds the memory
 IMAGE_NAMES = (

@@ -13,12 +13,10 @@ from pipeline.shards.tar import tar_kind
 from pipeline.text import plural, truncate_list
 from tools.shards.catalogue import Source, check_class_names
 from tools.shards.formats import describe_file, describe_no_images, is_image
-from tools.shards.layouts.cifar import open_cifar
-from tools.shards.layouts.folders import open_files, walk_images
-from tools.shards.layouts.idx import open_idx
+from tools.shards.layouts.arrays import open_cifar, open_idx
+from tools.shards.layouts.folders import NoSplitError, open_files, walk_images
 from tools.shards.layouts.imagenet import open_imagenet_val
 from tools.shards.layouts.parquet import open_parquet
-from tools.shards.layouts.splits import NoSplitError
 from tools.shards.layouts.tars import open_tars
 
 # In the order in which they are tried. Each lists the images of one split of a path, and returns None when the path has
@@ -77,17 +75,14 @@ def _open_split(path: Path, split: str, layout: str, spools: Path) -> Source:
                 also = "damaged, or the class list is of another data set"
                 raise ValueError(f"{path}: label {wrong[0]} for {num_classes} classes: {also}")
             return source
-    if path.is_file() and (what := describe_file(path)):
-        raise ValueError(f"{path}: {what}")
-    requested = "" if layout == "auto" else f" with --layout {layout}"
-    content = _describe_content(path, split)
-    raise NoSplitError(f"{path}: no {split} images found{requested}: {content}. Check the path, --split and --layout")
-
-
-def _describe_content(path: Path, split: str) -> str:
     if path.is_file():
+        if what := describe_file(path):
+            raise ValueError(f"{path}: {what}")
         one_image = "it is one image, convert the folder that it lies in"
-        return one_image if is_image(path.name) else f"{tar_kind(path)}, not an archive we read"
-    counts = Counter[str]()
-    num_images = sum(1 for _ in walk_images(path, "", counts))
-    return f"{plural(num_images, 'image')} in files of their own" if num_images else describe_no_images(counts)
+        content = one_image if is_image(path.name) else f"{tar_kind(path)}, not an archive we read"
+    else:
+        counts = Counter[str]()
+        num_images = sum(1 for _ in walk_images(path, "", counts))
+        content = f"{plural(num_images, 'image')} in files of their own" if num_images else describe_no_images(counts)
+    requested = "" if layout == "auto" else f" with --layout {layout}"
+    raise NoSplitError(f"{path}: no {split} images found{requested}: {content}. Check the path, --split and --layout")

@@ -20,18 +20,22 @@ from pipeline.text import plural, truncate_list
 from tools.shards.catalogue import Catalogue, FileRanges, Source, check_class_names
 from tools.shards.formats import QUIET, describe_file, file_kind, is_image
 from tools.shards.labels import class_order, number_labels
-from tools.shards.layouts.folders import has_images, walk_images
+from tools.shards.layouts.folders import (
+    class_folders,
+    files_of_split,
+    folder_of_split,
+    has_images,
+    note_elsewhere,
+    only_of_split,
+    plain_name,
+    walk_images,
+)  # fmt: skip
 from tools.shards.layouts.imagenet import ARCHIVES, are_wnids, label_order
-from tools.shards.layouts.splits import class_folders, files_of_split, folder_of_split, note_elsewhere, only_of_split, plain_name
 
 
 @dataclass
 class Listing:
-    """The images of some tars.
-
-    `labels` and `inner`: of each image, its label and the name of the tar inside the tar that it lies in, "" for none.
-    `left_out`: of all tars, as from `match_labels`.
-    """
+    """Images of tars: labels, names of the tars inside tars that hold them ("" for none), and what `match_labels` left out."""
 
     catalogue: Catalogue
     labels: list[Label] = field(default_factory=list)

@@ -1,19 +1,41 @@
-"""MNIST-style IDX files, as downloaded or as torchvision unpacks them, stored losslessly as PNG."""
+"""Pixel arrays as downloaded, stored losslessly as PNG: CIFAR's archives of the Python version, and IDX files as of MNIST."""
 
 import gzip
 import re
+import shutil
 import zlib
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from tools.shards.catalogue import Catalogue, Source
-from tools.shards.layouts.splits import plain_name
+from tools.shards.layouts.folders import plain_name
 
 IDX_FILE = re.compile(r"(train|t10k)-(images|labels)[-.]idx[13]-ubyte(\.gz)?")
 PREFIX = {"train": "train", "val": "t10k"}  # there is no third split
 MAX_UNPACKED = 512 << 20  # ten times the largest file; longer ones are cut off and fit no sizes
 CLOTHES = "t-shirt/top, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle-boot"
+
+
+def open_cifar(path: Path, split: str, spools: Path) -> Source | None:
+    """Read an archive with torchvision, if it has the published checksum: what is in it comes pickled."""
+    candidates = [path] if path.is_file() else sorted(path.glob("cifar-*.tar.gz"))
+    archive = next((file for file in candidates if file.name in ("cifar-10-python.tar.gz", "cifar-100-python.tar.gz")), None)
+    if archive is None or split not in ("train", "val"):
+        return None
+    from torchvision.datasets import CIFAR10, CIFAR100  # load torch, which takes seconds, and nothing else needs it
+    from torchvision.datasets.utils import check_integrity
+
+    dataset = CIFAR100 if "100" in archive.name else CIFAR10
+    if not check_integrity(archive, dataset.tgz_md5):
+        raise ValueError(f"{archive}: its checksum is not that of {dataset.__name__}: download it again")
+    with TemporaryDirectory() as root:
+        shutil.unpack_archive(archive, root, filter="data")
+        images = dataset(root, train=split == "train")
+    catalogue = Catalogue.of_pixels(images.data, images.targets)
+    notes = (f"{archive.name}, with its published checksum",)
+    return Source("cifar", dataset.__name__.lower(), catalogue, tuple(images.classes), notes=notes)
 
 
 def open_idx(path: Path, split: str, spools: Path) -> Source | None:
