@@ -56,19 +56,14 @@ class HJEPA(StudentTeacher):
         self.levels = tuple(levels)
         self.level_weights = [level.weight for level in levels]
         self.num_global, self.grid = num_global_crops, global_crop_size // encoder.patch_size
-        self.weights = weights
-        self.predictor = predictor
+        self.weights, self.predictor = weights, predictor
         self.encoder.grad_checkpointing = grad_checkpointing
         if predictor is not None:
             predictor.grad_checkpointing = grad_checkpointing
         self.projector: nn.Module | None = None
         if weights.view > 0 or weights.sigreg > 0:
-            self.projector = nn.Sequential(
-                nn.Linear(encoder.width, projector_hidden),
-                BatchStandardize(projector_hidden),
-                nn.GELU(),
-                nn.Linear(projector_hidden, projector_dim),
-            )
+            hidden = (nn.Linear(encoder.width, projector_hidden), BatchStandardize(projector_hidden), nn.GELU())
+            self.projector = nn.Sequential(*hidden, nn.Linear(projector_hidden, projector_dim))
         # The encoder at its starting weights, for the anchor; in a tuple, which keeps it out of the state dict.
         self.start: tuple[MultiCropEncoder, ...] = ()
         self.sigreg = SIGReg()

@@ -117,9 +117,8 @@ class SIGReg(nn.Module):
         normal = torch.exp(-points.square() / 2)
         trapezoid = torch.full((knots,), 3 / (knots - 1))
         trapezoid[[0, -1]] /= 2
-        self.register_buffer("points", points, persistent=False)
-        self.register_buffer("normal", normal, persistent=False)
-        self.register_buffer("weights", 2 * trapezoid * normal, persistent=False)
+        for name, values in (("points", points), ("normal", normal), ("weights", 2 * trapezoid * normal)):
+            self.register_buffer(name, values, persistent=False)
 
     def forward(self, projections: Tensor, directions: Tensor) -> Tensor:
         """Return the mean statistic of `[B, V, P]` projections along `[P, S]` unit columns, which all ranks must share."""

@@ -114,17 +114,18 @@ def build_evaluation_loaders(config: Config) -> tuple[MultiCropLoader, MultiCrop
     Each has at most `evaluation.max_samples` images. Raises FileNotFoundError when a split is missing, and ValueError when
     their labels mean different classes.
     """
-    loaders = []
     folders = [split_folder(config.data.dataset, config.data.data_path, split) for split in ("train", "val")]
     if folders[0] == folders[1]:
         raise FileNotFoundError(f"{folders[0]}: a single split; evaluation needs train/ and val/ in it")
     indices = [subsample_evenly(open_index(folder), config.evaluation.max_samples) for folder in folders]
     check_classes(*indices)
     size, pixels = config.data.multicrop.global_crop_size, config.data.augmentation
-    for index in indices:
-        dataset = centre_crop_dataset(index, size, config.evaluation.crop_ratio, pixels.mean, pixels.std)
-        loaders.append(build_loader(config, dataset, config.evaluation.batch_size, shuffle=False, drop_last=False))
-    return loaders[0], loaders[1]
+    train, val = (centre_crop_dataset(index, size, config.evaluation.crop_ratio, pixels.mean, pixels.std) for index in indices)
+    return _in_stored_order(config, train), _in_stored_order(config, val)
+
+
+def _in_stored_order(config: Config, dataset: MultiCropDataset, **options: Any) -> MultiCropLoader:
+    return build_loader(config, dataset, config.evaluation.batch_size, shuffle=False, drop_last=False, **options)
 
 
 def build_pair_loader(config: Config, index: ShardIndex) -> MultiCropLoader:
@@ -135,8 +136,7 @@ def build_pair_loader(config: Config, index: ShardIndex) -> MultiCropLoader:
     crops, pixels = config.data.multicrop, config.data.augmentation
     recipe = ViewRecipe(crops.global_crop_size, crops.global_crop_scale, flip_prob=pixels.flip_prob)
     dataset = MultiCropDataset(index, (recipe, recipe), pixels.mean, pixels.std)
-    config = config.model_copy(update={"seed": 0})
-    return build_loader(config, dataset, config.evaluation.batch_size, shuffle=False, drop_last=False, normalized=False)
+    return _in_stored_order(config.model_copy(update={"seed": 0}), dataset, normalized=False)
 
 
 def build_encoder(config: Config) -> MultiCropEncoder:
@@ -154,25 +154,12 @@ def build_model(config: Config, device: torch.device) -> HJEPA:
     if loss.prediction_weight > 0:
         shape = (settings.predictor_width, settings.predictor_depth, settings.predictor_heads)
         predictor = Predictor(encoder.width, *shape, len(levels))
-    model = HJEPA(
-        encoder,
-        predictor,
-        levels,
-        num_global_crops=config.data.crop_counts[0],
+    return HJEPA(
+        encoder, predictor, levels, num_global_crops=config.data.crop_counts[0],
         global_crop_size=config.data.multicrop.global_crop_size,
-        projector_hidden=settings.projector_hidden,
-        projector_dim=settings.projector_dim,
-        weights=LossWeights(
-            loss.prediction_weight,
-            loss.summary_weight,
-            loss.view_weight,
-            loss.sigreg_weight,
-            loss.anchor_weight,
-            loss.colour_weight,
-        ),
-        grad_checkpointing=settings.grad_checkpointing,
-    )
-    return model.to(device)
+        weights=LossWeights(**{name.removesuffix("_weight"): weight for name, weight in loss if name.endswith("_weight")}),
+        **settings.model_dump(include={"projector_hidden", "projector_dim", "grad_checkpointing"}),
+    ).to(device)  # fmt: skip
 
 
 def build_levels(config: Config, depth: int) -> tuple[Level, ...]:
@@ -195,14 +182,10 @@ def build_masks(config: Config, model: StudentTeacher, device: torch.device) -> 
     crops, patch = config.data.multicrop, model.encoder.patch_size
     levels = build_levels(config, model.encoder.depth) if config.loss.prediction_weight > 0 else ()
     return MultiCropMaskGenerator(
-        config.masking.strategy,
-        *config.data.crop_counts,
-        grid=crops.global_crop_size // patch,
-        local_grid=crops.local_crop_size // patch,
-        strides=tuple(level.stride for level in levels),
-        device=device,
+        config.masking.strategy, *config.data.crop_counts, grid=crops.global_crop_size // patch,
+        local_grid=crops.local_crop_size // patch, strides=tuple(level.stride for level in levels), device=device,
         **config.masking.model_dump(exclude={"strategy"}),
-    )
+    )  # fmt: skip
 
 
 def build_schedule(config: Config, batches_per_epoch: int) -> Schedule:
@@ -219,12 +202,7 @@ def build_schedule(config: Config, batches_per_epoch: int) -> Schedule:
             f"example to {total_steps / 10 / steps_per_epoch:.2g}"
         )
     return Schedule(
-        total_steps=total_steps,
-        warmup_steps=warmup_steps,
-        peak_lr=training.lr,
-        final_lr=training.lr * training.final_lr_ratio,
-        first_momentum=training.ema_momentum,
-        last_momentum=training.ema_final_momentum,
-        heads_steps=heads_steps,
-        from_weights=config.model.weights is not None,
-    )
+        total_steps, warmup_steps, peak_lr=training.lr, final_lr=training.lr * training.final_lr_ratio,
+        first_momentum=training.ema_momentum, last_momentum=training.ema_final_momentum,
+        heads_steps=heads_steps, from_weights=config.model.weights is not None,
+    )  # fmt: skip

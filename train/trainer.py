@@ -17,15 +17,7 @@ from model.teacher import StudentTeacher
 from pipeline.dataset import CropBatch, resolve_device
 from pipeline.loader import MultiCropLoader
 from pipeline.shards.watch import Cancelled
-from train.build import (
-    amp_enabled,
-    build_dataset,
-    build_masks,
-    build_model,
-    build_schedule,
-    build_training_loader,
-    with_crop_device,
-)
+from train import build
 from train.checkpoint import Snapshot, Snapshots, load_checkpoint
 from train.command import StopSignal
 from train.config.schema import Config
@@ -72,11 +64,11 @@ class Trainer:
         self, config: Config, ranks: Ranks = SINGLE_PROCESS, *, model: StudentTeacher | None = None,
         loss_fn: LossFunction | None = None, quarantine: Path | None = None,
     ) -> None:  # fmt: skip
-        config = with_crop_device(config, ranks, kept_crop_device(config))
+        config = build.with_crop_device(config, ranks, kept_crop_device(config))
         self.config, self.ranks, self.device = config, ranks, ranks.device(resolve_device(config.device))
         training, self.folder = config.training, run_folder(config)
-        self.dataset = build_dataset(config)
-        self.model: StudentTeacher = build_model(config, self.device) if model is None else model
+        self.dataset = build.build_dataset(config)
+        self.model: StudentTeacher = build.build_model(config, self.device) if model is None else model
         self.start: Start | None = None
         if config.model.weights is not None:
             from train.adapt.weights import start_from  # with its packages, only for runs that need it
@@ -84,9 +76,9 @@ class Trainer:
             self.start = start_from(self.model, config)
         if training.train_blocks != "all":
             self.model.freeze(int(training.train_blocks.removeprefix("last_")))
-        self.masks = build_masks(config, self.model, self.device)
-        self.loader = build_training_loader(config, self.dataset, ranks, quarantine=quarantine)
-        self.schedule = build_schedule(config, len(self.loader))
+        self.masks = build.build_masks(config, self.model, self.device)
+        self.loader = build.build_training_loader(config, self.dataset, ranks, quarantine=quarantine)
+        self.schedule = build.build_schedule(config, len(self.loader))
         self.steps_per_epoch = len(self.loader) // training.accumulation_steps
         if training.compile:
             mode = "reduce-overhead" if training.compile == "cudagraphs" else None
@@ -183,7 +175,7 @@ class Trainer:
                 torch.manual_seed(step_seed(config.seed, self.state.step, number + 1))
 
             # Forward and backward. Only the last part averages the gradients over the ranks.
-            amp = torch.autocast(self.device.type, torch.bfloat16, enabled=amp_enabled(config, self.device))
+            amp = torch.autocast(self.device.type, torch.bfloat16, enabled=build.amp_enabled(config, self.device))
             with no_sync_if(part < parts - 1, self._replica), amp:
                 masks = plan.images(slice(number * batch_size, (number + 1) * batch_size))
                 losses.append(self._loss_fn(self._replica, batch, masks, directions))

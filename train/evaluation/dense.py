@@ -20,14 +20,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from model.encoder import patchify
-from pipeline.dataset import resolve_device
 from pipeline.text import markdown_table
-from train.build import torch_threads
 from train.checkpoint import checkpoint_step
 from train.config.schema import Config
 from train.evaluation.features import STORED_DTYPE, mixed_precision
 from train.evaluation.measure import LINEAR_RATES, Standardizer, is_held_out, linear_heads, nearest_neighbours, vote
-from train.evaluation.offline import ROW_NAMES, load_models, load_start
+from train.evaluation.offline import ROW_NAMES, open_encoders
 from train.evaluation.placement import DenseExtractor, dense_features
 
 IGNORED = 255  # the class of pixels that do not count
@@ -245,25 +243,14 @@ def dense_figures(
             predicted |= {(name, probe): classifier(tokens) for probe, (classifier, _) in probes.items()}
         for key, classes in predicted.items():
             matrices[key] += torch.stack([confusion(part, classes) for part in parts])
-    return [
-        {
-            "features": name,
-            "probe": probe,
-            "setting": settings[name, probe],
-            **dict(zip(SCORES, map(mean_iou, three), strict=True)),
-        }
-        for (name, probe), three in matrices.items()
-    ]
+    keys = ("features", "probe", "setting", *SCORES)
+    return [dict(zip(keys, (*key, settings[key], *map(mean_iou, three)), strict=True)) for key, three in matrices.items()]
 
 
 def evaluate_dense(checkpoint: Path, config: Config, folder: Path) -> dict[str, Any]:
     """Return the figures of raw patches, random initialisation, starting weights where there are, and the trained encoder."""
-    device = torch.device("cuda" if resolve_device(config.device) == "gpu" else "cpu")
-    if device.type == "cpu":
-        torch.set_num_threads(torch_threads(config))
-    model, initial = load_models(checkpoint, config, device)
-    encoders = {"random_init": initial, **load_start(config, device), "trained": model.target}
-    patch = initial.patch_size
+    device, model, encoders = open_encoders(checkpoint, config)
+    patch = model.target.patch_size
     rows = {"pixels": raw_patches(patch), **{name: dense_features(encoder) for name, encoder in encoders.items()}}
     figures = dense_figures(folder, rows, config, patch, device)
     return {"checkpoint": str(checkpoint), "step": checkpoint_step(checkpoint), "masks": str(folder), "figures": figures}

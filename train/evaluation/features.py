@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -113,13 +114,11 @@ def check_classes(train: ShardIndex, val: ShardIndex) -> None:
 
     Splits without class names are compared by `check_labels` only.
     """
-    classes = []
-    for index in (train, val):
-        manifest = read_manifest(index.folder)
+    manifests = [read_manifest(index.folder) for index in (train, val)]
+    for index, manifest in zip((train, val), manifests, strict=True):
         if manifest is not None:
             check_class_count(index.folder, index.samples["label"], manifest)
-        classes.append(manifest.classes if manifest else ())
-    train_names, val_names = classes
+    train_names, val_names = (manifest.classes if manifest else () for manifest in manifests)
     extra = val_names[len(train_names) : int(val.samples["label"].max()) + 1]
     differing = [label for label, (a, b) in enumerate(zip(train_names, val_names, strict=False)) if a != b]
     if not train_names or not val_names or not (differing or extra):
@@ -139,8 +138,7 @@ def check_classes(train: ShardIndex, val: ShardIndex) -> None:
     )
 
 
-@dataclass(frozen=True)
-class LabelProblems:
+class LabelProblems(NamedTuple):
     """Texts about the labels of two splits, each "" where all is well.
 
     `one_label`: all training images have the same label. `missing`: some images have none. Accuracies mean nothing then.

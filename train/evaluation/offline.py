@@ -21,18 +21,15 @@ from train.config.schema import Config
 from train.evaluation.features import Extractor, check_labels, colour_histogram, pixels
 from train.evaluation.measure import Scores, measure
 from train.evaluation.placement import Placement, dense_features
+from train.output.report import SCORE_NAMES
 
 KNN_KS = (10, 20, 100, 200)
 LAST_BLOCKS = 4  # concatenated for the linear probe, as in DINO (arXiv 2104.14294)
 LINEAR_EPOCHS = 20  # for runs that measure no linear probe themselves (evaluation.linear_epochs is 0)
-ROW_NAMES = {
-    "chance": "chance",
-    "pixels": "raw pixels",
-    "colour_histogram": "colour histogram",
-    "random_init": "random initialisation",
-    "start": "starting weights, untouched",
-    "trained": "trained",
-}
+ROW_NAMES = SCORE_NAMES | {"trained": "trained"}
+
+Figure = tuple[str, str, str, float]
+"""Probe, features, setting and accuracy."""
 
 log = logging.getLogger(__name__)
 
@@ -45,18 +42,15 @@ def find_checkpoint(
 
     Raises FileNotFoundError when there is none, ValueError for wrong settings.
     """
-    if (path / MANIFEST).exists():
-        checkpoint, run = path, path.resolve().parent.parent
-    elif (path / "checkpoints").is_dir():
-        newest, run = newest_checkpoint(path / "checkpoints"), path
-        if newest is None:
-            raise FileNotFoundError(f"{path}: no undamaged checkpoint here")
-        checkpoint = newest
-    else:
+    is_run = not (path / MANIFEST).exists()
+    if is_run and not (path / "checkpoints").is_dir():
         raise FileNotFoundError(
             f"{path}: neither a run's folder nor a checkpoint; give runs/NAME or runs/NAME/checkpoints/step_*"
         )
-    settings = settings or run / "config.yaml"
+    checkpoint = newest_checkpoint(path / "checkpoints") if is_run else path
+    if checkpoint is None:
+        raise FileNotFoundError(f"{path}: no undamaged checkpoint here")
+    settings = settings or (path if is_run else path.resolve().parent.parent) / "config.yaml"
     if not settings.exists():
         raise FileNotFoundError(f"{settings}: no such file; name the checkpoint's settings with --config")
     changes: dict[str, Any] = {"data.data_path": data, "evaluation.max_samples": max_samples, "device": device}
@@ -70,19 +64,15 @@ def encoder_features(encoder: MultiCropEncoder, levels: Sequence[Level]) -> Extr
     `last4`, `[n, 4 * D]`: the same of the last four blocks, or `last2` of an encoder with two. `level_i`, `[n, D]`: the mean of
     that level's target map, layer-normed as in the loss; the level's stride does not change the mean.
     """
-    first = max(encoder.depth - LAST_BLOCKS, 0)
-    layers = sorted({*range(first, encoder.depth), *(level.layer for level in levels)})
+    last = range(max(encoder.depth - LAST_BLOCKS, 0), encoder.depth)
+    layers = [*last, *(level.layer for level in levels)]
 
     def extractor(crops: torch.Tensor) -> dict[str, torch.Tensor]:
         (out,) = encoder([(crops, None)], layers)
-        maps = dict(zip(layers, out.layers, strict=True))
-        features = {"last": out.tokens.mean(dim=1)}
-        blocks = [encoder.vit.norm(maps[layer]).mean(dim=1) for layer in range(first, encoder.depth)]
-        features[f"last{len(blocks)}"] = torch.cat(blocks, dim=1)
-        for number, level in enumerate(levels):
-            tokens = maps[level.layer].float()
-            features[f"level_{number}"] = F.layer_norm(tokens, tokens.shape[-1:]).mean(dim=1)
-        return features
+        blocks = [encoder.vit.norm(tokens).mean(dim=1) for tokens in out.layers[: len(last)]]
+        maps = [F.layer_norm(tokens.float(), tokens.shape[-1:]).mean(dim=1) for tokens in out.layers[len(last) :]]
+        of_levels = {f"level_{rung}": features for rung, features in enumerate(maps)}
+        return {"last": out.tokens.mean(dim=1), f"last{len(last)}": torch.cat(blocks, dim=1), **of_levels}
 
     return extractor
 
@@ -117,18 +107,22 @@ def load_start(config: Config, device: torch.device) -> dict[str, MultiCropEncod
         return {}
 
 
+def open_encoders(checkpoint: Path, config: Config) -> tuple[torch.device, HJEPA, dict[str, MultiCropEncoder]]:
+    """Return the device, the trained model, and the encoders `random_init`, `start`, if there is one, and `trained` on it."""
+    device = torch.device("cuda" if resolve_device(config.device) == "gpu" else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(torch_threads(config))
+    model, initial = load_models(checkpoint, config, device)
+    return device, model, {"random_init": initial, **load_start(config, device), "trained": model.target}
+
+
 def evaluate(checkpoint: Path, config: Config, probes: Sequence[str]) -> dict[str, Any]:
     """Return the report: what was measured and, under `figures`, the scores of each probe on each kind of features.
 
     With labels that allow no accuracy, missing ones or one label for all images, there are figures of placement only. Raises
     FileNotFoundError for missing shards, ValueError for another architecture and for other classes in val than in train.
     """
-    kind = resolve_device(config.device)
-    device = torch.device("cuda" if kind == "gpu" else "cpu")
-    if kind == "cpu":
-        torch.set_num_threads(torch_threads(config))
-    model, initial = load_models(checkpoint, config, device)
-    encoders = {"random_init": initial, **load_start(config, device), "trained": model.target}
+    device, model, encoders = open_encoders(checkpoint, config)
     config = with_crop_device(config)
     loaders = build_evaluation_loaders(config)
     train, val = (loader.index for loader in loaders)
@@ -147,55 +141,46 @@ def evaluate(checkpoint: Path, config: Config, probes: Sequence[str]) -> dict[st
     ks = ([k for k in KNN_KS if k <= len(train)] or [len(train)]) if "knn" in probes else ()
     epochs = (config.evaluation.linear_epochs or LINEAR_EPOCHS) if "linear" in probes else 0
     measured = measure(loaders, extractors, device, ks=ks, linear_epochs=epochs) if ks or epochs else {}
-    figures: list[dict[str, Any]] = []
-    for probe in probes:
-        figures += [figure for name in measured for figure in pooled_figures(probe, name, measured[name])]
+    figures = [figure for probe in probes for name in measured for figure in pooled_figures(probe, name, measured[name])]
     figures += placement_figures(Placement(config, val), encoders, model.levels)
     return {
         "checkpoint": str(checkpoint),
         "step": checkpoint_step(checkpoint),
         "data": [str(train.folder), str(val.folder)],
         "images": [len(train), len(val)],
-        "figures": figures,
+        "figures": [dict(zip(("probe", "features", "setting", "accuracy"), figure, strict=True)) for figure in figures],
     }
 
 
-def figure(probe: str, features: str, setting: str, accuracy: float) -> dict[str, Any]:
-    return {"probe": probe, "features": features, "setting": setting, "accuracy": accuracy}
-
-
-def pooled_figures(probe: str, name: str, scores: Scores) -> Iterator[dict[str, Any]]:
+def pooled_figures(probe: str, name: str, scores: Scores) -> Iterator[Figure]:
     """Yield the figures of one extractor in `knn` or `linear`."""
     if probe == "linear" and scores.linear is not None:
         accuracy, setting = scores.linear
-        yield figure(probe, name, setting, accuracy)
+        yield probe, name, setting, accuracy
     for key, by_k in scores.knn.items() if probe == "knn" else ():
-        features = name if key == "last" else f"{name}, {key.replace('_', ' ')}"
-        yield from (figure(probe, features, f"k={k}", accuracy) for k, accuracy in by_k.items())
+        yield from ((probe, full_name(name, key), f"k={k}", accuracy) for k, accuracy in by_k.items())
 
 
-def placement_figures(
-    pairs: Placement, encoders: dict[str, MultiCropEncoder], levels: Sequence[Level]
-) -> Iterator[dict[str, Any]]:
-    setting = f"{pairs.count} pairs of crops"
-    scores = pairs.baselines(encoders["trained"].patch_size) | {
-        name if key == "last" else f"{name}, {key.replace('_', ' ')}": accuracy
-        for name, encoder in encoders.items()
-        for key, accuracy in pairs.measure(dense_features(encoder, levels)).items()
-    }
-    yield from (figure("placement", features, setting, accuracy) for features, accuracy in scores.items())
+def placement_figures(pairs: Placement, encoders: dict[str, MultiCropEncoder], levels: Sequence[Level]) -> Iterator[Figure]:
+    scores = pairs.baselines(encoders["trained"].patch_size)
+    for name, encoder in encoders.items():
+        scores |= {full_name(name, key): score for key, score in pairs.measure(dense_features(encoder, levels)).items()}
+    yield from (("placement", features, f"{pairs.count} pairs of crops", score) for features, score in scores.items())
+
+
+def full_name(encoder: str, key: str) -> str:
+    return encoder if key == "last" else f"{encoder}, {key.replace('_', ' ')}"
 
 
 def report_table(report: dict[str, Any]) -> str:
     """Return the report as Markdown, one row for each probe and kind of features."""
     train, test = report["images"]
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for score in report["figures"]:
-        groups.setdefault((score["probe"], score["features"]), []).append(score)
+        groups.setdefault((score["probe"], score["features"]), []).append((score["setting"], f"{score['accuracy']:.1f}"))
     rows = []
     for (probe, features), scores in groups.items():
         name, comma, level = features.partition(", ")
-        settings, values = ([score["setting"] for score in scores], [f"{score['accuracy']:.1f}" for score in scores])
-        rows.append((probe, f"{ROW_NAMES[name]}{comma}{level}", " / ".join(settings), " / ".join(values)))
+        rows.append((probe, f"{ROW_NAMES[name]}{comma}{level}", *map(" / ".join, zip(*scores, strict=True))))
     title = f"{report['checkpoint']}: {train:,} training and {test:,} validation images of {report['data'][1]}"
     return f"{title}\n\n{markdown_table(('probe', 'features', 'setting', 'accuracy, %'), rows)}"

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import torch
 from pydantic import BaseModel, Field
@@ -63,10 +63,9 @@ class OnlineEvaluation:
     def __init__(self, config: Config, folder: Path, model: HJEPA, start: "Start | None" = None) -> None:
         self._config, self._model, self._start = config, model, start
         self._settings, self._file = config.evaluation, folder / BASELINES_FILE
+        self._device = next(model.target.parameters()).device
         self.baselines: dict[str, float] | None = None
-        self.knn: float | None = None
-        self.linear: float | None = None
-        self.rankme: float | None = None
+        self.knn = self.linear = self.rankme = cast(float | None, None)
         self.placement: dict[str, float] = {}
         self._pairs: Placement | None = None
         self.mixtures: dict[float, float] = {}
@@ -205,10 +204,6 @@ class OnlineEvaluation:
         """Return the row of the image at a position of `extract`: for a damaged sample, that of its replacement."""
         assert self._loaders is not None
         return int(self._loaders[split].rows_at(0, position, position + 1)[0])
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self._model.target.parameters()).device
 
     def _place(self, name: str) -> None:
         """Measure the placement accuracy of the target encoder, as `name`; of its levels only once it is trained."""
