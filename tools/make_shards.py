@@ -14,7 +14,7 @@ from tools.shards.catalogue import LooseFiles, hold_out
 from tools.shards.convert import COPIES_NAME, convert
 from tools.shards.copies import group_copies
 from tools.shards.formats import describe_skipped
-from tools.shards.images import VERIFY_LEVELS, ImagePolicy
+from tools.shards.images import ImagePolicy
 from tools.shards.labels import adopt_classes, number_labels, read_labels
 from tools.shards.layouts.source import LAYOUTS, open_source
 from tools.shards.photographs import NUM_SHARDS, photograph_source
@@ -53,10 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
 def add_convert(command: argparse.ArgumentParser) -> None:
     default = "(default: %(default)s)"
     command.set_defaults(run=run_convert)
-    command.add_argument(
-        "source", type=path_argument,
-        help="A folder of images, of class folders or of tars; a tar; parquet files; or a data set as downloaded.",
-    )  # fmt: skip
+    text = "A folder of images, of class folders or of tars; a tar; parquet files; or a data set as downloaded."
+    command.add_argument("source", type=path_argument, help=text)
     add = command.add_argument_group("output").add_argument
     add("--out", type=path_argument, required=True, help="Output folder; shards go to OUT/SPLIT.")
     add("--num-shards", type=positive, default=0, help="Number of shards (default: of 256 MiB or 10,000 images each).")
@@ -72,7 +70,7 @@ def add_convert(command: argparse.ArgumentParser) -> None:
     add("--resize", type=positive, default=0, metavar="PIXELS", help="Reduce the shorter side to this; never enlarge.")
     add("--quality", type=int, choices=range(1, 101), metavar="1..100",
         help=f"Quality of resized JPEGs (default: {ImagePolicy.quality}).")  # fmt: skip
-    add("--verify", choices=VERIFY_LEVELS, default=ImagePolicy.verify, help=f"How far each image is decoded {default}.")
+    add("--verify", choices=("header", "full"), default=ImagePolicy.verify, help=f"How far each image is decoded {default}.")
     add("--max-pixels", type=positive, default=ImagePolicy.max_pixels, help=f"Reject larger images {default}.")
     add("--max-bad-fraction", type=float, default=Conversion.max_bad_fraction,
         help=f"Stop when a larger share of the images is rejected {default}.")  # fmt: skip

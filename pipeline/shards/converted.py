@@ -26,26 +26,22 @@ log = logging.getLogger(__name__)
 def as_shards(
     dataset_name: str,
     data_path: Path | str,
-    cache: Path | None = None,
+    cache: Path | str | None = None,
     val_ratio: float | None = None,
     resize: int | None = None,
     retry_s: float = STORE_RETRY_S,
 ) -> Path:
-    """Return `data_path` if it holds shards, or the folder of those that are made from the pictures there (`converted`).
-
-    Shards in a store are `copied`, with requests that are retried for `retry_s` seconds. Raises FileNotFoundError if there is
-    nothing, ValueError for pictures that cannot be converted, and for `val_ratio` or `resize` where there is nothing to convert.
-    """
-    source = Path(data_path)
+    """Return `data_path`, or a folder of shards, `copied` from that store or `converted` from pictures. Raises ValueError."""
+    source, cache = Path(data_path), Path(cache or CACHE)
     try:
         if is_remote(data_path):
-            source = copied(str(data_path), cache or CACHE, retry_s)
+            source = copied(str(data_path), cache, retry_s)
         else:
             split_folder(dataset_name, data_path, "train")
     except FileNotFoundError:
         if is_remote(data_path) or not (source.is_file() or (source.is_dir() and any(source.iterdir()))):
             raise
-        return converted(source, cache or CACHE, val_ratio=VAL_RATIO if val_ratio is None else val_ratio, resize=resize or 0)
+        return converted(source, cache, val_ratio=VAL_RATIO if val_ratio is None else val_ratio, resize=resize or 0)
     for name, value in (("val_ratio", val_ratio), ("resize", resize)):
         if value is not None:
             raise ValueError(f"data.{name}: {value} is for pictures, but {data_path} holds shards already. Remove it")

@@ -19,9 +19,7 @@ from pipeline.shards.samples import MAX_LABEL_BYTES, scan_shard
 from pipeline.shards.tar import sample_key
 from pipeline.shards.watch import StoreError
 
-__all__ = [
-    "INDEX_NAME", "SAMPLE_DTYPE", "UNLABELLED", "ShardIndex", "open_index", "save_index", "scan_shard", "split_folder",
-]  # fmt: skip
+__all__ = ["INDEX_NAME", "SAMPLE_DTYPE", "UNLABELLED", "ShardIndex", "open_index", "save_index", "scan_shard", "split_folder"]
 
 PATTERN = re.compile(r"[*?\[]|\{.*\}")  # of several paths
 IMAGE = "img"  # the component's name in DALI's index files
@@ -30,16 +28,12 @@ MAX_MEMBERS = 8  # of a sample after its image, among which its name is looked f
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """All samples of one split, in stored order.
-
-    `shards`: tar names relative to `folder`. `samples`: `[N]` of SAMPLE_DTYPE, ordered by shard. `counts`: `[num_shards] int64`,
-    the samples of each shard.
-    """
+    """All samples of one split, in stored order."""
 
     folder: Path
-    shards: tuple[str, ...]
-    samples: np.ndarray
-    counts: np.ndarray
+    shards: tuple[str, ...]  # the names of the tars in it
+    samples: np.ndarray  # `[N]` of SAMPLE_DTYPE, ordered by shard
+    counts: np.ndarray  # `[num_shards] int64`, the samples of each shard
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -150,9 +144,8 @@ def open_index(folder: Path | str) -> ShardIndex:
     folder = Path(folder)
     names, rebuild = tar_names(folder), f"Rebuild it: `python tools/make_shards.py index {folder}`"
     if not names:
-        raise FileNotFoundError(
-            f"{folder}: no shards (*.tar) here. Make them with `python tools/make_shards.py convert SOURCE --out {folder}`"
-        )
+        convert = f"python tools/make_shards.py convert SOURCE --out {folder}"
+        raise FileNotFoundError(f"{folder}: no shards (*.tar) here. Make them with `{convert}`")
     manifest = read_manifest(folder)
     try:
         shards, samples, counts, ends = load_index(folder, rebuild)

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import struct
 import tarfile
 import tokenize
 import zipfile
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+from PIL import Image
 from pydantic import BaseModel, Field, InstanceOf
 
 from pipeline.files import read_bytes, write_atomic
@@ -31,10 +33,11 @@ SAMPLE_DTYPE = np.dtype(
     [("shard", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("label", "<i4"), ("height", "<i4"), ("width", "<i4")]
 )
 CHECKSUM_BYTES = 32  # of sha256
-# The exceptions of numpy and zipfile for a damaged `.npy` or `.npz`.
-DAMAGES = (
-    EOFError, LookupError, MemoryError, NotImplementedError, OverflowError, RuntimeError, SyntaxError, TypeError, ValueError,
-    tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+# Everything that Pillow, numpy, zipfile and pyarrow raise for damaged content, whatever they document.
+FAULTS = (
+    ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, LookupError, MemoryError, OSError, RuntimeError,
+    SyntaxError, TypeError, ValueError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+    Image.DecompressionBombError,
 )  # fmt: skip
 BLOCK = tarfile.BLOCKSIZE
 MAX_USTAR_NAME = 90  # characters: writers cut longer names off in the header, at 100 bytes or before
@@ -86,8 +89,7 @@ def load_index(folder: Path, remedy: str) -> tuple[tuple[str, ...], np.ndarray, 
     samples = _load_samples(place, content, remedy)
     used, ends, problem = np.flatnonzero(counts), samples, ""
     if samples.dtype != SAMPLE_DTYPE or samples.ndim != 1:
-        rows = f"expected is one row per sample of {SAMPLE_DTYPE.names}"
-        problem = f"samples is {samples.dtype} {samples.shape}; {rows}"
+        problem = f"samples is {samples.dtype} {samples.shape}; expected is one row per sample of {SAMPLE_DTYPE.names}"
     elif counts.sum() != len(samples):
         problem = f"{len(samples)} samples, but counts of {counts.sum()}"
     elif len(samples) == 0:
@@ -112,7 +114,7 @@ def _load_samples(path: Path, content: IndexContent, remedy: str) -> np.ndarray:
         data = read_bytes(path)
     except FileNotFoundError:
         raise ValueError(f"{path}: missing, and {INDEX_NAME} is there. {remedy}") from None
-    with suppress(*DAMAGES):  # of a forged header
+    with suppress(*FAULTS):  # of a forged header
         if _checksum(content.shards, memoryview(data)[:-CHECKSUM_BYTES]).hex() == content.checksum:
             return np.asarray(np.load(io.BytesIO(data)))
     raise ValueError(f"{path}: damaged, or not of the {INDEX_NAME} next to it. {remedy}")

@@ -91,10 +91,8 @@ def read_as_expected(place: Path, remedy: str) -> Iterator[None]:
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{place}: damaged, not as this program writes it ({type(error).__name__}: {reason}). {remedy}"
-        ) from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"{place}: damaged, not as this program writes it ({reason}). {remedy}") from None
 
 
 def check_fits(folder: Path, manifest: Manifest | None, sizes: dict[str, int], num_samples: int) -> None:
@@ -102,12 +100,10 @@ def check_fits(folder: Path, manifest: Manifest | None, sizes: dict[str, int], n
     if manifest is None or not manifest.shards:
         return
     listed = {shard.name: shard.bytes for shard in manifest.shards}
-    reasons = [f"{name} is not of its conversion" for name in sizes if name not in listed]
-    reasons += [f"{name} is missing" for name in listed if name not in sizes]
-    reasons += [
-        f"{name} has {sizes[name]:,} bytes instead of {size:,}"
-        for name, size in listed.items()
-        if size and sizes.get(name) not in (None, size)
+    reasons = [
+        *(f"{name} is not of its conversion" for name in sizes if name not in listed),
+        *(f"{name} is missing" for name in listed if name not in sizes),
+        *(f"{name} has {sizes[name]:,} bytes instead of {n:,}" for name, n in listed.items() if n and sizes.get(name, n) != n),
     ]
     if manifest.num_samples not in (None, num_samples):
         reasons.append(f"{num_samples:,} images instead of {manifest.num_samples:,}")
@@ -120,10 +116,9 @@ def check_fits(folder: Path, manifest: Manifest | None, sizes: dict[str, int], n
 
 def check_class_count(folder: Path, labels: np.ndarray, manifest: Manifest) -> None:
     """Raise ValueError if samples have labels for which the manifest of `folder` has no class. `labels`: of all samples."""
-    highest, classes = int(labels.max()), manifest.classes
-    if classes and highest >= len(classes):
+    if 0 < (known := len(manifest.classes)) <= (highest := int(labels.max())):
         raise ValueError(
-            f"{folder / MANIFEST_NAME}: names {len(classes)} classes, but labels go up to {highest}. Convert "
+            f"{folder / MANIFEST_NAME}: names {known} classes, but labels go up to {highest}. Convert "
             f"{folder} again, or remove the file to use the labels without names"
         )
 

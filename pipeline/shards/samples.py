@@ -3,9 +3,7 @@
 import io
 import json
 import re
-import struct
 import warnings
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from operator import itemgetter
@@ -16,16 +14,11 @@ import numpy as np
 from PIL import Image
 
 from pipeline.files import read_bytes
-from pipeline.shards.index_file import SAMPLE_DTYPE, UNLABELLED
+from pipeline.shards.index_file import FAULTS, SAMPLE_DTYPE, UNLABELLED
 from pipeline.shards.side_folders import folder_of_images
 from pipeline.shards.tar import CONVERTIBLE, IMAGE_EXTENSIONS, TarMember, is_hidden, sample_key, tar_kind, tar_members, warn_once
 
 HEAD_BYTES = 1 << 14  # of an image: mostly enough to know its size in pixels
-# Everything that Pillow raises for damaged images, despite its documentation: RuntimeError (AVIF), TypeError (TIFF), and more.
-PILLOW_FAULTS = (
-    ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, LookupError, MemoryError, OSError, RuntimeError,
-    SyntaxError, TypeError, ValueError, struct.error, zlib.error, Image.DecompressionBombError,
-)  # fmt: skip
 Label = int | str
 MAX_LABEL_BYTES = 1 << 24
 MAX_LABEL = 1 << 24  # more classes than any set of images has; above it, a label is an identifier
@@ -146,11 +139,7 @@ def _image_of(key: str, names: list[str], path: Path) -> str:
 
 
 def scan_shard(path: Path, shard: int) -> np.ndarray:
-    """Index one foreign WebDataset tar: `[n]` of SAMPLE_DTYPE, in the order of their offsets.
-
-    The images are the members whose extension is jpg, jpeg or png in any case, hidden ones left out; their labels are those of
-    `match_labels`, or UNLABELLED. Members of one sample need not be adjacent. Raises ValueError for a tar without images.
-    """
+    """Index one foreign WebDataset tar: `[n]` of SAMPLE_DTYPE, by offset, as `match_labels` labels it. Raises ValueError."""
     members = [member for member in tar_members(path) if not is_hidden(member.name)]
     images = [member for member in members if sample_key(member.name)[1] in IMAGE_EXTENSIONS]
     others = Counter(extension for member in members if (extension := sample_key(member.name)[1]) in CONVERTIBLE)
@@ -182,8 +171,7 @@ def _image_size(path: Path, member: TarMember) -> tuple[int, int]:
         warnings.simplefilter("ignore")
         for num_bytes in (HEAD_BYTES, member.size):
             try:
-                size = Image.open(io.BytesIO(read_bytes(path, member.offset, min(num_bytes, member.size)))).size
-                return size[1], size[0]
-            except PILLOW_FAULTS as error:
+                return Image.open(io.BytesIO(read_bytes(path, member.offset, min(num_bytes, member.size)))).size[::-1]
+            except FAULTS as error:
                 reason = str(error)
     raise ValueError(f"{path}: {member.name} at byte {member.offset} is not an image ({reason})")

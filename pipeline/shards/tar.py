@@ -86,9 +86,8 @@ def _read_part(file: BinaryIO, start: int, end: int, left_out: list[str], replac
                 left_out.append(f"{info.name} ({'a sparse file' if info.issparse() else 'a link'})")
                 continue
             if not 0 <= size <= end - offset:
-                raise ValueError(
-                    f"{info.name} at byte {info.offset:,} claims {size:,} bytes, past the end: truncated or forged. Copy it again"
-                )
+                where = f"{info.name} at byte {info.offset:,}"
+                raise ValueError(f"{where} claims {size:,} bytes, past the end: truncated or forged. Copy it again")
             if linked is not None or info.isreg():
                 if members.pop(name, None):
                     replaced.append(name)

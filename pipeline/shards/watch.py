@@ -26,11 +26,7 @@ class Cancelled(RuntimeError):
 
 
 class FolderWatch:
-    """Waits up to `retry_s` seconds for the tars at `paths`, by number.
-
-    Bytes from a tar that is away, unreadable or replaced say nothing about its images. Every wait ends with Cancelled soon after
-    `cancelled()` or `closing` is true.
-    """
+    """Waits up to `retry_s` seconds for the tars at `paths`. Waits end with Cancelled soon after `cancelled()` or `closing`."""
 
     def __init__(self, paths: Sequence[Path], retry_s: float) -> None:
         self._paths, self._retry_s, self._stamps = paths, retry_s, [_stamp(os.stat(path)) for path in paths]
@@ -55,7 +51,7 @@ class FolderWatch:
             time.sleep(POLL_S)
 
     def check(self, shards: np.ndarray) -> None:
-        """Raise OSError if one of these tars cannot be read, or was changed."""
+        """Raise OSError if one of these tars cannot be read or was changed: its bytes then say nothing about its images."""
         for shard in np.unique(shards).tolist():
             with self._paths[shard].open("rb", buffering=0) as file:
                 file.read(1)
@@ -75,6 +71,5 @@ def allow_open_files(count: int) -> None:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
         except ValueError:
-            raise ValueError(
-                f"{needed} open files are needed, the limit is {hard}: raise it (`ulimit -Hn`, LimitNOFILE)"
-            ) from None
+            limit = f"the limit is {hard}: raise it (`ulimit -Hn`, LimitNOFILE)"
+            raise ValueError(f"{needed} open files are needed, {limit}") from None

@@ -106,21 +106,16 @@ class Catalogue:
 
 @dataclass(frozen=True)
 class Source:
-    """One split of a data set as it is on disk.
-
-    `classes[label]` identifies a class (a wnid, a folder name); it is empty for unlabelled data. `attributions`: origin and
-    licence of the images, where known. `notes` say how the source is read, "" nothing; `skipped` counts the files that are not
-    images, by kind. `copies`: the names in each group of images that are equal or nearly so, where those were looked for.
-    """
+    """One split of a data set as it is on disk."""
 
     layout: str
     name: str
     catalogue: Catalogue
-    classes: tuple[str, ...] = ()
-    attributions: tuple[dict[str, str], ...] = ()
-    notes: tuple[str, ...] = ()
-    skipped: Counter[str] = field(default_factory=Counter)
-    copies: tuple[tuple[str, ...], ...] = ()
+    classes: tuple[str, ...] = ()  # by label: a wnid, the name of a folder; empty for unlabelled data
+    attributions: tuple[dict[str, str], ...] = ()  # origin and licence of the images, where known
+    notes: tuple[str, ...] = ()  # how the source is read; "" says nothing
+    skipped: Counter[str] = field(default_factory=Counter)  # the files that are not images, by kind
+    copies: tuple[tuple[str, ...], ...] = ()  # the names in each group of near-equal images, where those were looked for
 
     def relabelled(self, labels: Iterable[int], classes: tuple[str, ...], *notes: str) -> "Source":
         """Return the source with other labels, one per image, and further notes."""

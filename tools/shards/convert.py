@@ -26,7 +26,6 @@ from tools.shards.writer import IDENTITY_NAME, RECORD_FOLDER, Conversion, ShardR
 from train.output.display import ProgressDisplay
 
 REJECTED_NAME, COPIES_NAME = "rejected.jsonl", "copies.jsonl"
-MB = 1e6
 IN_WORDS = {"source": "the images, or --val-ratio,", "prefix": "the name of the source"}
 
 
@@ -93,7 +92,7 @@ def _run_workers(conversion: Conversion) -> int:
                     written += sum(future.result() for future in finished)
                     images, num_bytes, rejects = counts.totals[:]
                     passed = max(time.monotonic() - start, 1e-6)
-                    speed = f"{images / passed:,.0f} images/s · {num_bytes / MB / passed:,.0f} MB/s"
+                    speed = f"{images / passed:,.0f} images/s · {num_bytes / 1e6 / passed:,.0f} MB/s"
                     progress.show(images, f"{speed} · {rejects} rejected")
                     if rejects > allowed_bad(total, conversion.max_bad_fraction):
                         raise ValueError(
@@ -108,7 +107,7 @@ def _run_workers(conversion: Conversion) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        free = f"{shutil.disk_usage(conversion.folder).free / MB:,.0f} MB free"
+        free = f"{shutil.disk_usage(conversion.folder).free / 1e6:,.0f} MB free"
         raise OSError(f"{conversion.folder}: disk full ({free}): make room and run the same command again") from None
 
 

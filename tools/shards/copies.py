@@ -2,13 +2,12 @@
 
 import hashlib
 import io
-from functools import partial
 
 import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from pipeline.shards.samples import PILLOW_FAULTS
+from pipeline.shards.index_file import FAULTS
 from tools.own_process import in_parallel
 from tools.shards.catalogue import Catalogue
 from tools.shards.decoding.pixels import to_8_bit
@@ -23,10 +22,9 @@ MIN_DETAIL = 5.0
 PASSES, KEY_BITS, NEAREST = 8, 64, 4  # of the search: sorts by different keys, and the neighbours in each that are compared
 ROWS_PER_TASK, ROWS_AT_ONCE = 64, 1 << 15
 PLANE = np.linalg.qr(np.stack([np.ones(SIDE**2), *(axis.ravel() for axis in np.mgrid[:SIDE, :SIDE])], axis=1))[0]
-Fingerprint = tuple[bytes, np.ndarray]
 
 
-def fingerprint(content: bytes) -> Fingerprint:
+def fingerprint(content: bytes) -> tuple[bytes, np.ndarray]:
     """Return the digest of a file and its reduction `[256]` int16: zeros without detail, and for what does not decode."""
     reduced = np.zeros(SIDE**2)
     try:
@@ -35,7 +33,7 @@ def fingerprint(content: bytes) -> Fingerprint:
                 image.draft("L", (4 * SIDE, 4 * SIDE))  # decodes a large JPEG at an eighth of its size
                 pixels, _ = to_8_bit(image)
                 reduced = np.asarray(pixels.convert("F").resize((SIDE, SIDE), Image.Resampling.BILINEAR), float).ravel()
-    except PILLOW_FAULTS:
+    except FAULTS:
         pass  # the conversion names it
     centred = reduced - reduced.mean()
     has_detail = (centred - PLANE @ (PLANE.T @ centred)).std() >= MIN_DETAIL
@@ -48,9 +46,12 @@ def group_copies(catalogue: Catalogue, workers: int) -> np.ndarray:
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
+    def fingerprints(start: int) -> list[tuple[bytes, np.ndarray]]:
+        return [fingerprint(catalogue.read(row)) for row in range(start, min(start + ROWS_PER_TASK, len(catalogue)))]
+
     digests, reductions = list[bytes](), np.zeros((len(catalogue), SIDE**2), np.int16)
     with ProgressDisplay(Console(stderr=True), "comparing", "image", len(catalogue), transient=True) as progress:
-        for part in in_parallel(workers, partial(_fingerprints, catalogue), range(0, len(catalogue), ROWS_PER_TASK)):
+        for part in in_parallel(workers, fingerprints, range(0, len(catalogue), ROWS_PER_TASK)):
             for digest, reduction in part:
                 reductions[len(digests)] = reduction
                 digests.append(digest)
@@ -61,10 +62,6 @@ def group_copies(catalogue: Catalogue, workers: int) -> np.ndarray:
     graph = coo_array((np.ones(len(one), np.int8), (one, other)), shape=(len(first), len(first)))
     _, group = connected_components(graph, directed=False)
     return np.unique(group, return_index=True)[1][group]
-
-
-def _fingerprints(catalogue: Catalogue, start: int) -> list[Fingerprint]:
-    return [fingerprint(catalogue.read(row)) for row in range(start, min(start + ROWS_PER_TASK, len(catalogue)))]
 
 
 def similar_pairs(reductions: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import TiffImagePlugin, features
 
 from pipeline.files import read_bytes
-from pipeline.shards.samples import PILLOW_FAULTS
+from pipeline.shards.index_file import FAULTS
 from pipeline.text import plural, truncate_list
 
 HEIC_IS_READ = find_spec("pillow_heif") is not None
@@ -82,7 +82,7 @@ def describe_foreign(content: bytes, name: str) -> str:
             directory.load(file)
             bands = directory.get(SAMPLES_PER_PIXEL, 1)
             return f"a TIFF of {bands} bands, write three of them" if bands > 4 else ""
-        except PILLOW_FAULTS:
+        except FAULTS:
             pass  # damaged, which the caller says
     return ""
 

@@ -1,8 +1,4 @@
-"""The image policy: which files are read as images, which images are accepted, and how each one is stored.
-
-One rule, in docs/pipeline.md, makes DALI and Pillow decode the same pixels from every stored image. Damaged metadata is removed
-where the pixels are sound without it. `max_bytes` and `max_pixels` are checked before anything is decoded.
-"""
+"""The image policy: which images are accepted, and how each is stored so that DALI and Pillow decode the same pixels from it."""
 
 import io
 import logging
@@ -12,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, ImageFile
 
-from pipeline.shards.samples import PILLOW_FAULTS
-from tools.shards.decoding.markers import END_OF_IMAGE, LOSSLESS_FRAME, USUAL_FRAMES, JpegHeader, read_jpeg, without_metadata
+from pipeline.shards.index_file import FAULTS
+from tools.shards.decoding.markers import END_OF_IMAGE, LOSSLESS_FRAME, USUAL_FRAMES, read_jpeg, without_metadata
 from tools.shards.decoding.pixels import RejectedImageError, encode, other_frames, pixel_changes, to_8_bit
 from tools.shards.formats import EXTENSIONS, FORMATS, describe_foreign
 
@@ -22,7 +18,6 @@ warnings.filterwarnings("ignore", module=r"PIL\.")  # mostly about metadata; rea
 logging.getLogger("PIL").propagate = False
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
-VERIFY_LEVELS = ("header", "full")
 MAX_FLAT_BYTES = 2_000  # of the headers and tables of an image of one colour; its pixels take half a bit each or less
 JPEG_QUALITY = 95  # of JPEGs that are encoded again at their own size
 ORIENTATION_TAG = 0x0112
@@ -75,13 +70,13 @@ def check_image(content: bytes, name: str, policy: ImagePolicy) -> CheckedImage:
 
 def _check(content: bytes, name: str, policy: ImagePolicy) -> CheckedImage:
     """Apply the policy to one file. Every error that Pillow raises on damage becomes a RejectedImageError."""
-    jpeg = read_jpeg(content)
+    kind, precision, scan = read_jpeg(content)
     try:
         with Image.open(io.BytesIO(content), formats=tuple(FORMATS)) as image:
             width, height = image.size
             if width * height > policy.max_pixels:
                 raise RejectedImageError(f"{width}x{height} pixels, allowed {policy.max_pixels:,} (--max-pixels)")
-            changes, frames = _needed_changes(image, content, name, policy, jpeg), other_frames(image)
+            changes, frames = _needed_changes(image, content, name, policy, kind, scan), other_frames(image)
             if set(changes) <= {"misnamed"}:
                 checked = CheckedImage(content, "png" if image.format == "PNG" else "jpg", height, width, tuple(changes))
             else:
@@ -96,16 +91,18 @@ def _check(content: bytes, name: str, policy: ImagePolicy) -> CheckedImage:
     except RejectedImageError:
         raise
     except Image.UnidentifiedImageError:
-        if jpeg.precision not in (0, 8):
-            raise RejectedImageError(f"a JPEG of {jpeg.precision} bits: store it with 8 bits, or as PNG") from None
+        if precision not in (0, 8):
+            raise RejectedImageError(f"a JPEG of {precision} bits: store it with 8 bits, or as PNG") from None
         what = describe_foreign(content, name.rpartition("/")[2]) or f"not an image (allowed: {', '.join(FORMATS)})"
         raise RejectedImageError(what) from None
-    except PILLOW_FAULTS as error:
+    except FAULTS as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RejectedImageError(f"does not decode: {reason}") from None
 
 
-def _needed_changes(image: ImageFile.ImageFile, content: bytes, name: str, policy: ImagePolicy, jpeg: JpegHeader) -> list[str]:
+def _needed_changes(
+    image: ImageFile.ImageFile, content: bytes, name: str, policy: ImagePolicy, kind: int, scan: int
+) -> list[str]:
     """Return what keeps the file from being stored as it is; nothing but "misnamed" leaves its bytes alone."""
     changes, lower = [], name.lower()
     is_jpeg, is_png = image.format in ("JPEG", "MPO"), image.format == "PNG"
@@ -113,13 +110,13 @@ def _needed_changes(image: ImageFile.ImageFile, content: bytes, name: str, polic
         changes.append("misnamed")
     if not is_jpeg and not is_png:
         changes.append(str(image.format).lower())
-    if is_jpeg and jpeg.kind not in (0, *USUAL_FRAMES):
-        changes.append("lossless" if jpeg.kind == LOSSLESS_FRAME else "arithmetic")
+    if is_jpeg and kind not in (0, *USUAL_FRAMES):
+        changes.append("lossless" if kind == LOSSLESS_FRAME else "arithmetic")
     changes += pixel_changes(image)
     if "exif" in image.info and _orientation(image) in TRANSPOSE:
         changes.append("orientation")
     end_marker = END_OF_IMAGE if is_jpeg else b"IEND" if is_png else b""
-    if content.rfind(end_marker, jpeg.scan) < 0:
+    if content.rfind(end_marker, scan) < 0:
         changes.append("no end marker")
     if policy.resize and min(image.size) > policy.resize:
         changes.append("resized")
@@ -130,7 +127,7 @@ def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation; 1, which is upright, where the EXIF block is damaged."""
     try:
         return int(image.getexif().get(ORIENTATION_TAG, 1))
-    except PILLOW_FAULTS:
+    except FAULTS:
         return 1
 
 

@@ -19,7 +19,6 @@ from tools.shards.writer import IDENTITY_NAME, RECORD_FOLDER
 
 INTEGER = re.compile(r"-?[0-9]{1,18}")
 WNID = re.compile(r"n\d{8}")
-OTHER_SPLIT = {"train": "val", "val": "train"}
 NAME_COLUMNS = ("name", "filename", "file_name", "file", "path", "image", "image_id", "imageid", "id")
 
 
@@ -46,7 +45,7 @@ def number_labels(
 
 def adopt_classes(source: Source, out: Path, split: str) -> Source:
     """Return the source with the labels of the other split in `out`, if there are some. Raises ValueError for others."""
-    other = out / OTHER_SPLIT[split]
+    other = out / ("val" if split == "train" else "train")
     known, labels = _classes_of(other), np.asarray(source.catalogue.label)
     used = np.unique(labels[labels != UNLABELLED]).tolist()
     if known is None or not used:

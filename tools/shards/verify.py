@@ -11,7 +11,6 @@ import numpy as np
 from pipeline.files import file_checksum
 from pipeline.shards.index import INDEX_NAME, UNLABELLED, ShardIndex, open_index, save_index, scan_shard, tar_names, tar_sizes
 from pipeline.shards.manifest import MANIFEST_NAME, Manifest, check_class_count, check_fits, read_manifest
-from pipeline.shards.tar import tar_members
 from pipeline.text import truncate_list
 from tools.own_process import in_parallel
 from tools.shards.writer import IDENTITY_NAME, RECORD_FOLDER, ShardRecord
@@ -53,10 +52,8 @@ def _verify_shard(index: ShardIndex, checksums: dict[str, str], shard: int) -> l
         return [*problems, str(error)]
     if not np.array_equal(scanned, index.samples[rows]):
         return [*problems, f"{path}: {INDEX_NAME} does not describe this tar: run `make_shards.py index` on its folder"]
-    # The decoder names an image by its row, a person finds it by its name in the tar.
-    names = {member.offset: member.name for member in tar_members(path)}
     faults = find_faults(index, rows.tolist(), "cpu")
-    return problems + [f"{path}: {names[int(index.samples['offset'][row])]}: {fault}" for row, fault in faults.items()]
+    return problems + [f"{index.describe(row)}: {fault}" for row, fault in faults.items()]
 
 
 def index_split(folder: Path, workers: int) -> int:

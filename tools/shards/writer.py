@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.files import file_checksum, partial_file, write_atomic
 from pipeline.shards.index import SAMPLE_DTYPE, UNLABELLED
-from pipeline.shards.index_file import DAMAGES
+from pipeline.shards.index_file import FAULTS
 from tools.shards.catalogue import Source
 from tools.shards.images import CheckedImage, ImagePolicy, check_image
 
@@ -29,18 +29,14 @@ Reject = dict[str, str | int]  # name, label and reason
 
 @dataclass(frozen=True)
 class Conversion:
-    """A split to convert, how, and which image goes to which shard.
-
-    `num_shards` 0: of about 256 MiB or 10,000 images each. Shard k holds the catalogue rows `order[starts[k]:starts[k + 1]]`: all
-    images are shuffled and cut into shards whose sizes differ by at most one.
-    """
+    """A split to convert, and how. Shard k holds the catalogue rows `order[starts[k]:starts[k + 1]]`, of all images shuffled."""
 
     source: Source
     folder: Path
     split: str
     policy: ImagePolicy = field(default_factory=ImagePolicy)
     seed: int = 0
-    num_shards: int = 0
+    num_shards: int = 0  # 0: of about 256 MiB or 10,000 images each; their sizes differ by at most one
     max_bad_fraction: float = 0.01
     workers: int = 1
 
@@ -96,7 +92,7 @@ class ShardRecord:
         try:
             with np.load(path, allow_pickle=False) as file:
                 return ShardRecord(file["rows"], file["digests"], **json.loads(str(file["meta"])))
-        except DAMAGES as error:
+        except FAULTS as error:
             remedy = "Remove it and run the same command again, which writes its shard again"
             raise ValueError(f"{path}: damaged ({error or type(error).__name__}). {remedy}") from None
 

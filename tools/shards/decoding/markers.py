@@ -2,7 +2,6 @@
 
 import struct
 from collections.abc import Iterator
-from typing import NamedTuple
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 CRITICAL_CHUNKS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
@@ -13,22 +12,13 @@ JFIF, ADOBE, COMMENT = 0xE0, 0xEE, 0xFE
 METADATA = frozenset({*range(0xE0, 0xF0), COMMENT}) - {JFIF, ADOBE}  # those two say how colours are stored
 
 
-class JpegHeader(NamedTuple):
-    """The start of a JPEG. `kind`: its frame's marker, 0 without a frame or with several. `precision`: bits per value.
-    `scan`: where the pixels begin, 0 if they are not found."""
-
-    kind: int = 0
-    precision: int = 0
-    scan: int = 0
-
-
-def read_jpeg(content: bytes) -> JpegHeader:
-    """Read the segments up to the first scan; an empty header for anything but a JPEG."""
+def read_jpeg(content: bytes) -> tuple[int, int, int]:
+    """Return a JPEG's frame marker (0 for none or several), bits per value, and where its scan begins; zeros for other files."""
     segments = list(_segments(content))
     frames = [(kind, content[start + 4]) for kind, start, _ in segments if kind in FRAMES and start + 10 <= len(content)]
     kind, precision = frames[-1] if frames else (0, 0)
     scan = next((start for kind, start, _ in segments if kind == START_OF_SCAN), 0)
-    return JpegHeader(kind if len(frames) == 1 else 0, precision, scan)
+    return kind if len(frames) == 1 else 0, precision, scan
 
 
 def without_metadata(content: bytes) -> bytes:
@@ -41,7 +31,7 @@ def without_metadata(content: bytes) -> bytes:
                 kept.append(content[start : start + 12 + size])
             start += 12 + size
         return b"".join(kept)
-    if scan := read_jpeg(content).scan:
+    if scan := read_jpeg(content)[2]:
         kept = [content[start:stop] for kind, start, stop in _segments(content) if kind not in METADATA]
         return b"".join([content[:2], *kept, content[scan:]])
     return content

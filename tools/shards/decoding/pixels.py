@@ -6,7 +6,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageChops, ImageCms, ImageFile
 
-from pipeline.shards.samples import PILLOW_FAULTS
+from pipeline.shards.index_file import FAULTS
 
 DEPTHS = (8, 10, 12, 14, 16)
 NEARLY_WHITE = 224  # the mean of each channel
@@ -42,7 +42,7 @@ def other_frames(image: ImageFile.ImageFile) -> int:
         while image.format == "TIFF" and count < MAX_PAGES:  # the time of its n_frames grows with the square of the pages
             image.seek(count + 1)
             count += 1
-    except PILLOW_FAULTS:
+    except FAULTS:
         pass
     image.seek(0)
     return count

@@ -39,8 +39,12 @@ def open_cifar(path: Path, split: str, spools: Path) -> Source | None:
 
 
 def open_idx(path: Path, split: str, spools: Path) -> Source | None:
-    files = _images_and_labels(path, split)
-    if "images" not in files:
+    for folder in (path, path / "raw", *sorted(path.glob("*/raw"))):  # the last two are where torchvision puts them
+        matches = [(file, IDX_FILE.fullmatch(file.name)) for file in sorted(folder.glob("*"), reverse=True)]
+        files = {match[2]: file for file, match in matches if match and match[1] == PREFIX.get(split)}
+        if "images" in files:
+            break
+    else:
         return None
     if "labels" not in files:
         raise FileNotFoundError(f"{files['images'].parent}: images without their labels file (...-labels-idx1-ubyte)")
@@ -52,17 +56,6 @@ def open_idx(path: Path, split: str, spools: Path) -> Source | None:
     name = "fashion-mnist" if fashion else plain_name(path)
     notes = (f"IDX files in {files['images'].parent}",)
     return Source("idx", name, Catalogue.of_pixels(images, labels.tolist()), tuple(classes), notes=notes)
-
-
-def _images_and_labels(path: Path, split: str) -> dict[str, Path]:
-    """Return the files of a split, from the folder itself or from where torchvision puts them (`raw`, `NAME/raw`)."""
-    for folder in (path, path / "raw", *sorted(path.glob("*/raw"))):
-        if folder.is_dir():
-            matches = [(file, IDX_FILE.fullmatch(file.name)) for file in sorted(folder.iterdir(), reverse=True)]
-            files = {match[2]: file for file, match in matches if match and match[1] == PREFIX.get(split)}
-            if "images" in files:
-                return files
-    return {}
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:

@@ -42,8 +42,8 @@ def open_imagenet_val(path: Path, split: str, spools: Path) -> Source | None:
             if not 1 <= number <= len(truth):
                 raise ValueError(f"{archive}: {image.name}: {DEVKIT} has labels of {len(truth):,} images only")
             catalogue.add(0, image.offset, image.size, labels[truth[number - 1]], image.name)
-    notes = (f"{archive.name}, labels from the devkit's ILSVRC2012_IDs",)
-    return Source("imagenet-val", "imagenet", catalogue, tuple(classes), notes=notes)
+    note = f"{archive.name}, labels from the devkit's ILSVRC2012_IDs"
+    return Source("imagenet-val", "imagenet", catalogue, tuple(classes), notes=(note,))
 
 
 def _read_devkit(folder: Path) -> tuple[list[str], list[str]]:

@@ -9,13 +9,14 @@ import json
 from collections.abc import Collection, Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from pipeline.files import partial_file
 from pipeline.lock import locked
 from pipeline.shards.index import UNLABELLED
+from pipeline.shards.index_file import FAULTS
 from pipeline.shards.samples import LABEL_NAMES, Label, label_of
 from pipeline.shards.tar import is_hidden
 from pipeline.text import plural, truncate_list
@@ -26,19 +27,8 @@ from tools.shards.labels import number_labels
 from tools.shards.layouts.folders import files_of_split, has_images, plain_name
 
 IMAGE_ROWS, LABEL_ROWS = 64, 1 << 16  # rows that are decoded at once; bounds the memory
-IMAGE_NAMES = (
-    "image", "img", "images", "picture", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "img_bytes", "bytes",
-)  # fmt: skip
-# pyarrow raises these on damaged files; its own errors derive from them.
-PARQUET_ERRORS = (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
-
-
-class Columns(NamedTuple):
-    """The columns to read. `label` is "" without labels; `names` are the classes in the metadata of `datasets`, if any."""
-
-    image: str
-    label: str
-    names: tuple[str, ...]
+IMAGE_NAMES = ("image", "img", "images", "picture", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "img_bytes", "bytes")
+Columns = tuple[str, str, tuple[str, ...]]  # of the images; of the labels, or ""; and the classes that `datasets` names, if any
 
 
 def spool(files: Collection[Path], column: str, folder: Path) -> tuple[Path, list[list[int]]]:
@@ -49,21 +39,14 @@ def spool(files: Collection[Path], column: str, folder: Path) -> tuple[Path, lis
     with locked(folder / "lock"):  # one process copies, the others wait for it
         if not target.exists():
             with partial_file(target) as file:
-                sizes = [_copy_images(path, column, file) for path in files]
+                sizes = [np.array(list(map(file.write, _images(path, column, IMAGE_ROWS))), np.int64) for path in files]
+                if empty := [path for path, found in zip(files, sizes, strict=True) if len(found) and not found.any()]:
+                    what = f"column {column} holds no image at all, perhaps paths"
+                    raise ValueError(f"{empty[0]}: {what}: embed the images, or convert their files")
                 with partial_file(sizes_file) as other:
                     np.savez(other, *sizes)
     with np.load(sizes_file, allow_pickle=False) as arrays:
         return target, [arrays[name].tolist() for name in arrays.files]
-
-
-def _copy_images(path: Path, column: str, target: BinaryIO) -> np.ndarray:
-    """Return the bytes of each row's image, 0 for a row without one. Raises ValueError for a file without any image."""
-    sizes = np.array([target.write(content) for content in _images(path, column, IMAGE_ROWS)], np.int64)
-    if len(sizes) and not sizes.any():
-        raise ValueError(
-            f"{path}: column {column} holds no image at all, perhaps paths: embed the images, or convert their files"
-        )
-    return sizes
 
 
 def _images(path: Path, column: str, batch_rows: int) -> Iterator[bytes]:
@@ -88,14 +71,15 @@ def open_parquet(path: Path, split: str, spools: Path) -> Source | None:
     if not columns_of:
         return None
     first, columns = next(iter(columns_of.items()))
+    image, label_column, names = columns
     if other := next((file for file in columns_of if columns_of[file] != columns), None):
         raise ValueError(f"{other}: other columns or classes than {first}: convert them one by one")
     # The hub keeps the configurations of a data set apart: `default/train/0000.parquet`.
     tops = {file.relative_to(path).parts[0] for file in columns_of if len(file.relative_to(path).parts) > 2}
     if len(tops) > 1:
         raise ValueError(f"{path}: parquet files of several sets, {truncate_list(sorted(tops))}: convert one of them")
-    labels, classes, note = read_labels(columns_of, columns)
-    target, all_sizes = spool(columns_of, columns.image, spools)
+    labels, classes, note = read_labels(columns_of, label_column, names)
+    target, all_sizes = spool(columns_of, image, spools)
     catalogue, offset = Catalogue([FileRanges(target)]), 0
     for file, sizes in zip(columns_of, all_sizes, strict=True):
         name = file.name if file == path else str(file.relative_to(path))  # two folders can have files of one name
@@ -103,7 +87,7 @@ def open_parquet(path: Path, split: str, spools: Path) -> Source | None:
             label = labels[len(catalogue)] if labels else UNLABELLED
             catalogue.add(0, offset, size, label, f"{name}/{row:06d}")
             offset += size
-    num_others, images = len(files) - len(columns_of), f"images from the column {columns.image}, {note}"
+    num_others, images = len(files) - len(columns_of), f"images from the column {image}, {note}"
     others = f"{num_others} without images are left out" if num_others else ""
     notes = (plural(len(columns_of), "parquet file"), images, others)
     return Source("parquet", plain_name(path), catalogue, classes, notes=notes)
@@ -120,9 +104,8 @@ def open_file(path: Path) -> Any:
         ) from None
     try:
         return parquet.ParquetFile(path)
-    except PARQUET_ERRORS as error:
-        reason = _first_line(error)
-        raise ValueError(f"{path}: not a readable parquet file ({reason}). Copy or download it again") from None
+    except FAULTS as error:
+        raise ValueError(f"{path}: not a readable parquet file ({_first_line(error)}). Copy or download it again") from None
 
 
 def find_columns(path: Path) -> Columns | None:
@@ -142,7 +125,7 @@ def find_columns(path: Path) -> Columns | None:
     classes = {name: kind["names"] for name, kind in features if isinstance(kind, dict) and isinstance(kind.get("names"), list)}
     named = [name for name in schema.names if name in classes]
     label = next((name for name in LABEL_NAMES if name in schema.names), named[0] if len(named) == 1 else "")
-    return Columns(images[0], label, tuple(map(str, classes.get(label, ()))))
+    return images[0], label, tuple(map(str, classes.get(label, ())))
 
 
 def _holds_bytes(kind: Any) -> bool:
@@ -167,17 +150,17 @@ def read_column(path: Path, column: str, batch_rows: int) -> Iterator[Any]:
         for batch in file.iter_batches(batch_rows, columns=[column]):
             yield from (values := batch.column(0).to_pylist())
             done += len(values)
-    except PARQUET_ERRORS as error:
+    except FAULTS as error:
         where = f"{path}: column {column}, from row {done:,} on"
         raise ValueError(f"{where}: cannot be read ({_first_line(error)}). Copy or download it again") from None
 
 
-def read_labels(files: Iterable[Path], columns: Columns) -> tuple[list[int], tuple[str, ...], str]:
+def read_labels(files: Iterable[Path], column: str, classes: tuple[str, ...]) -> tuple[list[int], tuple[str, ...], str]:
     """Return the label of each row of all files, [] without a column of labels; the classes, and a note."""
-    if not columns.label:
+    if not column:
         return [], (), f"no labels: no column is called {', '.join(LABEL_NAMES)}"
     found, refused = list[Label](), list[str]()
-    for value in (value for path in files for value in read_column(path, columns.label, LABEL_ROWS)):
+    for value in (value for path in files for value in read_column(path, column, LABEL_ROWS)):
         try:
             found.append(UNLABELLED if value is None else label_of(value))
         except ValueError:
@@ -185,7 +168,7 @@ def read_labels(files: Iterable[Path], columns: Columns) -> tuple[list[int], tup
             found.append(UNLABELLED)
     labels, names = number_labels(found)
     note = f", {len(refused):,} of which are not one number or one name, such as {refused[0]}" if refused else ""
-    return labels, names or columns.names, f"labels from {columns.label}{note}"
+    return labels, names or classes, f"labels from {column}{note}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -70,8 +70,7 @@ def _open_split(path: Path, split: str, layout: str, spools: Path) -> Source:
                 )
             check_class_names(source.classes, str(path))
             labels, num_classes = source.catalogue.label, len(source.classes)
-            wrong = [label for label in (min(labels), max(labels)) if label < UNLABELLED or label >= num_classes > 0]
-            if wrong:
+            if wrong := [label for label in (min(labels), max(labels)) if label < UNLABELLED or label >= num_classes > 0]:
                 also = "damaged, or the class list is of another data set"
                 raise ValueError(f"{path}: label {wrong[0]} for {num_classes} classes: {also}")
             return source

@@ -48,7 +48,16 @@ def open_tars(path: Path, split: str, spools: Path) -> Source | None:
     tars, num_others = _tars_of_split(path, split)
     if not tars:
         return None
-    listing = _list_tars(tars)
+    listing = Listing(Catalogue([FileRanges(tar) for tar in tars]))
+    for container, tar in enumerate(tars):
+        if what := describe_file(tar):
+            raise ValueError(f"{tar}: {what}")
+        for inner in _list_members(listing, container, tar):
+            if deeper := _list_members(listing, container, tar, inner):
+                raise ValueError(
+                    f"{tar}: {inner.name} contains a tar itself ({deeper[0].name}), and tars in tars are read one level "
+                    f"deep: unpack {tar.name} and convert its content"
+                )
     if path.is_dir() and not len(listing.catalogue) and has_images(path):
         return None  # the tar holds something else and lies next to images
     # The names of all images tell whether they lie in folders of splits, or next to masks; if so, only ours stay.
@@ -82,20 +91,6 @@ def _tars_of_split(path: Path, split: str) -> tuple[list[Path], int]:
     tars = sorted(tar for tar in root.glob("*.tar") if not tar.name.startswith("."))
     chosen = [tar for tar in tars if tar.name == ARCHIVES.get(split)] or files_of_split(tars, split, root)
     return chosen, len(tars) - len(chosen)
-
-
-def _list_tars(tars: list[Path]) -> Listing:
-    listing = Listing(Catalogue([FileRanges(tar) for tar in tars]))
-    for container, tar in enumerate(tars):
-        if what := describe_file(tar):
-            raise ValueError(f"{tar}: {what}")
-        for inner in _list_members(listing, container, tar):
-            if deeper := _list_members(listing, container, tar, inner):
-                raise ValueError(
-                    f"{tar}: {inner.name} contains a tar itself ({deeper[0].name}), and tars in tars are read one level "
-                    f"deep: unpack {tar.name} and convert its content"
-                )
-    return listing
 
 
 def _list_members(listing: Listing, container: int, tar: Path, inner: TarMember | None = None) -> list[TarMember]:
