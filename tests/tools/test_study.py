@@ -10,7 +10,7 @@ import pytest
 from tests.train.evaluation.test_dense import coloured_scenes
 from tests.train.test_run import ROOT
 from tools import study
-from tools.studies.grid import BASE, EXPERIMENTS, PEERS, VARIANTS, Base, plan_sections, plan_trials
+from tools.studies.grid import BASE, CONTINUING, EXPERIMENTS, PEERS, VARIANTS, Base, plan_sections, plan_trials
 from tools.studies.tables import mean_and_interval, write_study
 from tools.studies.training import calibrate, run_baselines, run_trial, trial_config
 from train.config.load import load_config
@@ -20,7 +20,7 @@ from train.config.load import load_config
 @pytest.mark.parametrize(
     ("config", "same"),
     [
-        ("quickstart", {BASE, "global_only", "tokens, no summary"}),
+        ("quickstart", {BASE, "global_only", "tokens 1"}),
         ("study_fashion_mnist", {BASE}),
         ("study_emoji", {BASE}),
         ("study_scenes", {BASE}),
@@ -36,6 +36,7 @@ def test_every_variant_is_a_valid_config_that_differs_from_all_others(config: st
     assert {variant.training.max_steps for variant in variants} == {7}
     assert variants[list(VARIANTS).index("1+0")].data.crop_counts == (1, 0)
     assert variants[list(VARIANTS).index(BASE)].data.crop_counts == (2, 6)
+    assert not any("," in name for name in (*VARIANTS, *PEERS, *CONTINUING))  # --variants separates them so
     peers = {name: trial_config(base, name, 3, 7) for name in PEERS}
     assert {variant.training.lr for variant in [*variants, *peers.values()]} == {1e-3}
     assert {name for name, peer in peers.items() if peer.loss.prediction_weight > 0} == {"ijepa"}
