@@ -38,7 +38,7 @@ class Result:
 
     @property
     def text(self) -> str:
-        figures = (f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}" for unit, value in self.figures.items())
+        figures = (f"{value:{',.0f' if value >= 100 else '.3g'}} {unit}" for unit, value in self.figures.items())
         return f"FAILED: {self.error}" if self.error else ", ".join(figures)
 
 

@@ -39,10 +39,7 @@ Step = Callable[[], object]
 
 
 def interleave(measurements: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
-    """Return each measurement's result in every round; each round begins with another measurement.
-
-    Results of the same round can be compared: a slow spell of the machine hits all of them alike.
-    """
+    """Return each measurement's result in every round, whose results compare: a slow spell of the machine hits all alike."""
     results: dict[str, list[T]] = {name: [] for name in measurements}
     names = deque(measurements)
     for _ in range(rounds):

@@ -21,16 +21,8 @@ class Case:
     out: Path = Path("runs")
 
     @property
-    def dataset(self) -> str:
-        return "custom" if self.config is None else self.config.data.dataset
-
-    @property
-    def needs_gpu(self) -> bool:
-        return self.config is not None and self.config.device == "gpu"
-
-    @property
-    def uses_gpu(self) -> bool:
-        return sees_gpu() and (self.config is None or self.config.device != "cpu")
+    def device(self) -> str:
+        return "" if self.config is None else self.config.device
 
 
 @dataclass(frozen=True)
@@ -44,12 +36,6 @@ class Finding:
 
 Check = Callable[[Case], Finding]
 ok, warn, fail, skip = (partial(Finding, status) for status in ("ok", "warn", "fail", "skip"))
-
-
-def sees_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def examine(check: Check, case: Case) -> Finding:

@@ -19,7 +19,7 @@ def check_shards(case: Case) -> Finding:
         return skip(f"{case.data}: shards in a store are copied and checked when training starts")
     verify = f"python tools/make_shards.py verify {case.data}"
     try:
-        index = open_index(split_folder(case.dataset, case.data, "train"))
+        index = open_index(split_folder(case.config.data.dataset if case.config else "custom", case.data, "train"))
         rows = random.sample(range(len(index)), min(SAMPLED_IMAGES, len(index)))
         faults = find_faults(index, rows, "cpu")
     except (OSError, RuntimeError, ValueError) as error:

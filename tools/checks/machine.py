@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.files import write_atomic
 from pipeline.memory import memory_limit
-from tools.checks.check import GIB, INSTALL, Case, Finding, fail, ok, sees_gpu, skip, warn
+from tools.checks.check import GIB, INSTALL, Case, Finding, fail, ok, skip, warn
 from tools.checks.packages import FLAVOURS, installed_dalis
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -84,22 +84,22 @@ def check_gpus(case: Case) -> Finding:
 
     from train.build import build_encoder
 
-    version, config = driver_version(), case.config
+    version = driver_version()
     cuda = max([int((torch.version.cuda or "0").split(".")[0]), *(FLAVOURS[name] for name in installed_dalis())])
     needed = MIN_DRIVER.get(cuda, (0, 0))
     if version is not None and tuple(map(int, version.split(".")[:2])) < needed:
         fix = f"install NVIDIA driver {needed[0]}.{needed[1]} or newer on the host"
         return fail(f"driver {version} is too old for CUDA {cuda} of torch or DALI", fix)
-    if sees_gpu():
+    if torch.cuda.is_available():
         gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         names = ", ".join(f"{gpu.name} {gpu.total_memory / GIB:.0f} GiB" for gpu in gpus)
         return ok(f"{names}; driver {version or 'of an unknown version'}")
-    if case.needs_gpu or version is not None:
+    if case.device == "gpu" or version is not None:
         fix = "docker run --gpus all (NVIDIA Container Toolkit), Slurm --gpus-per-node, CUDA_VISIBLE_DEVICES; or device=cpu"
         return fail(f"torch sees no GPU; driver {version or 'not loaded'}", fix)
-    if config is not None and config.device == "auto":
+    if case.config is not None and case.device == "auto":
         with torch.device("meta"):  # allocates nothing
-            count = sum(parameter.numel() for parameter in build_encoder(config).parameters())
+            count = sum(parameter.numel() for parameter in build_encoder(case.config).parameters())
         if count > MAX_CPU_PARAMETERS:
             fix = "a machine with a GPU; a smaller encoder, as in configs/laptop.yaml; or device=cpu, if it is meant"
             return warn(f"no GPU, so that device: auto trains {count / 1e6:.0f} M parameters on the CPU", fix)
@@ -108,21 +108,21 @@ def check_gpus(case: Case) -> Finding:
 
 def check_decoder(case: Case) -> Finding:
     """Compare one photograph, decoded where the run decodes, with Pillow's pixels."""
+    import torch
     from matplotlib import cbook
     from nvidia.dali import types
     from nvidia.dali.experimental.dynamic import decoders
 
-    device = "gpu" if case.uses_gpu else "cpu"
+    device = "gpu" if torch.cuda.is_available() and case.device != "cpu" else "cpu"
     content = Path(str(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))).read_bytes()
     decoded = decoders.image(np.frombuffer(content, np.uint8), device=device, output_type=types.RGB)
-    pixels = np.asarray(decoded.cpu())
-    reference = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-    difference = float(np.abs(pixels.astype(int) - reference).mean()) if pixels.shape == reference.shape else 255.0
+    reference = Image.open(io.BytesIO(content)).convert("RGB")
+    difference = np.abs(np.asarray(decoded.cpu()).astype(int) - np.asarray(reference)).mean()
     text = f"{difference:.2f} of 255 from Pillow on the {device.upper()}"
     if difference > MAX_DIFFERENCE:
         return fail(f"wrong pixels: {text}", INSTALL)
     try:
-        if case.uses_gpu:
+        if device == "gpu":
             ctypes.CDLL(VIDEO_LIBRARY)
     except OSError:
         return warn(f"{text}; the driver's {VIDEO_LIBRARY} is missing, so no JPEG engine can be used", VIDEO_FIX)

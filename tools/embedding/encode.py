@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from pipeline.dataset import centre_crop_dataset, resolve_device
-from pipeline.files import write_atomic
+from pipeline.files import partial_file, write_atomic
 from pipeline.loader import build_multicrop_dataloader
 from pipeline.shards.index import ShardIndex, open_index
 from pipeline.shards.manifest import read_manifest, read_object
@@ -48,6 +48,22 @@ class Embeddings:
         """The image file of one row."""
         index, row = self.places[number]
         return index.encoded(row)
+
+    def write(self, out: Path) -> None:
+        """Write `name`, `label`, `vector` and, if there are any, `tokens` of every image."""
+        columns = {"name": self.names, "label": self.labels, "vector": self.vectors}
+        if self.tokens is not None:
+            columns["tokens"] = self.tokens
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with partial_file(out) as file:
+            if out.suffix == ".npz":
+                np.savez(file, **columns)  # type: ignore[arg-type]
+                return
+            import pyarrow  # type: ignore[import-not-found]
+            from pyarrow import parquet
+
+            lists = {key: list(value.reshape(len(value), -1)) if value.ndim > 1 else value for key, value in columns.items()}
+            parquet.write_table(pyarrow.table(lists), file)
 
 
 class ImageEncoder:
