@@ -40,18 +40,10 @@ class HJEPA(StudentTeacher):
     """
 
     def __init__(
-        self,
-        encoder: MultiCropEncoder,
-        predictor: Predictor | None,
-        levels: Sequence[Level],
-        *,
-        num_global_crops: int,
-        global_crop_size: int,
-        projector_hidden: int,
-        projector_dim: int,
-        weights: LossWeights,
+        self, encoder: MultiCropEncoder, predictor: Predictor | None, levels: Sequence[Level], *,
+        num_global_crops: int, global_crop_size: int, projector_hidden: int, projector_dim: int, weights: LossWeights,
         grad_checkpointing: bool = defaults.GRAD_CHECKPOINTING,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(encoder)
         self.levels = tuple(levels)
         self.level_weights = [level.weight for level in levels]

@@ -62,21 +62,12 @@ class MultiCropMaskGenerator:
     """
 
     def __init__(
-        self,
-        masking_strategy: str,
-        num_global_crops: int,
-        num_local_crops: int,
-        *,
-        grid: int = 14,
-        local_grid: int = 6,
-        strides: tuple[int, ...] = (1, 2, 4),
-        num_masks: int = defaults.NUM_MASKS,
-        mask_scale: tuple[float, float] = defaults.MASK_SCALE,
-        aspect_ratio: tuple[float, float] = defaults.ASPECT_RATIO,
-        context_ratio: float = defaults.CONTEXT_RATIO,
-        query_ratio: float = defaults.QUERY_RATIO,
+        self, masking_strategy: str, num_global_crops: int, num_local_crops: int, *,
+        grid: int = 14, local_grid: int = 6, strides: tuple[int, ...] = (1, 2, 4), num_masks: int = defaults.NUM_MASKS,
+        mask_scale: tuple[float, float] = defaults.MASK_SCALE, aspect_ratio: tuple[float, float] = defaults.ASPECT_RATIO,
+        context_ratio: float = defaults.CONTEXT_RATIO, query_ratio: float = defaults.QUERY_RATIO,
         device: torch.device | str = "cpu",
-    ) -> None:
+    ) -> None:  # fmt: skip
         if masking_strategy not in ALLOWED:
             raise ValueError(f"masking strategy {masking_strategy!r}: allowed are {', '.join(ALLOWED)}")
         second_crop, partners = {

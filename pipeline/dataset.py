@@ -16,6 +16,8 @@ from pipeline.shards.converted import as_shards
 from pipeline.shards.index import ShardIndex, open_index, split_folder
 
 DEFAULT_AUGMENTATION = Augmentation()
+Range = tuple[float, float]
+Channels = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class CropBatch:
 class Normalization:
     """`[..., 3, S, S] uint8 -> float32`: `(crops / 255 - mean) / std` for each channel."""
 
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: Channels
+    std: Channels
 
     def __call__(self, crops: torch.Tensor) -> torch.Tensor:
         return (crops - _levels(self.mean, crops.device)).div_(_levels(self.std, crops.device))
@@ -56,7 +58,7 @@ class Normalization:
 
 
 @cache  # a copy to a GPU would wait for it on every call
-def _levels(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
+def _levels(values: Channels, device: torch.device) -> torch.Tensor:
     """Return `[3, 1, 1]`, from 0..1 to grey levels."""
     return 255 * torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
 
@@ -67,28 +69,22 @@ class MultiCropDataset:
 
     index: ShardIndex
     recipes: tuple[ViewRecipe, ...]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: Channels
+    std: Channels
 
     def __len__(self) -> int:
         return len(self.index)
 
 
 def build_multicrop_dataset(
-    dataset_name: str,
-    data_path: Path | str,
-    split: str = "train",
+    dataset_name: str, data_path: Path | str, split: str = "train",
     *,
-    num_global_crops: int = defaults.NUM_GLOBAL_CROPS,
-    num_local_crops: int = defaults.NUM_LOCAL_CROPS,
-    global_crop_size: int = defaults.GLOBAL_CROP_SIZE,
-    local_crop_size: int = defaults.LOCAL_CROP_SIZE,
-    global_crop_scale: tuple[float, float] = defaults.GLOBAL_CROP_SCALE,
-    local_crop_scale: tuple[float, float] = defaults.LOCAL_CROP_SCALE,
-    global_color_jitter: float = defaults.COLOR_JITTER,
-    local_color_jitter: float = defaults.COLOR_JITTER,
+    num_global_crops: int = defaults.NUM_GLOBAL_CROPS, num_local_crops: int = defaults.NUM_LOCAL_CROPS,
+    global_crop_size: int = defaults.GLOBAL_CROP_SIZE, local_crop_size: int = defaults.LOCAL_CROP_SIZE,
+    global_crop_scale: Range = defaults.GLOBAL_CROP_SCALE, local_crop_scale: Range = defaults.LOCAL_CROP_SCALE,
+    global_color_jitter: float = defaults.COLOR_JITTER, local_color_jitter: float = defaults.COLOR_JITTER,
     augmentation: Augmentation = DEFAULT_AUGMENTATION,
-) -> MultiCropDataset:
+) -> MultiCropDataset:  # fmt: skip
     """Open the shards of one split and describe its crops, globals first.
 
     Sizes are in pixels, scales are fractions of the image's area, and a jitter strength s means brightness and contrast s,
@@ -109,8 +105,8 @@ def centre_crop_dataset(
     index: ShardIndex,
     size: int,
     crop_ratio: float,
-    mean: tuple[float, float, float] = defaults.IMAGENET_MEAN,
-    std: tuple[float, float, float] = defaults.IMAGENET_STD,
+    mean: Channels = defaults.IMAGENET_MEAN,
+    std: Channels = defaults.IMAGENET_STD,
 ) -> MultiCropDataset:
     """Describe one deterministic crop per image, for evaluation: the central square of `crop_ratio` of the shorter side."""
     return MultiCropDataset(index, (ViewRecipe(size, None, centre_ratio=crop_ratio),), mean, std)

@@ -44,13 +44,9 @@ class MultiCropLoader:
     down; set it after `load_state_dict`."""
 
     def __init__(
-        self,
-        sequence: BatchSequence,
-        recipes: tuple[ViewRecipe, ...],
-        reader: ReaderOptions,
-        normalization: Normalization | None = None,
-        retry_s: float = defaults.STORE_RETRY_S,
-    ) -> None:
+        self, sequence: BatchSequence, recipes: tuple[ViewRecipe, ...], reader: ReaderOptions,
+        normalization: Normalization | None = None, retry_s: float = defaults.STORE_RETRY_S,
+    ) -> None:  # fmt: skip
         if reader.device == "gpu" and not torch.cuda.is_available():
             raise DeviceError("device gpu: torch sees no CUDA GPU. Use device cpu, or check the driver with nvidia-smi")
         allow_open_files(OPEN_WINDOWS * WINDOW_TARS)  # every tar of a window stays open
@@ -197,23 +193,12 @@ class MultiCropLoader:
 
 
 def build_multicrop_dataloader(
-    dataset: MultiCropDataset,
-    batch_size: int = defaults.BATCH_SIZE,
-    *,
-    seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    shuffle: bool = True,
-    drop_last: bool = True,
-    normalized: bool = True,
-    quarantine: Path | str | None = None,
-    max_bad_share: float = defaults.MAX_BAD_SHARE,
-    device: str = "auto",
-    crop_device: str = "auto",
-    num_workers: int | str = "auto",
-    retry_s: float = defaults.STORE_RETRY_S,
-    **options: Any,
-) -> MultiCropLoader:
+    dataset: MultiCropDataset, batch_size: int = defaults.BATCH_SIZE, *,
+    seed: int = 0, rank: int = 0, world_size: int = 1, shuffle: bool = True, drop_last: bool = True, normalized: bool = True,
+    quarantine: Path | str | None = None, max_bad_share: float = defaults.MAX_BAD_SHARE,
+    device: str = "auto", crop_device: str = "auto", num_workers: int | str = "auto",
+    retry_s: float = defaults.STORE_RETRY_S, **options: Any,
+) -> MultiCropLoader:  # fmt: skip
     """Build a loader of `CropBatch`: `for crops, labels in loader`.
 
     `batch_size` is per rank. `normalized`: crops as float32, normalised by the data set's mean and std; False: uint8.
@@ -233,11 +218,7 @@ def build_multicrop_dataloader(
             crop_device, reason = choose_crop_device(sizes, options.get("device_id", 0))
             if reason:
                 log.warning(reason)
-    reader = ReaderOptions(
-        device=device,
-        crop_device=crop_device,
-        num_threads=default_threads() if num_workers == "auto" else int(num_workers),
-        **options,
-    )
+    num_threads = default_threads() if num_workers == "auto" else int(num_workers)
+    reader = ReaderOptions(device=device, crop_device=crop_device, num_threads=num_threads, **options)
     normalization = Normalization(dataset.mean, dataset.std) if normalized else None
     return MultiCropLoader(sequence, dataset.recipes, reader, normalization, retry_s)

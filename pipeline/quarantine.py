@@ -51,7 +51,10 @@ class Quarantine:
         self.reasons |= new
         if self.path is not None and new:
             with open_append(self.path) as file:
-                file.writelines(json.dumps(self._entry(row)) + "\n" for row in new)
+                for row, reason in new.items():
+                    sample, key = self.index.samples[row], self.index.key(row)
+                    place = {"shard": self.index.shards[sample["shard"]], "key": key, "offset": int(sample["offset"])}
+                    file.write(json.dumps({"row": row, **place, "reason": reason, "data": self.index.digest}) + "\n")
         allowed = allowed_bad(len(self.index), self.max_share)
         if len(self) > allowed:
             last = list(self.reasons.items())[-MAX_LISTED:]
@@ -62,14 +65,3 @@ class Quarantine:
                 f"data.max_bad_share {self.max_share:g} allows; {where}: {'; '.join(listed)}. Repair the shards "
                 "(`python tools/make_shards.py verify` names every damaged sample) or raise data.max_bad_share"
             )
-
-    def _entry(self, row: int) -> dict[str, str | int]:
-        sample = self.index.samples[row]
-        return {
-            "row": row,
-            "shard": self.index.shards[sample["shard"]],
-            "key": self.index.key(row),
-            "offset": int(sample["offset"]),
-            "reason": self.reasons[row],
-            "data": self.index.digest,
-        }

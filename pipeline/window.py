@@ -45,16 +45,9 @@ class Window:
     """
 
     def __init__(
-        self,
-        sequence: BatchSequence,
-        recipes: tuple[ViewRecipe, ...],
-        reader: ReaderOptions,
-        scaling: np.ndarray | None,
-        fused: "FusedCrops | None",
-        watch: FolderWatch,
-        start: BatchStart,
-        limit: int | None = None,
-    ) -> None:
+        self, sequence: BatchSequence, recipes: tuple[ViewRecipe, ...], reader: ReaderOptions, scaling: np.ndarray | None,
+        fused: "FusedCrops | None", watch: FolderWatch, start: BatchStart, limit: int | None = None,
+    ) -> None:  # fmt: skip
         self.sequence, self.reader, self._fused = sequence, reader, fused
         starts, rows = plan_window(sequence, start, limit)
         self.starts, self.taken, self.shards = starts, 0, sequence.index.samples["shard"][rows]
@@ -106,12 +99,8 @@ def make_batch(
     valid = max(0, min(len(rows), len(index) - first))
     samples, drawn = index.samples[rows[:valid]], parameters[:valid]
     sides = np.stack([samples["height"], samples["width"]] * 2, axis=1).astype(np.float32)
-    parts = [
-        samples["label"].astype(np.int64),
-        drawn[..., Y0:FLIP] / sides[:, None],
-        drawn[..., FLIP] != 0,
-        np.arange(first, first + valid),
-    ]
+    boxes, flips = drawn[..., Y0:FLIP] / sides[:, None], drawn[..., FLIP] != 0
+    parts = [samples["label"].astype(np.int64), boxes, flips, np.arange(first, first + valid)]
     if fused is None:
         crops, tensors = [as_torch(output) for output in outputs], upload(parts, device)
     else:

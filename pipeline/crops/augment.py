@@ -54,19 +54,12 @@ class Augmentation:
         A jitter strength s means brightness and contrast s, saturation s / 2 and hue s / 4.
         """
         return ViewRecipe(
-            size,
-            scale,
-            flip_prob=self.flip_prob,
+            size, scale, flip_prob=self.flip_prob, gray_prob=self.gray_prob, blur_sigma=self.blur_sigma,
             jitter_prob=self.color_jitter_prob if jitter > 0 else 0.0,
-            brightness=jitter,
-            contrast=jitter,
-            saturation=jitter / 2,
-            hue=jitter / 4,
-            gray_prob=self.gray_prob,
+            brightness=jitter, contrast=jitter, saturation=jitter / 2, hue=jitter / 4,
             blur_prob=self.local_blur_prob if number is None else _of_global(self.global_blur_prob, number),
-            blur_sigma=self.blur_sigma,
             solarize_prob=0.0 if number is None else _of_global(self.solarize_prob, number),
-        )
+        )  # fmt: skip
 
 
 def _of_global(values: PerGlobal, number: int) -> float:

@@ -75,14 +75,9 @@ class ReaderOptions:
 
 
 def define_graph(
-    tars: list[str],
-    dali_indices: list[str],
-    source: Callable[[], np.ndarray],
-    recipes: tuple[ViewRecipe, ...],
-    batch_size: int,
-    reader: ReaderOptions,
-    scaling: np.ndarray | None = None,
-) -> Pipeline:
+    tars: list[str], dali_indices: list[str], source: Callable[[], np.ndarray], recipes: tuple[ViewRecipe, ...],
+    batch_size: int, reader: ReaderOptions, scaling: np.ndarray | None = None,
+) -> Pipeline:  # fmt: skip
     """Define a graph without building it, which needs no driver. It outputs V tensors `[B, 3, size, size] uint8`; for the kernel
     (`crop_device` gpu), images `[H, W, 3] uint8` and their parameters.
 
@@ -114,12 +109,8 @@ def define_graph(
         shares = shares.gpu() if on_gpu else shares
         return tuple(_dali_crop(image, values[v], shares[v], recipe) for v, recipe in enumerate(recipes))
 
-    return graph(
-        batch_size=batch_size,
-        num_threads=reader.num_threads,
-        device_id=reader.device_id if reader.device == "gpu" else None,
-        prefetch_queue_depth=reader.prefetch,
-    )
+    device_id = reader.device_id if reader.device == "gpu" else None
+    return graph(batch_size=batch_size, num_threads=reader.num_threads, device_id=device_id, prefetch_queue_depth=reader.prefetch)
 
 
 def build_graph(graph: Pipeline, reader: ReaderOptions) -> Pipeline:

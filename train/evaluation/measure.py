@@ -46,14 +46,9 @@ class Scores:
 
 
 def measure(
-    loaders: tuple[MultiCropLoader, MultiCropLoader],
-    extractors: Mapping[str, Extractor],
-    device: torch.device,
-    *,
-    ks: Sequence[int] = (),
-    linear_epochs: int = 0,
-    with_rankme: bool = False,
-) -> dict[str, Scores]:
+    loaders: tuple[MultiCropLoader, MultiCropLoader], extractors: Mapping[str, Extractor], device: torch.device, *,
+    ks: Sequence[int] = (), linear_epochs: int = 0, with_rankme: bool = False,
+) -> dict[str, Scores]:  # fmt: skip
     """Extract the features of both splits, one pass each, and return the scores of each extractor by its name.
 
     `loaders`: centre crops of train and val, as `train.build.build_evaluation_loaders(config)` returns them. `ks`: neighbours
