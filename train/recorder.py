@@ -107,23 +107,23 @@ def dry_run(trainer: Trainer) -> None:
     """Take one step, log what it used and write nothing. Raises ValueError or FileNotFoundError as the run would."""
     config, device = trainer.config, trainer.device
     log_description(trainer)
-    before, started = memory_metrics(device), time.perf_counter()
+    before, started = memory_metrics(device)["peak_memory_bytes"] / GIB, time.perf_counter()
     trainer.train_step()  # also waits for the device: it reads the first loss
-    seconds, after = time.perf_counter() - started, memory_metrics(device)
-    peak = after["peak_memory_bytes"] / GIB
-    used = f"raised the memory of this process from {before['peak_memory_bytes'] / GIB:.2f} to {peak:.2f} GiB "
-    used += f"of the {memory_limit() / GIB:.1f} GiB there are"
-    if device.type == "cuda":
+    seconds, (peak, *in_use) = time.perf_counter() - started, (value / GIB for value in memory_metrics(device).values())
+    used = (
+        f"raised the memory of this process from {before:.2f} to {peak:.2f} GiB of the {memory_limit() / GIB:.1f} GiB there are"
+    )
+    if in_use:
         total = torch.cuda.get_device_properties(device).total_memory / GIB
-        used = f"took {peak:.2f} GiB in torch; {after['device_memory_bytes'] / GIB:.2f} of {total:.1f} GiB of {device} are in use"
+        used = f"took {peak:.2f} GiB in torch; {in_use[0]:.2f} of {total:.1f} GiB of {device} are in use"
     crops = f"{config.data.batch_size} images with {sum(config.data.crop_counts)} crops"
     log.info(f"step: {crops} on each rank took {seconds:.1f} s, including the start of the loader, and {used}")
     OnlineEvaluation(config, trainer.folder, cast(HJEPA, trainer.model))  # reports problems of the validation split
     check_run_folder(config, trainer.dataset.index.digest)
-    resume = config.checkpoint.resume
-    checkpoints = list_checkpoints(trainer.folder / "checkpoints")
-    begin = f"continue from {checkpoints[-1].name}" if resume == "auto" and checkpoints else "start at step 0"
-    log.info(f"folder: {trainer.folder}; would {begin if resume in ('auto', 'none') else f'continue from {resume}'}")
+    resume, checkpoints = config.checkpoint.resume, list_checkpoints(trainer.folder / "checkpoints")
+    if resume == "auto":
+        resume = checkpoints[-1].name if checkpoints else "none"
+    log.info(f"folder: {trainer.folder}; would {'start at step 0' if resume == 'none' else f'continue from {resume}'}")
 
 
 def device_name(trainer: Trainer) -> str:
@@ -162,9 +162,9 @@ class Recorder:
             self._write_heartbeat("training")
 
     def _write_heartbeat(self, status: str) -> None:
-        self._heartbeat_at, trainer = time.monotonic(), self._trainer
-        progress = {"status": status, "step": trainer.state.step, "total_steps": trainer.schedule.total_steps}
-        content = {**progress, "time": round(time.time(), 1), "pid": os.getpid()}
+        self._heartbeat_at, steps = time.monotonic(), self._trainer.schedule.total_steps
+        content = {"status": status, "step": self._trainer.state.step, "total_steps": steps}
+        content |= {"time": round(time.time(), 1), "pid": os.getpid()}
         with suppress(OSError):  # a full disk is reported where it costs a checkpoint
             write_atomic(self._folder / "heartbeat.json", json.dumps(content) + "\n", durable=False)
 
@@ -187,10 +187,8 @@ class Recorder:
         self._metrics.write(state.step, values)
         if not trainer.config.logging.pictures:
             return values
-        neighbours = self._evaluation.neighbours(QUERIES, NEIGHBOURS)
-        model = cast(HJEPA, trainer.model)
-        paths = draw_run(self._folder, trainer.config, trainer.dataset, model, trainer.masks, neighbours)
-        for path in paths:
+        neighbours, model = self._evaluation.neighbours(QUERIES, NEIGHBOURS), cast(HJEPA, trainer.model)
+        for path in draw_run(self._folder, trainer.config, trainer.dataset, model, trainer.masks, neighbours):
             self._metrics.picture(state.step, path)
         return values
 
@@ -234,8 +232,7 @@ class Recorder:
                 self._write_heartbeat("evaluating")
                 self._measure()
                 self._evaluation.mix_back(folder / MIXED, state.step)
-                width = self._trainer.model.encoder.width
-                summary = write_summary(folder, config, state, self._evaluation, width, device_name(self._trainer))
+                summary = write_summary(self._trainer, self._evaluation, device_name(self._trainer))
             hints = advice(config, summary)
             page = write_page(folder, hints)
         except OSError as error:

@@ -28,25 +28,21 @@ from train.shards import with_shards
 def parse_arguments(arguments: Sequence[str] | None) -> tuple[Path, list[str], argparse.Namespace]:
     """Return the config file, all overrides as `section.key=value`, and the options."""
     parser = CommandParser(prog="python -m train.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="?", help="The YAML file of the run.")
-    parser.add_argument(
-        "overrides", nargs="*", metavar=SETTING,
-        help="Settings that replace those of the file, for example training.max_steps=500.",
-    )  # fmt: skip
-    parser.add_argument("--config", dest="config_flag", metavar="CONFIG", help="The same as the first argument.")
+    add = parser.add_argument
+    add("config", nargs="?", help="The YAML file of the run.")
+    replacing = "Settings that replace those of the file, for example training.max_steps=500."
+    add("overrides", nargs="*", metavar=SETTING, help=replacing)
+    add("--config", dest="config_flag", metavar="CONFIG", help="The same as the first argument.")
     short = parser.add_argument_group("shortcuts for common settings")
     for flag, key in SHORT_FLAGS.items():
         short.add_argument(f"--{flag}", metavar="VALUE", help=f"Set {key}. By default the file decides.")
     trial = parser.add_argument_group("look before you train")
-    trial.add_argument("--print-config", action="store_true", help="Print every setting and where it comes from, and exit.")
-    trial.add_argument(
-        "--dry-run", action="store_true",
-        help="Print the settings, take one step, print the memory that it used, and exit. Nothing is written.",
-    )  # fmt: skip
-    trial.add_argument(
-        "--prove", action="store_true",
-        help="Train with three seeds from model.weights, and say in one line whether that helped, by k-NN of labels.",
-    )  # fmt: skip
+    for flag, effect in (
+        ("--print-config", "Print every setting and where it comes from, and exit."),
+        ("--dry-run", "Print the settings, take one step, print the memory that it used, and exit. Nothing is written."),
+        ("--prove", "Train with three seeds from model.weights, and say in one line whether that helped, by k-NN of labels."),
+    ):
+        trial.add_argument(flag, action="store_true", help=effect)
     options = parser.parse_intermixed_args(arguments)
     overrides = list(options.overrides)
     if options.config_flag and options.config:  # the first positional argument is an override

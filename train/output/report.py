@@ -16,10 +16,10 @@ from pipeline.shards.manifest import read_as_expected, read_object
 from pipeline.text import printable
 from train.config.schema import Config
 from train.output.log import Curve, MetricLines, curves_by_panel, read_metrics
-from train.state import RunState
 
 if TYPE_CHECKING:
     from train.evaluation.online import OnlineEvaluation
+    from train.trainer import Trainer
 
 MAX_WAIT_PERCENT = 10.0
 MIN_STEPS = 50  # shorter runs spend most of their time starting up
@@ -49,10 +49,9 @@ PAGE = Path(__file__).with_name("page.html")
 REMEDY = "Run the training command again: it writes the file again"
 
 
-def write_summary(
-    folder: Path, config: Config, state: RunState, probe: "OnlineEvaluation", width: int, device: str
-) -> dict[str, Any]:
+def write_summary(trainer: "Trainer", probe: "OnlineEvaluation", device: str) -> dict[str, Any]:
     """Write summary.json with the latest scores of `probe`, and return its content. Percentages are 0..100."""
+    config, state = trainer.config, trainer.state
     summary = {
         "run_name": config.logging.run_name,
         "finished": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
@@ -65,7 +64,7 @@ def write_summary(
         "loss_first": state.loss_first,
         "loss_last": state.loss_last,
         "rankme": probe.rankme,
-        "width": width,
+        "width": trainer.model.encoder.width,
         "placement": probe.placement or None,
         "measured_on": probe.measured_on,
         "validation_images": probe.num_validation,
@@ -78,7 +77,7 @@ def write_summary(
         "collapse_alarms": state.alarms,
         "collapsed": state.collapsed,
     }
-    write_atomic(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_atomic(trainer.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
 
@@ -158,20 +157,17 @@ def write_page(folder: Path, hints: Sequence[str] = ()) -> Path:
     header = [summary.get("finished"), f"{summary['steps']:,} steps, {summary['images']:,} images", taken]
     header.append(environment.get("commit") and f"commit {environment['commit']}")
     metrics = read_metrics(folder)
-    if knn:
-        metrics.insert(0, {"step": 0, "knn": knn.get("start", knn["random_init"])})
-    if placement:
-        metrics.insert(0, {"step": 0, "placement": placement.get("start", placement.get("random_init"))})
+    for name, scores in (("placement", placement), ("knn", knn)):
+        if scores:
+            metrics.insert(0, {"step": 0, name: scores.get("start", scores.get("random_init"))})
     parts = [
         f'<p class="soft">{escape(" · ".join(filter(None, header)))}</p>',
         f"<p><code>{escape(printable(environment['command']))}</code></p>" if "command" in environment else "",
         '<div class="tiles">',
         *(f'<div class="tile"><b>{tile[0]}</b><span>{tile[1]}</span></div>' for tile in tiles if tile),
         "</div>",
-        f"<h2>Does it beat what needs no training?</h2>{_bars('k-NN', knn)}" if knn else "",
-        f'<h2>Do its tokens find their place?</h2><p class="soft">{PLACEMENT}</p>{_bars("placement", placement)}'
-        if placement
-        else "",
+        _bars("<h2>Does it beat what needs no training?</h2>", "k-NN", knn),
+        _bars(f'<h2>Do its tokens find their place?</h2><p class="soft">{PLACEMENT}</p>', "placement", placement),
         f"<h2>What to try next</h2><ul>{_elements('li', hints)}</ul>" if hints else "",
         line_charts({"": metrics}),
         "<h2>Pictures</h2>",
@@ -211,14 +207,14 @@ def thin_out(points: Curve) -> list[list[float]]:
     return [[float(f"{value:.5g}") for value in group.mean(axis=0)] for group in groups]
 
 
-def _bars(score: str, values: Mapping[str, float]) -> str:
-    """Return the percentages of a score as bars, in the order of SCORE_NAMES."""
+def _bars(head: str, score: str, values: Mapping[str, float] | None) -> str:
+    """Return the percentages of a score as bars below a head, in the order of SCORE_NAMES; "" if there are none."""
     bars = [
         f'<span>{score}, {name}</span><div class="{key}" style="width:{values[key]:.1f}%"></div><b>{values[key]:.1f} %</b>'
         for key, name in SCORE_NAMES.items()
-        if key in values
+        if values and key in values
     ]
-    return f'<div class="bars">{"".join(bars)}</div>'
+    return f'{head}<div class="bars">{"".join(bars)}</div>' if bars else ""
 
 
 def _picture(path: Path) -> str:
