@@ -36,9 +36,8 @@ class MultiCropEncoder(nn.Module):
     `crop_sizes` are the sizes in pixels that `forward` accepts. `uint8` crops, 0..255, are normalised here with the per-channel
     `mean` and `std` of pixels in 0..1; floating-point crops must already be normalised. Channels-last memory is the faster
     format for both. The pixels of dropped tokens are neither normalised nor embedded. With the attribute `grad_checkpointing`
-    the backward pass recomputes the inside of each block instead of storing it.
-
-    Raises ValueError if timm's `name` is not an Eva model with rotary positions, or if the patch size does not divide a size.
+    the backward pass recomputes the inside of each block instead of storing it. Raises ValueError if timm's `name` is not an
+    Eva model with rotary positions, or if the patch size does not divide a size.
     """
 
     pixel_mean: Tensor

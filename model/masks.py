@@ -53,11 +53,10 @@ class MultiCropMaskGenerator:
     the rectangles first, and exactly `context_ratio` are context, those outside first. Constant counts keep shapes static.
 
     The strategies differ in what the predictor sees to predict a global. `global_only`: the context of that global.
-    `global_with_local_context`: also all tokens of all locals, which have `local_grid` tokens per side. `cross_crop_prediction`:
-    only one other crop, each equally likely: all tokens of a local or the context of another global. `none`: nothing; every
-    token is context, there are no queries, and nothing is drawn, so ratios and rectangles have no effect.
-
-    Raises ValueError if the counts leave no context or no query, if a rectangle can be larger than the grid, or if the
+    `global_with_local_context`: also all tokens of all locals, which have `local_grid` tokens per side.
+    `cross_crop_prediction`: only one other crop, each equally likely: all tokens of a local or the context of another global.
+    `none`: nothing; every token is context, there are no queries, and nothing is drawn, so ratios and rectangles have no
+    effect. Raises ValueError if the counts leave no context or no query, if a rectangle can be larger than the grid, or if the
     strategy needs more crops.
     """
 

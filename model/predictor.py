@@ -22,9 +22,8 @@ SUMMARY_HIDDEN_RATIO = 4  # hidden width / encoder width, as in the MLP of a ViT
 class Predictor(nn.Module):
     """A narrow transformer over context tokens and one query per cell and level, with one output head per level.
 
-    Positions are rotary in the coordinates of the SOURCE image, and each token also carries the logarithm of its cell's size, so
-    that crops of any position and scale share one coordinate system. `grad_checkpointing` acts as in `MultiCropEncoder`.
-
+    Positions are rotary in the coordinates of the SOURCE image, and each token also carries the logarithm of its cell's size,
+    so that crops of any position and scale share one coordinate system. `grad_checkpointing` acts as in `MultiCropEncoder`.
     Raises ValueError if `width / num_heads` is not a multiple of four.
     """
 

@@ -89,9 +89,8 @@ def build_multicrop_dataset(
 
     Sizes are in pixels, scales are fractions of the image's area, and a jitter strength s means brightness and contrast s,
     saturation s / 2 and hue s / 4. `data_path`: what is not in shards on a local disk is brought there once: pictures are
-    converted (`pipeline.shards.converted`), a prefix such as `s3://BUCKET/PREFIX` is copied (`pipeline.shards.copied`).
-
-    Raises FileNotFoundError if there are no shards, ValueError if they do not match their index, StoreError if a store fails.
+    converted (`pipeline.shards.converted`), a prefix such as `s3://BUCKET/PREFIX` is copied (`pipeline.shards.copied`). Raises
+    FileNotFoundError if there are no shards, ValueError if they do not match their index, StoreError if a store fails.
     """
     view = augmentation.view
     recipes = [view(global_crop_size, global_crop_scale, global_color_jitter, g) for g in range(num_global_crops)]

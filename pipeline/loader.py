@@ -34,9 +34,8 @@ class MultiCropLoader:
     """Iterates over the rest of the current epoch: `for crops, labels in loader`. The next iteration is the next epoch.
 
     `normalization`: crops as float32, normalised by it; None: as uint8, for a model that normalises them itself, a quarter of
-    the memory to move. A sample that cannot be decoded goes into `quarantine`, and another one replaces it at its position only.
-
-    Raises ValueError when the quarantine is full.
+    the memory to move. A sample that cannot be decoded goes into `quarantine`, and another one replaces it at its position
+    only. Raises ValueError when the quarantine is full.
     """
 
     batches_left: int | None = None

@@ -75,9 +75,8 @@ class BatchSequence:
     """Global batch k of an epoch holds the positions `k * G .. (k + 1) * G` with `G = batch_size * world_size`.
 
     Every rank takes the same number of steps. With `drop_last` the `N mod G` positions at the end of an epoch are left out
-    (different samples in each epoch), without it the last batch is shorter.
-
-    Raises ValueError for a data set smaller than one global batch, unless the last batch can be shorter.
+    (different samples in each epoch), without it the last batch is shorter. Raises ValueError for a data set smaller than one
+    global batch, unless the last batch can be shorter.
     """
 
     index: ShardIndex

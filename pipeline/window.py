@@ -39,9 +39,7 @@ class GraphFailed(RuntimeError):
 class Window:
     """One DALI graph, which makes this rank's part of the global batches at `starts`, from `start` on and at most `limit`.
 
-    `scaling`: as in `define_graph`. `fused` makes the crops of a graph that only decodes.
-
-    Raises StoreError.
+    `scaling`: as in `define_graph`. `fused` makes the crops of a graph that only decodes. Raises StoreError.
     """
 
     def __init__(

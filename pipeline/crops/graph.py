@@ -39,11 +39,10 @@ os.register_at_fork(after_in_child=gc.freeze)
 class ReaderOptions:
     """How a graph reads and where it runs. None of this changes a crop by more than rounding.
 
-    `device`: where the crops end up, `cpu`, or `gpu` number `device_id`. `crop_device`: where images are decoded and crops made:
-    on the `gpu` by our kernel, on the device by `dali`'s operators, or on the `cpu` by the compiled operator, from where device
-    gpu uploads them. `num_threads`: CPU threads of DALI. `prefetch`: batches prefetched.
-
-    Raises ValueError for crops made on the GPU and used on the CPU.
+    `device`: where the crops end up, `cpu`, or `gpu` number `device_id`. `crop_device`: where images are decoded and crops
+    made: on the `gpu` by our kernel, on the device by `dali`'s operators, or on the `cpu` by the compiled operator, from where
+    device gpu uploads them. `num_threads`: CPU threads of DALI. `prefetch`: batches prefetched. Raises ValueError for crops
+    made on the GPU and used on the CPU.
     """
 
     device: str = "cpu"

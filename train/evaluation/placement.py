@@ -51,9 +51,7 @@ class Placement:
     """Two global crops of each of at most `max_images` images: the same ones in every run with the same images and crops.
 
     Boxes and mirroring are drawn as in training, colours stay as they are. The crops are kept as bytes, since to make them
-    again costs more than to encode them. `count`: of the pairs.
-
-    Raises ValueError when too many images are damaged.
+    again costs more than to encode them. `count`: of the pairs. Raises ValueError when too many images are damaged.
     """
 
     def __init__(self, config: Config, index: ShardIndex, max_images: int = MAX_IMAGES) -> None:
