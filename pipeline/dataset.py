@@ -77,8 +77,7 @@ class MultiCropDataset:
 
 
 def build_multicrop_dataset(
-    dataset_name: str, data_path: Path | str, split: str = "train",
-    *,
+    dataset_name: str, data_path: Path | str, split: str = "train", *,
     num_global_crops: int = defaults.NUM_GLOBAL_CROPS, num_local_crops: int = defaults.NUM_LOCAL_CROPS,
     global_crop_size: int = defaults.GLOBAL_CROP_SIZE, local_crop_size: int = defaults.LOCAL_CROP_SIZE,
     global_crop_scale: Range = defaults.GLOBAL_CROP_SCALE, local_crop_scale: Range = defaults.LOCAL_CROP_SCALE,
@@ -101,12 +100,9 @@ def build_multicrop_dataset(
 
 
 def centre_crop_dataset(
-    index: ShardIndex,
-    size: int,
-    crop_ratio: float,
-    mean: Channels = defaults.IMAGENET_MEAN,
-    std: Channels = defaults.IMAGENET_STD,
-) -> MultiCropDataset:
+    index: ShardIndex, size: int, crop_ratio: float,
+    mean: Channels = defaults.IMAGENET_MEAN, std: Channels = defaults.IMAGENET_STD,
+) -> MultiCropDataset:  # fmt: skip
     """Describe one deterministic crop per image, for evaluation: the central square of `crop_ratio` of the shorter side."""
     return MultiCropDataset(index, (ViewRecipe(size, None, centre_ratio=crop_ratio),), mean, std)
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from pipeline.files import file_checksum
 from pipeline.shards.manifest import read_as_expected, read_object
-from train.distributed import CHECKPOINT_WRITER
+from train.distributed import CHECKPOINT_WRITER, Ranks
 from train.state import RunState
 
 log = logging.getLogger(__name__)
@@ -206,6 +206,15 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first."""
     paths = [path for path in folder.glob("step_" + "[0-9]" * 8) if path.is_dir()]
     return sorted(paths, key=lambda path: (checkpoint_step(path), path.name))
+
+
+def resumed_from(resume: str, folder: Path, ranks: Ranks) -> Path | None:
+    """Return the checkpoint that a run continues: for `auto`, the newest undamaged one, which rank 0 chooses for all."""
+    if resume != "auto":
+        return None if resume == "none" else Path(resume)
+    path = newest_checkpoint(folder) if ranks.is_first else None
+    number = ranks.from_first(-1 if path is None else int(path.name.removeprefix("step_")))
+    return None if number < 0 else checkpoint_path(folder, number)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

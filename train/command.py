@@ -139,9 +139,6 @@ def run_command(name: str, work: Callable[[], int | None], interrupted: str = "i
     Bad input (ValueError, OSError, a missing package) becomes one line on stderr and exit code 2, Ctrl-C exit code 130. Any
     other exception is a bug and keeps its traceback.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # file names need not be text that a terminal can print
-            stream.reconfigure(errors="backslashreplace")
     with _output_may_fail():
         try:
             return work() or 0
@@ -161,6 +158,9 @@ def run_command(name: str, work: Callable[[], int | None], interrupted: str = "i
 @contextmanager
 def _output_may_fail() -> Iterator[None]:
     streams = sys.stdout, sys.stderr
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper):  # file names need not be text that a terminal can print
+            stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = cast(Any, [stream and Output(stream) for stream in streams])
     try:
         yield

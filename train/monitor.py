@@ -80,15 +80,10 @@ class StepMonitor:
             watch_for_collapse(now, signals["rankme"], signals["feature_std"], min(features.shape))
         self._begin_interval()
         seconds = now.train_s - before.train_s
-        return {
-            **signals,
-            "images_per_s": (now.images - before.images) / seconds,
-            "data_wait_percent": 100 * (now.wait_s - before.wait_s) / seconds,
-            "skipped_steps": now.skipped_steps,
-            "collapse_alarm": float(now.collapsed),
-            "bad_samples": now.bad_samples,
-            **memory_metrics(self._device),
-        }
+        signals["images_per_s"] = (now.images - before.images) / seconds
+        signals["data_wait_percent"] = 100 * (now.wait_s - before.wait_s) / seconds
+        counts = {"skipped_steps": now.skipped_steps, "collapse_alarm": float(now.collapsed), "bad_samples": now.bad_samples}
+        return {**signals, **counts, **memory_metrics(self._device)}
 
 
 def watch_for_collapse(state: RunState, rank: float, std: float, max_rank: int) -> None:

@@ -5,7 +5,6 @@ import logging
 import os
 import time
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import Self, cast
 
 import torch
@@ -17,17 +16,9 @@ from pipeline.files import write_atomic
 from pipeline.memory import memory_limit
 from pipeline.shards.index import UNLABELLED
 from pipeline.text import plural
-from train.checkpoint import (
-    MIXED,
-    CheckpointWriter,
-    abandon_others,
-    checkpoint_path,
-    checkpoint_step,
-    list_checkpoints,
-    newest_checkpoint,
-)
+from train.checkpoint import MIXED, CheckpointWriter, abandon_others, checkpoint_step, list_checkpoints, resumed_from
 from train.command import INTERRUPTED
-from train.distributed import LOST, Ranks
+from train.distributed import LOST
 from train.evaluation.online import OnlineEvaluation
 from train.monitor import memory_metrics
 from train.output.display import Display
@@ -73,15 +64,6 @@ def open_recorder(trainer: Trainer, console: Console, opened: ExitStack) -> "Rec
         limit = stop_setting(config, trainer.schedule.total_steps)
         log.info(f"this run is complete: to continue, raise {limit}; checkpoint.resume=none starts over")
     return None if evaluation is None else Recorder(trainer, evaluation, console)
-
-
-def resumed_from(resume: str, folder: Path, ranks: Ranks) -> Path | None:
-    """Return the checkpoint that a run continues: for `auto`, the newest undamaged one, which rank 0 chooses for all."""
-    if resume != "auto":
-        return None if resume == "none" else Path(resume)
-    path = newest_checkpoint(folder) if ranks.is_first else None
-    number = ranks.from_first(-1 if path is None else int(path.name.removeprefix("step_")))
-    return None if number < 0 else checkpoint_path(folder, number)
 
 
 def log_description(trainer: Trainer) -> None:

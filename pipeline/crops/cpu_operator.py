@@ -149,13 +149,9 @@ class MakeCrops(NumbaFunction):
     """
 
     def __init__(self, num_crops: int, scaled: bool) -> None:
-        super().__init__(
-            run_fn=None,
-            out_types=[types.FLOAT if scaled else types.UINT8] * num_crops,
-            in_types=[types.UINT8, types.FLOAT, types.UINT8, types.FLOAT],
-            outs_ndim=[3] * num_crops,
-            ins_ndim=[3, 2, 2 + num_crops, 2],
-        )
+        outs, ins = [types.FLOAT if scaled else types.UINT8] * num_crops, [types.UINT8, types.FLOAT, types.UINT8, types.FLOAT]
+        dimensions: dict[str, Any] = {"outs_ndim": [3] * num_crops, "ins_ndim": [3, 2, 2 + num_crops, 2]}
+        super().__init__(run_fn=None, out_types=outs, in_types=ins, **dimensions)
 
     def _get_run_fn_cpu(self, *_: Any) -> int:
         return CROP_IMAGE.address

@@ -16,13 +16,8 @@ from train.config.rules import broken_rules
 from train.config.schema import Config, Section
 from train.config.yaml12 import ConfigError, KeyPath, dotted, flatten, one_line, parse
 
-SHORT_FLAGS = {
-    "batch_size": "data.batch_size",
-    "epochs": "training.epochs",
-    "data_path": "data.data_path",
-    "dataset": "data.dataset",
-    "resume": "checkpoint.resume",
-}
+SHORTENED = ("data.batch_size", "training.epochs", "data.data_path", "data.dataset", "checkpoint.resume")
+SHORT_FLAGS = {key.rpartition(".")[2]: key for key in SHORTENED}
 MAX_SHOWN = 60  # characters of a wrong value in a message
 COMMAND_LINE = "command line"
 
@@ -53,10 +48,8 @@ def read_values(path: Path, origins: dict[str, str]) -> dict[str, Any]:
     if not isinstance(values, dict):
         problem = "not a mapping" if values else "the file is empty"
         raise ConfigError(f"{origins.get('', f'{path}:1')}: {problem}; expected sections such as data: and training:")
-    is_of_a_run = path.name == "config.yaml" and any(
-        (path.parent / name).exists() for name in ("checkpoints", "environment.json")
-    )
-    if is_of_a_run and (gone := _drop_old_keys(values)):
+    of_a_run = path.name == "config.yaml" and any(path.with_name(name).exists() for name in ("checkpoints", "environment.json"))
+    if of_a_run and (gone := _drop_old_keys(values)):
         _warn_once(f"{path}: left out, as this version has no such settings: {', '.join(gone)}")
     return values
 

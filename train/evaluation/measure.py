@@ -24,8 +24,6 @@ PROGRESS_EVERY_S = 5.0
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 """Inputs of classifier heads, and their labels `[n] int64` on the same device."""
-Trial = tuple[float, float, str]
-"""The accuracy of a head on held-out training images and on the test split, and its setting."""
 
 log = logging.getLogger(__name__)
 
@@ -228,7 +226,7 @@ def linear_heads(
 def linear_probe(train: Features, test: Features, names: Sequence[str], epochs: int, device: torch.device) -> tuple[float, str]:
     """Return the accuracy on `test` and the best setting of the grid `names` of features x LINEAR_RATES: `last, lr 0.1`."""
     held_out, classes = is_held_out(torch.arange(len(train.labels))), num_classes(train.labels, test.labels)
-    trials: list[Trial] = []
+    trials = list[tuple[float, float, str]]()  # accuracy on held-out training images and on the test split, setting
     for name in names:
         values, standardizer = train.values[name], Standardizer(train.values[name], device)
         heads = linear_heads(values[~held_out], train.labels[~held_out], classes, LINEAR_RATES, epochs, standardizer)

@@ -129,12 +129,10 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "packages": {**{name: version(name) for name in PACKAGES}, "nvidia-dali": nvidia.dali.__version__},
-        "machine": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
+        "machine": platform.machine(), "cores": len(os.sched_getaffinity(0)),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "commit": commit(),
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
-    }
+        "commit": commit(), "command": shlex.join(["python", *sys.orig_argv[1:]]),
+    }  # fmt: skip
 
 
 def commit() -> str | None:

@@ -51,32 +51,17 @@ REMEDY = "Run the training command again: it writes the file again"
 
 def write_summary(trainer: "Trainer", probe: "OnlineEvaluation", device: str) -> dict[str, Any]:
     """Write summary.json with the latest scores of `probe`, and return its content. Percentages are 0..100."""
-    config, state = trainer.config, trainer.state
+    state = trainer.state
     summary = {
-        "run_name": config.logging.run_name,
-        "finished": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        "device": device,
-        "train_s": state.train_s,
-        "steps": state.step,
-        "images": state.images,
-        "images_per_s": state.images / state.train_s,
-        "data_wait_percent": 100 * state.wait_s / state.train_s,
-        "loss_first": state.loss_first,
-        "loss_last": state.loss_last,
-        "rankme": probe.rankme,
-        "width": trainer.model.encoder.width,
-        "placement": probe.placement or None,
-        "measured_on": probe.measured_on,
-        "validation_images": probe.num_validation,
-        "knn": probe.scores,
-        "mixtures": probe.mixtures or None,
-        "one_label": probe.one_label,
-        "linear": probe.linear,
-        "bad_samples": state.bad_samples,
-        "skipped_steps": state.skipped_steps,
-        "collapse_alarms": state.alarms,
-        "collapsed": state.collapsed,
-    }
+        "run_name": trainer.config.logging.run_name, "finished": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "device": device, "train_s": state.train_s, "steps": state.step, "images": state.images,
+        "images_per_s": state.images / state.train_s, "data_wait_percent": 100 * state.wait_s / state.train_s,
+        "loss_first": state.loss_first, "loss_last": state.loss_last, "rankme": probe.rankme,
+        "width": trainer.model.encoder.width, "placement": probe.placement or None, "measured_on": probe.measured_on,
+        "validation_images": probe.num_validation, "knn": probe.scores, "mixtures": probe.mixtures or None,
+        "one_label": probe.one_label, "linear": probe.linear, "bad_samples": state.bad_samples,
+        "skipped_steps": state.skipped_steps, "collapse_alarms": state.alarms, "collapsed": state.collapsed,
+    }  # fmt: skip
     write_atomic(trainer.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
