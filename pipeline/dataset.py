@@ -109,9 +109,7 @@ def centre_crop_dataset(
 
 def resolve_device(device: str) -> str:
     """Return `gpu` or `cpu`; `auto` is `gpu` if torch sees a CUDA GPU."""
-    if device != "auto":
-        return device
-    return "gpu" if torch.cuda.is_available() else "cpu"
+    return device if device != "auto" else "gpu" if torch.cuda.is_available() else "cpu"
 
 
 def own_cores() -> int:

@@ -23,8 +23,7 @@ def random_words(seed: int, epoch: int, counter: tuple[int, int], stream: int, c
     They begin at block `counter[0]` of lane `counter[1]`; one block is four words. Only the raw words are used: numpy keeps them
     stable across releases, unlike its samplers.
     """
-    bits = np.random.Philox(key=[seed, epoch], counter=[counter[0], counter[1], 0, stream])
-    return bits.random_raw(count)
+    return np.random.Philox(key=[seed, epoch], counter=[*counter, 0, stream]).random_raw(count)
 
 
 def permutation(seed: int, epoch: int, lane: int, size: int) -> np.ndarray:

@@ -154,11 +154,14 @@ def build_model(config: Config, device: torch.device) -> HJEPA:
     if loss.prediction_weight > 0:
         shape = (settings.predictor_width, settings.predictor_depth, settings.predictor_heads)
         predictor = Predictor(encoder.width, *shape, len(levels))
+    weights = LossWeights(
+        loss.prediction_weight, loss.summary_weight, loss.view_weight, loss.sigreg_weight, loss.anchor_weight,
+        loss.colour_weight,
+    )  # fmt: skip
     return HJEPA(
         encoder, predictor, levels, num_global_crops=config.data.crop_counts[0],
-        global_crop_size=config.data.multicrop.global_crop_size,
-        weights=LossWeights(**{name.removesuffix("_weight"): weight for name, weight in loss if name.endswith("_weight")}),
-        **settings.model_dump(include={"projector_hidden", "projector_dim", "grad_checkpointing"}),
+        global_crop_size=config.data.multicrop.global_crop_size, projector_hidden=settings.projector_hidden,
+        projector_dim=settings.projector_dim, weights=weights, grad_checkpointing=settings.grad_checkpointing,
     ).to(device)  # fmt: skip
 
 

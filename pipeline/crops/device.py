@@ -60,16 +60,15 @@ def choose_crop_device(sizes: tuple[int, ...], device_id: int) -> tuple[str, str
 
     Raises torch.OutOfMemoryError.
     """
+    works, instead = "cpu", "crops are made on the cpu, not on the gpu"
     try:
         check_decoder(f"gpu:{device_id}")
-    except DeviceError as error:
-        return "cpu", f"crops are made on the cpu, not on the gpu: {error}"
-    with notify_after(3, "compiling the crops for this processor: some seconds"):
-        from pipeline.crops.fused import load_kernel, self_check  # here, because only this choice needs the compiler
-    try:
+        works, instead = "dali", "crops are made by DALI's operators, not by the project's kernel"
+        with notify_after(3, "compiling the crops for this processor: some seconds"):
+            from pipeline.crops.fused import load_kernel, self_check  # here, because only this choice needs the compiler
         self_check(sizes, load_kernel(device_id))
     except DeviceError as error:
-        return "dali", f"crops are made by DALI's operators, not by the project's kernel: {error}"
+        return works, f"{instead}: {error}"
     return "gpu", ""
 
 

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,8 +27,7 @@ from pipeline.text import notify_after
 if TYPE_CHECKING:
     from nvidia.dali.types import DataNode
 
-DEVICES: tuple[Literal["gpu", "cpu"], ...] = ("gpu", "cpu")
-CROP_DEVICES: tuple[Literal["gpu", "dali", "cpu"], ...] = ("gpu", "dali", "cpu")  # the best first
+DEVICES, CROP_DEVICES = ("gpu", "cpu"), ("gpu", "dali", "cpu")  # the best first
 SOLARIZE_TABLE = [value if value < augment.SOLARIZE_THRESHOLD else 255 - value for value in range(256)]
 
 # A pipeline shuts down by joining its threads, and a fork copies none: a child that collects an inherited one would wait forever.

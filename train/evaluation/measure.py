@@ -22,8 +22,6 @@ STD_EPS = 1e-3  # added to the standard deviation, so that constant features sta
 CHUNK_ROWS = 8192  # standardized at once
 PROGRESS_EVERY_S = 5.0
 
-Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
-"""Inputs of classifier heads, and their labels `[n] int64` on the same device."""
 
 log = logging.getLogger(__name__)
 
@@ -167,29 +165,19 @@ class Standardizer:
         """`[n, D]` of any floating type on any device `-> [n, D] float32`."""
         return (rows.to(self._mean.device).float() - self._mean) / self._std
 
-    def batches(self, rows: torch.Tensor, labels: torch.Tensor) -> Batches:
-        """Yield all rows in order, standardized, for `accuracies`."""
-        for part, truth in zip(rows.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True):
-            yield self(part), truth.to(self._mean.device)
-
-    def shuffled(self, rows: torch.Tensor, labels: torch.Tensor, epochs: int) -> Batches:
-        """Yield the batches of several epochs, always in the same random order, for `linear_heads`."""
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(epochs):
-            for batch in torch.randperm(len(rows), generator=generator).split(LINEAR_BATCH):
-                yield self(rows[batch]), labels[batch].to(self._mean.device)
-
 
 @torch.inference_mode()
-def accuracies(heads: Iterable[Callable[[torch.Tensor], torch.Tensor]], batches: Batches) -> list[float]:
-    """Return each head's percentage of correct labels."""
+def accuracies(
+    heads: Iterable[Callable[[torch.Tensor], torch.Tensor]], standardizer: Standardizer, rows: torch.Tensor, labels: torch.Tensor
+) -> list[float]:
+    """Return the percentage of `rows`, `[n, D]`, to which each head gives their labels, `[n] int64`."""
     heads = list(heads)
-    correct, count = [0] * len(heads), 0
-    for inputs, labels in batches:
-        count += len(labels)
+    correct = [0] * len(heads)
+    for part, truth in zip(rows.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True):
+        inputs = standardizer(part)
         for number, head in enumerate(heads):
-            correct[number] += int((head(inputs).argmax(dim=1) == labels).sum())
-    return [100.0 * hits / max(count, 1) for hits in correct]
+            correct[number] += int((head(inputs).argmax(dim=1) == truth.to(inputs.device)).sum())
+    return [100.0 * hits / max(len(rows), 1) for hits in correct]
 
 
 def is_held_out(positions: torch.Tensor) -> torch.Tensor:
@@ -203,7 +191,7 @@ def linear_heads(
 ) -> nn.ModuleList:  # fmt: skip
     """Return a linear classifier of `[n, D]` features per learning rate, trained from zero weights by SGD with momentum 0.9.
 
-    All see the same batches; each rate falls to 0 along half a cosine.
+    All see the same batches, always in the same random order; each rate falls to 0 along half a cosine.
     """
     width, device = features.shape[1], standardizer(features[:1]).device
     heads = nn.ModuleList(nn.utils.skip_init(nn.Linear, width, classes, device=device) for _ in rates)
@@ -211,8 +199,10 @@ def linear_heads(
         nn.init.zeros_(parameter)  # draws no random numbers, so that measuring does not disturb a training run
     groups = [{"params": list(head.parameters()), "lr": rate} for head, rate in zip(heads, rates, strict=True)]
     optimizer, progress = torch.optim.SGD(groups, momentum=0.9), Every(PROGRESS_EVERY_S)
-    steps = epochs * -(-len(features) // LINEAR_BATCH)
-    for step, (inputs, truth) in enumerate(standardizer.shuffled(features, labels, epochs)):
+    steps, generator = epochs * -(-len(features) // LINEAR_BATCH), torch.Generator().manual_seed(0)
+    orders = (torch.randperm(len(features), generator=generator) for _ in range(epochs))
+    for step, batch in enumerate(rows for order in orders for rows in order.split(LINEAR_BATCH)):
+        inputs, truth = standardizer(features[batch]), labels[batch].to(device)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = cosine(rate, 0.0, step / steps)
         optimizer.zero_grad(set_to_none=True)
@@ -230,7 +220,7 @@ def linear_probe(train: Features, test: Features, names: Sequence[str], epochs: 
     for name in names:
         values, standardizer = train.values[name], Standardizer(train.values[name], device)
         heads = linear_heads(values[~held_out], train.labels[~held_out], classes, LINEAR_RATES, epochs, standardizer)
-        validation = accuracies(heads, standardizer.batches(values[held_out], train.labels[held_out]))
-        scores = accuracies(heads, standardizer.batches(test.values[name], test.labels))
+        validation = accuracies(heads, standardizer, values[held_out], train.labels[held_out])
+        scores = accuracies(heads, standardizer, test.values[name], test.labels)
         trials += zip(validation, scores, (f"{name}, lr {rate:g}" for rate in LINEAR_RATES), strict=True)
     return max(trials, key=lambda trial: trial[0])[1:]

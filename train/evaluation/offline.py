@@ -133,23 +133,18 @@ def evaluate(checkpoint: Path, config: Config, probes: Sequence[str]) -> dict[st
     elif problems.unknown:
         log.warning(problems.unknown)
     log.info(f"measuring {len(train):,} + {len(val):,} images ...")
-    extractors = {
-        "pixels": pixels,
-        "colour_histogram": colour_histogram,
-        **{name: encoder_features(encoder, model.levels) for name, encoder in encoders.items()},
-    }
+    extractors: dict[str, Extractor] = {"pixels": pixels, "colour_histogram": colour_histogram}
+    extractors |= {name: encoder_features(encoder, model.levels) for name, encoder in encoders.items()}
     ks = ([k for k in KNN_KS if k <= len(train)] or [len(train)]) if "knn" in probes else ()
     epochs = (config.evaluation.linear_epochs or LINEAR_EPOCHS) if "linear" in probes else 0
     measured = measure(loaders, extractors, device, ks=ks, linear_epochs=epochs) if ks or epochs else {}
     figures = [figure for probe in probes for name in measured for figure in pooled_figures(probe, name, measured[name])]
     figures += placement_figures(Placement(config, val), encoders, model.levels)
     return {
-        "checkpoint": str(checkpoint),
-        "step": checkpoint_step(checkpoint),
-        "data": [str(train.folder), str(val.folder)],
-        "images": [len(train), len(val)],
+        "checkpoint": str(checkpoint), "step": checkpoint_step(checkpoint),
+        "data": [str(train.folder), str(val.folder)], "images": [len(train), len(val)],
         "figures": [dict(zip(("probe", "features", "setting", "accuracy"), figure, strict=True)) for figure in figures],
-    }
+    }  # fmt: skip
 
 
 def pooled_figures(probe: str, name: str, scores: Scores) -> Iterator[Figure]:

@@ -1,8 +1,7 @@
 """Progress of a command, as a live bar in a terminal and as plain lines elsewhere."""
 
 import time
-from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -30,9 +29,8 @@ class ProgressDisplay:
         columns: list[ProgressColumn] = [MofNCompleteColumn(), details, TextColumn("ETA"), TimeRemainingColumn()]
         if console.width >= MIN_WIDTH_FOR_BAR:
             columns = [TextColumn("[bold]{task.description}"), BarColumn(), *columns]
-        is_plain = not console.is_terminal
-        self._progress = Progress(*columns, console=console, refresh_per_second=4, transient=transient, expand=True,
-                                  disable=is_plain)  # fmt: skip
+        settings: dict[str, Any] = {"refresh_per_second": 4, "transient": transient, "disable": not console.is_terminal}
+        self._progress = Progress(*columns, console=console, expand=True, **settings)
         self._task = self._progress.add_task(name, total=total, completed=start, details="")
 
     def show(self, done: int, details: str) -> None:
@@ -44,15 +42,14 @@ class ProgressDisplay:
         if is_last or now - self._plain_at >= PLAIN_EVERY_S:
             self._plain_at, self._printed = now, done
             task = self._progress.tasks[0]
-            eta = TimeRemainingColumn().render(task)
-            line = f"{task.description}: {self._unit} {done}/{self._total} · {details} · ETA {eta}"
+            line = f"{task.description}: {self._unit} {done}/{self._total} · {details} · ETA {TimeRemainingColumn().render(task)}"
             self._console.print(line, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
         self._progress.start()
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
 

@@ -49,9 +49,9 @@ class MetricsLog:
         self._folder, self._writer, self._failed = folder, None, False
         _drop_lines_after(folder / "metrics.jsonl", start_step)
         self._file = open_append(folder / "metrics.jsonl")
-        self._previous_hook, self._warning = threading.excepthook, threading.Lock()
+        self._previous_hook = threading.excepthook
         if tensorboard:
-            threading.excepthook = self._on_thread_error  # TensorBoard writes in a background thread
+            threading.excepthook = self._on_thread_error
             from torch.utils.tensorboard import SummaryWriter  # takes half a second to import
 
             with self._errors_logged():
@@ -75,24 +75,18 @@ class MetricsLog:
                 self._writer.add_image(path.stem, np.asarray(sheet), step, dataformats="HWC")
 
     def _on_thread_error(self, failure: threading.ExceptHookArgs) -> None:
-        if isinstance(failure.exc_value, OSError):
-            self._warn_once(failure.exc_value)
-        else:
+        # What stops the thread in which TensorBoard writes, the next write or the end raises again, where it is logged.
+        if "tensorboard" not in type(failure.thread).__module__ or not isinstance(failure.exc_value, OSError):
             self._previous_hook(failure)
-
-    def _warn_once(self, error: OSError) -> None:
-        with self._warning:  # who comes second, from a thread or not, returns when the message is out
-            if self._failed:
-                return
-            self._failed = True
-            log.warning(f"{self._folder}: the log cannot be written ({error}); training continues")
 
     @contextmanager
     def _errors_logged(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            self._warn_once(error)
+            if not self._failed:
+                log.warning(f"{self._folder}: the log cannot be written ({error}); training continues")
+            self._failed = True
 
     def close(self) -> None:
         for output in (self._file, self._writer):

@@ -84,7 +84,9 @@ def draw_run(
         if i < NUM_MASKED and plan.context.shape[-1] < model.grid**2:
             tiles = [mask_tiles(views, plan, i, g, model.grid, masks.strides) for g in globals_]
             pictures["masks"] += [[text_line(name)], *tiles]
-    pictures["features"] = feature_rows(views, feature_colours(model.target, batch.crops[0]), names)
+    crops = [tile(to_picture(views.pixels(0, i)), name, GLOBAL_SIDE) for i, name in enumerate(names)]
+    colours = feature_colours(model.target, batch.crops[0])
+    pictures["features"] = [crops, [tile(to_picture(colour), "its features", GLOBAL_SIDE) for colour in colours]]
     pictures["neighbours"] = [neighbour_tiles(row) for row in neighbours]
     paths = {name: folder / "figures" / f"{name}.png" for name in pictures}
     for name, tiles in pictures.items():
@@ -152,12 +154,6 @@ def _cells(chosen: torch.Tensor, grid: int, stride: int, size: int) -> np.ndarra
     cells[chosen.cpu()] = True
     patch = size // grid
     return np.kron(cells.view(side, side).numpy(), np.ones((stride * patch,) * 2, dtype=bool))[:size, :size, None]
-
-
-def feature_rows(views: Views, colours: np.ndarray, names: Sequence[str]) -> list[list[Image.Image]]:
-    """Return the first global crop of each image, and below them their tokens' features as colours, `[n, g, g, 3]`."""
-    crops = [tile(to_picture(views.pixels(0, i)), name, GLOBAL_SIDE) for i, name in enumerate(names)]
-    return [crops, [tile(to_picture(colour), "its features", GLOBAL_SIDE) for colour in colours]]
 
 
 def feature_colours(encoder: MultiCropEncoder, crops: torch.Tensor) -> np.ndarray:

@@ -222,10 +222,8 @@ def _elements(tag: str, texts: Iterable[str]) -> str:
 
 def stop_setting(config: Config, steps: int) -> str:
     """Return the setting that ends a run after so many steps, with its value."""
-    training = config.training
-    if training.max_steps is not None and steps >= training.max_steps:
-        return f"training.max_steps, now {training.max_steps}"
-    return f"training.epochs, now {training.epochs}"
+    limit, epochs = config.training.max_steps, config.training.epochs
+    return f"training.epochs, now {epochs}" if limit is None or steps < limit else f"training.max_steps, now {limit}"
 
 
 def forgetting(config: Config, knn: dict[str, float] | None) -> str | None:

@@ -72,7 +72,7 @@ def test_the_linear_probe_reaches_scikit_learns_accuracy_and_prefers_features_th
 def test_accuracies_count_every_row_once() -> None:
     rows, labels = torch.eye(3).repeat(4000, 1), torch.arange(3).repeat(4000)
     heads = [nn.Identity(), lambda inputs: inputs[:, [0, 2, 1]]]
-    assert accuracies(heads, Standardizer(rows, CPU).batches(rows, labels)) == [100, 100 / 3]
+    assert accuracies(heads, Standardizer(rows, CPU), rows, labels) == [100, 100 / 3]
 
 
 @pytest.fixture(autouse=True)
