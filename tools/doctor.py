@@ -15,7 +15,6 @@ from pathlib import Path
 from pipeline.text import printable, say
 from tools.checks import machine, packages
 from tools.checks.check import Case, Check, examine
-from tools.checks.data import check_shards
 from train.command import SETTING, CommandParser, path_argument, place_argument, run_command, write_json
 from train.config.load import load_config
 
@@ -29,7 +28,7 @@ CHECKS: dict[str, Check] = {
     "cores and threads": machine.check_cores,
     "GPUs": machine.check_gpus,
     "decoder": machine.check_decoder,
-    "shards": check_shards,
+    "shards": machine.check_shards,
 }
 STATUSES = {"ok": "ok", "warn": "with a warning", "fail": "failed", "skip": "skipped, for the reasons above"}
 

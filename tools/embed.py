@@ -44,7 +44,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def embed(args: argparse.Namespace) -> None:
     show_messages()
-    folders = shard_folders(args.source, args.cache)
+    try:
+        folders = split_folders(args.source)
+    except (FileNotFoundError, NotADirectoryError):  # no shards
+        folders = split_folders(converted(args.source, args.cache))
     print(LOADING, file=sys.stderr)
     from tools.embedding.encode import ImageEncoder, encode
     from tools.embedding.search import show_duplicates, show_neighbours, show_predictions
@@ -60,14 +63,6 @@ def embed(args: argparse.Namespace) -> None:
         show_neighbours(args.out, features, args.neighbours, encoder)
     if args.few_labels:
         show_predictions(args.out, features, args.few_labels)
-
-
-def shard_folders(source: Path, cache: Path) -> list[Path]:
-    """Return the folders of shards in `source`, or of those made from it."""
-    try:
-        return split_folders(source)
-    except (FileNotFoundError, NotADirectoryError):
-        return split_folders(converted(source, cache))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.files import write_atomic
 from pipeline.shards.manifest import read_as_expected, read_object
@@ -22,9 +22,6 @@ from train.config.schema import Config
 from train.output.display import LOADING
 from train.output.report import read_summary, summary_rows
 
-if TYPE_CHECKING:
-    from model.encoder import MultiCropEncoder
-
 # The hub's names, first the one that is suggested; any other is a name of its `other`.
 LICENCES = ("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "openrail", "other")
 REMEDY = "Run the command that wrote it again"
@@ -33,11 +30,11 @@ FILES = {WEIGHTS, SETTINGS, README, "model.onnx", "model.onnx.data", "transforme
 CARD = Path(__file__).parent / "exporting" / "card"
 
 
-def timm_settings(encoder: "MultiCropEncoder", config: Config) -> dict[str, Any]:
-    """Return what timm needs to build the encoder and to prepare an image as the evaluation does."""
+def timm_settings(width: int, config: Config) -> dict[str, Any]:
+    """Return what timm needs to build an encoder of this width and to prepare an image as the evaluation does."""
     size, pixels = config.data.multicrop.global_crop_size, config.data.augmentation
     return {
-        "architecture": config.model.encoder.partition(".")[0], "num_classes": 0, "num_features": encoder.width,
+        "architecture": config.model.encoder.partition(".")[0], "num_classes": 0, "num_features": width,
         "global_pool": "avg",  # as in every evaluation
         "model_args": {**config.model.encoder_kwargs, "global_pool": "avg"},
         "pretrained_cfg": {
@@ -108,7 +105,7 @@ def export(args: argparse.Namespace) -> None:
     card = model_card(config, checkpoint, licence, args)
     model = build_model(config, torch.device("cpu"))
     load_trained(checkpoint, model)
-    settings = timm_settings(model.target, config)
+    settings = timm_settings(model.target.width, config)
     state = {name: value.contiguous() for name, value in model.target.vit.state_dict().items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:

@@ -46,7 +46,13 @@ def run_benchmark(options: argparse.Namespace) -> dict[str, Any]:
     device = "gpu" if torch_device(options.device).type == "cuda" else "cpu"
     parts, started = choose("--parts", options.parts, PARTS), options.started
     limit_s = 60 * (options.minutes or (MINUTES_OF_PARTS if options.parts else MINUTES))
-    where, results = describe_machine(device), list[Result]()
+    results, cores = list[Result](), f"{len(os.sched_getaffinity(0))} CPU cores"
+    if device == "gpu":
+        gpu = torch.cuda.get_device_properties(0)
+        machine = f"{gpu.name} {gpu.total_memory / 2**30:.0f} GiB, driver {driver_version()}, {cores}"
+    else:
+        machine = f"{cores}, a rehearsal"
+    where = f"{machine}, torch {torch.__version__}, DALI {nvidia.dali.__version__}, {time.strftime('%Y-%m-%d')}"
     planned = [measurement for measurement in plan(device) if measurement.part in parts]
     needs = ", ".join(f"{part} {sum(each.needs_s for each in plan('gpu') if each.part == part):.0f}" for part in parts)
     print(f"on a GPU, within {limit_s:.0f} s, each part needs so many: {needs}", flush=True)
@@ -64,15 +70,6 @@ def run_benchmark(options: argparse.Namespace) -> dict[str, Any]:
     print(f"\n{where}; `python tools/bench.py gpu`\n")
     print(table(["part", "", "figures"], ((result.part, result.name, result.text) for result in results), left=3))
     return figures
-
-
-def describe_machine(device: str) -> str:
-    machine = f"{len(os.sched_getaffinity(0))} CPU cores"
-    if device == "gpu":
-        gpu = torch.cuda.get_device_properties(0)
-        machine = f"{gpu.name} {gpu.total_memory / 2**30:.0f} GiB, driver {driver_version()}, {machine}"
-    versions = f"torch {torch.__version__}, DALI {nvidia.dali.__version__}"
-    return f"{machine}{', a rehearsal' if device == 'cpu' else ''}, {versions}, {time.strftime('%Y-%m-%d')}"
 
 
 def run_limited(name: str, measure: Measurement, case: GpuCase, limit_s: float) -> list[Result]:

@@ -1,8 +1,9 @@
-"""Checks of the machine: shared memory, run folder, cores, GPUs and their driver, decoder and communication."""
+"""Checks of the machine and its data: shared memory, run folder, cores, GPUs and their driver, decoder, shards."""
 
 import ctypes
 import io
 import os
+import random
 import re
 import shutil
 from contextlib import suppress
@@ -13,7 +14,9 @@ from PIL import Image
 
 from pipeline.files import write_atomic
 from pipeline.memory import memory_limit
-from tools.checks.check import GIB, INSTALL, Case, Finding, fail, ok, skip, warn
+from pipeline.shards.copied import is_remote
+from pipeline.shards.index import open_index, split_folder
+from tools.checks.check import GIB, INSTALL, Case, Finding, fail, failure, ok, skip, warn
 from tools.checks.packages import FLAVOURS, installed_dalis
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -22,6 +25,7 @@ MAX_CPU_PARAMETERS = 15e6  # of an encoder; a ViT-S has 22 M
 MIN_SHARED, MIN_DISK, AMPLE_DISK = 1 * GIB, 1 * GIB, 10 * GIB
 DRIVER = Path("/proc/driver/nvidia/version")
 MIN_DRIVER = {12: (525, 60), 13: (580, 65)}  # by CUDA's major version, for Linux: the table of CUDA's release notes
+SAMPLED_IMAGES = 32
 MAX_DIFFERENCE = 4.0  # mean difference to Pillow, of 255: two JPEG decoders round differently
 VIDEO_LIBRARY = "libnvcuvid.so.1"  # comes with the capability `video` of NVIDIA's container toolkit
 VIDEO_FIX = "docker run --env NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"
@@ -127,3 +131,25 @@ def check_decoder(case: Case) -> Finding:
     except OSError:
         return warn(f"{text}; the driver's {VIDEO_LIBRARY} is missing, so no JPEG engine can be used", VIDEO_FIX)
     return ok(text)
+
+
+def check_shards(case: Case) -> Finding:
+    """Open the training split, and decode some of its images with the training's decoder, on the CPU."""
+    from pipeline.crops.device import find_faults
+
+    if case.data is None:
+        return skip("neither a CONFIG nor --data names shards")
+    if is_remote(case.data):
+        return skip(f"{case.data}: shards in a store are copied and checked when training starts")
+    verify = f"python tools/make_shards.py verify {case.data}"
+    try:
+        index = open_index(split_folder(case.config.data.dataset if case.config else "custom", case.data, "train"))
+        rows = random.sample(range(len(index)), min(SAMPLED_IMAGES, len(index)))
+        faults = find_faults(index, rows, "cpu")
+    except (OSError, RuntimeError, ValueError) as error:
+        return failure(error, verify)
+    if faults:
+        row, fault = next(iter(faults.items()))
+        text = f"{len(faults)} of {len(rows)}: {index.describe(row)}: {fault}"
+        return fail(text, f"copy the shard again, or convert again; all shards: {verify}")
+    return ok(f"{index.folder}: {len(index):,} images in {len(index.shards)} shards; {len(rows)} of them decoded")

@@ -78,7 +78,7 @@ class ImageEncoder:
             checkpoint, config = find_checkpoint(path)
             model = build_model(config, torch.device("cpu"))
             load_trained(checkpoint, model)
-            vit, settings = model.target.vit, timm_settings(model.target, config)["pretrained_cfg"]
+            vit, settings = model.target.vit, timm_settings(model.target.width, config)["pretrained_cfg"]
         self.device = torch.device("cuda" if self.kind == "gpu" else "cpu")
         self.model = FeaturesAndTokens(vit).eval().to(self.device)
         self.size, self.crop_ratio = int(settings["input_size"][-1]), float(settings["crop_pct"])

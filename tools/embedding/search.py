@@ -41,12 +41,6 @@ def duplicate_groups(vectors: np.ndarray, threshold: float) -> list[tuple[list[i
     return sorted(found, key=lambda pair: -pair[1])
 
 
-def nearest_rows(vectors: np.ndarray, query: np.ndarray, count: int) -> list[tuple[int, float]]:
-    """Return the rows of `vectors` `[N, D]` nearest to `query` `[D]`, with their cosine similarities."""
-    similarity, rows = nearest_neighbours(torch.from_numpy(vectors), torch.from_numpy(query[None]), count, CPU)
-    return list(zip(rows[0].tolist(), similarity[0].tolist(), strict=True))
-
-
 def find_row(names: np.ndarray, wanted: str) -> int:
     """Return the row of a file, named in full or by a unique end of its path. Raises ValueError for one that is not there."""
     found = [row for row, name in enumerate(names.tolist()) if name == wanted or name.endswith(f"/{wanted}")]
@@ -80,18 +74,19 @@ def show_duplicates(out: Path, features: Embeddings, threshold: float) -> None:
 
 
 def show_neighbours(out: Path, features: Embeddings, queries: Sequence[str], encoder: ImageEncoder) -> None:
-    rows = []
+    rows, vectors = [], torch.from_numpy(features.vectors)
     with tempfile.TemporaryDirectory() as scratch:
         for number, query in enumerate(queries):
             if Path(query).is_file():
                 asked, place = embed_file(encoder, Path(query), Path(scratch) / str(number)), 0
             else:
                 asked, place = features, find_row(features.names, query)
-            nearest = nearest_rows(features.vectors, asked.vectors[place], NUM_NEAREST + 1)
+            similar, near = nearest_neighbours(vectors, torch.from_numpy(asked.vectors[[place]]), NUM_NEAREST + 1, CPU)
+            nearest = zip(near[0].tolist(), similar[0].tolist(), strict=True)
             found = [(row, value) for row, value in nearest if asked is not features or row != place][:NUM_NEAREST]
             print(f"{query}: {', '.join(f'{features.names[row]} {value:.3f}' for row, value in found)}")
-            near = [picture(features, row, f"{features.names[row]} {value:.3f}") for row, value in found]
-            rows.append(("", [picture(asked, place, query), *near]))
+            others = [picture(features, row, f"{features.names[row]} {value:.3f}") for row, value in found]
+            rows.append(("", [picture(asked, place, query), *others]))
     write_page(out.with_suffix(".neighbours.html"), "Nearest images", "The query is first.", rows)
 
 
