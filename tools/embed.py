@@ -12,7 +12,7 @@ from pathlib import Path
 from pipeline.shards.converted import CACHE, converted
 from pipeline.text import plural
 from tools.shards.verify import split_folders
-from train.command import CommandParser, device_argument, path_argument, run_command, show_messages
+from train.command import CommandParser, count_argument, device_argument, path_argument, run_command, show_messages
 from train.output.display import LOADING
 
 FORMATS = (".npz", ".parquet")
@@ -26,7 +26,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=path_argument, default=Path("features.npz"), help=f"The file to write, .npz or .parquet. {default}")
     add("--tokens", action="store_true", help="Write the vectors of all patches too (float16).")
     add("--cache", type=path_argument, default=CACHE, metavar="DIR", help=f"Where converted images are kept. {default}")
-    add("--batch-size", type=int, default=64, metavar="N", help=f"Images at a time. {default}")
+    add("--batch-size", type=count_argument, default=64, metavar="N", help=f"Images at a time. {default}")
     add("--device", type=device_argument, choices=("auto", "cpu", "gpu"), default="auto", help=f"Where to compute. {default}")
     add = parser.add_argument_group("questions").add_argument
     add("--duplicates", type=float, nargs="?", const=0.98, metavar="SIMILARITY",
@@ -37,8 +37,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.out.suffix not in FORMATS:
         parser.error(f"--out {args.out}: ends with {' or '.join(FORMATS)}")
-    if args.batch_size < 1:
-        parser.error(f"--batch-size {args.batch_size}: must be at least 1")
     return args
 
 

@@ -20,7 +20,7 @@ from tools.shards.layouts.source import LAYOUTS, open_source
 from tools.shards.photographs import NUM_SHARDS, photograph_source
 from tools.shards.verify import index_split, remarks, split_folders, verify_split
 from tools.shards.writer import RECORD_FOLDER, Conversion
-from train.command import BAD_INPUT, CommandParser, path_argument, run_command, show_messages
+from train.command import BAD_INPUT, CommandParser, count_argument, path_argument, run_command, show_messages
 
 WORKER_BYTES = 1 << 29  # of memory, for each process that decodes images
 
@@ -57,7 +57,7 @@ def add_convert(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", type=path_argument, help=text)
     add = command.add_argument_group("output").add_argument
     add("--out", type=path_argument, required=True, help="Output folder; shards go to OUT/SPLIT.")
-    add("--num-shards", type=positive, default=0, help="Number of shards (default: of 256 MiB or 10,000 images each).")
+    add("--num-shards", type=count_argument, default=0, help="Number of shards (default: of 256 MiB or 10,000 images each).")
     add("--seed", type=int, default=Conversion.seed, help=f"Seed of the shuffle {default}.")
     add = command.add_argument_group("input").add_argument
     add("--split", choices=("train", "val"), default="train", help=f"The split to convert {default}.")
@@ -67,11 +67,11 @@ def add_convert(command: argparse.ArgumentParser) -> None:
     labels.add_argument("--labels", type=path_argument, metavar="FILE", help="Take labels from lines name,label of a csv or txt.")
     labels.add_argument("--no-labels", action="store_true", help="Leave all labels out.")
     add = command.add_argument_group("images").add_argument
-    add("--resize", type=positive, default=0, metavar="PIXELS", help="Reduce the shorter side to this; never enlarge.")
+    add("--resize", type=count_argument, default=0, metavar="PIXELS", help="Reduce the shorter side to this; never enlarge.")
     add("--quality", type=int, choices=range(1, 101), metavar="1..100",
         help=f"Quality of resized JPEGs (default: {ImagePolicy.quality}).")  # fmt: skip
     add("--verify", choices=("header", "full"), default=ImagePolicy.verify, help=f"How far each image is decoded {default}.")
-    add("--max-pixels", type=positive, default=ImagePolicy.max_pixels, help=f"Reject larger images {default}.")
+    add("--max-pixels", type=count_argument, default=ImagePolicy.max_pixels, help=f"Reject larger images {default}.")
     add("--max-bad-fraction", type=float, default=Conversion.max_bad_fraction,
         help=f"Stop when a larger share of the images is rejected {default}.")  # fmt: skip
     add_workers(command)
@@ -80,13 +80,7 @@ def add_convert(command: argparse.ArgumentParser) -> None:
 def add_workers(command: argparse.ArgumentParser) -> None:
     workers = max(1, min(len(os.sched_getaffinity(0)), memory_limit() // WORKER_BYTES))
     text = "Number of processes (default: one per core, fewer where memory is short: %(default)s here)."
-    command.add_argument("--workers", type=positive, default=workers, help=text)
-
-
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+    command.add_argument("--workers", type=count_argument, default=workers, help=text)
 
 
 def run_convert(parsed: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.text import printable, say
-from train.command import SETTING, CommandParser, path_argument, run_command, show_messages, write_json
+from train.command import SETTING, CommandParser, count_argument, path_argument, run_command, show_messages, write_json
 from train.config.load import load_config
 from train.output.display import LOADING
 from train.output.log import read_metrics
@@ -32,16 +32,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("path", type=path_argument, metavar="CONFIG|RUN", help="The YAML file of a run, or its folder.")
     add("overrides", nargs="*", metavar=SETTING, help="Settings that replace those of the file.")
     add("--step", type=int, default=1, metavar="N", help=f"The step, counted from 1 as in metrics.jsonl. {default}")
-    add("--count", type=int, default=2, metavar="K", help=f"The number of images to draw. {default}")
+    add("--count", type=count_argument, default=2, metavar="K", help=f"The number of images to draw. {default}")
     add("--exact", action="store_true", help="Of a run: take the steps since the last checkpoint again.")
-    add("--world-size", type=int, metavar="N", help="The number of ranks. By default that of the run's checkpoints, or 1.")
+    add("--world-size", type=count_argument, metavar="N", help="The number of ranks. By default that of the checkpoints, or 1.")
     add("--out", type=path_argument, default=Path("preview.png"), metavar="PNG", help=f"The picture to write. {default}")
     parser.add_json("the losses of the step and of each of its images")
-    args = parser.parse_intermixed_args(arguments)
-    for option, value in (("--count", args.count), ("--world-size", args.world_size)):
-        if value is not None and value < 1:
-            parser.error(f"{option} {value}: must be at least 1")
-    return args
+    return parser.parse_intermixed_args(arguments)
 
 
 def preview(args: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pipeline.text import plural, say
 from tools.compare_runs import write_comparison
-from train.command import CommandParser, path_argument, run_command
+from train.command import CommandParser, count_argument, path_argument, run_command
 from train.config.load import load_config
 
 COMMAS = re.compile(r",(?![^\[{]*[\]}])")  # outside of brackets
@@ -63,12 +63,11 @@ def sweep(args: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = CommandParser(prog="sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=path_argument, help="The YAML file of the runs.")
-    parser.add_argument("settings", nargs="+", metavar="section.key=VALUE[,VALUE...]", help="Settings, some with several values.")
-    parser.add_argument("--parallel", type=int, default=1, metavar="N", help="Runs at a time. The default is %(default)s.")
+    add = parser.add_argument
+    add("config", type=path_argument, help="The YAML file of the runs.")
+    add("settings", nargs="+", metavar="section.key=VALUE[,VALUE...]", help="Settings, some with several values.")
+    add("--parallel", type=count_argument, default=1, metavar="N", help="Runs at a time. The default is %(default)s.")
     args = parser.parse_intermixed_args(arguments)
-    if args.parallel < 1:
-        parser.error(f"--parallel {args.parallel}: must be at least 1")
     return run_command("sweep", lambda: sweep(args), "interrupted; the same command continues the runs")
 
 

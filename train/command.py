@@ -92,6 +92,12 @@ def device_argument(text: str) -> str:
     return "gpu" if text == "cuda" else text
 
 
+def count_argument(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
 def place_argument(text: str) -> Path | str:
     """Return a path of the command line, expanded, or the URL of a prefix in a store."""
     try:
