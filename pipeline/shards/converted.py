@@ -31,7 +31,7 @@ def as_shards(
     resize: int | None = None,
     retry_s: float = STORE_RETRY_S,
 ) -> Path:
-    """Return `data_path`, or a folder of shards, `copied` from that store or `converted` from pictures. Raises ValueError."""
+    """Return `data_path`, or a folder of shards `copied` or `converted` from there. Raises FileNotFoundError, ValueError."""
     source, cache = Path(data_path), Path(cache or CACHE)
     try:
         if is_remote(data_path):

@@ -32,7 +32,6 @@ FORMATS = {
 EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in extensions)
 MASK_END = ".seg.png"  # of the mask beside an image: read by the dense probe, and no image itself
 
-SAMPLES_PER_PIXEL = 277  # the TIFF tag
 UNPACK = "unpack it first: `{} NAME` (images barely grow)"
 # Formats: a name, the first bytes, usual extensions, and what to do, where NAME stands for the file's name.
 Foreign = tuple[str, bytes, tuple[str, ...], str]
@@ -63,7 +62,6 @@ QUIET_EXTENSIONS = frozenset(
 )  # fmt: skip
 MAX_EXTENSION_LENGTH = 8  # a longer one is part of a name
 MAX_KINDS = 8
-HEAD_BYTES = 256
 
 
 def is_image(name: str) -> bool:
@@ -80,7 +78,7 @@ def describe_foreign(content: bytes, name: str) -> str:
             directory, file = TiffImagePlugin.ImageFileDirectory_v2(content[:8]), io.BytesIO(content)
             file.seek(directory.next)
             directory.load(file)
-            bands = directory.get(SAMPLES_PER_PIXEL, 1)
+            bands = directory.get(277, 1)  # the tag SamplesPerPixel
             return f"a TIFF of {bands} bands, write three of them" if bands > 4 else ""
         except FAULTS:
             pass  # damaged, which the caller says
@@ -88,7 +86,7 @@ def describe_foreign(content: bytes, name: str) -> str:
 
 
 def describe_file(path: Path) -> str:
-    return describe_foreign(read_bytes(path, 0, HEAD_BYTES), path.name)
+    return describe_foreign(read_bytes(path, 0, 256), path.name)
 
 
 def file_kind(name: str) -> str:

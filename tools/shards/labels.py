@@ -96,9 +96,8 @@ def _places(words: dict[int, str], names: Sequence[str]) -> dict[int, int]:
 def read_labels(path: Path, names: Sequence[str]) -> tuple[list[Label], str]:
     """Return the label of each image, UNLABELLED without a line in the file, and a note on how many there are.
 
-    A line is `name,label`, as CSV, with tabs, or with blanks as in lists of Caffe. It names its image in full, without folders
-    or without its extension; a header can name the columns. Raises ValueError where no line names an image, one names several, or
-    two give one image different labels.
+    A line is `name,label`, as CSV, with tabs, or with blanks as in lists of Caffe. It names its image in full, or without folders
+    or extension; a header can name the columns. Raises ValueError where no line names one, one names several, or labels differ.
     """
     lines = _read_lines(path)
     rows = defaultdict[str, set[int]](set)
