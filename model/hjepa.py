@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,7 @@ from model.predictor import Predictor, SummaryPredictor, summary_loss
 from model.teacher import StudentTeacher
 
 
-@dataclass(frozen=True)
-class Level:
+class Level(NamedTuple):
     """One rung of the hierarchy: the map after block `layer` (from 0), averaged over `stride x stride` tokens."""
 
     layer: int

@@ -32,10 +32,9 @@ def locked(path: Path) -> Iterator[None]:
 def exclusive(folder: Path, remedy: str, name: str = ".lock") -> Iterator[None]:
     """Be the only writer of `folder` while open. Raises ValueError naming the present one, and `remedy`; or OSError.
 
-    The lock is an flock on the file `name`, which says who holds it. The kernel drops it when its holder ends, in whatever way,
-    so none is left behind. It works between the processes of a machine; between machines, only where the file system passes
-    locks on: NFS, CephFS, GPFS and Lustre do, unless mounted with `nolock`, `local_lock` or `localflock`. On a file system
-    without locks, a warning says so and nothing is locked.
+    The lock is an flock on the file `name`, which says who holds it. The kernel drops it when its holder ends, in whatever way.
+    Between machines it works where the file system passes locks on: NFS, CephFS, GPFS and Lustre do, unless mounted with
+    `nolock`, `local_lock` or `localflock`. On a file system without locks, a warning says so and nothing is locked.
     """
     descriptor = _open(folder / name)
     try:

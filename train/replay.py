@@ -2,9 +2,8 @@
 
 import logging
 import math
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -25,8 +24,7 @@ Losses = dict[str, float]
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ReplayedImage:
+class ReplayedImage(NamedTuple):
     """An image of a step: crops, normalised, and masks as those of a batch of one, its row in the index, and its losses.
 
     `score` is the weighted sum of the losses that an image has, all but SIGReg; infinite if it is not finite.
@@ -40,8 +38,7 @@ class ReplayedImage:
     score: float
 
 
-@dataclass(frozen=True)
-class Replay:
+class Replay(NamedTuple):
     """A step taken again; `losses` and those of its images are empty if they were not computed.
 
     `weights_step`: after so many steps, the weights were as they are here.

@@ -1,10 +1,7 @@
 """The settings of every crop, and the random parameters drawn for it.
 
 Parameters are drawn by position in the epoch, so they never depend on the batch size, the rank or the number of threads.
-
-To add an operation: its settings in `Augmentation` (with their keys in `train/config/schema.py`) and in `ViewRecipe`, its
-parameters in PARAMETERS and `_draw_views`, and one step each in `cpu_operator.make_crop` and in `fused.fill_rows` with
-`kernel.cu`, whose bytes must be the same, and in `graph._dali_crop`, which must agree to within rounding.
+CONTRIBUTING.md says what a new operation needs.
 """
 
 import math

@@ -7,10 +7,9 @@ k and the learning rate. The row `limit` gives every patch its most frequent cla
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,8 +45,7 @@ Classifier = Callable[[torch.Tensor], torch.Tensor]
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class MaskedImages:
+class MaskedImages(NamedTuple):
     """Images with masks beside them. `classes`: the class of each value of a mask, `[256] uint8`."""
 
     images: Sequence[Path]

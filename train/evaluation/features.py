@@ -1,7 +1,7 @@
 """The images and labels that an evaluation uses, and frozen features of them, extracted in bounded memory."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -22,8 +22,7 @@ STORED_DTYPE = torch.float16  # half the memory of float32, at no visible cost i
 MEMORY_SHARE = 0.5  # of the free memory, for the features of one split
 
 
-@dataclass(frozen=True)
-class Features:
+class Features(NamedTuple):
     """`values`: `{name: [n, D] float16}` on the CPU; `labels`: `[n] int64`, -1 for unlabelled images."""
 
     values: dict[str, torch.Tensor]

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -26,8 +26,7 @@ PROGRESS_EVERY_S = 5.0
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Scores:
+class Scores(NamedTuple):
     """Scores of one extractor, and the features they were measured on. Accuracies are percentages of the test split.
 
     `knn`: accuracy by feature name and k, `knn["last"][20]`. `linear`: accuracy and the best setting, `last, lr 0.1`. What was
@@ -119,12 +118,8 @@ def knn_accuracies(
     Votes are weighted by exp(cosine similarity / 0.07). Where n is smaller than k, all n vote.
     """
     similarity, rows = nearest_neighbours(train, test, max(ks), device)
-    classes = num_classes(train_labels, test_labels)
-    labels, correct = train_labels.to(device)[rows], dict.fromkeys(ks, 0)
-    chunks = (part.split(TEST_CHUNK) for part in (labels, similarity, test_labels.to(device)))
-    for label, near, truth in zip(*chunks, strict=True):
-        for k in ks:
-            correct[k] += int((vote(label[:, :k], near[:, :k], classes) == truth).sum())
+    labels, truth, classes = train_labels.to(device)[rows], test_labels.to(device), num_classes(train_labels, test_labels)
+    correct = {k: int((vote(labels[:, :k], similarity[:, :k], classes) == truth).sum()) for k in ks}
     return {k: 100.0 * count / len(test) for k, count in correct.items()}
 
 
@@ -135,14 +130,16 @@ def leave_one_out_hits(features: Features, k: int, device: torch.device) -> torc
     itself = rows == torch.arange(len(rows), device=device)[:, None]
     # An image that is not among its own nearest is behind copies of itself: they vote, all but the last.
     similarity, order = similarity.masked_fill(itself, -torch.inf).sort(dim=1, descending=True)
-    chunks = (part[:, :k].split(TEST_CHUNK) for part in (labels[rows.gather(1, order)], similarity))
-    return torch.cat([vote(label, near, num_classes(labels)) for label, near in zip(*chunks, strict=True)]) == labels
+    return vote(labels[rows.gather(1, order)][:, :k], similarity[:, :k], num_classes(labels)) == labels
 
 
 def vote(labels: torch.Tensor, similarity: torch.Tensor, classes: int) -> torch.Tensor:
     """Return the class `[m] int64` that wins the vote of neighbours, `labels` and cosine `similarity` `[m, k]`."""
-    weights = torch.exp(similarity / KNN_TEMPERATURE)
-    return torch.zeros(len(labels), classes, device=labels.device).scatter_add_(1, labels, weights).argmax(dim=1)
+    winners = []
+    for label, near in zip(labels.split(TEST_CHUNK), similarity.split(TEST_CHUNK), strict=True):
+        votes = torch.zeros(len(label), classes, device=label.device)
+        winners.append(votes.scatter_add_(1, label, torch.exp(near / KNN_TEMPERATURE)).argmax(dim=1))
+    return torch.cat(winners)
 
 
 def num_classes(*labels: torch.Tensor) -> int:

@@ -1,9 +1,8 @@
 """Scores of frozen features before, during and after a run, and baselines that need no training (baselines.json)."""
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
 
 import torch
 from pydantic import BaseModel, Field
@@ -39,8 +38,7 @@ class Baselines(BaseModel, strict=True):
     knn: Annotated[dict[BaselineName, Percent], Field(min_length=3)]
 
 
-@dataclass(frozen=True)
-class Neighbours:
+class Neighbours(NamedTuple):
     """An image and its nearest others, the image first: files, labels and captions, and the others' cosine similarities.
 
     A caption has a line with the class, unless there are no labels, and one with the name of the file.
@@ -192,18 +190,15 @@ class OnlineEvaluation:
         manifest, neighbours = read_manifest(self._train.folder), []
         classes = manifest.classes if manifest else ()
         for row, others, similar in zip(rows.tolist(), nearest.tolist(), similarities.tolist(), strict=True):
-            places = [(self._val, self._row(1, row)), *((self._train, self._row(0, other)) for other in others)]
+            of_each = [(self._loaders[1], row), *((self._loaders[0], other) for other in others)]
+            # A damaged sample's row is that of its replacement.
+            places = [(loader.index, int(loader.rows_at(0, at, at + 1)[0])) for loader, at in of_each]
             labels, captions = [int(test.labels[row]), *train.labels[others].tolist()], []
             for (index, stored), label in zip(places, labels, strict=True):
                 known = [classes[label] if label < len(classes) else f"class {label}"] if label != UNLABELLED else []
                 captions.append("\n".join(map(printable, (*known, index.name(stored).rpartition("/")[2]))))
             neighbours.append(Neighbours([index.encoded(stored) for index, stored in places], labels, captions, similar))
         return neighbours
-
-    def _row(self, split: int, position: int) -> int:
-        """Return the row of the image at a position of `extract`: for a damaged sample, that of its replacement."""
-        assert self._loaders is not None
-        return int(self._loaders[split].rows_at(0, position, position + 1)[0])
 
     def _place(self, name: str) -> None:
         """Measure the placement accuracy of the target encoder, as `name`; of its levels only once it is trained."""

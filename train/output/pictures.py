@@ -2,11 +2,10 @@
 
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,8 +40,7 @@ Outline = tuple[Sequence[float], str, bool]
 """A box drawn on a picture: y0, x0, y1, x1 as fractions of its height and width, its colour, and True for a dashed line."""
 
 
-@dataclass(frozen=True)
-class Views:
+class Views(NamedTuple):
     """How the crops of a batch are drawn: names, colours and pixels. `mean` and `std` are those that normalised them."""
 
     batch: CropBatch
