@@ -156,8 +156,7 @@ def packed_attention(attention: EvaAttention, packed: Tensor, shapes: list[torch
         q, k, v = part.view(n, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k = _rotate(attention, attention.q_norm(q), rope), _rotate(attention, attention.k_norm(k), rope)
         # As timm does: the rotation can promote q and k to float32, and the fused kernels need one dtype.
-        out = F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v)
-        parts.append(out.transpose(1, 2).reshape(n * length, -1))
+        parts.append(F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v).transpose(1, 2).reshape(n * length, -1))
     return attention.proj_drop(attention.proj(attention.norm(torch.cat(parts))))
 
 

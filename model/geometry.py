@@ -43,5 +43,4 @@ def cell_centres(boxes: Tensor, flips: Tensor, grid: int, stride: int = 1) -> Te
 
 def log_cell_size(boxes: Tensor, grid: int, stride: int = 1) -> Tensor:
     """Return the natural logarithm of a cell's height and width as fractions of the source image, `[n, 2] float32`."""
-    sides = boxes[:, 2:] - boxes[:, :2]
-    return torch.log(sides * (stride / grid))
+    return torch.log((boxes[:, 2:] - boxes[:, :2]) * (stride / grid))

@@ -122,8 +122,7 @@ class HJEPA(StudentTeacher):
         (output,) = self.target([(global_crops, None)], layers=[level.layer for level in self.levels])
         maps = []
         for level, tokens in zip(self.levels, output.layers, strict=True):
-            normed = F.layer_norm(tokens.float(), tokens.shape[-1:])
-            grid = normed.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+            grid = F.layer_norm(tokens.float(), tokens.shape[-1:]).transpose(1, 2).unflatten(2, (self.grid, self.grid))
             maps.append(pool_cells(grid, level.stride).flatten(2).transpose(1, 2))
         return maps, output.tokens.float().mean(dim=1)
 

@@ -90,10 +90,7 @@ def colour_shares(crops: Tensor) -> Tensor:
 
 
 def view_loss(projections: Tensor, num_global: int) -> Tensor:
-    """Return the mean squared distance of all views to the mean of their image's globals (LeJEPA, arXiv 2511.08544, eq. 5).
-
-    `projections`: `[B, V, P]`, globals first. Returns a scalar.
-    """
+    """Return the mean squared distance of views `[B, V, P]`, globals first, to their globals' mean (arXiv 2511.08544, eq. 5)."""
     projections = projections.float()
     centre = projections[:, :num_global].mean(dim=1, keepdim=True)
     return (projections - centre).square().mean()

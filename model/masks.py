@@ -124,8 +124,7 @@ class MultiCropMaskGenerator:
         ranking = torch.argsort(covered + noise, dim=-1, descending=True)
         queried, context = ranking[..., : self.num_queries], ranking[..., tokens - self.num_context :]
         # Coarse levels query the cells that contain most of the queried tokens, so all levels ask about the same region.
-        queried_map = torch.zeros(*shape, tokens, device=self.device).scatter_(-1, queried, 1.0)
-        queries = self._level_queries(queried_map, noise)
+        queries = self._level_queries(torch.zeros(*shape, tokens, device=self.device).scatter_(-1, queried, 1.0), noise)
         return MaskPlan(context.sort(dim=-1).values, queries, *self._sources(batch_size, generator))
 
     def _rectangles(self, shape: tuple[int, int], generator: Generator | None) -> Tensor:

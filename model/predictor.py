@@ -102,8 +102,7 @@ def _last_block(block: EvaBlock, x: Tensor, rope: Tensor, mask: Tensor | None, s
 
 def _take(rows: Tensor, sources: Tensor) -> Tensor:
     """Gather `[B, S, W]` rows at `[B, G, C]` indices: `[B * G, C, W]`."""
-    taken = torch.take_along_dim(rows, sources.flatten(1)[..., None], dim=1)
-    return taken.view(-1, sources.shape[2], rows.shape[-1])
+    return torch.take_along_dim(rows, sources.flatten(1)[..., None], dim=1).view(-1, sources.shape[2], rows.shape[-1])
 
 
 class SummaryPredictor(nn.Module):

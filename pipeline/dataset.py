@@ -94,8 +94,7 @@ def build_multicrop_dataset(
     view = augmentation.view
     recipes = [view(global_crop_size, global_crop_scale, global_color_jitter, g) for g in range(num_global_crops)]
     recipes += [view(local_crop_size, local_crop_scale, local_color_jitter, None)] * num_local_crops
-    place = as_shards(dataset_name, expand_path(str(data_path)))
-    index = open_index(split_folder(dataset_name, place, split))
+    index = open_index(split_folder(dataset_name, as_shards(dataset_name, expand_path(str(data_path))), split))
     return MultiCropDataset(index, tuple(recipes), augmentation.mean, augmentation.std)
 
 

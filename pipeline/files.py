@@ -73,10 +73,7 @@ def open_append(path: Path) -> TextIO:
 
 
 def read_bytes(path: Path, offset: int = 0, size: int | None = None) -> bytes:
-    """Return the content of a file, or `size` bytes of it from `offset` on, fewer where it ends.
-
-    Raises FileNotFoundError, and ValueError for an unreadable file.
-    """
+    """Return a file, or `size` bytes from `offset` on, fewer at its end. Raises FileNotFoundError, ValueError if unreadable."""
     try:
         with open(path, "rb") as file:
             file.seek(offset)

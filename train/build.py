@@ -103,8 +103,7 @@ def with_crop_device(config: Config, ranks: Ranks = SINGLE_PROCESS, kept: str | 
         if reason:
             log.warning(reason)
         # The list begins with the best, so the first entry that no rank falls behind is the best for all.
-        rungs = range(len(CROP_DEVICES))
-        chosen = CROP_DEVICES[next(rung for rung in rungs if ranks.all(CROP_DEVICES.index(mine) <= rung))]
+        chosen = next(way for n, way in enumerate(CROP_DEVICES) if ranks.all(mine in CROP_DEVICES[: n + 1]))
     return config.model_copy(update={"data": config.data.model_copy(update={"crop_device": chosen})})
 
 

@@ -111,8 +111,7 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
     if ranks.world_size == 1:
         yield
         return
-    is_cuda = device.type == "cuda"
-    backend, bound_to = ("cpu:gloo,cuda:nccl", device) if is_cuda else ("gloo", None)
+    backend, bound_to = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
     dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=bound_to)
     processes = torch.zeros(ranks.world_size, 2, dtype=torch.int64)
     processes[ranks.rank] = torch.tensor([_machine(), os.getpid()])

@@ -46,8 +46,7 @@ class MuonAdamW(torch.optim.AdamW):
             if parameter.grad is not None:
                 by_shape[min(parameter.shape), max(parameter.shape)].append(parameter)
         for parameters in by_shape.values():
-            directions = [_wide(self._direction(parameter)) for parameter in parameters]
-            updates = orthogonalized(torch.stack(directions))
+            updates = orthogonalized(torch.stack([_wide(self._direction(parameter)) for parameter in parameters]))
             scale = group["lr"] * MUON_SCALE * max(updates.shape[1:]) ** 0.5
             decay = group["lr"] * group["weight_decay"]
             for parameter, update in zip(parameters, updates, strict=True):

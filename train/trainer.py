@@ -157,8 +157,7 @@ class Trainer:
         """Draw SIGReg's directions and the masks of all images of the next step: the same on all ranks, however many they are."""
         config, step = self.config, self.state.step
         self._generator.manual_seed(step_seed(config.seed, step, 0))
-        size = (config.model.projector_dim, config.loss.sigreg_slices)
-        directions = random_directions(*size, self._generator, self.device)
+        directions = random_directions(config.model.projector_dim, config.loss.sigreg_slices, self._generator, self.device)
         torch.manual_seed(step_seed(config.seed, step, 1))
         return directions, self.masks(self.loader.global_batch * config.training.accumulation_steps)
 
@@ -286,8 +285,7 @@ def step_seed(seed: int, step: int, lane: int) -> int:
 def batches(loader: MultiCropLoader, per_step: int = 1) -> Iterator[CropBatch]:
     """Yield epoch after epoch, from where the loader stands, without the last batches of an epoch that fill no step."""
     while True:
-        left = (len(loader.index) - loader.state_dict()["position"]) // loader.global_batch
-        usable = left // per_step * per_step
+        usable = (len(loader.index) - loader.state_dict()["position"]) // loader.global_batch // per_step * per_step
         for number, batch in enumerate(loader):
             if number < usable:
                 yield batch

@@ -90,10 +90,7 @@ class ViewRecipe:
 def draw_parameters(
     recipes: tuple[ViewRecipe, ...], seed: int, epoch: int, start: int, heights: np.ndarray, widths: np.ndarray
 ) -> np.ndarray:
-    """Return `[V, B, P] float32`, P in the order of PARAMETERS, for the positions `start..start + B`.
-
-    `heights`, `widths`: `[B]` int, the pixels of their images.
-    """
+    """Return `[V, B, P] float32`, as in PARAMETERS, for positions `start..start + B` of images with `[B]` int sides in pixels."""
     values = np.empty((len(recipes), len(heights), len(PARAMETERS)), np.float32)
     for recipe in dict.fromkeys(recipes):  # views that share a recipe are drawn at once
         views = [v for v, other in enumerate(recipes) if other == recipe]

@@ -56,10 +56,7 @@ def check_decoder(device: str) -> None:
 
 @cache
 def choose_crop_device(sizes: tuple[int, ...], device_id: int) -> tuple[str, str]:
-    """Return the best crop device that works on GPU `device_id` for crops of `sizes`, and one line if it is not `gpu`.
-
-    Raises torch.OutOfMemoryError.
-    """
+    """Return the best crop device that works on GPU `device_id`, and a line if it is not `gpu`. Raises torch.OutOfMemoryError."""
     works, instead = "cpu", "crops are made on the cpu, not on the gpu"
     try:
         check_decoder(f"gpu:{device_id}")

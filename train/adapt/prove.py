@@ -21,9 +21,9 @@ def seeded_runs(config: Config) -> list[Config]:
     problems = check_labels(train, val)
     if problem := problems.missing or problems.one_label:
         raise ValueError(f"--prove: compares accuracies on validation labels. {problem}")
-    name = config.logging.run_name
-    names = {seed: config.logging.model_copy(update={"run_name": f"{name}-seed{seed}"}) for seed in SEEDS}
-    return [config.model_copy(update={"seed": seed, "logging": logging}) for seed, logging in names.items()]
+    logging = config.logging
+    names = {seed: logging.model_copy(update={"run_name": f"{logging.run_name}-seed{seed}"}) for seed in SEEDS}
+    return [config.model_copy(update={"seed": seed, "logging": named}) for seed, named in names.items()]
 
 
 def verdict(folders: Sequence[Path]) -> str:

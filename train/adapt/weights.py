@@ -67,10 +67,7 @@ class Start:
 
 
 def start_from(model: StudentTeacher, config: Config) -> Start:
-    """Load `model.weights` into the student and the target of `model`, and log what differs from the weights' own settings.
-
-    Raises ValueError if they cannot be read or do not fit.
-    """
+    """Load `model.weights` into student and target, and log what differs. Raises ValueError if they cannot be read or fit."""
     start = read_start(str(config.model.weights))
     state = fitted(start, config, model.encoder)
     for encoder in (model.encoder, model.target):

@@ -92,10 +92,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any], free: Sequence[str] = ()) -> list[str]:
-    """Return `key: old -> new` for each dotted key that differs and does not start with one of `free`.
-
-    Both are `Config.resolved`.
-    """
+    """Return `key: old -> new` for each key of two `Config.resolved` that differs and does not start with one of `free`."""
     old, new = flatten(before), flatten(after)
     return [
         f"{key}: {old.get(key)} -> {new.get(key)}"

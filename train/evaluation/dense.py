@@ -138,8 +138,7 @@ def small_objects(masks: torch.Tensor, area: int) -> torch.Tensor:
 
 def confusion(counts: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
     """Return pixels by class and prediction, `[256, 256] int64`, of patches with `counts [m, 256]` and predictions `[m]`."""
-    matrix = torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.int64)
-    return matrix.index_add_(1, predicted, counts.T)
+    return torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.int64).index_add_(1, predicted, counts.T)
 
 
 def mean_iou(matrix: torch.Tensor) -> float | None:

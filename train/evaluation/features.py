@@ -41,8 +41,7 @@ def pooled_features(encoder: MultiCropEncoder) -> Extractor:
 
 def pixels(crops: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return `last`, `[n, 3072]`: the crop shrunk to 32x32, or at its own size if that is smaller."""
-    side = min(32, crops.shape[-1])
-    return {"last": F.adaptive_avg_pool2d(crops, side).flatten(1)}
+    return {"last": F.adaptive_avg_pool2d(crops, min(32, crops.shape[-1])).flatten(1)}
 
 
 def colour_histogram(crops: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -55,10 +54,7 @@ def colour_histogram(crops: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @torch.inference_mode()
 def extract(loader: MultiCropLoader, extractors: Mapping[str, Extractor]) -> dict[str, Features]:
-    """Return each extractor's features of all samples of `loader`, in one pass.
-
-    Raises ValueError when they would not fit in memory.
-    """
+    """Return each extractor's features of all of `loader`, in one pass. Raises ValueError if they would not fit in memory."""
     loader.load_state_dict({"epoch": 0, "position": 0})
     count, done = len(loader.index), 0
     stores: dict[str, dict[str, torch.Tensor]] = {}

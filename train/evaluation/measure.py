@@ -77,10 +77,7 @@ def rankme(features: torch.Tensor, eps: float = 1e-7) -> float:
 
 
 def feature_std(features: torch.Tensor) -> float:
-    """Return the standard deviation over unit-length `[n, D]` features, averaged over dimensions.
-
-    Features spread over the sphere have 1/sqrt(D), collapsed ones 0.
-    """
+    """Return the standard deviation of unit-length `[n, D]` features, averaged over D: 1/sqrt(D) on a sphere, 0 if collapsed."""
     return float(F.normalize(features.float(), dim=1).std(dim=0).mean())
 
 
@@ -95,8 +92,7 @@ def nearest_neighbours(
     for start in range(0, len(train), TRAIN_CHUNK):
         keys = F.normalize(train[start : start + TRAIN_CHUNK].to(device).float(), dim=1).T
         for number, queries in enumerate(test.split(TEST_CHUNK)):
-            similarity = F.normalize(queries.to(device).float(), dim=1) @ keys
-            nearest, rows = similarity.topk(min(k, keys.shape[1]), dim=1)
+            nearest, rows = (F.normalize(queries.to(device).float(), dim=1) @ keys).topk(min(k, keys.shape[1]), dim=1)
             rows = rows + start
             if start == 0:
                 best.append((nearest, rows))

@@ -168,8 +168,7 @@ class OnlineEvaluation:
     def measure(self) -> dict[str, float]:
         """Measure the target encoder: update `knn`, `linear`, `rankme` and `placement`, and return what there is for the log."""
         epochs = self._settings.linear_epochs if self._labelled else 0
-        extractors = {"trained": pooled_features(self._model.target)}
-        scores = self._measure(extractors, linear_epochs=epochs, with_rankme=True)
+        scores = self._measure({"trained": pooled_features(self._model.target)}, linear_epochs=epochs, with_rankme=True)
         if scores is None:
             return {}
         self._latest = trained = scores["trained"]
@@ -239,10 +238,7 @@ def baselines_key(train: ShardIndex, val: ShardIndex, settings: Evaluation) -> d
 
 
 def read_baselines(path: Path, key: dict[str, Any], weights: str | None = None) -> dict[str, float] | None:
-    """Return the accuracies measured on `key` and of starting `weights`, or None if the file is absent or of others.
-
-    Raises ValueError for a damaged file.
-    """
+    """Return accuracies on `key` and of starting `weights`; None if the file is of others. Raises ValueError if it is damaged."""
     remedy = "The baselines are measured again"
     try:
         baselines = as_model(Baselines, read_object(path, remedy), path, remedy)

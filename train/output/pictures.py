@@ -141,8 +141,7 @@ def _partners(views: Views, plan: MaskPlan, i: int, g: int) -> tuple[list[Outlin
     if views.batch.flips[i, g]:
         within[..., 1] = 1 - within[:, [1, 0], 1]
     outlines: list[Outline] = [(within[v].flatten().tolist(), views.colour(v), False) for v in partners]
-    one = len(partners) == 1
-    return outlines, f" from {views.name(partners[0])}" if one else f" and {len(partners)} locals"
+    return outlines, f" from {views.name(partners[0])}" if len(partners) == 1 else f" and {len(partners)} locals"
 
 
 def _cells(chosen: torch.Tensor, grid: int, stride: int, size: int) -> np.ndarray:
@@ -150,15 +149,13 @@ def _cells(chosen: torch.Tensor, grid: int, stride: int, size: int) -> np.ndarra
     side = level_grid(grid, stride)
     cells = torch.zeros(side * side, dtype=torch.bool)
     cells[chosen.cpu()] = True
-    patch = size // grid
-    return np.kron(cells.view(side, side).numpy(), np.ones((stride * patch,) * 2, dtype=bool))[:size, :size, None]
+    return np.kron(cells.view(side, side).numpy(), np.ones((stride * (size // grid),) * 2, dtype=bool))[:size, :size, None]
 
 
 def feature_colours(encoder: MultiCropEncoder, crops: torch.Tensor) -> np.ndarray:
     """`[n, 3, S, S] -> [n, g, g, 3]`, 0..1: three principal components of all tokens, each from its 1st to 99th percentile."""
     with torch.inference_mode():
-        tokens = encoder([(crops, None)])[0].tokens.float()
-    flat = tokens.flatten(0, 1).cpu()
+        flat = encoder([(crops, None)])[0].tokens.float().flatten(0, 1).cpu()
     centred = flat - flat.mean(dim=0)
     axes = torch.linalg.svd(centred, full_matrices=False).Vh[:3]
     scores = torch.nn.functional.pad(centred @ axes.T, (0, 3 - len(axes)))
