@@ -8,6 +8,7 @@ import argparse
 import multiprocessing
 import os
 import time
+from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -53,14 +54,14 @@ def run_benchmark(options: argparse.Namespace) -> dict[str, Any]:
     else:
         machine = f"{cores}, a rehearsal"
     where = f"{machine}, torch {torch.__version__}, DALI {nvidia.dali.__version__}, {time.strftime('%Y-%m-%d')}"
-    planned = [measurement for measurement in plan(device) if measurement.part in parts]
-    needs = ", ".join(f"{part} {sum(each.needs_s for each in plan('gpu') if each.part == part):.0f}" for part in parts)
+    planned, counts = [each for each in plan(device) if each[0] in parts], Counter(part for part, *_ in plan("gpu"))
+    needs = ", ".join(f"{part} {counts[part] * PARTS[part]}" for part in parts)
     print(f"on a GPU, within {limit_s:.0f} s, each part needs so many: {needs}", flush=True)
     with benchmark_shards(options.shards, NUM_REHEARSED if device == "cpu" else NUM_PHOTOGRAPHS, options.threads) as folder:
         case = GpuCase(folder, device, options.threads, REHEARSED_S if device == "cpu" else MEASURED_S)
-        for number, (part, name, needs_s, measure) in enumerate(planned):
-            left_s = limit_s - (time.monotonic() - started) - sum(later.needs_s for later in planned[number + 1 :])
-            rows = run_limited(name, measure, case, PATIENCE_S if case.rehearsal else max(left_s, needs_s))
+        for number, (part, name, measure) in enumerate(planned):
+            left_s = limit_s - (time.monotonic() - started) - sum(PARTS[later] for later, *_ in planned[number + 1 :])
+            rows = run_limited(name, measure, case, PATIENCE_S if case.rehearsal else max(left_s, PARTS[part]))
             for result in rows:
                 results.append(replace(result, part=part))
                 print(f"[{time.monotonic() - started:4.0f} s] {part}: {result.name}: {result.text}", flush=True)

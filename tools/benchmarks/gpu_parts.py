@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -18,6 +17,8 @@ from train.checkpoint import write_checkpoint
 from train.config.load import load_config
 from train.trainer import Trainer
 
+# Seconds that one measurement of a part takes on a GPU, with the start of its process.
+PARTS = {"parity": 15, "images/s": 14, "training": 20, "step": 25, "memory": 15, "save": 25, "compile": 65}
 CHECKED_SIZES = (224, 96, 32, 448)
 REHEARSED = CONFIG.with_name("quickstart.yaml")  # a small model with all parts of the real one
 WARM_UP_STEPS = 3
@@ -50,15 +51,7 @@ class GpuCase:
 
 
 Measurement = Callable[[GpuCase], dict[str, Figures]]
-
-
-class Planned(NamedTuple):
-    """`measure` returns rows by name; on a GPU it takes up to `needs_s` seconds, with the start of its process."""
-
-    part: str
-    name: str
-    needs_s: float
-    measure: Measurement
+"""Returns rows by name."""
 
 
 def parity(case: GpuCase) -> dict[str, Figures]:
@@ -129,27 +122,24 @@ def save(name: str, encoder: str, case: GpuCase) -> dict[str, Figures]:
     return {name: {"MB": num_bytes / 1e6, "ms of training": 1e3 * stood_s, "s to disk": disk_s}}
 
 
-def plan(device: str) -> list[Planned]:
-    """Return all measurements, in the order of the table."""
+def plan(device: str) -> list[tuple[str, str, Measurement]]:
+    """Return part, name and function of all measurements, in the order of the table."""
     models = {"ViT-S": ENCODERS["small"], "ViT-B": "vit_base_patch16_dinov3"} if device == "gpu" else {"ViT-T": ENCODERS["tiny"]}
     small, largest = next(iter(models)), list(models)[-1]
     ways = {"the kernel": "gpu", "DALI's graph": "dali", "CPU crops, uploaded": "cpu"}
-    planned = [Planned("parity", "the kernel", 15, parity)]
+    planned: list[tuple[str, str, Measurement]] = [("parity", "the kernel", parity)]
     loaders: dict[str, Loader] = {"decode only": decode_only}
     for name, where in ways.items():
         loaders[name] = partial(ours, normalized=False, crop_device=where if device == "gpu" else "auto")
-    planned += [Planned("images/s", name, 14, partial(loader_rate, name, loader)) for name, loader in loaders.items()]
+    planned += [("images/s", name, partial(loader_rate, name, loader)) for name, loader in loaders.items()]
     for model, encoder in models.items():
         for way in ways if model == small else ("the kernel",):
-            measure = partial(training_rate, f"{model}, {way}", encoder, ways[way], "false")
-            planned.append(Planned("training", f"{model}, {way}", 20, measure))
-    for part, needs_s in (("step", 25), ("memory", 15)):
-        planned += [Planned(part, name, needs_s, partial(step_rows, name, encoder, part)) for name, encoder in models.items()]
-    planned.append(Planned("save", largest, 25, partial(save, largest, models[largest])))
+            name = f"{model}, {way}"
+            planned.append(("training", name, partial(training_rate, name, encoder, ways[way], "false")))
+    for part in ("step", "memory"):
+        planned += [(part, name, partial(step_rows, name, encoder, part)) for name, encoder in models.items()]
+    planned.append(("save", largest, partial(save, largest, models[largest])))
     for how in ("true", "cudagraphs") if device == "gpu" else ("true",):
-        measure = partial(training_rate, f"{small}, training.compile={how}", models[small], "gpu", how)
-        planned.append(Planned("compile", how, 65, measure))
+        name = f"{small}, training.compile={how}"
+        planned.append(("compile", how, partial(training_rate, name, models[small], "gpu", how)))
     return planned
-
-
-PARTS = tuple(dict.fromkeys(planned.part for planned in plan("gpu")))

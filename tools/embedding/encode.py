@@ -44,11 +44,6 @@ class Embeddings:
     tokens: np.ndarray | None
     places: list[tuple[ShardIndex, int]]
 
-    def encoded(self, number: int) -> bytes:
-        """The image file of one row."""
-        index, row = self.places[number]
-        return index.encoded(row)
-
     def write(self, out: Path) -> None:
         """Write `name`, `label`, `vector` and, if there are any, `tokens` of every image."""
         columns = {"name": self.names, "label": self.labels, "vector": self.vectors}

@@ -77,8 +77,11 @@ def show_neighbours(out: Path, features: Embeddings, queries: Sequence[str], enc
     rows, vectors = [], torch.from_numpy(features.vectors)
     with tempfile.TemporaryDirectory() as scratch:
         for number, query in enumerate(queries):
-            if Path(query).is_file():
-                asked, place = embed_file(encoder, Path(query), Path(scratch) / str(number)), 0
+            if Path(query).is_file():  # it goes the way of all others, so that its pixels are made alike
+                folder, place = Path(scratch) / str(number), 0
+                (folder / "query").mkdir(parents=True)
+                shutil.copy(query, folder / "query")
+                asked = encode(encoder, split_folders(converted(folder / "query", folder)), folder / "work", 1, False)
             else:
                 asked, place = features, find_row(features.names, query)
             similar, near = nearest_neighbours(vectors, torch.from_numpy(asked.vectors[[place]]), NUM_NEAREST + 1, CPU)
@@ -88,13 +91,6 @@ def show_neighbours(out: Path, features: Embeddings, queries: Sequence[str], enc
             others = [picture(features, row, f"{features.names[row]} {value:.3f}") for row, value in found]
             rows.append(("", [picture(asked, place, query), *others]))
     write_page(out.with_suffix(".neighbours.html"), "Nearest images", "The query is first.", rows)
-
-
-def embed_file(encoder: ImageEncoder, path: Path, folder: Path) -> Embeddings:
-    """Return the vector of one picture, which goes the way of all others, so that its pixels are made alike."""
-    (folder / "query").mkdir(parents=True)
-    shutil.copy(path, folder / "query")
-    return encode(encoder, split_folders(converted(folder / "query", folder)), folder / "work", 1, False)
 
 
 def show_predictions(out: Path, features: Embeddings, few: Path) -> None:
@@ -116,7 +112,8 @@ def show_predictions(out: Path, features: Embeddings, few: Path) -> None:
 
 def picture(features: Embeddings, row: int, caption: str = "") -> str:
     """Return a small picture over its caption, by default its name, as HTML."""
-    small, file = open_picture(features.encoded(row)), io.BytesIO()
+    (index, stored), file = features.places[row], io.BytesIO()
+    small = open_picture(index.encoded(stored))
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     small.save(file, "JPEG", quality=85)
     source, text = base64.b64encode(file.getvalue()).decode(), escape(caption or features.names[row])
