@@ -97,16 +97,14 @@ def export(args: argparse.Namespace) -> None:
 
     from tools.exporting.formats import write_onnx, write_transformers
     from train.adapt.weights import run_licence
-    from train.build import build_model
     from train.evaluation.offline import find_checkpoint, load_trained
 
     checkpoint, config = find_checkpoint(args.run, args.config)
     licence = args.license or chosen_licence(run_licence(checkpoint.resolve().parent.parent, config), config.model.weights)
     card = model_card(config, checkpoint, licence, args)
-    model = build_model(config, torch.device("cpu"))
-    load_trained(checkpoint, model)
-    settings = timm_settings(model.target.width, config)
-    state = {name: value.contiguous() for name, value in model.target.vit.state_dict().items()}
+    target = load_trained(checkpoint, config, torch.device("cpu")).target
+    settings = timm_settings(target.width, config)
+    state = {name: value.contiguous() for name, value in target.vit.state_dict().items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         folder = Path(scratch)

@@ -21,7 +21,6 @@ from pipeline.shards.manifest import read_manifest, read_object
 from pipeline.text import Every, plural
 from tools.export import timm_settings
 from tools.exporting.formats import FeaturesAndTokens
-from train.build import build_model
 from train.evaluation.features import mixed_precision
 from train.evaluation.offline import find_checkpoint, load_trained
 from train.output.display import ProgressDisplay
@@ -71,9 +70,8 @@ class ImageEncoder:
             settings = timm.data.resolve_model_data_config(vit)
         else:
             checkpoint, config = find_checkpoint(path)
-            model = build_model(config, torch.device("cpu"))
-            load_trained(checkpoint, model)
-            vit, settings = model.target.vit, timm_settings(model.target.width, config)["pretrained_cfg"]
+            target = load_trained(checkpoint, config, torch.device("cpu")).target
+            vit, settings = target.vit, timm_settings(target.width, config)["pretrained_cfg"]
         self.device = torch.device("cuda" if self.kind == "gpu" else "cpu")
         self.model = FeaturesAndTokens(vit).eval().to(self.device)
         self.size, self.crop_ratio = int(settings["input_size"][-1]), float(settings["crop_pct"])

@@ -26,7 +26,7 @@ from model.encoder import MultiCropEncoder
 from model.hjepa import HJEPA
 from model.teacher import StudentTeacher
 from pipeline.shards.manifest import read_as_expected, read_object
-from train.build import build_encoder, build_model
+from train.build import build_encoder
 from train.checkpoint import MANIFEST
 from train.config.schema import Config
 from train.evaluation.offline import find_checkpoint, load_trained
@@ -111,9 +111,7 @@ def read_start(weights: str) -> Start:
 
 def _from_run(path: Path) -> Start:
     checkpoint, config = find_checkpoint(path)
-    model = build_model(config, torch.device("cpu"))
-    load_trained(checkpoint, model)
-    state = model.target.vit.state_dict()
+    state = load_trained(checkpoint, config, torch.device("cpu")).target.vit.state_dict()
     size, augmentation = config.data.multicrop.global_crop_size, config.data.augmentation
     settings = {"mean": augmentation.mean, "std": augmentation.std, "input_size": (3, size, size)}
     licence = run_licence(checkpoint.resolve().parent.parent, config)

@@ -79,19 +79,20 @@ def encoder_features(encoder: MultiCropEncoder, levels: Sequence[Level]) -> Extr
 
 def load_models(checkpoint: Path, config: Config, device: torch.device) -> tuple[HJEPA, MultiCropEncoder]:
     """Return the trained model and its encoder at the seeded initialisation. Raises ValueError for another architecture."""
-    model, initial = build_model(config, device), build_encoder(config).to(device)
-    load_trained(checkpoint, model)
+    model, initial = load_trained(checkpoint, config, device), build_encoder(config).to(device)
     return model.eval(), initial.requires_grad_(False).eval()
 
 
-def load_trained(checkpoint: Path, model: HJEPA) -> None:
-    """Load a checkpoint; the target becomes what the run exports, if that is a mixture with its starting weights."""
+def load_trained(checkpoint: Path, config: Config, device: torch.device) -> HJEPA:
+    """Return the model of a checkpoint; its target is what the run exports, also if that is mixed with the starting weights."""
+    model = build_model(config, device)
     load_checkpoint(checkpoint, model)
     if (path := checkpoint.resolve().parent.parent / MIXED).is_file():
         with safe_open(path, "pt") as file:
             is_of_this_step = (file.metadata() or {}).get("step") == str(checkpoint_step(checkpoint))
         if is_of_this_step:
             model.target.vit.load_state_dict(load_file(path))
+    return model
 
 
 def load_start(config: Config, device: torch.device) -> dict[str, MultiCropEncoder]:
