@@ -128,7 +128,7 @@ class MultiCropLoader:
                 return window.next()
             except GraphFailed as error:
                 # The graph is lost with its batches in flight; the next one begins at this batch, without the bad samples.
-                rows, message = window.rows_in_flight(), str(error)
+                rows, message = np.concatenate([rows for rows, _, _ in window.fed]), str(error)
             self._window = None
             del window
             self._set_aside(rows, message)

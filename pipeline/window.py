@@ -72,10 +72,6 @@ class Window:
         """Where the first batch after this window begins."""
         return next(islice(self.sequence.iter_batch_starts(self.starts[-1]), 1, None))
 
-    def rows_in_flight(self) -> np.ndarray:
-        """Return `[n] int64`, the index rows that were fed to the graph and have not come out."""
-        return np.concatenate([rows for rows, _, _ in self.fed])
-
     def next(self) -> CropBatch:
         """Make the next batch, with uint8 crops unless the graph scales them. Raises GraphFailed."""
         # On a GPU the outputs are ready for the work that torch queues on its current stream.

@@ -12,6 +12,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from pipeline.text import truncate_list
 from train.config.rules import broken_rules
 from train.config.schema import Config, Section
 from train.config.yaml12 import ConfigError, KeyPath, dotted, flatten, one_line, parse
@@ -50,7 +51,7 @@ def read_values(path: Path, origins: dict[str, str]) -> dict[str, Any]:
         raise ConfigError(f"{origins.get('', f'{path}:1')}: {problem}; expected sections such as data: and training:")
     of_a_run = path.name == "config.yaml" and any(path.with_name(name).exists() for name in ("checkpoints", "environment.json"))
     if of_a_run and (gone := _drop_old_keys(values)):
-        _warn_once(f"{path}: left out, as this version has no such settings: {', '.join(gone)}")
+        _warn_once(one_line(f"{path}: left out, as this version has no such settings: {truncate_list(gone, 20)}"))
     return values
 
 

@@ -18,7 +18,7 @@ from train.build import build_encoder, build_evaluation_loaders
 from train.config.schema import Config, Evaluation
 from train.evaluation.features import Extractor, check_labels, colour_histogram, pixels, pooled_features
 from train.evaluation.measure import Scores, leave_one_out_hits, measure, nearest_neighbours
-from train.evaluation.placement import Placement, affordable_images, dense_features
+from train.evaluation.placement import EVALUATED_PER_PAIR, MAX_IMAGES, MIN_IMAGES, Placement, dense_features
 
 if TYPE_CHECKING:
     from train.adapt.weights import Start
@@ -207,7 +207,8 @@ class OnlineEvaluation:
         self._model.eval()
         try:
             if self._pairs is None:
-                self._pairs = Placement(self._config, self._val, affordable_images(len(self._train) + len(self._val)))
+                affordable = (len(self._train) + len(self._val)) // EVALUATED_PER_PAIR
+                self._pairs = Placement(self._config, self._val, min(max(affordable, MIN_IMAGES), MAX_IMAGES))
                 self.placement = self._pairs.baselines(encoder.patch_size)
             scores = self._pairs.measure(dense_features(encoder, levels))
             self.placement |= {name: scores.pop("last"), **scores}

@@ -81,11 +81,6 @@ class Placement:
         return {name: 100 * float(torch.cat(parts).float().mean()) for name, parts in right.items()}
 
 
-def affordable_images(evaluated: int) -> int:
-    """Return the number of pairs for an evaluation of so many images."""
-    return min(max(evaluated // EVALUATED_PER_PAIR, MIN_IMAGES), MAX_IMAGES)
-
-
 def placed_right(tokens: torch.Tensor, boxes: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
     """Return a bool for each cell of a first crop whose centre lies in the second: True if its token finds the place.
 
