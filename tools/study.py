@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.own_process import run_in_subprocess
-from tools.studies.grid import BASE, CONTINUING, IMAGES, PEERS, TIME, VARIANTS, Base, Trial, plan_sections, plan_trials
+from tools.studies.grid import BASE, CONTINUED, CONTINUING, IMAGES, PEERS, TIME, VARIANTS, Base, Trial, plan_sections, plan_trials
 from train.command import CommandParser, path_argument, run_command
 from train.config.load import load_config
 
@@ -42,6 +42,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--equal", choices=(TIME, IMAGES), help="What the arena keeps equal. By default first one, then the other.")
     text = f"How often the arena measures a training, evenly spaced. The default is {ARENA_POINTS}."
     add("--points", type=int, metavar="N", help=text)
+    add("--lead", default="", metavar="A", help=f"Whose leads to show. The default is {CONTINUED}, or else {BASE}.")
     add("--masks", type=path_argument, metavar="FOLDER", help="Measure the dense probe too, on these images with masks.")
     add("--weights", default="", metavar="W", help="What the variants that continue start from, as model.weights names it.")
     return parser.parse_args(arguments)
@@ -111,7 +112,9 @@ def write_results(options: argparse.Namespace, path: Path, variants: Sequence[st
     words += ["--equal", options.equal] if options.equal else []
     words += ["--masks", str(options.masks)] if options.masks else []
     words += ["--weights", options.weights] if options.weights else []
-    write_arena(path, shlex.join(words), variants, rows, steps, options.budget)
+    words += ["--lead", options.lead] if options.lead else []
+    leader = options.lead or (CONTINUED if CONTINUED in variants else BASE)
+    write_arena(path, shlex.join(words), variants, leader, rows, steps, options.budget)
 
 
 def run_study(options: argparse.Namespace) -> None:

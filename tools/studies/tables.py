@@ -24,7 +24,7 @@ COLUMN_FIELDS = {
     "CPU s": "cpu_s", "images/CPU s": "images_per_cpu_s", "step memory, MiB": "step_mib", "peak above start, MiB": "peak_mib",
 }  # fmt: skip
 OPTIONAL = ("dense_knn", "dense_linear", "placement", "unmixed", "share")  # shown where they were measured
-SCORES = {"knn": "k-NN", "linear": "linear probe"}
+SCORES = {"knn": "k-NN", "linear": "linear probe", "dense_knn": "dense k-NN", "dense_linear": "dense linear"}
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
@@ -73,13 +73,13 @@ def section_lines(rows: Sequence[Row], title: str, runs: Sequence[Run]) -> list[
 
 def lead_lines(rows: Sequence[Row], leader: str, others: Sequence[str], equals: Sequence[str]) -> list[str]:
     """Return the leader's lead over each other variant, in points: the difference at the same seed, over the seeds both have."""
-    columns = [(equal, score) for equal in equals for score in SCORES]
+    columns = [(equal, score) for equal in equals for score in SCORES if numbers(rows, score)]
     table = []
     for variant in others:
         cells = []
         for equal, score in columns:
             runs = ((leader, TIME), (variant, "" if variant in BASELINES else TIME if variant == BASE else equal))
-            ours, theirs = ({row["seed"]: float(row[score]) for row in rows_of(rows, run)} for run in runs)
+            ours, theirs = ({row["seed"]: float(row[score]) for row in rows_of(rows, run) if row.get(score)} for run in runs)
             cells.append(format_cell([ours[seed] - theirs[seed] for seed in ours if seed in theirs], "+.1f"))
         if any(cells):
             table.append([variant, *cells])
@@ -100,15 +100,14 @@ def write_study(path: Path, rows: Sequence[Row], steps: dict[str, int], budget: 
 
 
 def write_arena(
-    path: Path, command: str, variants: Sequence[str], rows: Sequence[Row], steps: dict[str, int], budget: float
+    path: Path, command: str, variants: Sequence[str], leader: str, rows: Sequence[Row], steps: dict[str, int], budget: float
 ) -> None:
-    """Write the arena's PATH.md and PATH.png. `variants` begin with the base."""
+    """Write the arena's PATH.md and PATH.png. `variants` begin with the base; the `leader` is one of them."""
     counts = ", ".join(f"{variant}: {steps[variant]:,}" for variant in variants)
-    leader = CONTINUED if CONTINUED in variants else BASE
     words = (
         f"{BASE} is trained from nothing; the others continue from the weights, with configs/continue.yaml. The share of the "
         "trained encoder in the mixture with them is chosen by k-NN among the training images, each left out. "
-        if leader == CONTINUED
+        if CONTINUED in variants
         else "All variants have the base's loader, encoder, optimiser, schedule and moving average, which is what is measured. "
     )
     intro = (
