@@ -16,6 +16,7 @@ BASE = "2+6"
 
 LOCAL_CROPS = "data.multicrop.num_local_crops"
 NO_PREDICTION = "loss.prediction_weight=0.0"
+COLOUR = "loss.colour_weight=1.0"
 NO_SUMMARY = "loss.summary_weight=0.0"
 UNMASKED = ("masking.strategy=none", NO_PREDICTION)
 GLOBAL_ONLY = "masking.strategy=global_only"
@@ -43,6 +44,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "tokens 20 + locals as context": ("masking.strategy=global_with_local_context", NO_SUMMARY, *masked(20)),
     "tokens 20 + cross crop": ("masking.strategy=cross_crop_prediction", NO_SUMMARY, *masked(20)),
     "tokens 20 + one level": (GLOBAL_ONLY, NO_SUMMARY, *masked(20), ONE_LEVEL),
+    "colour": (NO_SUMMARY, *UNMASKED, COLOUR),
+    "colour + summary": (*UNMASKED, COLOUR),
+    **{f"colour + tokens {weight}": (GLOBAL_ONLY, NO_SUMMARY, COLOUR, *masked(weight)) for weight in (5, 20)},
     "one level": (ONE_LEVEL,),
     "no view term": (NO_VIEW,),
     "no SIGReg": (NO_SIGREG,),
