@@ -17,6 +17,7 @@ from pipeline.files import read_bytes
 from tools.shards.decoding.pixels import encode
 
 MAX_SAMPLES = 1 << 31  # labels, shards and rows are int32 in the index
+LARGEST_HELD_OUT = 10  # images of a group of copies
 
 
 @dataclass
@@ -125,10 +126,14 @@ class Source:
 
 
 def hold_out(source: Source, first: np.ndarray, ratio: float, seed: int) -> tuple[Source, Source]:
-    """Split by `seed`: val gets `ratio` of each class. `first`: of each image, the first of its group, which stays together."""
+    """Split by `seed`: val gets `ratio` of each class. `first`: of each image, the first of its group, which stays together.
+
+    A group of more than LARGEST_HELD_OUT stays in train: in val it would be one answer that counts so often.
+    """
     total, names = len(source.catalogue), source.catalogue.names
     # Sort by class, then at random, and take the images at which the running share of R passes a whole number.
-    rows, draws = np.unique(first), np.random.Philox(key=[seed, 1]).random_raw(total)
+    rows, sizes = np.unique(first, return_counts=True)
+    rows, draws = rows[sizes <= LARGEST_HELD_OUT], np.random.Philox(key=[seed, 1]).random_raw(total)
     by_class = rows[np.lexsort((draws[rows], np.asarray(source.catalogue.label)[rows]))]
     steps = np.floor(np.arange(len(rows) + 1) * ratio)
     is_val = np.zeros(total, bool)

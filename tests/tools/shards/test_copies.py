@@ -101,6 +101,20 @@ def test_groups_stay_on_one_side_of_val_ratio(tmp_path: Path) -> None:
         assert len(named) == sum(everything.count(content) > 1 for content in contents)
 
 
+def test_a_large_group_stays_in_train_and_takes_no_share_of_val(tmp_path: Path) -> None:
+    catalogue, count = Catalogue([FileRanges(tmp_path)]), 400
+    for number in range(count):
+        catalogue.add(0, number, 1, number % 2, str(number))
+    for size in (1, 2, 10, 11, 100):
+        first = np.arange(count)
+        first[200 : 200 + size] = 200
+        held_out = [hold_out(Source("", "", catalogue), first, 0.2, seed)[1] for seed in range(20)]
+        in_val = [part.catalogue.names.count("200") for part in held_out]
+        assert any(in_val) == (size <= 10)
+        if size > 10:
+            assert {len(part.catalogue) for part in held_out} == {int(0.2 * (count - size))}
+
+
 def test_groups_are_counted_on_the_screen_and_named_in_a_file(
     tiles: list[Image.Image], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
