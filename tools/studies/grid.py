@@ -72,6 +72,7 @@ CONTINUING: dict[str, tuple[str, ...]] = {
     "all blocks at lr 2e-5 + anchor": (ALL_BLOCKS, "training.lr=2e-5"),
     "all blocks at lr 1e-3": (ALL_BLOCKS, "training.lr=1e-3", NO_ANCHOR),
     "all blocks at lr 1e-3 + anchor": (ALL_BLOCKS, "training.lr=1e-3"),
+    "all blocks by Muon": (ALL_BLOCKS, "training.optimizer=muon", "training.lr=4e-3", NO_ANCHOR),
     "views": (NO_SUMMARY,),
     "masked prediction": (GLOBAL_ONLY, *MASKED, NO_SUMMARY, NO_VIEW, NO_SIGREG),
     "views + masked prediction": (GLOBAL_ONLY, *MASKED, NO_SUMMARY),
