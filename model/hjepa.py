@@ -114,15 +114,15 @@ class HJEPA(StudentTeacher):
         return losses
 
     @torch.no_grad()
-    def _targets(self, global_crops: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return per level the target map `[n, cells, D] float32`, and the mean final token `[n, D]`.
+    def _targets(self, crops: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return per level the target map `[n, cells, D] float32`, and the mean final token `[n, D]`, of crops of any one size.
 
         A map is layer-normalised, so that no level dominates by its scale, and then averaged over its cells.
         """
-        (output,) = self.target([(global_crops, None)], layers=[level.layer for level in self.levels])
+        (output,) = self.target([(crops, None)], layers=[level.layer for level in self.levels])
         maps = []
         for level, tokens in zip(self.levels, output.layers, strict=True):
-            grid = F.layer_norm(tokens.float(), tokens.shape[-1:]).transpose(1, 2).unflatten(2, (self.grid, self.grid))
+            grid = F.layer_norm(tokens.float(), tokens.shape[-1:]).transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))
             maps.append(pool_cells(grid, level.stride).flatten(2).transpose(1, 2))
         return maps, output.tokens.float().mean(dim=1)
 

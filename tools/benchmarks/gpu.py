@@ -77,8 +77,9 @@ def run_limited(name: str, measure: Measurement, case: GpuCase, limit_s: float) 
     """Return the results of a measurement, or one row with the reason why there are none, after at most `limit_s`."""
     # A process rather than a thread: a measurement can hang or crash in CUDA, and only the kernel can end it then.
     with isolated_executor(__name__, "pipeline.crops.cpu_operator") as worker:
+        worker.submit(torch.set_num_threads, max(1, case.threads // 2) if case.rehearsal else 1)
         try:
-            return [Result(*row) for row in worker.submit(measured, measure, case).result(limit_s).items()]
+            return [Result(*row) for row in worker.submit(measure, case).result(limit_s).items()]
         except TimeoutError:
             return [Result(name, error=f"stopped after {limit_s:.0f} s")]
         except BrokenProcessPool:
@@ -88,8 +89,3 @@ def run_limited(name: str, measure: Measurement, case: GpuCase, limit_s: float) 
         finally:
             for process in multiprocessing.active_children():
                 process.kill()
-
-
-def measured(measure: Measurement, case: GpuCase) -> dict[str, Figures]:
-    torch.set_num_threads(max(1, case.threads // 2) if case.rehearsal else 1)
-    return measure(case)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.geometry import Cells, crop_cells
 from model.hjepa import HJEPA
 from model.losses import random_directions, view_loss
-from model.masks import STRATEGIES, MaskPlan, pool_cells
+from model.masks import STRATEGIES, MaskPlan
 from model.predictor import Predictor
 from tools.benchmarks.measure import Step, median_times, peak_bytes, table, torch_device
 from train.build import build_masks, build_model
@@ -117,18 +117,13 @@ def naive_losses(
             seen = pixels * F.interpolate(mask.view(-1, 1, grid, grid), scale_factor=size)
         tokens = model.encoder([(seen, None)])[0].tokens
         summaries.append(tokens.float().mean(dim=1))
-        # Target: a forward pass of its own for each crop, pooled to the cells of each level.
-        with torch.no_grad():
-            (out,) = model.target([(pixels, None)], layers=[level.layer for level in model.levels])
-        queries, goals = [], []
-        for level, layer, chosen in zip(model.levels, out.layers, plan.queries, strict=True):
-            dense = F.layer_norm(layer.float(), layer.shape[-1:]).transpose(1, 2).unflatten(2, (grid, grid))
-            goal, cells = pool_cells(dense, level.stride).flatten(2).transpose(1, 2), None
-            if view < model.num_global:
-                cells = chosen[:, view]
-                goal = torch.take_along_dim(goal, cells[..., None], dim=1)
+        # Target: a forward pass of its own for each crop.
+        goals, queries = model._targets(pixels)[0], []
+        for rung, level in enumerate(model.levels):
+            cells = plan.queries[rung][:, view] if view < model.num_global else None
             queries.append(crop_cells(*place, grid, level.stride, cells))
-            goals.append(goal)
+            if cells is not None:
+                goals[rung] = torch.take_along_dim(goals[rung], cells[..., None], dim=1)
         # Prediction: all tokens and queries go through every block.
         predictions = predict_cells(model.predictor, tokens, [crop_cells(*place, grid), *queries])
         for level, predicted, goal in zip(model.levels, predictions, goals, strict=True):
