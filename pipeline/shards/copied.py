@@ -88,7 +88,7 @@ def _copy_split(store: "_Store", split: str, index: bytes, folder: Path) -> None
     write_atomic(folder / INDEX_NAME, index)
     if content := store.read(place + MANIFEST_NAME):
         write_atomic(folder / MANIFEST_NAME, content)
-    checksums = (read_manifest(folder) or Manifest()).checksums
+    checksums = {shard.name: shard.sha256 for shard in (read_manifest(folder) or Manifest()).shards}
     store.download(place + SAMPLES_NAME, folder / SAMPLES_NAME)
     names, _, _, ends = load_index(folder, remedy)
     if odd := [name for name in names if os.path.basename(name) != name]:

@@ -36,11 +36,6 @@ class Manifest(BaseModel):
     shards: tuple[ManifestShard, ...] = ()
     num_samples: StrictInt | None = None
 
-    @property
-    def checksums(self) -> dict[str, str]:
-        """The sha256 of each tar, by its name."""
-        return {shard.name: shard.sha256 for shard in self.shards}
-
 
 def read_object(place: Path, remedy: str) -> dict[str, Any]:
     """Return the JSON object in a file. Raises ValueError that names it, what it holds instead, and the remedy."""

@@ -35,7 +35,7 @@ def class_order(names: Iterable[str]) -> list[str]:
 def number_labels(
     labels: Sequence[Label], order: Callable[[Iterable[str]], list[str]] = class_order
 ) -> tuple[list[int], tuple[str, ...]]:
-    """Number labels that are names, and any beside names, in the order of the names; returns those too, () for none."""
+    """Return labels as numbers, and the names in the order that numbers them, () for none; numbers among names are names."""
     if not any(isinstance(label, str) for label in labels):
         return [int(label) for label in labels], ()
     names = order({str(label) for label in labels if label != UNLABELLED})
@@ -44,7 +44,7 @@ def number_labels(
 
 
 def adopt_classes(source: Source, out: Path, split: str) -> Source:
-    """Return the source with the labels of the other split in `out`, if there are some. Raises ValueError for others."""
+    """Return the source in the class order of the other split in `out`, if there is one. Raises ValueError for other classes."""
     other = out / ("val" if split == "train" else "train")
     known, labels = _classes_of(other), np.asarray(source.catalogue.label)
     used = np.unique(labels[labels != UNLABELLED]).tolist()

@@ -35,16 +35,16 @@ def verify_split(folder: Path, workers: int) -> list[str]:
         check_class_count(folder, index.samples["label"], manifest)
     except ValueError as error:
         return [str(error)]
-    found = in_parallel(workers, partial(_verify_shard, index, manifest.checksums), range(len(index.shards)))
+    found = in_parallel(workers, partial(_verify_shard, index, manifest), range(len(index.shards)))
     return [problem for problems in found for problem in problems]
 
 
-def _verify_shard(index: ShardIndex, checksums: dict[str, str], shard: int) -> list[str]:
-    """Return the problems of one tar. `checksums`: from the manifest."""
+def _verify_shard(index: ShardIndex, manifest: Manifest, shard: int) -> list[str]:
+    """Return the problems of one tar."""
     from pipeline.crops.device import find_faults  # DALI takes a second to import
 
     problems, path, rows = [], index.shard_path(shard), np.flatnonzero(index.samples["shard"] == shard)
-    if (sha256 := checksums.get(path.name)) and file_checksum(path) != sha256:
+    if any(known.name == path.name and known.sha256 not in ("", file_checksum(path)) for known in manifest.shards):
         problems.append(f"{path}: sha256 differs from {MANIFEST_NAME}: damaged, or another conversion")
     try:
         scanned = scan_shard(path, shard)
@@ -58,16 +58,16 @@ def _verify_shard(index: ShardIndex, checksums: dict[str, str], shard: int) -> l
 
 def index_split(folder: Path, workers: int) -> int:
     """Write the index by scanning headers; returns the number of samples."""
-    tars = [folder / name for name in tar_names(folder)]
-    sizes = tar_sizes(folder, [tar.name for tar in tars])
-    scans = list(in_parallel(workers, scan_shard, tars, range(len(tars))))
-    check_fits(folder, read_manifest(folder), sizes, sum(map(len, scans)))
-    names = {re.sub(r"-?\d+$", "", tar.stem) for tar in tars}
-    if len(names) > 1 and max(int(scan["label"].max(initial=UNLABELLED)) for scan in scans) > 0:
-        listed = truncate_list(sorted(names))
-        log.warning(f"{folder}: tars of {len(names)} sets ({listed}); if their labels mean different classes, keep them apart")
-    save_index(folder, [tar.name for tar in tars], np.concatenate(scans))
-    return sum(map(len, scans))
+    names = tar_names(folder)
+    sizes = tar_sizes(folder, names)
+    samples = np.concatenate(list(in_parallel(workers, scan_shard, [folder / name for name in names], range(len(names)))))
+    check_fits(folder, read_manifest(folder), sizes, len(samples))
+    sets = sorted({re.sub(r"(-?\d+)?\.tar$", "", name) for name in names})
+    if len(sets) > 1 and samples["label"].max(initial=UNLABELLED) > 0:
+        listed = truncate_list(sets)
+        log.warning(f"{folder}: tars of {len(sets)} sets ({listed}); if their labels mean different classes, keep them apart")
+    save_index(folder, names, samples)
+    return len(samples)
 
 
 def remarks(out: Path) -> list[str]:
