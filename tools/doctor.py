@@ -30,7 +30,6 @@ CHECKS: dict[str, Check] = {
     "decoder": machine.check_decoder,
     "shards": machine.check_shards,
 }
-STATUSES = {"ok": "ok", "warn": "with a warning", "fail": "failed", "skip": "skipped, for the reasons above"}
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -66,7 +65,7 @@ def diagnose(options: argparse.Namespace) -> int:
             say(f"{finding.status:4}  {name}: {printable(finding.text)}{fix}")
     counts = Counter(row["status"] for row in rows)
     if options.json != "-":
-        print(", ".join(f"{counts[status]} {name}" for status, name in STATUSES.items()))
+        print("{ok} ok, {warn} with a warning, {fail} failed, {skip} skipped, for the reasons above".format_map(counts))
     if options.json:
         write_json(options.json, rows)
     return FAILED if counts["fail"] else 0

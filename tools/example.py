@@ -32,8 +32,7 @@ from tools.shards.photographs import PHOTOGRAPHS, photograph_path
 from train.optim import build_optimizer
 from train.output import pictures
 
-BATCH_SIZE, LR, EMA_MOMENTUM = 6, 1e-3, 0.99
-SLICES, PROJECTOR = 64, 64
+BATCH_SIZE, LR, EMA_MOMENTUM, SLICES, PROJECTOR = 6, 1e-3, 0.99, 64, 64
 SOURCE_SIDE = 400  # pixels of the main picture of the overview
 PRINT_EVERY = 20  # steps
 

@@ -51,14 +51,11 @@ def find_row(names: np.ndarray, wanted: str) -> int:
 
 
 def predict(vectors: np.ndarray, labels: dict[int, str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the most probable class `[N]` of each image and its probability `[N]`, 0..1.
-
-    A logistic regression on vectors of unit length, scaled so that its default regularisation suits them.
-    """
+    """Return the most probable class `[N]` of each image and its probability `[N]`, 0..1, by logistic regression."""
     from sklearn.linear_model import LogisticRegression
 
     points = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    points = (points - points.mean(axis=0)) / max(float(points.std()), 1e-12)
+    points = (points - points.mean(axis=0)) / max(float(points.std()), 1e-12)  # its default regularisation suits this scale
     rows = list(labels)
     model = LogisticRegression(max_iter=1000).fit(points[rows], [labels[row] for row in rows])
     chances = model.predict_proba(points)
