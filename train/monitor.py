@@ -17,6 +17,7 @@ MAX_FEATURES = 512  # rows of the collapse signals: enough for a stable RankMe, 
 # The alarm's thresholds. RankMe: a share of the largest possible value; healthy runs of small encoders stay above twice that.
 # Standard deviation: a share of the first logged one.
 MIN_RANK_SHARE, MIN_STD_SHARE = 0.05, 0.01
+EARLY_STEPS = 100  # the rank of healthy runs can pass below its threshold in them
 RECOVERED = 1.5  # times the thresholds end the alarm, so that a signal near one does not raise it at every step
 
 
@@ -96,7 +97,7 @@ def watch_for_collapse(state: RunState, rank: float, std: float, max_rank: int) 
     min_rank, min_std = max(2.0, MIN_RANK_SHARE * max_rank), MIN_STD_SHARE * state.first_feature_std
     if state.collapsed:
         state.collapsed = rank < RECOVERED * min_rank or std < RECOVERED * min_std
-    elif rank < min_rank or std < min_std:
+    elif (rank < min_rank and state.step >= EARLY_STEPS) or std < min_std:
         state.collapsed = True
         state.alarms.append(state.step)
         log.warning(
