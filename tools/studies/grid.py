@@ -45,7 +45,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "tokens 20 + cross crop": ("masking.strategy=cross_crop_prediction", NO_SUMMARY, *masked(20)),
     "tokens 20 + one level": (GLOBAL_ONLY, NO_SUMMARY, *masked(20), ONE_LEVEL),
     "colour": (NO_SUMMARY, *UNMASKED, COLOUR),
-    "colour + summary": (*UNMASKED, COLOUR),
     **{f"colour + tokens {weight}": (GLOBAL_ONLY, NO_SUMMARY, COLOUR, *masked(weight)) for weight in (5, 20)},
     "one level": (ONE_LEVEL,),
     "no view term": (NO_VIEW,),
