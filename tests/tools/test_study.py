@@ -39,6 +39,7 @@ def test_every_variant_is_a_valid_config_that_differs_from_all_others(config: st
     assert not any("," in name for name in (*VARIANTS, *PEERS, *CONTINUING))  # --variants separates them so
     peers = {name: trial_config(base, name, 3, 7) for name in PEERS}
     assert {variant.training.lr for variant in [*variants, *peers.values()]} == {1e-3}
+    assert trial_config(Base(base.config), "ijepa", 3, 7).training.lr == 4e-3
     assert {name for name, peer in peers.items() if peer.loss.prediction_weight > 0} == {"ijepa"}
     assert peers["ijepa"].data.crop_counts == (1, 0)
 
