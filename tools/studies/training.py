@@ -14,7 +14,7 @@ from pipeline.memory import peak_memory
 from tools.own_process import run_in_subprocess
 from tools.studies.grid import BASE, CONTINUED, UNTOUCHED, Base
 from tools.studies.peers import build_peer, peer_losses
-from train.adapt.mix import SHARES, best_share, mixed
+from train.adapt.mix import best_share, mixtures
 from train.adapt.weights import starting_encoder
 from train.build import build_dataset, build_encoder, build_evaluation_loaders, build_model, build_training_loader
 from train.config.load import load_config
@@ -89,14 +89,16 @@ def run_trial(base: Base, variant: str, seed: int, steps: int, points: int = 1) 
         training.run_to(max(1, trainer.schedule.total_steps * point // points))
         peak = peak or peak_memory()  # later peaks can be those of an evaluation
         trainer.model.eval()
-        encoder, target = trainer.model.target, trainer.model.target
+        encoder, pooled = trainer.model.target, dict[str, Extractor]()
         counts = {"steps": trainer.state.step, "images": trainer.state.images, "cpu_s": round(training.cpu_s, 2)}
         if trainer.start is not None:
-            encoder, counts["share"] = mixed_back(config, target, starting_encoder(config, CPU, trainer.start))
-        pooled = {"trained": pooled_features(encoder), "unmixed": pooled_features(target)}
+            pooled["unmixed"] = pooled_features(encoder)
+            encoder, counts["share"] = mixed_back(config, encoder, starting_encoder(config, CPU, trainer.start))
+        pooled["trained"] = pooled_features(encoder)
         scores = measure_rows(config, pooled, {"trained": dense_features(encoder)}, base.masks)
-        unmixed = {"unmixed": scores["unmixed"]["knn"]} if "share" in counts else {}
-        rows.append({**counts, **scores["trained"], **unmixed})
+        rows.append(
+            {**counts, **scores["trained"], **{name: score["knn"] for name, score in scores.items() if name == "unmixed"}}
+        )
     rate = round(trainer.state.images / training.cpu_s, 1)
     rows[-1] |= {"images_per_cpu_s": rate, "peak_mib": round((peak - before) / 2**20, 1)}
     return rows
@@ -104,9 +106,9 @@ def run_trial(base: Base, variant: str, seed: int, steps: int, points: int = 1) 
 
 def mixed_back(config: Config, target: MultiCropEncoder, start: MultiCropEncoder) -> tuple[MultiCropEncoder, float]:
     """Return the mixture with the starting weights that a run would export, and the share of `target` in it."""
-    encoders = {share: mixed(start, target, share).eval() for share in SHARES}
+    encoders = mixtures(start, target)
     features = extract(build_evaluation_loaders(config)[0], {str(share): pooled_features(e) for share, e in encoders.items()})
-    share = best_share({share: leave_one_out_hits(features[str(share)], config.evaluation.knn_k, CPU) for share in SHARES})
+    share = best_share({share: leave_one_out_hits(features[str(share)], config.evaluation.knn_k, CPU) for share in encoders})
     return encoders[share], share
 
 

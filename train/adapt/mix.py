@@ -23,6 +23,11 @@ def mixed(start: MultiCropEncoder, trained: MultiCropEncoder, share: float) -> M
     return encoder
 
 
+def mixtures(start: MultiCropEncoder, trained: MultiCropEncoder) -> dict[float, MultiCropEncoder]:
+    """Return the mixtures that a run chooses from, by the share of `trained`."""
+    return {share: mixed(start, trained, share).eval() for share in SHARES}
+
+
 def best_share(hits: Mapping[float, torch.Tensor]) -> float:
     """Return the share of the most hits, 0 if they are not more than those of the start by two standard errors.
 

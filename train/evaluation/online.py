@@ -133,21 +133,21 @@ class OnlineEvaluation:
         """
         if self._start is None or not self._labelled:
             return
-        from train.adapt.mix import SHARES, best_share, mixed
+        from train.adapt.mix import best_share, mixtures
         from train.adapt.weights import starting_encoder
 
         start = starting_encoder(self._config, self._device, self._start)
-        encoders = {share: mixed(start, self._model.target, share).eval() for share in SHARES}
+        encoders = mixtures(start, self._model.target)
         scores = self._measure({str(share): pooled_features(encoder) for share, encoder in encoders.items()})
         if scores is None:
             return
         k = self._settings.knn_k
-        self.mixtures = {share: scores[str(share)].knn["last"][k] for share in SHARES}
-        hits = {share: leave_one_out_hits(scores[str(share)].train, k, self._device) for share in SHARES}
+        self.mixtures = {share: scores[str(share)].knn["last"][k] for share in encoders}
+        hits = {share: leave_one_out_hits(scores[str(share)].train, k, self._device) for share in encoders}
         self.share = best = best_share(hits)
         state = {name: value.cpu().contiguous() for name, value in encoders[best].vit.state_dict().items()}
         write_atomic(path, save(state, {"step": str(step)}))  # one key: safetensors writes several in a random order
-        knn = {share: (100 * float(hits[share].double().mean()), self.mixtures[share]) for share in SHARES}
+        knn = {share: (100 * float(hits[share].double().mean()), self.mixtures[share]) for share in encoders}
         shown = ", ".join(f"{share:.0%}: {within:.1f} % ({outside:.1f} %)" for share, (within, outside) in knn.items())
         text = "mixed back with the starting weights, k-NN among the training images (of the validation images) by share of the "
         log.info(f"{text}trained encoder: {shown}; {best:.0%} is exported")
