@@ -63,6 +63,8 @@ def arena_variants(options: argparse.Namespace) -> list[str]:
     if unknown := [name for name in named if name not in known]:
         more = "" if options.weights else f"; with --weights {', '.join(CONTINUING)}"
         raise ValueError(f"--variants {', '.join(unknown)}: unknown; known are {', '.join(known)}{more}")
+    if options.lead and options.lead not in (BASE, *named):
+        raise ValueError(f"--lead {options.lead}: is none of the compared variants, {', '.join((BASE, *named))}")
     return list(dict.fromkeys([BASE, *named])) if named else []
 
 
@@ -72,8 +74,8 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError(f"--budget {options.budget:g}: must be more than 0 seconds")
     if options.points is not None and options.points < 1:
         raise ValueError(f"--points {options.points}: must be at least 1")
-    if (options.points or options.equal) and not options.variants:
-        raise ValueError("--points, --equal: are for the arena; add --variants")
+    if (options.points or options.equal or options.weights) and not options.variants:
+        raise ValueError("--points, --equal, --weights: are for the arena; add --variants")
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

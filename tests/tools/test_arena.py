@@ -106,6 +106,8 @@ def test_every_variant_is_compared_at_equal_time_and_at_equal_images_seed_by_see
         (["--variants", "lejepa", "--points", "0"], "--points 0: must be at least 1"),
         (["--variants", "continued"], "unknown; known are 2+6"),
         (["--points", "3"], "add --variants"),
+        (["--weights", "runs/first"], "add --variants"),
+        (["--variants", "lejepa", "--lead", "ijepa"], "--lead ijepa: is none of the compared variants, 2+6, lejepa"),
         (["data.batch_szie=3", "--variants", "lejepa"], "did you mean data.batch_size?"),
     ],
 )
