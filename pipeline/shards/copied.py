@@ -26,7 +26,7 @@ from pipeline.text import Every, notify_after, plural
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-# What the client of each scheme needs to know.
+# The client of each scheme finds the store and its credentials in these.
 STORES = {
     "s3": "AWS_ENDPOINT_URL (of another store than Amazon's), AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS, or `gcloud auth application-default login`",

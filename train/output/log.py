@@ -75,7 +75,7 @@ class MetricsLog:
                 self._writer.add_image(path.stem, np.asarray(sheet), step, dataformats="HWC")
 
     def _on_thread_error(self, failure: threading.ExceptHookArgs) -> None:
-        # What stops the thread in which TensorBoard writes, the next write or the end raises again, where it is logged.
+        # TensorBoard writes in a thread of its own. Its next write, or closing it, raises the same error, which is logged there.
         if "tensorboard" not in type(failure.thread).__module__ or not isinstance(failure.exc_value, OSError):
             self._previous_hook(failure)
 
