@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from train.config.load import read_values
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 TIME, IMAGES = "time", "images"
 TITLES = {TIME: "equal CPU time", IMAGES: "equal images"}
 BASE = "2+6"
@@ -110,7 +109,7 @@ class Base:
 @cache
 def recipe() -> tuple[str, ...]:
     """Return the settings of configs/continue.yaml for masks, losses and training."""
-    values = read_values(CONFIGS / "continue.yaml", {})
+    values = read_values(Path(__file__).parents[2] / "configs" / "continue.yaml", {})
     found = {f"{part}.{key}": value for part in ("masking", "loss", "training") for key, value in values[part].items()}
     steps = ("training.epochs", "training.max_steps")  # each trial sets them itself
     return tuple(f"{key}={json.dumps(value)}" for key, value in found.items() if key not in steps)

@@ -99,8 +99,10 @@ def run_trial(base: Base, variant: str, seed: int, steps: int, points: int = 1) 
         rows.append(
             {**counts, **scores["trained"], **{name: score["knn"] for name, score in scores.items() if name == "unmixed"}}
         )
-    rate = round(trainer.state.images / training.cpu_s, 1)
-    rows[-1] |= {"images_per_cpu_s": rate, "peak_mib": round((peak - before) / 2**20, 1)}
+    rows[-1] |= {
+        "images_per_cpu_s": round(trainer.state.images / training.cpu_s, 1),
+        "peak_mib": round((peak - before) / 2**20, 1),
+    }
     return rows
 
 
