@@ -96,13 +96,10 @@ def run_trial(base: Base, variant: str, seed: int, steps: int, points: int = 1) 
             encoder, counts["share"] = mixed_back(config, encoder, starting_encoder(config, CPU, trainer.start))
         pooled["trained"] = pooled_features(encoder)
         scores = measure_rows(config, pooled, {"trained": dense_features(encoder)}, base.masks)
-        rows.append(
-            {**counts, **scores["trained"], **{name: score["knn"] for name, score in scores.items() if name == "unmixed"}}
-        )
-    rows[-1] |= {
-        "images_per_cpu_s": round(trainer.state.images / training.cpu_s, 1),
-        "peak_mib": round((peak - before) / 2**20, 1),
-    }
+        unmixed = {"unmixed": scores["unmixed"]["knn"]} if "unmixed" in scores else {}
+        rows.append({**counts, **scores["trained"], **unmixed})
+    rate = round(trainer.state.images / training.cpu_s, 1)
+    rows[-1] |= {"images_per_cpu_s": rate, "peak_mib": round((peak - before) / 2**20, 1)}
     return rows
 
 
