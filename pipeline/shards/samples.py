@@ -16,7 +16,10 @@ from PIL import Image
 from pipeline.files import read_bytes
 from pipeline.shards.index_file import FAULTS, SAMPLE_DTYPE, UNLABELLED
 from pipeline.shards.side_folders import folder_of_images
-from pipeline.shards.tar import CONVERTIBLE, IMAGE_EXTENSIONS, TarMember, is_hidden, sample_key, tar_kind, tar_members, warn_once
+from pipeline.shards.tar import (
+    CONVERTIBLE, IMAGE_EXTENSIONS, MASK_END, TarMember, is_hidden, sample_key, tar_kind, tar_members, warn_once,
+)  # fmt: skip
+from pipeline.text import plural
 
 HEAD_BYTES = 1 << 14  # of an image: mostly enough to know its size in pixels
 Label = int | str
@@ -140,7 +143,10 @@ def _image_of(key: str, names: list[str], path: Path) -> str:
 
 def scan_shard(path: Path, shard: int) -> np.ndarray:
     """Index one foreign WebDataset tar: `[n]` of SAMPLE_DTYPE, by offset, as `match_labels` labels it. Raises ValueError."""
-    members = [member for member in tar_members(path) if not is_hidden(member.name)]
+    shown = [member for member in tar_members(path) if not is_hidden(member.name)]
+    members = [member for member in shown if not member.name.lower().endswith(MASK_END)]
+    if len(members) < len(shown):
+        warn_once(f"{path}: {plural(len(shown) - len(members), 'mask')} (*{MASK_END}) left out")
     images = [member for member in members if sample_key(member.name)[1] in IMAGE_EXTENSIONS]
     others = Counter(extension for member in members if (extension := sample_key(member.name)[1]) in CONVERTIBLE)
     left = ", ".join(f"{count:,} .{extension}" for extension, count in others.most_common())

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,15 @@ def test_a_sweep_trains_compares_and_is_listed(data_path: Path, tmp_path: Path) 
     settings = [setting for setting in settings if "encoder_kwargs" not in setting]
     settings.append("model.encoder_kwargs={img_size: 32, patch_size: 8, embed_dim: 16, depth: 2, num_heads: 2}")
     words = [sys.executable, "-m", "tools.hjepa", "sweep", config, *settings, "seed=0,1", "--parallel", "2"]
+    # A sweep that is stopped while both runs train has them save and end.
+    changed = [word.replace("max_steps=2", "max_steps=100000").replace(str(tmp_path / "runs"), str(tmp_path)) for word in words]
+    with subprocess.Popen(changed, cwd=ROOT) as stopped:
+        while len(list(tmp_path.glob("quickstart-sweep/seed_*/metrics.jsonl"))) < 2:
+            assert stopped.poll() is None
+            time.sleep(0.1)
+        stopped.terminate()
+        assert stopped.wait(60) == 130
+    assert len(list(tmp_path.glob("quickstart-sweep/seed_*/checkpoints/*"))) == 2
     for _ in range(2):
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr

@@ -16,6 +16,7 @@ from pipeline.files import write_atomic
 from pipeline.memory import memory_limit
 from pipeline.shards.copied import is_remote
 from pipeline.shards.index import open_index, split_folder
+from pipeline.text import plural
 from tools.checks.check import GIB, INSTALL, Case, Finding, fail, failure, ok, skip, warn
 from tools.checks.packages import FLAVOURS, installed_dalis
 
@@ -69,7 +70,8 @@ def check_cores(case: Case) -> Finding:
         usable = min(usable, quota / period)
     setting = case.config.data.num_workers if case.config is not None else "auto"
     threads = default_threads() if setting == "auto" else setting
-    text = f"{usable:g} cores, {threads} DALI threads, {memory_limit() / GIB:.1f} GiB of memory"
+    cores = "1 core" if usable == 1 else f"{usable:g} cores"
+    text = f"{cores}, {plural(threads, 'DALI thread')}, {memory_limit() / GIB:.1f} GiB of memory"
     if threads > usable:
         fix = "or give the container more: docker run --cpus, Slurm --cpus-per-task"
         return warn(f"{text}: threads wait for cores", f"data.num_workers={max(1, int(usable) // 2)}, {fix}")

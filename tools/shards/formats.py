@@ -11,6 +11,7 @@ from PIL import TiffImagePlugin, features
 
 from pipeline.files import read_bytes
 from pipeline.shards.index_file import FAULTS
+from pipeline.shards.tar import MASK_END
 from pipeline.text import plural, truncate_list
 
 HEIC_IS_READ = find_spec("pillow_heif") is not None
@@ -30,7 +31,6 @@ FORMATS = {
     **({"HEIF": (".heic", ".heif")} if HEIC_IS_READ else {}),
 }
 EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in extensions)
-MASK_END = ".seg.png"  # of the mask beside an image: read by the dense probe, and no image itself
 
 UNPACK = "unpack it first: `{} NAME` (images barely grow)"
 # Formats: a name, the first bytes, usual extensions, and what to do, where NAME stands for the file's name.

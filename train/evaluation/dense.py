@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from model.encoder import patchify
+from pipeline.shards.tar import MASK_END
 from pipeline.text import markdown_table
 from train.checkpoint import checkpoint_step
 from train.config.schema import Config
@@ -29,7 +30,6 @@ from train.evaluation.placement import DenseExtractor, dense_features
 
 IGNORED = 255  # the class of pixels that do not count
 NUM_CLASSES = 256  # of 8-bit masks
-MASK_END = ".seg.png"
 SCORES = ("miou", "boundaries", "small")
 KS = (1, 3, 10, 30)
 EPOCHS = 5

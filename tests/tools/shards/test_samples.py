@@ -13,6 +13,7 @@ import sources
 from reading import assert_colours_tell_labels, run_convert, stored_samples
 
 from pipeline.shards.index import SAMPLE_DTYPE, ShardIndex, open_index
+from pipeline.shards.index_file import UNLABELLED
 from pipeline.shards.tar import tar_members
 from tools.make_shards import main
 
@@ -97,6 +98,9 @@ def test_masks_next_to_an_image_are_parts_of_its_sample(tmp_path: Path, capsys: 
     assert assert_colours_tell_labels(run_convert(tar, tmp_path / "out"), 6) == [0, 1]
     assert "further images of samples (6, such as 0.depth.png" in capsys.readouterr().out
     assert index_labels(tmp_path / "in") == [0, 1] * 3
+    without_labels = [(name.replace("depth", "seg"), content) for name, content in members if not name.endswith("cls")]
+    write_tar(tmp_path / "masks/0.tar", without_labels)
+    assert index_labels(tmp_path / "masks") == [UNLABELLED] * 6
 
 
 def test_labels_of_no_image_are_counted(
