@@ -15,10 +15,8 @@ from PIL import Image
 
 from pipeline.files import read_bytes
 from pipeline.shards.index_file import FAULTS, SAMPLE_DTYPE, UNLABELLED
-from pipeline.shards.side_folders import folder_of_images
-from pipeline.shards.tar import (
-    CONVERTIBLE, IMAGE_EXTENSIONS, MASK_END, TarMember, is_hidden, sample_key, tar_kind, tar_members, warn_once,
-)  # fmt: skip
+from pipeline.shards.side_folders import MASK_END, folder_of_images
+from pipeline.shards.tar import CONVERTIBLE, IMAGE_EXTENSIONS, TarMember, is_hidden, sample_key, tar_kind, tar_members, warn_once
 from pipeline.text import plural
 
 HEAD_BYTES = 1 << 14  # of an image: mostly enough to know its size in pixels

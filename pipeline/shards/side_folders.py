@@ -1,4 +1,4 @@
-"""Which folder of a data set holds its images, judged by the names of the folders next to it, such as those of masks."""
+"""Which folder of a data set holds its images, judged by the folders next to it, such as those of masks; how masks are named."""
 
 import os
 from collections.abc import Collection, Sequence
@@ -9,6 +9,7 @@ SIDE_FOLDERS = frozenset(
     ("labels", "label", "annotations", "annotation", "masks", "mask", "groundtruth", "ground_truth", "gt", "segmentation",
      "segmentationclass", "segmentationobject", "trimaps", "bbox", "boxes", "imagesets")
 )  # fmt: skip
+MASK_END = ".seg.png"  # of the mask beside an image: read by the dense probe, and no image itself
 
 
 def are_no_classes(folders: Collection[str]) -> bool:

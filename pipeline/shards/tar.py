@@ -10,7 +10,6 @@ from typing import IO, BinaryIO, NamedTuple, cast
 log = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png"})
-MASK_END = ".seg.png"  # of the mask beside an image: read by the dense probe, and no image itself
 # Images that only `make_shards.py convert` reads.
 CONVERTIBLE = frozenset({"avif", "bmp", "gif", "heic", "heif", "jfif", "jpe", "mpo", "pgm", "ppm", "tif", "tiff", "webp"})
 # Long names and PAX records (macOS stores attributes there) are headers too. A longer one is treated as malicious.

@@ -11,7 +11,7 @@ from PIL import TiffImagePlugin, features
 
 from pipeline.files import read_bytes
 from pipeline.shards.index_file import FAULTS
-from pipeline.shards.tar import MASK_END
+from pipeline.shards.side_folders import MASK_END
 from pipeline.text import plural, truncate_list
 
 HEIC_IS_READ = find_spec("pillow_heif") is not None

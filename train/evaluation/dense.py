@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from model.encoder import patchify
-from pipeline.shards.tar import MASK_END
+from pipeline.shards.side_folders import MASK_END
 from pipeline.text import markdown_table
 from train.checkpoint import checkpoint_step
 from train.config.schema import Config
