@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def die_with_parent(parent: int | None = None) -> None:
-    """Have Linux kill this process when its parent dies, so that no orphan keeps writing (prctl PR_SET_PDEATHSIG).
+def die_with_parent(parent: int | None = None, number: int = signal.SIGKILL) -> None:
+    """Have Linux send this process a signal when its parent dies, so that no orphan keeps writing (prctl PR_SET_PDEATHSIG).
 
     `parent`: the process id of the parent, for a forked process. A parent that died before the request would go unnoticed.
     """
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(1, number)
     if parent is not None and os.getppid() != parent:
         os._exit(1)
 

@@ -102,21 +102,17 @@ def append_rows(path: Path, fields: Sequence[str], rows: Sequence[dict[str, Any]
 
 def write_results(options: argparse.Namespace, path: Path, variants: Sequence[str], steps: dict[str, int]) -> None:
     """Write the tables and the plot of everything that is done, including other variants of an earlier call."""
-    from tools.studies.tables import write_arena, write_study
+    from tools.studies.tables import write_tables
 
     rows = read_rows(path.with_name(f"{path.name}.csv"))
-    if not variants:
-        write_study(path, rows, steps, options.budget)
-        return
-    variants = list(dict.fromkeys([*variants, *(row["variant"] for row in rows if row["equal"])]))
-    words = ["python", "tools/study.py", str(options.config), *options.overrides, "--variants", ",".join(variants[1:])]
-    words += ["--budget", f"{options.budget:g}", "--points", str(options.points or ARENA_POINTS)]
-    words += ["--equal", options.equal] if options.equal else []
-    words += ["--masks", str(options.masks)] if options.masks else []
-    words += ["--weights", options.weights] if options.weights else []
-    words += ["--lead", options.lead] if options.lead else []
+    words = ["python", "tools/study.py", str(options.config), *options.overrides, "--budget", f"{options.budget:g}"]
+    if variants:
+        variants = list(dict.fromkeys([*variants, *(row["variant"] for row in rows if row["equal"])]))
+        words += ["--variants", ",".join(variants[1:]), "--points", str(options.points or ARENA_POINTS)]
+    for flag in ("equal", "masks", "weights", "lead"):
+        words += [f"--{flag}", str(value)] if (value := getattr(options, flag)) else []
     leader = options.lead or (CONTINUED if CONTINUED in variants else BASE)
-    write_arena(path, shlex.join(words), variants, leader, rows, steps, options.budget)
+    write_tables(path, shlex.join(words), variants, leader, rows, steps, options.budget)
 
 
 def run_study(options: argparse.Namespace) -> None:

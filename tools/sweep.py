@@ -12,12 +12,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from pipeline.text import plural, say
 from tools.compare_runs import write_comparison
 from tools.own_process import die_with_parent
-from train.command import CommandParser, count_argument, on_signal, path_argument, run_command
+from train.command import CommandParser, count_argument, path_argument, run_command
 from train.config.load import load_config
 
 COMMAS = re.compile(r",(?![^\[{]*[\]}])")  # outside of brackets
@@ -47,24 +48,18 @@ def sweep(args: argparse.Namespace) -> int:
     say(f"{plural(len(runs), 'run')}, {args.parallel} at a time")
     folder = Path(next(iter(runs.values()))[-2].partition("=")[2])
     folder.mkdir(parents=True, exist_ok=True)
-    started: list[subprocess.Popen[bytes]] = []
 
     def train(name: str) -> int:
         output = folder / f"{name}.log"
         with output.open("a") as log:
             command = [sys.executable, "-m", "train.run", str(args.config), *runs[name]]
-            run = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=die_with_parent)
-            started.append(run)
-            code = run.wait()
+            # A sweep that is killed has its runs save and stop.
+            stop = partial(die_with_parent, number=signal.SIGTERM)
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=stop).returncode
         say(f"{name}: {'complete' if code == 0 else f'ended with code {code}; see {output}'}")
         return code
 
-    def stop(*_: object) -> None:
-        for run in started:
-            run.terminate()  # it saves a checkpoint; nothing happens to one that has ended
-        raise KeyboardInterrupt
-
-    with on_signal(signal.SIGTERM, stop), ThreadPoolExecutor(args.parallel) as pool:
+    with ThreadPoolExecutor(args.parallel) as pool:
         codes = list(pool.map(train, runs))
     if trained := {name: folder / name for name, code in zip(runs, codes, strict=True) if code == 0}:
         write_comparison(trained, folder / "comparison.html")

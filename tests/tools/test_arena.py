@@ -12,7 +12,7 @@ from tests.train.test_run import ROOT
 from tools import study
 from tools.studies.grid import BASE, CONTINUED, CONTINUING, IMAGES, PEERS, TIME, UNTOUCHED, Base, plan_sections, plan_trials
 from tools.studies.peers import Supervised
-from tools.studies.tables import lead_lines, write_arena
+from tools.studies.tables import lead_lines, write_tables
 from tools.studies.training import TimedTraining, measure_rows, run_trial, trial_config
 from train.adapt.mix import SHARES
 from train.config.load import load_config
@@ -154,7 +154,7 @@ def test_leads_are_differences_of_the_same_seed(tmp_path: Path) -> None:
     assert "| lejepa | +2.3 ± 1.4 | +2.3 ± 1.4 | +2.5 ± 19.1 | +2.5 ± 19.1 |" in text
     baseline = {**made_up("raw pixels", "", 0, 61), "images": "", "cpu_s": ""}
     steps = {BASE: 10, "lejepa": 12}
-    write_arena(tmp_path / "made_up", "a command", [BASE, "lejepa"], BASE, [baseline, *rows], steps, 1.0)
+    write_tables(tmp_path / "made_up", "a command", [BASE, "lejepa"], BASE, [baseline, *rows], steps, 1.0)
     text = (tmp_path / "made_up.md").read_text()
     assert text.count("| lejepa | ") == 3
     assert "| raw pixels | 1 | 61.0 | 62.0 |" in text
@@ -178,7 +178,7 @@ def test_a_variant_that_continues_has_the_bases_data_and_encoder_and_the_shipped
 def test_leads_of_what_continues_are_over_the_untouched_weights_too(tmp_path: Path) -> None:
     knn = {(BASE, TIME): 40, (CONTINUED, TIME): 52, (UNTOUCHED, ""): 51}
     rows = [made_up(*key, seed, value + seed) for key, value in knn.items() for seed in range(3)]
-    write_arena(tmp_path / "made_up", "a command", [BASE, CONTINUED], CONTINUED, rows, {BASE: 9, CONTINUED: 10}, 1.0)
+    write_tables(tmp_path / "made_up", "a command", [BASE, CONTINUED], CONTINUED, rows, {BASE: 9, CONTINUED: 10}, 1.0)
     text = (tmp_path / "made_up.md").read_text()
     assert f"### Lead of {CONTINUED}, points" in text
     assert f"| {UNTOUCHED} | +1.0 ± 0.0 | +1.0 ± 0.0 |" in text

@@ -11,7 +11,7 @@ from tests.train.evaluation.test_dense import coloured_scenes
 from tests.train.test_run import ROOT
 from tools import study
 from tools.studies.grid import BASE, CONTINUING, EXPERIMENTS, PEERS, VARIANTS, Base, plan_sections, plan_trials
-from tools.studies.tables import mean_and_interval, write_study
+from tools.studies.tables import mean_and_interval, write_tables
 from tools.studies.training import calibrate, run_baselines, run_trial, trial_config
 from train.config.load import load_config
 
@@ -90,7 +90,7 @@ def made_up_rows() -> list[dict[str, str]]:
 
 def test_the_tables_hold_means_and_intervals(tmp_path: Path) -> None:
     rows = made_up_rows()
-    write_study(tmp_path / "made_up", rows, {"2+6": 10}, 10.0)
+    write_tables(tmp_path / "made_up", "a command", [], BASE, rows, {BASE: 10}, 10.0)
     text = (tmp_path / "made_up.md").read_text()
     assert "dense" not in text  # nobody measured it
     assert "| 2+6 | 3 | 64.0 ± 2.5 | 74.0 ± 0.0 | 320 | 10.0 | 1,000 | 16.0 | 100 |" in text

@@ -37,7 +37,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "global_only": (GLOBAL_ONLY, *MASKED),
     "global_with_local_context": ("masking.strategy=global_with_local_context", *MASKED),
     "cross_crop_prediction": ("masking.strategy=cross_crop_prediction", *MASKED),
-    "summary + a quarter masked": (GLOBAL_ONLY, NO_PREDICTION, "masking.context_ratio=0.75", "masking.query_ratio=0.25"),
     **{f"tokens {weight}": (GLOBAL_ONLY, NO_SUMMARY, *masked(weight)) for weight in (1, 5, 20, 60)},
     "tokens 20 + summary": (GLOBAL_ONLY, "loss.summary_weight=10.0", *masked(20)),
     "tokens 20 + locals as context": ("masking.strategy=global_with_local_context", NO_SUMMARY, *masked(20)),
@@ -63,14 +62,7 @@ CONTINUED, UNTOUCHED = "continued", "untouched weights"
 ALL_BLOCKS, NO_ANCHOR = "training.train_blocks=all", "loss.anchor_weight=0.0"
 CONTINUING: dict[str, tuple[str, ...]] = {
     CONTINUED: (),
-    "no anchor": (NO_ANCHOR,),
-    "last block": ("training.train_blocks=last_1",),
-    "EMA 0.999": ("training.ema_momentum=0.999", "training.ema_final_momentum=0.999"),
-    "lr 1e-3": ("training.lr=1e-3",),
-    "all blocks at lr 2e-5": (ALL_BLOCKS, "training.lr=2e-5", NO_ANCHOR),
-    "all blocks at lr 2e-5 + anchor": (ALL_BLOCKS, "training.lr=2e-5"),
     "all blocks at lr 1e-3": (ALL_BLOCKS, "training.lr=1e-3", NO_ANCHOR),
-    "all blocks at lr 1e-3 + anchor": (ALL_BLOCKS, "training.lr=1e-3"),
     "all blocks by Muon": (ALL_BLOCKS, "training.optimizer=muon", "training.lr=4e-3", NO_ANCHOR),
     "views": (NO_SUMMARY,),
     "masked prediction": (GLOBAL_ONLY, *MASKED, NO_SUMMARY, NO_VIEW, NO_SIGREG),

@@ -87,23 +87,14 @@ def lead_lines(rows: Sequence[Row], leader: str, others: Sequence[str], equals: 
     return markdown(f"Lead of {leader}, points", ["over", *heads], table)
 
 
-def write_study(path: Path, rows: Sequence[Row], steps: dict[str, int], budget: float) -> None:
-    """Write the study's PATH.md and PATH.png."""
-    counts = ", ".join(f"{variant}: {count:,}" for variant, count in steps.items())
-    intro = (
-        f"`python tools/study.py configs/{path.name}.yaml --budget {budget:g}`; on a CPU, one thread for torch. Equal time: "
-        f"{budget:g} CPU seconds of training, all threads of the process, calibrated in steps ({counts}). Equal images: as many "
-        "as 2+6 saw. Mean over seeds ± half of the 95% interval (Student's t). Step memory: weights, gradients, moments and what "
-        "the forward pass keeps; peak: of the whole process while it trains, over what it had before."
-    )
-    write_tables(path, rows, intro, plan_sections())
-
-
-def write_arena(
+def write_tables(
     path: Path, command: str, variants: Sequence[str], leader: str, rows: Sequence[Row], steps: dict[str, int], budget: float
 ) -> None:
-    """Write the arena's PATH.md and PATH.png. `variants` begin with the base; the `leader` is one of them."""
-    counts = ", ".join(f"{variant}: {steps[variant]:,}" for variant in variants)
+    """Write PATH.md, a table for each section, and PATH.png, the k-NN of every training as a point; baselines are lines.
+
+    `variants` of an arena begin with the base; the `leader` is one of them. The study has none.
+    """
+    counts = ", ".join(f"{variant}: {steps[variant]:,}" for variant in variants or steps)
     words = (
         f"{BASE} is trained from nothing; the others continue from the weights, with configs/continue.yaml. The share of the "
         "trained encoder in the mixture with them is chosen by k-NN among the training images, each left out. "
@@ -116,16 +107,12 @@ def write_arena(
         f"{words}Mean over seeds ± half of the 95% interval (Student's t)."
     )
     equals = [equal for equal in TITLES if any(row["equal"] == equal for row in rows)]
-    others = [name for name in (UNTOUCHED, *variants) if name != leader]
-    write_tables(path, rows, intro, plan_sections(variants, equals), lead_lines(rows, leader, others, equals))
-
-
-def write_tables(path: Path, rows: Sequence[Row], intro: str, sections: dict[str, list[Run]], last: Sequence[str] = ()) -> None:
-    """Write PATH.md, a table for each section, and PATH.png, the k-NN of every training as a point; baselines are lines."""
+    sections, others = plan_sections(variants, equals), [name for name in (UNTOUCHED, *variants) if name != leader]
     text = [f"## {path.name}", "", intro, ""]
     for title, runs in {"Without training": [(name, "") for name in BASELINES], **sections}.items():
         text += section_lines(rows, title, runs)
-    path.with_name(f"{path.name}.md").write_text("\n".join([*text, *last]))
+    text += lead_lines(rows, leader, others, equals) if variants else []
+    path.with_name(f"{path.name}.md").write_text("\n".join(text))
     points = []
     for variant, equal in dict.fromkeys(run for runs in sections.values() for run in runs):
         if values := numbers(rows_of(rows, (variant, equal)), "knn"):

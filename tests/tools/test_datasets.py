@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tools.shards.layouts.folders import walk_images
-from tools.studies.scenes import CLASSES, SIDE, write_scenes
+from tools.studies.datasets import CLASSES, SIDE, main, write_scenes
 
 COLOURS = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (0, 250, 250)]
 
@@ -55,3 +55,25 @@ def test_scenes_show_their_masks_and_are_written_again_alike(tmp_path: Path) -> 
     assert skipped["mask(s)"] == 18
     with pytest.raises(ValueError, match="train: too few emoji"):
         write_scenes([package], photographs / "0", tmp_path / "three", {"train": 1, "val": 1})
+
+
+def test_squares_show_the_classes_of_their_frames_and_test_is_val(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frames, classes = tmp_path / "CamVid", np.zeros((300, 400), dtype=np.uint8)
+    classes[:, 200:], classes[:20] = 8, 11
+    for part in ("train", "val", "test"):
+        for kind, pixels in (("", classes * 20), ("annot", classes)):
+            (frames / f"{part}{kind}").mkdir(parents=True)
+            Image.fromarray(pixels).save(frames / f"{part}{kind}" / f"{part}.png")
+    assert main(["squares", str(frames), "--out", str(tmp_path / "out")]) == 0
+    masks = sorted((tmp_path / "out").rglob("*.seg.png"))
+    names = {split: {path.name[:-11] for path in masks if path.parts[-3] == split} for split in ("train", "val")}
+    assert names == {"train": {"train", "val"}, "val": {"test"}}
+    assert len(masks) == 12 * 2 + 4
+    for path in masks:
+        mask, square = np.asarray(Image.open(path)), np.asarray(Image.open(str(path).replace(".seg.png", ".jpg")))
+        assert set(np.unique(mask)) <= {0, 8, 255}
+        assert path.parent.name == ("sky" if (mask == 0).sum() >= (mask == 8).sum() else "car")
+        for label in set(np.unique(mask)) - {255}:
+            assert abs(np.median(square[mask == label]) - 20.0 * label) < 20
+    assert main(["squares", str(tmp_path / "out"), "--out", str(tmp_path / "none")]) == 2
+    assert "no frames in train or val" in capsys.readouterr().err
