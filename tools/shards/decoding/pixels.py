@@ -14,7 +14,7 @@ SRGB_TOLERANCE = 3  # gray levels by which a profile that is meant to be sRGB ma
 MODE_CHANGES = {"F": "float", "I": "32-bit", "P": "palette", "1": "1-bit"} | dict.fromkeys(("RGBA", "LA", "PA"), "alpha")
 MIN_UPPER_BYTE = 65  # of the largest of 16-bit colours: with less, they have 14 bits, and their upper bytes are no picture
 MAX_PAGES = 1_000  # of a TIFF that are counted
-TIFF_BITS, TIFF_PLANES = 0x0102, 0x011C
+TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_PLANES = 0x0102, 0x0106, 0x011C
 
 
 class RejectedImageError(ValueError):
@@ -97,6 +97,8 @@ def _narrowed(image: ImageFile.ImageFile) -> tuple[Image.Image, int]:
     values, transparent = np.asarray(image), image.info.get("transparency")
     narrow, depth = _scaled(values, 16 if is_scaled else 8)
     pixels = Image.fromarray(narrow)
+    if getattr(image, "tag_v2", {}).get(TIFF_PHOTOMETRIC) == 0:  # white is zero; Pillow inverts only narrower values
+        pixels = ImageChops.invert(pixels)
     if transparent is not None:
         pixels.putalpha(Image.fromarray(np.where(values == transparent, np.uint8(0), np.uint8(255))))
     return pixels, depth
