@@ -14,5 +14,6 @@ VIEW_WEIGHT = 1.0
 SIGREG_WEIGHT = 0.05
 ANCHOR_WEIGHT = 0.0
 COLOUR_WEIGHT = 0.0
+COLOURS = 64  # of the colour term: 4 levels per channel
 
 GRAD_CHECKPOINTING = False

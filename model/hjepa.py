@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from model import defaults
 from model.encoder import MultiCropEncoder
 from model.geometry import Cells, crop_cells
-from model.losses import COLOURS, BatchStandardize, LossWeights, SIGReg, anchor_loss, colour_shares, view_loss, weighted_sum
+from model.losses import BatchStandardize, LossWeights, SIGReg, Whiten, anchor_loss, colour_shares, view_loss, weighted_sum
 from model.masks import MaskPlan, level_grid, pool_cells
 from model.predictor import Predictor, SummaryPredictor, summary_loss
 from model.teacher import StudentTeacher
@@ -41,13 +41,15 @@ class HJEPA(StudentTeacher):
     def __init__(
         self, encoder: MultiCropEncoder, predictor: Predictor | None, levels: Sequence[Level], *,
         num_global_crops: int, global_crop_size: int, projector_hidden: int, projector_dim: int, weights: LossWeights,
-        grad_checkpointing: bool = defaults.GRAD_CHECKPOINTING,
+        grad_checkpointing: bool = defaults.GRAD_CHECKPOINTING, whiten_targets: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(encoder)
         self.levels = tuple(levels)
         self.level_weights = [level.weight for level in levels]
         self.num_global, self.grid = num_global_crops, global_crop_size // encoder.patch_size
         self.weights, self.predictor = weights, predictor
+        layer_norm = nn.LayerNorm(encoder.width, elementwise_affine=False)
+        self.norms = nn.ModuleList([Whiten() if whiten_targets else layer_norm for _ in levels])
         self.encoder.grad_checkpointing = grad_checkpointing
         if predictor is not None:
             predictor.grad_checkpointing = grad_checkpointing
@@ -58,7 +60,7 @@ class HJEPA(StudentTeacher):
         # The encoder at its starting weights, for the anchor; in a tuple, which keeps it out of the state dict.
         self.start: tuple[MultiCropEncoder, ...] = ()
         self.sigreg = SIGReg()
-        self.colour = nn.Linear(encoder.width, COLOURS) if weights.colour > 0 else None
+        self.colour = nn.Linear(encoder.width, defaults.COLOURS) if weights.colour > 0 else None
         self.summary: SummaryPredictor | None = None
         if weights.summary > 0:
             cells = [level_grid(self.grid, level.stride) ** 2 for level in levels]
@@ -117,12 +119,12 @@ class HJEPA(StudentTeacher):
     def _targets(self, crops: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return per level the target map `[n, cells, D] float32`, and the mean final token `[n, D]`, of crops of any one size.
 
-        A map is layer-normalised, so that no level dominates by its scale, and then averaged over its cells.
+        A map is layer-normalised or whitened, so that no level dominates by its scale, and then averaged over its cells.
         """
         (output,) = self.target([(crops, None)], layers=[level.layer for level in self.levels])
         maps = []
-        for level, tokens in zip(self.levels, output.layers, strict=True):
-            grid = F.layer_norm(tokens.float(), tokens.shape[-1:]).transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))
+        for level, norm, tokens in zip(self.levels, self.norms, output.layers, strict=True):
+            grid = norm(tokens.float()).transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))
             maps.append(pool_cells(grid, level.stride).flatten(2).transpose(1, 2))
         return maps, output.tokens.float().mean(dim=1)
 

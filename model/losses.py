@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from model import defaults
 
-COLOURS = 64  # of the colour term: 4 levels per channel
+MIN_VARIANCE, ITERATIONS = 0.01, 20  # of whitening: of the mean variance; enough for 1,024 channels
 KNOTS = 17  # of SIGReg's integral, as in LeJEPA
 
 
@@ -67,11 +67,41 @@ class BatchStandardize(nn.Module):
         super().__init__()
         self.weight, self.bias, self.eps = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width)), eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.float()
-        mean = mean_over_ranks(x.mean(dim=0))
-        variance = mean_over_ranks((x - mean).square().mean(dim=0))
-        return (x - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and variance over the global batch, `[D] float32`."""
+        mean = mean_over_ranks(x.float().mean(dim=0))
+        return mean, mean_over_ranks((x.float() - mean).square().mean(dim=0))
+
+    def forward(self, x: Tensor, statistics: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        mean, variance = statistics or self.statistics(x)
+        return (x.float() - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+
+
+class Whiten(nn.Module):
+    """Whitening, `[n, K, D] -> [n, K, D] float32`, by mean and covariance of the global batch's tokens. It has no parameters.
+
+    A hundredth of the mean variance is added to all directions. The inverse square root is that of Newton and Schulz (Higham,
+    Functions of Matrices, 2008, chapter 6): matrix products only, which every device has and CUDA graphs can record.
+    """
+
+    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean `[D]`, and the matrix `[D, D]` that whitens, in float32."""
+        x = x.float().flatten(0, -2)
+        mean, one = mean_over_ranks(x.mean(dim=0)), torch.eye(x.shape[1], device=x.device)
+        with torch.autocast(x.device.type, enabled=False):
+            covariance = mean_over_ranks((x - mean).T @ (x - mean) / len(x))
+            covariance = covariance + (MIN_VARIANCE * covariance.trace() / len(one)).clamp_min(1e-12) * one
+            trace = covariance.trace()
+            root, inverse = covariance / trace, one
+            for _ in range(ITERATIONS):
+                step = 1.5 * one - 0.5 * inverse @ root
+                root, inverse = root @ step, step @ inverse
+        return mean, inverse / trace.sqrt()
+
+    def forward(self, x: Tensor, statistics: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        mean, matrix = statistics or self.statistics(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return (x.float() - mean) @ matrix
 
 
 def anchor_loss(tokens: Tensor, start: Tensor) -> Tensor:
@@ -85,7 +115,7 @@ def colour_shares(crops: Tensor) -> Tensor:
     """Return the share of each of 64 colours, 4 levels per channel, among a crop's pixels: `[n, 3, S, S] uint8 -> [n, 64]`."""
     levels = (crops >> 6).long()
     codes = (16 * levels[:, 0] + 4 * levels[:, 1] + levels[:, 2]).flatten(1)
-    counts = torch.zeros(len(crops), COLOURS, device=crops.device)
+    counts = torch.zeros(len(crops), defaults.COLOURS, device=crops.device)
     return counts.scatter_add_(1, codes, torch.ones_like(codes, dtype=counts.dtype)) / codes.shape[1]
 
 

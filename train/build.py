@@ -161,6 +161,7 @@ def build_model(config: Config, device: torch.device) -> HJEPA:
         encoder, predictor, levels, num_global_crops=config.data.crop_counts[0],
         global_crop_size=config.data.multicrop.global_crop_size, projector_hidden=settings.projector_hidden,
         projector_dim=settings.projector_dim, weights=weights, grad_checkpointing=settings.grad_checkpointing,
+        whiten_targets=loss.whiten_targets,
     ).to(device)  # fmt: skip
 
 

@@ -6,9 +6,10 @@ from itertools import islice
 from typing import Any, NamedTuple, cast
 
 import torch
+from torch import nn
 
 from model.hjepa import HJEPA
-from model.losses import BatchStandardize
+from model.losses import BatchStandardize, Whiten
 from model.masks import MaskPlan
 from pipeline.dataset import CropBatch, MultiCropDataset, Normalization, resolve_device
 from pipeline.text import Every, printable
@@ -127,22 +128,21 @@ def take(trainer: Trainer, with_losses: bool) -> tuple[Losses, list[ReplayedImag
 
 @torch.no_grad()
 def image_losses(model: HJEPA, batch: CropBatch, masks: MaskPlan, directions: torch.Tensor) -> tuple[Losses, list[Losses]]:
-    """Return the losses of a batch, and of each image alone, with its projections standardised as they are in the batch."""
-    statistics = list[torch.Tensor]()
+    """Return the losses of a batch, and of each image alone, with the statistics of the batch for projections and targets."""
+    statistics: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def as_in_the_batch(module: BatchStandardize, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-        x = inputs[0].float()
-        if not statistics:
-            statistics.extend((x.mean(dim=0), torch.rsqrt(x.var(dim=0, correction=0) + module.eps)))
-            return output
-        return (x - statistics[0]) * statistics[1] * module.weight + module.bias
+    def as_in_the_batch(module: BatchStandardize | Whiten, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        if module in statistics:
+            return module.forward(inputs[0], statistics[module])
+        statistics[module] = module.statistics(inputs[0])
+        return output
 
     def losses_of(images: slice) -> Losses:
         crops = [crop[images] for crop in batch.crops]
         losses = model(crops, batch.boxes[images], batch.flips[images], masks.images(images), directions)
         return {name: float(value) for name, value in losses.items() if value.dim() == 0}
 
-    hooks = [m.register_forward_hook(as_in_the_batch) for m in model.modules() if isinstance(m, BatchStandardize)]
+    hooks = [m.register_forward_hook(as_in_the_batch) for m in model.modules() if isinstance(m, BatchStandardize | Whiten)]
     try:
         return losses_of(slice(None)), [losses_of(slice(i, i + 1)) for i in range(len(batch.labels))]
     finally:

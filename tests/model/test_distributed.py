@@ -77,10 +77,10 @@ def work_compiled(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def case(make_model: Callable[..., HJEPA], make_inputs: Callable[..., dict]) -> dict:
-    """Return a case with every reduction: view, SIGReg and standardisation."""
+    """Return a case with every reduction: view, SIGReg, standardisation and whitening."""
     project, features = nn.Sequential(nn.Linear(12, 8), BatchStandardize(8)), torch.randn(16, 5, 12)
     inputs = make_inputs("global_with_local_context")
-    return {"model": make_model(), "inputs": inputs, "project": project, "features": features}
+    return {"model": make_model(whiten_targets=True), "inputs": inputs, "project": project, "features": features}
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,11 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
-from model.losses import BatchStandardize, SIGReg, random_directions, view_loss
+from model.losses import BatchStandardize, SIGReg, Whiten, random_directions, view_loss
 
 
 def test_sigreg_equals_a_plain_loop_over_views_directions_and_knots() -> None:
@@ -51,3 +52,16 @@ def test_batch_standardize_equals_batch_norm_in_training_mode() -> None:
     torch.manual_seed(0)
     x = torch.randn(64, 10) * 3 + 2
     torch.testing.assert_close(BatchStandardize(10)(x), nn.BatchNorm1d(10).train()(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("width", [3, 64, 1024])
+def test_whitening_equals_the_inverse_square_root_by_eigenvalues(width: int) -> None:
+    torch.manual_seed(0)
+    spread = torch.logspace(0, -6, width)  # from one large direction to many without variance
+    tokens = (torch.randn(300, 8, width) * spread) @ torch.linalg.qr(torch.randn(width, width)).Q + 5
+    flat = tokens.flatten(0, 1).double()
+    flat = flat - flat.mean(0)
+    values, vectors = torch.linalg.eigh(flat.T @ flat / len(flat))
+    roots = (values + 0.01 * values.mean()).rsqrt()
+    expected = flat @ vectors @ torch.diag(roots) @ vectors.T
+    torch.testing.assert_close(Whiten()(tokens).flatten(0, 1).double(), expected, atol=5e-3, rtol=1e-3)

@@ -23,7 +23,7 @@ def run(data_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     threads, runs = torch.get_num_threads(), tmp_path_factory.mktemp("runs")
     torch.set_num_threads(1)
     settings = ["training.max_steps=14", "checkpoint.save_frequency=4", "checkpoint.keep_last_n=9", "logging.log_frequency=1"]
-    settings += ["training.accumulation_steps=2", "data.batch_size=4", "evaluation.linear_epochs=0"]
+    settings += ["training.accumulation_steps=2", "data.batch_size=4", "evaluation.linear_epochs=0", "loss.whiten_targets=true"]
     assert train(command(QUICKSTART, data_path, runs, *settings)) == 0
     yield runs / "quickstart"
     torch.set_num_threads(threads)

@@ -18,7 +18,9 @@ NO_PREDICTION = "loss.prediction_weight=0.0"
 COLOUR = "loss.colour_weight=1.0"
 NO_SUMMARY = "loss.summary_weight=0.0"
 UNMASKED = ("masking.strategy=none", NO_PREDICTION)
-GLOBAL_ONLY = "masking.strategy=global_only"
+STRATEGIES = ("global_only", "global_with_local_context", "cross_crop_prediction")
+GLOBAL_ONLY, LOCALS_TOO, CROSS_CROP = (f"masking.strategy={name}" for name in STRATEGIES)
+WHITENED = "loss.whiten_targets=true"
 ONE_LEVEL = "model.levels=[{layer: -1, stride: 1, weight: 1.0}]"
 NO_VIEW, NO_SIGREG = "loss.view_weight=0.0", "loss.sigreg_weight=0.0"
 
@@ -35,15 +37,25 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "2+0": (f"{LOCAL_CROPS}=0",),
     "1+0": ("data.use_multicrop=false",),
     "global_only": (GLOBAL_ONLY, *MASKED),
-    "global_with_local_context": ("masking.strategy=global_with_local_context", *MASKED),
-    "cross_crop_prediction": ("masking.strategy=cross_crop_prediction", *MASKED),
+    "global_with_local_context": (LOCALS_TOO, *MASKED),
+    "cross_crop_prediction": (CROSS_CROP, *MASKED),
     **{f"tokens {weight}": (GLOBAL_ONLY, NO_SUMMARY, *masked(weight)) for weight in (1, 5, 20, 60)},
     "tokens 20 + summary": (GLOBAL_ONLY, "loss.summary_weight=10.0", *masked(20)),
-    "tokens 20 + locals as context": ("masking.strategy=global_with_local_context", NO_SUMMARY, *masked(20)),
-    "tokens 20 + cross crop": ("masking.strategy=cross_crop_prediction", NO_SUMMARY, *masked(20)),
+    "tokens 20 + locals as context": (LOCALS_TOO, NO_SUMMARY, *masked(20)),
+    "tokens 20 + cross crop": (CROSS_CROP, NO_SUMMARY, *masked(20)),
     "tokens 20 + one level": (GLOBAL_ONLY, NO_SUMMARY, *masked(20), ONE_LEVEL),
+    "tokens 20 + 2+0": (GLOBAL_ONLY, NO_SUMMARY, *masked(20), f"{LOCAL_CROPS}=0"),
+    **{f"whitened tokens {weight}": (LOCALS_TOO, NO_SUMMARY, WHITENED, *masked(weight)) for weight in (2, 5, 10)},
+    "tokens 5 + locals as context": (LOCALS_TOO, NO_SUMMARY, *masked(5)),
+    "whitened tokens 5 + global only": (GLOBAL_ONLY, NO_SUMMARY, WHITENED, *masked(5)),
+    "whitened tokens 5 + cross crop": (CROSS_CROP, NO_SUMMARY, WHITENED, *masked(5)),
+    "whitened tokens 5 + one level": (LOCALS_TOO, NO_SUMMARY, WHITENED, *masked(5), ONE_LEVEL),
+    "whitened tokens 5 + 2+0": (GLOBAL_ONLY, NO_SUMMARY, WHITENED, *masked(5), f"{LOCAL_CROPS}=0"),
     "colour": (NO_SUMMARY, *UNMASKED, COLOUR),
-    **{f"colour + tokens {weight}": (GLOBAL_ONLY, NO_SUMMARY, COLOUR, *masked(weight)) for weight in (5, 20)},
+    "colour + 2+0": (NO_SUMMARY, *UNMASKED, COLOUR, f"{LOCAL_CROPS}=0"),
+    "colour + tokens 20": (GLOBAL_ONLY, NO_SUMMARY, COLOUR, *masked(20)),
+    "colour + tokens 20 + locals as context": (LOCALS_TOO, NO_SUMMARY, COLOUR, *masked(20)),
+    "colour + whitened tokens 5": (LOCALS_TOO, NO_SUMMARY, COLOUR, WHITENED, *masked(5)),
     "one level": (ONE_LEVEL,),
     "no view term": (NO_VIEW,),
     "no SIGReg": (NO_SIGREG,),
@@ -68,7 +80,6 @@ CONTINUING: dict[str, tuple[str, ...]] = {
     "masked prediction": (GLOBAL_ONLY, *MASKED, NO_SUMMARY, NO_VIEW, NO_SIGREG),
     "views + masked prediction": (GLOBAL_ONLY, *MASKED, NO_SUMMARY),
 }
-STRATEGIES = ("global_only", "global_with_local_context", "cross_crop_prediction")
 # (title, variants, what is equal), most important first
 EXPERIMENTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("a. Crops, equal time", ("1+0", "2+0", BASE), TIME),

@@ -138,6 +138,7 @@ class Loss(Section):
     anchor_weight: NonNegativeFloat = model_defaults.ANCHOR_WEIGHT
     colour_weight: NonNegativeFloat = model_defaults.COLOUR_WEIGHT
     sigreg_slices: PositiveInt = 256
+    whiten_targets: StrictBool = False
 
 
 class Training(Section):
