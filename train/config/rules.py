@@ -28,6 +28,8 @@ def broken_rules(config: Config) -> Iterator[Problem]:
         yield "model.levels", "the list is empty; list some levels, or write null for the three default ones"
     if not any((loss.prediction_weight, loss.summary_weight, loss.view_weight, loss.sigreg_weight)):
         yield "loss.prediction_weight", "all four weights are 0, so nothing would be learned; raise one"
+    if loss.whiten_targets and not (loss.prediction_weight or loss.summary_weight):
+        yield "loss.whiten_targets", "there are no targets; write false, or raise prediction_weight or summary_weight"
     if config.logging.wandb and not config.logging.tensorboard:
         yield "logging.wandb", "it gets what TensorBoard does; write logging.tensorboard: true, or wandb: false"
     if training.compile == "cudagraphs" and config.device == "cpu":

@@ -215,6 +215,7 @@ masking: {{strategy: none}}
         (["model.encoder_kwargs.mean=0.5"], "model.encoder_kwargs"),
         (["masking.strategy=none"], "masking.strategy"),
         (["masking.strategy=cross_crop_prediction", "loss.prediction_weight=0"], "loss.prediction_weight"),
+        (["masking.strategy=none", "loss.prediction_weight=0", "loss.whiten_targets=true"], "loss.whiten_targets"),
         (["loss.prediction_weight=0", "loss.view_weight=0", "loss.sigreg_weight=0"], "loss.prediction_weight"),
     ],
 )
