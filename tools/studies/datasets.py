@@ -26,8 +26,7 @@ from PIL import Image
 from train.command import path_argument, run_command
 
 VAL_SHARE = 0.3  # of the emoji and of the photographs
-SIDE = 64  # of a picture, in pixels
-IGNORED = 255
+SIDE, IGNORED = 64, 255  # of a picture, in pixels; the class of pixels without one
 # The other categories are left out of scenes: no shape or colour is common to one of them.
 CLASSES = ("Smileys & Emotion", "Animals & Nature", "Food & Drink", "Travel & Places", "Flags")
 COUNTS = {"train": 6000, "val": 1000}  # scenes
