@@ -36,6 +36,7 @@ class HJEPA(StudentTeacher):
 
     loss = weights.prediction * sum_l w_l level_l + weights.summary * summary + weights.view * view + weights.sigreg * sigreg +
     weights.colour * colour, with the equations of docs/method.md. `predictor` has one head per level; None trains without it.
+    `whiten_targets`: targets are whitened over the batch instead of layer-normed.
     """
 
     def __init__(

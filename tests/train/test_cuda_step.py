@@ -125,7 +125,7 @@ def fake_batch(config: Config, device: torch.device) -> CropBatch:
 
 def take_steps(strategy: str, device: torch.device, data_path: Path) -> tuple[Waits, dict[str, torch.Tensor]]:
     """Take two steps of two batches each on fake tensors. Returns what they waited for, and every tensor that they leave."""
-    changes = [f"masking.strategy={strategy}", "loss.whiten_targets=true"]
+    changes = [f"masking.strategy={strategy}", f"loss.whiten_targets={str(strategy != 'global_only').lower()}"]
     changes += ["training.accumulation_steps=2", "training.optimizer=muon"]
     path, *overrides = command(QUICKSTART, data_path, data_path, *changes, "logging.log_frequency=1000")
     config = load_config(Path(path), overrides)
@@ -169,7 +169,7 @@ def test_a_backward_pass_reads_no_values_and_reaches_every_parameter(strategy: s
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.usefixtures("pretended_gpu")
 def test_a_forward_pass_is_one_graph_of_gpu_tensors_alone_as_a_cuda_graph_must_be(strategy: str, data_path: Path) -> None:
-    settings = (f"masking.strategy={strategy}", "loss.whiten_targets=true")
+    settings = (f"masking.strategy={strategy}", f"loss.whiten_targets={str(strategy != 'global_only').lower()}")
     path, *overrides = command(QUICKSTART, data_path, data_path, *settings)
     config, graphs = load_config(Path(path), overrides), []
     real = build_model(config, torch.device("cpu"))

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pipeline.shards.side_folders import MASK_END
 from train.command import path_argument, run_command
 
 VAL_SHARE = 0.3  # of the emoji and of the photographs
@@ -146,7 +147,7 @@ def write_squares(frames: Path, out: Path) -> None:
 def save_labelled(folder: Path, name: str, picture: Image.Image, mask: np.ndarray) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     picture.save(folder / f"{name}.jpg", quality=95)
-    Image.fromarray(mask).save(folder / f"{name}.seg.png")
+    Image.fromarray(mask).save(folder / f"{name}{MASK_END}")
 
 
 def make(options: argparse.Namespace) -> None:
